@@ -1,0 +1,28 @@
+"""Where the decoder layers of a transformers model are."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from isaerft_sweep.errors import ModelError
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The list of decoder layers of any decoder-only transformers model (``model.layers``, ``gpt_neox.layers``, ``h``).
+
+    Raises ModelError when the model has none.
+    """
+    return model.get_submodule(decoder_layers_name(model))  # type: ignore[return-value]
+
+
+def decoder_layers_name(model: nn.Module) -> str:
+    """The dotted name of ``decoder_layers``: the module list whose length is the config's number of layers."""
+    config = model.config  # type: ignore[union-attr]
+    count = getattr(config.get_text_config() if hasattr(config, "get_text_config") else config, "num_hidden_layers", None)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return name
+    raise ModelError(
+        f"the model must be decoder-only with a list of {count} layers, but {type(model).__name__} has none. "
+        "ISAERFT needs a residual stream between decoder layers."
+    )

@@ -1,0 +1,43 @@
+"""From a saved adapter to a model that generates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from peft import PeftConfig, PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from isaerft_sweep.errors import ModelError
+from isaerft_sweep.models.gguf_package import PACKAGES
+from isaerft_sweep.models.loading import load
+from isaerft_sweep.specs import ModelSpec
+
+
+def load_model(adapter: str, base: ModelSpec | None = None, cache: str | None = None) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """The base model with the adapter on it, ready to generate, and its tokenizer.
+
+    Args:
+        adapter: a folder with ``adapter_config.json``, or a Hub repository.
+        base: the base model; None: the one that the adapter names.
+        cache: where converted models are kept; None: the user's cache folder.
+    """
+    try:
+        name = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    except ValueError as error:
+        raise ModelError(
+            f"an adapter must be a folder or Hub repository with adapter_config.json, but '{adapter}' has none "
+            "that can be read. Give the folder `adapter` of a finished trial."
+        ) from error
+    if base is None:
+        if not name:
+            raise ModelError(f"the adapter '{adapter}' does not name its base model: give one.")
+        base = ModelSpec(name=name, tokenizer=_tokenizer(adapter), source="package" if name in PACKAGES else "hub")
+    loaded = load(base, cache)
+    loaded.model.config.use_cache = True
+    model = PeftModel.from_pretrained(loaded.model, adapter)
+    return model.eval(), loaded.tokenizer
+
+
+def _tokenizer(adapter: str) -> str | None:
+    """The adapter's own folder when it holds the tokenizer that it was trained with."""
+    return adapter if (Path(adapter) / "tokenizer_config.json").is_file() else None

@@ -1,0 +1,79 @@
+"""The tuner that PEFT drives: puts an ``IsaerftLayer`` around the decoder layer of every site."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+
+from isaerft_sweep.adapter.architecture import decoder_layers, decoder_layers_name
+from isaerft_sweep.adapter.config import IsaerftConfig
+from isaerft_sweep.adapter.layer import IsaerftLayer
+from isaerft_sweep.adapter.merge import make_room
+from isaerft_sweep.adapter.sae import check_fits, load_sae
+from isaerft_sweep.errors import ConfigError
+
+
+class IsaerftModel(BaseTuner):
+    """A model with ISAERFT adapters; made by ``peft.get_peft_model(model, IsaerftConfig(...))``."""
+
+    prefix = "isaerft_"
+    tuner_layer_cls = IsaerftLayer
+    target_module_mapping: dict[str, Any] = {}
+
+    def _prepare_adapter_config(self, peft_config: IsaerftConfig, model_config: dict[str, Any]) -> IsaerftConfig:
+        if not peft_config.sites:
+            raise ConfigError("sites must name at least one site, for example [{'layer': 20, 'sae_path': '/path'}].")
+        return peft_config
+
+    def _prepare_model(self, peft_config: IsaerftConfig, model: nn.Module) -> None:
+        name, count = decoder_layers_name(model), len(decoder_layers(model))
+        width = model.get_input_embeddings().weight.shape[-1]  # type: ignore[operator]
+        for site in peft_config.sites:
+            sae = load_sae(site)
+            check_fits(sae, site, width, count)
+            site["fingerprint"] = sae.fingerprint
+        peft_config.target_modules = [f"{name}.{site['layer']}" for site in peft_config.sites]
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: IsaerftConfig, key: str) -> bool:
+        return key in (peft_config.target_modules or [])
+
+    def _create_and_replace(
+        self,
+        peft_config: IsaerftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+    ) -> None:
+        site = peft_config.sites[(peft_config.target_modules or []).index(current_key)]
+        if isinstance(target, IsaerftLayer):
+            target.update_layer(adapter_name, peft_config, load_sae(site))
+            return
+        layer = IsaerftLayer(target, adapter_name, peft_config, load_sae(site))
+        layer.train(target.training)
+        setattr(parent, target_name, layer)
+
+    def enable_input_require_grads(self) -> None:
+        """Nothing, on purpose.
+
+        Trainers call this when gradient checkpointing is on, to make the embeddings' output require a gradient; that
+        would drag the backward pass through the whole frozen trunk. With non-reentrant checkpointing the block's own
+        parameters suffice, so gradients begin at the lowest site.
+        """
+
+    def _merging(self) -> None:
+        make_room(self.model, {self.peft_config[name].kind for name in self.active_adapters})
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge where it is exact (see ``merge.py``); ModelError elsewhere."""
+        self._merging()
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> Any:
+        if merge:
+            self._merging()
+        return super()._unload_and_optionally_merge(merge=merge, **kwargs)

@@ -1,0 +1,151 @@
+"""Frozen SAEs: read by sae_lens release and id, from a local folder, from this package, or made at random."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+
+from isaerft_sweep.errors import ModelError, suggest
+from isaerft_sweep.resources import asset
+
+OWN_RELEASE = "isaerft-sweep"
+"""The release whose SAEs ship with this package, or (``random-64x256``: d_in 64, 256 latents) are made at random."""
+
+
+@dataclass(frozen=True)
+class FrozenSae:
+    """A frozen SAE with an affine decoder: decode(f) = f @ decoder + constant.
+
+    ``decoder`` has shape [d_sae, d_in]; ``encode`` maps [..., d_in] to latents [..., d_sae].
+    """
+
+    sae: Any
+    decoder: torch.Tensor
+    fingerprint: str
+
+    @property
+    def d_sae(self) -> int:
+        return self.decoder.shape[0]
+
+    @property
+    def d_in(self) -> int:
+        return self.decoder.shape[1]
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """Latents of x [..., d_in], without a gradient for the SAE's own weights."""
+        if self.sae.W_dec.device != x.device:
+            self.sae.to(x.device)
+        return self.sae.encode(x)
+
+
+def load_sae(site: Mapping[str, Any]) -> FrozenSae:
+    """The SAE of one site (see ``IsaerftConfig.sites``), float32. Read once per process.
+
+    Raises ModelError when it cannot be had, is not the one the adapter was trained with, or has no affine decoder.
+    """
+    frozen = _load(site.get("sae_release"), site.get("sae_id"), site.get("sae_path"))
+    expected = site.get("fingerprint")
+    if expected and expected != frozen.fingerprint:
+        raise ModelError(
+            f"the SAE must be the one that the adapter was trained with (fingerprint {expected}), but {describe(site)} "
+            f"has {frozen.fingerprint}. Point sae_path at the right folder, or take the release that was used."
+        )
+    return frozen
+
+
+def describe(site: Mapping[str, Any]) -> str:
+    """A site's SAE in words, for errors and cards."""
+    return str(site.get("sae_path") or f"{site.get('sae_release')}/{site.get('sae_id')}")
+
+
+def check_fits(frozen: FrozenSae, site: Mapping[str, Any], hidden_size: int, layers: int) -> None:
+    """Raise ModelError unless the site's layer exists and its SAE reads the model's residual stream."""
+    if not 0 <= site["layer"] < layers:
+        raise ModelError(
+            f"a site's layer must be between 0 and {layers - 1} for this model but got {site['layer']}. "
+            "Set it: adapter.sites.0.layer=N."
+        )
+    if frozen.d_in != hidden_size:
+        raise ModelError(
+            f"the SAE must read vectors as wide as the model's hidden size {hidden_size}, but {describe(site)} reads "
+            f"{frozen.d_in}. Choose an SAE made for this model: adapter.sites.0.sae_release / sae_id or sae_path."
+        )
+
+
+@lru_cache(maxsize=8)
+def _load(release: str | None, sae_id: str | None, path: str | None) -> FrozenSae:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # sae_lens asks for transformer_lens flags that we do not use
+        sae = _read(release, sae_id, path)
+    sae.requires_grad_(False).eval()
+    decoder = _affine_decoder(sae, path or f"{release}/{sae_id}")
+    digest = hashlib.sha256(decoder.cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
+    return FrozenSae(sae, decoder, digest)
+
+
+def _read(release: str | None, sae_id: str | None, path: str | None) -> Any:
+    from sae_lens import SAE
+
+    if path:
+        folder = Path(path).expanduser()
+        if not (folder / "cfg.json").is_file():
+            raise ModelError(
+                f"sae_path must be a folder with cfg.json and sae_weights.safetensors (as sae_lens saves it) but got "
+                f"'{path}', where there is no cfg.json."
+            )
+        return SAE.load_from_disk(folder, dtype="float32")
+    if release == OWN_RELEASE:
+        return _own(str(sae_id))
+    try:
+        return SAE.from_pretrained(str(release), str(sae_id), dtype="float32")
+    except (OSError, ValueError, KeyError, ImportError, httpx.HTTPError) as error:
+        offline = " HF_HUB_OFFLINE is set, so the Hub was not asked." if os.environ.get("HF_HUB_OFFLINE") else ""
+        raise ModelError(
+            f"the SAE '{release}' / '{sae_id}' must be known to sae_lens and be in the Hub's cache or on a reachable "
+            f"Hub.{offline} First reason: {(str(error) or repr(error)).splitlines()[0]} Check both names, or download "
+            "it on a machine with internet, or give a local folder: sae_path=/path."
+        ) from error
+
+
+def _own(sae_id: str) -> Any:
+    from sae_lens import SAE, StandardSAE, StandardSAEConfig
+
+    size = re.fullmatch(r"random-(\d+)x(\d+)", sae_id)
+    if size:
+        sae = StandardSAE(StandardSAEConfig(d_in=int(size[1]), d_sae=int(size[2])))
+        generator = torch.Generator().manual_seed(0)
+        for parameter in sae.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator) / int(size[1]) ** 0.5
+        return sae
+    if not asset("sae", sae_id, "cfg.json").is_file():
+        shipped = [p.name for p in asset("sae").iterdir() if p.is_dir()]
+        raise ModelError(f"the release '{OWN_RELEASE}' has no SAE '{sae_id}'." + suggest(sae_id, shipped))
+    return SAE.load_from_disk(asset("sae", sae_id), dtype="float32")
+
+
+@torch.no_grad()
+def _affine_decoder(sae: Any, name: str) -> torch.Tensor:
+    """The matrix D [d_sae, d_in] with decode(f) = f @ D + decode(0), checked on random latents."""
+    decoder = sae.W_dec.detach().float()
+    if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
+        decoder = decoder / decoder.norm(dim=-1, keepdim=True)
+    if sae.cfg.normalize_activations == "none":
+        latents = torch.rand(4, decoder.shape[0], generator=torch.Generator().manual_seed(0)).to(decoder.device)
+        expected = sae.decode(latents) - sae.decode(torch.zeros_like(latents))
+        if torch.allclose(latents @ decoder, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item()):
+            return decoder
+    raise ModelError(
+        f"the SAE's decoder must be affine (one matrix and one offset for all tokens) but {name} "
+        f"({sae.cfg.architecture()}, normalize_activations={sae.cfg.normalize_activations}) is not. Fold the "
+        "normalisation into its weights, or choose another SAE."
+    )

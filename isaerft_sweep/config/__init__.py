@@ -1,0 +1,1 @@
+"""From Hydra's composed config to frozen, checked specs; nothing further in knows Hydra or OmegaConf."""

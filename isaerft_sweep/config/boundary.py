@@ -1,0 +1,75 @@
+"""The one crossing from OmegaConf to frozen specs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from isaerft_sweep.errors import ConfigError
+from isaerft_sweep.search.distributions import Categorical, Constant
+from isaerft_sweep.search.sweep_file import Metric, SweepDefinition, read_sweep_file
+from isaerft_sweep.specs import Experiment, SweepSpec, from_mapping
+
+
+def to_experiment(config: Any) -> Experiment:
+    """The composed config, checked. Raises ConfigError that names the key, the value and what is valid."""
+    try:
+        missing = sorted(OmegaConf.missing_keys(config))
+        if missing:
+            raise ConfigError(f"{missing[0]} must be set. Give it on the command line: {missing[0]}=VALUE.")
+        plain = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error).splitlines()[0]) from error
+    experiment: Experiment = from_mapping(Experiment, plain, "")  # type: ignore[arg-type]
+    check(experiment)
+    return experiment
+
+
+def check(experiment: Experiment) -> None:
+    """What no single field can tell."""
+    data, adapter = experiment.data, experiment.adapter
+    if data.source == "files" and not data.path:
+        raise ConfigError("data.path must name a file when data.source=files. Give it: data.path=/path/pairs.jsonl.")
+    if not adapter.sites:
+        raise ConfigError(
+            "adapter.sites must name at least one site but is empty. Give one: "
+            "'adapter.sites=[{layer: 20, sae_path: /path/to/sae}]'."
+        )
+    for i, site in enumerate(adapter.sites):
+        if (bool(site.sae_release) and bool(site.sae_id)) == bool(site.sae_path):
+            raise ConfigError(f"adapter.sites.{i} must have either sae_release with sae_id, or sae_path, but got {site}.")
+    layers = [site.layer for site in adapter.sites]
+    if len(set(layers)) != len(layers):
+        raise ConfigError(f"adapter.sites must have different layers but got {layers}.")
+    if adapter.rank is not None and adapter.kind not in ("linear", "mlp"):
+        raise ConfigError(f"adapter.rank must go with adapter.kind linear or mlp but got kind={adapter.kind}.")
+
+
+def to_definition(sweep: SweepSpec, experiment: Experiment) -> SweepDefinition:
+    """The search that the config asks for: the sweep file with its overrides, or with ``sweep=none`` one trial."""
+    if sweep.file is None:
+        point = {"orpo.learning_rate": Constant(experiment.orpo.learning_rate), "orpo.beta": Constant(experiment.orpo.beta)}
+        return SweepDefinition("grid", Metric("eval/log_odds_chosen", "maximize"), point, run_cap=1)
+    definition = read_sweep_file(Path(sweep.file).expanduser())
+    definition = replace(
+        definition, method=sweep.method or definition.method, run_cap=sweep.run_cap or definition.run_cap
+    )
+    if definition.method != "grid" and definition.run_cap is None:
+        raise ConfigError(
+            f"a sweep of method {definition.method} must say how many trials it runs: give run_cap in {sweep.file}, "
+            "or sweep.run_cap=N."
+        )
+    _check_values(definition, experiment)
+    return definition
+
+
+def _check_values(definition: SweepDefinition, experiment: Experiment) -> None:
+    """Every parameter's ends, or each of its values, must be valid for its config key: found now, not in trial 17."""
+    for key, distribution in definition.parameters.items():
+        values = distribution.choices if isinstance(distribution, (Categorical, Constant)) else None
+        for value in values if values is not None else (distribution.at(0.0), distribution.at(1.0)):
+            check(experiment.with_params({key: value}))

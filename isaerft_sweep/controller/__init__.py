@@ -1,0 +1,1 @@
+"""The loop: ask the sampler, dispatch, watch, tell, go on after anything."""

@@ -1,0 +1,152 @@
+"""Runs the sweep that an experiment describes, from preflight to leaderboard."""
+
+from __future__ import annotations
+
+import math
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from isaerft_sweep.config.boundary import to_definition
+from isaerft_sweep.controller.preflight import check_disk, check_trial_needs
+from isaerft_sweep.controller.progress import Progress
+from isaerft_sweep.controller.question import open_journal, question, sweep_folder
+from isaerft_sweep.controller.sweep import SweepController
+from isaerft_sweep.controller.trials import TrialFactory, new_sweep_id
+from isaerft_sweep.dispatch.base import Dispatcher
+from isaerft_sweep.environment import describe_environment, git_commit
+from isaerft_sweep.journal.files import write_json, write_text
+from isaerft_sweep.journal.folders import COMPLETED, SweepFolder
+from isaerft_sweep.journal.journal import Journal
+from isaerft_sweep.results import leaderboard
+from isaerft_sweep.search.sampler import Sampler
+from isaerft_sweep.search.sweep_file import SweepDefinition
+from isaerft_sweep.specs import Experiment, LauncherSpec, to_dict
+
+INTERRUPTED = 130
+
+
+@dataclass
+class StopRequest:
+    """How often the user has asked to stop."""
+
+    count: int = 0
+
+    @contextmanager
+    def on_signals(self) -> Iterator[None]:
+        """Count Ctrl-C and requests to end while the block runs, instead of raising in the middle of something."""
+
+        def note(_number: int, _frame: Any) -> None:
+            self.count += 1
+
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        before = {number: signal.signal(number, note) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def run_sweep(experiment: Experiment, overrides: Sequence[str] = ()) -> int:
+    """Run or go on with the sweep; the process's exit code: 0, 1 when no trial completed, 130 when stopped.
+
+    Raises IsaerftError before any trial is dispatched when something is wrong that the user can mend.
+    """
+    console = Console()
+    definition = to_definition(experiment.sweep, experiment)
+    folder = sweep_folder(experiment, definition)
+    check_disk(folder.path, experiment.launcher.min_free_gb)
+    asked = question(experiment, definition)
+    journal = open_journal(folder, asked)
+    try:
+        sampler = make_sampler(experiment, definition)
+        trials = count_trials(definition, sampler, len(journal.record.trials))
+        ended = sum(record.ended for record in journal.record.trials.values())
+        console.print(introduction(folder, definition, sampler, trials, ended), soft_wrap=True)
+        if ended < trials:
+            print_facts(console, check_trial_needs(experiment))
+        if not journal.record.sweep_id:
+            write_question(experiment, definition, folder)
+            journal.write("sweep", sweep_id=new_sweep_id(), question=asked)
+        stop = StopRequest()
+        with stop.on_signals(), Progress(console, definition.metric.name, trials) as view:
+            factory = TrialFactory(experiment, definition, folder, journal.record.sweep_id, git_commit(), overrides)
+            dispatcher = make_dispatcher(experiment.launcher, folder)
+            controller = SweepController(
+                journal, sampler, factory, dispatcher, experiment.launcher, trials, view, lambda: stop.count
+            )
+            controller.run()
+        return conclude(console, folder, definition, journal, trials, stop.count > 0)
+    finally:
+        journal.close()
+
+
+def make_sampler(experiment: Experiment, definition: SweepDefinition) -> Sampler:
+    """The sampler of the definition's method."""
+    sweep = experiment.sweep
+    return Sampler(definition.parameters, definition.method, sweep.seed, definition.metric.sign, sweep.repeats)
+
+
+def count_trials(definition: SweepDefinition, sampler: Sampler, existing: int) -> int:
+    """How many trials the sweep shall have: its cap, or fewer when the space has no more points."""
+    cap = definition.run_cap if definition.run_cap is not None else sampler.size
+    return max(existing, int(cap if sampler.repeats else min(cap, sampler.size)))
+
+
+def make_dispatcher(launcher: LauncherSpec, folder: SweepFolder) -> Dispatcher:
+    """The place where trials run."""
+    if launcher.kind == "slurm":
+        from isaerft_sweep.dispatch.slurm import SlurmDispatcher
+
+        return SlurmDispatcher(launcher, folder.jobs)
+    from isaerft_sweep.dispatch.local import LocalDispatcher
+
+    return LocalDispatcher(launcher, folder.jobs)
+
+
+def write_question(experiment: Experiment, definition: SweepDefinition, folder: SweepFolder) -> None:
+    """What was asked, for people: the sweep file, the composed config, and what it is run with."""
+    write_text(folder.definition, yaml.safe_dump(dict(definition.raw), sort_keys=False))
+    write_text(folder.config, yaml.safe_dump(to_dict(experiment), sort_keys=False))
+    write_json(folder.environment, describe_environment())
+
+
+def introduction(folder: SweepFolder, definition: SweepDefinition, sampler: Sampler, trials: int, ended: int) -> str:
+    """What is about to happen, in two lines."""
+    size = "" if sampler.size == math.inf else f" of {sampler.size:g} points"
+    done = f", {ended} already ended" if ended else ""
+    early = (
+        "\nearly_terminate is read and checked, but trials are not stopped early yet." if definition.early_terminate else ""
+    )
+    return f"sweep  {folder.path}\n       {trials} trials{size}, method {definition.method}{done}{early}"
+
+
+def print_facts(console: Console, facts: dict[str, Any]) -> None:
+    """What the preflight found."""
+    lines = [f"model  {facts['model']}", *(f"SAE    {sae}" for sae in facts["saes"]), f"data   {facts['data']}"]
+    console.print("\n".join(lines), soft_wrap=True, highlight=False)
+
+
+def conclude(
+    console: Console, folder: SweepFolder, definition: SweepDefinition, journal: Journal, trials: int, stopped: bool
+) -> int:
+    """Write and print the leaderboard; the exit code."""
+    records = list(journal.record.trials.values())
+    entries = leaderboard.rank(records, folder, definition.metric)
+    leaderboard.write_csv(entries, folder.leaderboard)
+    ended = sum(record.ended for record in records)
+    if ended:
+        console.print(leaderboard.table(entries, definition.metric), *leaderboard.notes(entries, definition.metric, folder), sep="\n")
+    if stopped:
+        console.print(f"Stopped with {ended} of {trials} trials ended; nothing is left running. The same command goes on.")
+        return INTERRUPTED
+    if ended < trials:
+        reason = next((r.message for r in records if r.given_up), "")
+        console.print(f"Ended after {ended} trials, since none of them completed: {reason}", soft_wrap=True, style="red")
+    return 0 if any(r.state == COMPLETED for r in records) else 1

@@ -1,0 +1,206 @@
+"""The controller's loop over the trials of one sweep."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from isaerft_sweep.controller.trials import TrialFactory
+from isaerft_sweep.dispatch.base import Dispatcher
+from isaerft_sweep.dispatch.job import TrialJob
+from isaerft_sweep.journal.folders import COMPLETED, FAILED, FINAL, STOPPED
+from isaerft_sweep.journal.journal import Journal, TrialRecord
+from isaerft_sweep.search.sampler import Sampler
+from isaerft_sweep.specs import LauncherSpec
+
+ENDING_S = 30.0
+"""How long a worker may take to exit after it has said that its trial is over."""
+
+
+class View(Protocol):
+    """Who is told what happens."""
+
+    def update(self, records: list[TrialRecord], statuses: dict[int, dict[str, Any]]) -> None: ...
+
+    def event(self, record: TrialRecord) -> None: ...
+
+
+@dataclass
+class Ending:
+    """How an attempt ended: a state of ``journal.folders``, what was measured and a message for people."""
+
+    state: str
+    metric: float | None
+    message: str
+    seconds: float
+    can_retry: bool
+
+
+class SweepController:
+    """Runs trials until the sweep has as many as it should, or until ``stopping`` says so.
+
+    Everything it knows is in the journal and in the trials' folders: a new controller goes on where the last one was.
+    """
+
+    def __init__(
+        self,
+        journal: Journal,
+        sampler: Sampler,
+        factory: TrialFactory,
+        dispatcher: Dispatcher,
+        launcher: LauncherSpec,
+        trials: int,
+        view: View,
+        stopping: Callable[[], int],
+    ) -> None:
+        self.journal, self.sampler, self.factory, self.dispatcher = journal, sampler, factory, dispatcher
+        self.launcher, self.trials, self.view, self.stopping = launcher, trials, view, stopping
+        self.records = journal.record.trials
+        self.active: dict[int, TrialRecord] = {}
+        self.waiting: list[TrialRecord] = []
+        self.statuses: dict[int, dict[str, Any]] = {}
+        self.exhausted = False
+        self._told_to_stop: dict[int, float] = {}
+        self._restore()
+
+    def run(self) -> None:
+        """Return when every trial has ended, or after a request to stop when no job is left running."""
+        while True:
+            self._poll()
+            if self.stopping():
+                self._stop_jobs()
+                if not self.active:
+                    return
+            elif not self._fill():
+                return
+            self.view.update(list(self.records.values()), self.statuses)
+            time.sleep(self.launcher.poll_s)
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether trials only fail: none has completed and as many as allowed were given up."""
+        states = [r.state for r in self.records.values()]
+        return COMPLETED not in states and sum(r.given_up for r in self.records.values()) >= self.launcher.max_failures
+
+    def _restore(self) -> None:
+        for record in sorted(self.records.values(), key=lambda r: r.index):
+            self.sampler.restore(record.point)
+            if record.ended:
+                self.sampler.tell(record.point, record.metric)
+            elif record.job is not None:
+                self.active[record.index] = record
+            else:
+                self.waiting.append(record)
+
+    def _fill(self) -> bool:
+        """Use the free slots; False when nothing is left to do."""
+        while len(self.active) < self.dispatcher.slots and not self.hopeless:
+            record = self.waiting.pop(0) if self.waiting else self._new_trial()
+            if record is None:
+                break
+            self._dispatch(record)
+        return bool(self.active)
+
+    def _new_trial(self) -> TrialRecord | None:
+        if self.exhausted or len(self.records) >= self.trials:
+            return None
+        point = self.sampler.ask()
+        if point is None:
+            self.exhausted = True
+            return None
+        index = len(self.records)
+        spec = self.factory.make(index, point)
+        self.journal.write(
+            "trial", index=index, name=spec.name, run_id=spec.run_id, params=dict(point.params), unit=dict(point.unit)
+        )
+        return self.records[index]
+
+    def _dispatch(self, record: TrialRecord) -> None:
+        folder = self.factory.folder.trial(record.name)
+        # the folder may know of an attempt that the journal does not: a controller died right after dispatching it
+        attempt = max(record.attempt, folder.current_attempt()) + 1
+        folder.begin_attempt(attempt)
+        threads: int | None = getattr(self.dispatcher, "threads", None)
+        job = self.dispatcher.submit(TrialJob(str(folder.path), attempt, threads))
+        self.journal.write("dispatch", index=record.index, attempt=attempt, job=dict(job))
+        self.active[record.index] = record
+        self.statuses.pop(record.index, None)
+        self.view.event(record)
+
+    def _poll(self) -> None:
+        records = list(self.active.values())
+        alive = self.dispatcher.alive([r.job for r in records if r.job is not None])
+        for record, living in zip(records, alive, strict=True):
+            status = self._read_status(record)
+            if not living:
+                self._settle(record, self._read_status(record))
+            elif self._overdue(status):
+                assert record.job is not None
+                self.dispatcher.kill(record.job)
+
+    def _read_status(self, record: TrialRecord) -> dict[str, Any]:
+        """The worker's last word in this attempt."""
+        status = self.factory.folder.trial(record.name).read_status()
+        if status.get("attempt") != record.attempt:
+            return {}
+        self.statuses[record.index] = status
+        return status
+
+    def _overdue(self, status: dict[str, Any]) -> bool:
+        """Whether a living worker has hung: over but not gone, or silent for too long."""
+        if not status:
+            return False
+        limit_s = ENDING_S if status["state"] in (*FINAL, STOPPED, FAILED) else self.launcher.heartbeat_s
+        return bool(time.time() - status["heartbeat"] > limit_s)
+
+    def _settle(self, record: TrialRecord, status: dict[str, Any]) -> None:
+        ending = self._judge(record, status)
+        failures = record.failures + (ending.state == FAILED)
+        given_up = ending.state == FAILED and (not ending.can_retry or failures > self.launcher.max_retries)
+        self.journal.write(
+            "end",
+            index=record.index,
+            state=ending.state,
+            metric=ending.metric,
+            message=ending.message,
+            seconds=ending.seconds,
+            given_up=given_up,
+        )
+        del self.active[record.index]
+        self._told_to_stop.pop(record.index, None)
+        if record.ended:
+            self.sampler.tell(record.point, record.metric)
+        else:
+            self.waiting.append(record)
+        self.view.event(record)
+
+    def _judge(self, record: TrialRecord, status: dict[str, Any]) -> Ending:
+        """What came of an attempt whose job is gone, from the worker's last word alone."""
+        state, message = status.get("state"), str(status.get("message", ""))
+        seconds = float(status.get("ended", status.get("heartbeat", 0)) - status.get("started", 0)) if status else 0.0
+        if state == COMPLETED:
+            return Ending(COMPLETED, status.get("metric"), message, seconds, False)
+        if state in FINAL or state == STOPPED:
+            return Ending(str(state), None, message, seconds, True)
+        if record.index in self._told_to_stop:
+            return Ending(STOPPED, None, "ended before it could write a checkpoint", seconds, True)
+        if state != FAILED:
+            assert record.job is not None
+            last = self.dispatcher.log_tail(record.job)
+            message = "its process ended without a word (killed, out of memory, or the node was lost)"
+            message += f"; its last lines:\n{last}" if last else ""
+        return Ending(FAILED, None, message, seconds, can_retry=not status.get("user_error"))
+
+    def _stop_jobs(self) -> None:
+        """Ask every job once to checkpoint and end; end it by force after the grace period or a second request."""
+        for record in self.active.values():
+            assert record.job is not None
+            asked = self._told_to_stop.get(record.index)
+            if asked is None:
+                self.factory.folder.trial(record.name).ask_to_stop()
+                self.dispatcher.cancel(record.job)
+                self._told_to_stop[record.index] = time.monotonic()
+            elif self.stopping() > 1 or time.monotonic() - asked > self.launcher.grace_s:
+                self.dispatcher.kill(record.job)

@@ -1,0 +1,84 @@
+"""Turns a sampled point into a trial: its config, names, ids and folder."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from isaerft_sweep import naming
+from isaerft_sweep.journal.folders import SweepFolder
+from isaerft_sweep.search.sampler import Point
+from isaerft_sweep.search.sweep_file import SweepDefinition
+from isaerft_sweep.specs import Experiment, TrialSpec, identity
+
+ALPHABET = "0123456789abcdefghijklmnopqrstuvwxyz"
+
+
+def new_sweep_id() -> str:
+    """Eight characters, as W&B's sweep ids."""
+    return "".join(secrets.choice(ALPHABET) for _ in range(8))
+
+
+def run_id(sweep_id: str, index: int) -> str:
+    """The W&B run id of a trial: eight characters that its sweep and number decide, the same after any restart."""
+    number = int.from_bytes(hashlib.sha256(f"{sweep_id}/{index}".encode()).digest()[:8], "big")
+    return "".join(ALPHABET[(number // 36**i) % 36] for i in range(8))
+
+
+@dataclass(frozen=True)
+class TrialFactory:
+    """Makes the trials of one sweep. ``overrides`` are the command line's, for the command that reproduces a trial."""
+
+    experiment: Experiment
+    definition: SweepDefinition
+    folder: SweepFolder
+    sweep_id: str
+    git_commit: str | None
+    overrides: Sequence[str] = ()
+
+    def make(self, index: int, point: Point) -> TrialSpec:
+        """The trial's spec, with names that nobody else has; its folder is written."""
+        experiment = self.experiment.with_params(point.params)
+        orpo, now = experiment.orpo, datetime.now()
+
+        def candidate(grow: int) -> str:
+            return naming.run_name(
+                experiment.model.name,
+                orpo.learning_rate,
+                orpo.beta,
+                now,
+                prefix=experiment.run_prefix,
+                grow=grow,
+                salt=f"{self.sweep_id}/{index}",
+            )
+
+        name = naming.reserve(self.folder.names, candidate)
+        spec = TrialSpec(
+            index=index,
+            name=name,
+            model_name=naming.model_name(experiment.model.name, name),
+            run_id=run_id(self.sweep_id, index),
+            sweep_id=self.sweep_id,
+            sweep_name=self.folder.path.name,
+            identity=identity(experiment),
+            created=now.isoformat(timespec="seconds"),
+            params=dict(point.params),
+            metric=self.definition.metric.name,
+            goal=self.definition.metric.goal,
+            tags=naming.tags(orpo.learning_rate, orpo.beta, (*experiment.tags, *experiment.tracker.tags)),
+            command=self._command(point),
+            git_commit=self.git_commit,
+            experiment=experiment,
+        )
+        self.folder.trial(name).create(spec)
+        return spec
+
+    def _command(self, point: Point) -> str:
+        """What runs this one trial again."""
+        kept = [o for o in self.overrides if not o.lstrip("+").startswith(("sweep=", "sweep.", "name=", "launcher"))]
+        sampled = [f"{key}={value!r}" if not isinstance(value, str) else f"{key}={value}" for key, value in point.params.items()]
+        return shlex.join(["python", "-m", "isaerft_sweep.launch", *kept, "sweep=none", *sampled])

@@ -1,0 +1,112 @@
+"""Trials as processes on this machine, one per visible GPU by default, through submitit's local executor."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import submitit
+
+from isaerft_sweep.dispatch.base import Dispatcher, JobRef, tail
+from isaerft_sweep.dispatch.job import TrialJob
+from isaerft_sweep.dispatch.processes import descendants, is_running, start_time
+from isaerft_sweep.specs import LauncherSpec
+
+
+class LocalDispatcher(Dispatcher):
+    """Jobs outlive the controller: a controller that was killed finds them again by process id and start time."""
+
+    def __init__(self, spec: LauncherSpec, folder: Path) -> None:
+        self.folder = folder
+        self.devices = visible_gpus()
+        self.slots = spec.slots or max(1, len(self.devices))
+        self.threads = spec.threads or max(1, (os.cpu_count() or 1) // self.slots)
+        self._timeout_min = spec.timeout_min
+        self._grace_s = int(spec.grace_s)
+        self._jobs: dict[int, submitit.Job[Any]] = {}
+        self._device_of: dict[int, int] = {}
+
+    def submit(self, job: TrialJob) -> JobRef:
+        executor = submitit.LocalExecutor(folder=self.folder)
+        device = self._free_device()
+        executor.update_parameters(
+            timeout_min=self._timeout_min,
+            signal_delay_s=self._grace_s,
+            stderr_to_stdout=True,
+            gpus_per_node=0 if device is None else 1,
+            visible_gpus=() if device is None else (device,),
+        )
+        with shielded_from_terminal():
+            running = executor.submit(job)
+        pid = int(running.job_id)
+        self._jobs[pid] = running
+        if device is not None:
+            self._device_of[pid] = device
+        return {"kind": "local", "pid": pid, "start": start_time(pid), "device": device}
+
+    def alive(self, refs: Iterable[JobRef]) -> list[bool]:
+        return [self._alive(ref) for ref in refs]
+
+    def _alive(self, ref: JobRef) -> bool:
+        job = self._jobs.get(ref["pid"])
+        if job is not None:
+            job.done()  # reaps the process, so that it does not stay a zombie
+        running = is_running(ref["pid"], ref["start"])
+        if not running:
+            self._jobs.pop(ref["pid"], None)
+            self._device_of.pop(ref["pid"], None)
+        elif ref.get("device") is not None:
+            self._device_of[ref["pid"]] = ref["device"]
+        return running
+
+    def cancel(self, ref: JobRef) -> None:
+        # submitit's process passes SIGTERM on to the trial and waits for it
+        if is_running(ref["pid"], ref["start"]):
+            os.kill(ref["pid"], signal.SIGTERM)
+
+    def kill(self, ref: JobRef) -> None:
+        if is_running(ref["pid"], ref["start"]):
+            for pid in [*descendants(ref["pid"]), ref["pid"]]:
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    continue
+
+    def log_tail(self, ref: JobRef, lines: int = 15) -> str:
+        return tail(self.folder / f"{ref['pid']}_0_log.out", lines)
+
+    def _free_device(self) -> int | None:
+        if not self.devices:
+            return None
+        used = list(self._device_of.values())
+        return min(self.devices, key=used.count)
+
+
+def visible_gpus() -> list[int]:
+    """Numbers of the GPUs that this process may use, without loading CUDA: CUDA_VISIBLE_DEVICES, else nvidia-smi."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is not None:
+        return [int(part) for part in given.split(",") if part.strip().isdigit()]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=False)
+    return list(range(sum(line.startswith("GPU ") for line in done.stdout.splitlines())))
+
+
+@contextmanager
+def shielded_from_terminal() -> Iterator[None]:
+    """Processes started in this block do not get the terminal's Ctrl-C: the controller tells them itself, in order.
+
+    A blocked signal is inherited, and one that arrives meanwhile is delivered to this process afterwards.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

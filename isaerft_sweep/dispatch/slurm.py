@@ -1,0 +1,68 @@
+"""Trials as SLURM jobs, through submitit's SLURM executor."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+
+import submitit
+
+from isaerft_sweep.dispatch.base import Dispatcher, JobRef, tail
+from isaerft_sweep.dispatch.job import TrialJob
+from isaerft_sweep.errors import LaunchError
+from isaerft_sweep.specs import LauncherSpec
+
+OVER = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
+
+
+class SlurmDispatcher(Dispatcher):
+    """One SLURM job per trial; jobs outlive the controller and are found again by their id."""
+
+    def __init__(self, spec: LauncherSpec, folder: Path) -> None:
+        self.folder = folder
+        self.slots = spec.slots or 1
+        self.threads = spec.threads
+        try:
+            self.executor = submitit.SlurmExecutor(folder=folder)
+            self.executor.update_parameters(
+                time=spec.timeout_min, signal_delay_s=int(spec.grace_s), stderr_to_stdout=True, **_slurm_names(dict(spec.slurm))
+            )
+        except RuntimeError as error:
+            raise LaunchError(f"launcher=slurm needs sbatch on this machine: {error}. Or use launcher=local.") from error
+        except (ValueError, TypeError) as error:
+            raise LaunchError(f"launcher.slurm has a parameter that submitit does not know: {error}") from error
+
+    def submit(self, job: TrialJob) -> JobRef:
+        try:
+            return {"kind": "slurm", "id": self.executor.submit(job).job_id}
+        except (submitit.core.utils.FailedJobError, subprocess.CalledProcessError) as error:
+            raise LaunchError(f"sbatch refused the job: {error}") from error
+
+    def alive(self, refs: Iterable[JobRef]) -> list[bool]:
+        ids = [ref["id"] for ref in refs]
+        if not ids:
+            return []
+        command = ["squeue", "--noheader", "--states=all", "--format=%i %T", f"--jobs={','.join(ids)}"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        if done.returncode and "Invalid job id" not in done.stderr:
+            return [True] * len(ids)  # the controller of the cluster does not answer: nothing is known, so nothing ended
+        states = dict(line.split(maxsplit=1) for line in done.stdout.splitlines() if line.strip())
+        return [states.get(job, "COMPLETED").strip() not in OVER for job in ids]
+
+    def cancel(self, ref: JobRef) -> None:
+        subprocess.run(["scancel", "--signal=TERM", "--full", ref["id"]], capture_output=True, timeout=120, check=False)
+        subprocess.run(["scancel", "--state=PENDING", ref["id"]], capture_output=True, timeout=120, check=False)
+
+    def kill(self, ref: JobRef) -> None:
+        subprocess.run(["scancel", ref["id"]], capture_output=True, timeout=120, check=False)
+
+    def log_tail(self, ref: JobRef, lines: int = 15) -> str:
+        return tail(self.folder / f"{ref['id']}_0_log.out", lines)
+
+
+def _slurm_names(given: dict[str, object]) -> dict[str, object]:
+    """submitit's common names as its SlurmExecutor spells them."""
+    if "mem_gb" in given:
+        given["mem"] = f"{given.pop('mem_gb')}GB"
+    return given

@@ -1,0 +1,175 @@
+"""Every file name of a sweep and of a trial, and the protocol between controller and worker.
+
+A worker writes only inside its own trial folder. Attempts are fenced: the controller raises the attempt number before it
+dispatches a trial again, and a worker of an older attempt (an orphan of a node thought dead) may write nothing more.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from isaerft_sweep.errors import IsaerftError
+from isaerft_sweep.journal.files import read_json, read_rows, write_json
+from isaerft_sweep.specs import TrialSpec, to_dict
+
+RUNNING, COMPLETED, DIVERGED, FAILED, STOPPED = "running", "completed", "diverged", "failed", "stopped"
+FINAL = (COMPLETED, DIVERGED)
+"""States that are never run again; ``failed`` and ``stopped`` are, within bounds."""
+
+
+class Superseded(IsaerftError):
+    """A newer attempt of the same trial has begun: this worker must end without writing."""
+
+
+@dataclass(frozen=True)
+class SweepFolder:
+    """``outputs/<sweep>``: the question, the journal and the trials."""
+
+    path: Path
+
+    @property
+    def journal(self) -> Path:
+        return self.path / "journal.jsonl"
+
+    @property
+    def lock(self) -> Path:
+        return self.path / ".lock"
+
+    @property
+    def definition(self) -> Path:
+        return self.path / "sweep.yaml"
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def environment(self) -> Path:
+        return self.path / "environment.json"
+
+    @property
+    def leaderboard(self) -> Path:
+        return self.path / "leaderboard.csv"
+
+    @property
+    def jobs(self) -> Path:
+        return self.path / "jobs"
+
+    @property
+    def names(self) -> Path:
+        """Where names are reserved: shared by all sweeps of one output folder."""
+        return self.path.parent / ".names"
+
+    def trial(self, name: str) -> TrialFolder:
+        return TrialFolder(self.path / "trials" / name)
+
+
+@dataclass(frozen=True)
+class TrialFolder:
+    """``trials/<run name>``."""
+
+    path: Path
+
+    @property
+    def spec(self) -> Path:
+        return self.path / "spec.json"
+
+    @property
+    def status(self) -> Path:
+        return self.path / "status.json"
+
+    @property
+    def attempt(self) -> Path:
+        return self.path / "attempt.json"
+
+    @property
+    def stop(self) -> Path:
+        return self.path / "stop"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def card(self) -> Path:
+        return self.path / "README.md"
+
+    @property
+    def environment(self) -> Path:
+        return self.path / "environment.json"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log.out"
+
+    def create(self, spec: TrialSpec) -> None:
+        """Make the folder and write the spec. Safe to call again after a crash."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.spec, to_dict(spec))
+
+    def read_spec(self) -> TrialSpec:
+        return TrialSpec.from_json(read_json(self.spec))
+
+    def begin_attempt(self, number: int) -> None:
+        """Fence off every earlier attempt, and forget an old request to stop. Called by the controller."""
+        self.stop.unlink(missing_ok=True)
+        write_json(self.attempt, {"attempt": number})
+
+    def current_attempt(self) -> int:
+        return int((read_json(self.attempt) or {"attempt": 0})["attempt"])
+
+    def ask_to_stop(self) -> None:
+        """Ask the worker, wherever it runs, to checkpoint and end after its present step."""
+        self.stop.touch()
+
+    def read_status(self) -> dict[str, Any]:
+        """The worker's last word; empty before its first."""
+        return read_json(self.status) or {}
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """One row per logged step: ``step``, ``time`` (seconds since the epoch) and metrics by W&B name."""
+        return read_rows(self.metrics)
+
+
+class StatusWriter:
+    """A worker's side of the protocol: says what state the trial is in, as long as its attempt is the current one."""
+
+    def __init__(self, folder: TrialFolder, attempt: int, min_interval_s: float = 1.0) -> None:
+        self.folder, self.attempt, self.min_interval_s = folder, attempt, min_interval_s
+        self._last_s = 0.0
+        self._facts: dict[str, Any] = {
+            "attempt": attempt,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started": time.time(),
+        }
+
+    def check(self) -> None:
+        """Raise Superseded when a newer attempt has begun."""
+        current = self.folder.current_attempt()
+        if current != self.attempt:
+            raise Superseded(f"attempt {self.attempt} of {self.folder.path.name} was replaced by attempt {current}.")
+
+    def write(self, state: str, facts: Mapping[str, Any] | None = None, *, force: bool = True) -> None:
+        """Replace the status. Without ``force`` at most every ``min_interval_s`` seconds."""
+        self._facts.update(facts or {})
+        now = time.time()
+        if not force and now - self._last_s < self.min_interval_s:
+            return
+        self.check()
+        write_json(self.folder.status, {**self._facts, "state": state, "heartbeat": now})
+        self._last_s = now

@@ -1,0 +1,137 @@
+"""The sweep's journal: one JSON line per event, appended and flushed to disk before anything follows from it.
+
+One process writes it, under a lock that the kernel frees on any death. A torn last line (a crash while writing) was never
+acted on and is cut off; a broken line further up is an error that names it, since guessing could repeat or lose a trial.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from isaerft_sweep.errors import FolderError, JournalError
+from isaerft_sweep.journal.folders import FINAL, SweepFolder
+from isaerft_sweep.search.sampler import Point
+
+
+@dataclass
+class TrialRecord:
+    """What the journal knows of one trial. ``job`` is the present attempt's, None when none is under way."""
+
+    index: int
+    name: str
+    run_id: str
+    point: Point
+    attempt: int = 0
+    job: Mapping[str, Any] | None = None
+    state: str = "created"
+    metric: float | None = None
+    message: str = ""
+    seconds: float = 0.0
+    failures: int = 0
+    given_up: bool = False
+
+    @property
+    def ended(self) -> bool:
+        """Whether this trial will not be run again."""
+        return self.state in FINAL or self.given_up
+
+
+@dataclass
+class SweepRecord:
+    """A journal, replayed."""
+
+    sweep_id: str = ""
+    question: str = ""
+    trials: dict[int, TrialRecord] = field(default_factory=dict)
+
+    def apply(self, event: Mapping[str, Any]) -> None:
+        """Take in one event. Raises KeyError, TypeError or ValueError when it is not a valid one."""
+        handler = getattr(self, f"_on_{event['event']}", None)
+        if handler is None:
+            raise ValueError(f"unknown event {event['event']!r}")
+        handler(event)
+
+    def _on_sweep(self, event: Mapping[str, Any]) -> None:
+        self.sweep_id, self.question = event["sweep_id"], event["question"]
+
+    def _on_trial(self, event: Mapping[str, Any]) -> None:
+        point = Point(event["params"], event["unit"])
+        self.trials[event["index"]] = TrialRecord(event["index"], event["name"], event["run_id"], point)
+
+    def _on_dispatch(self, event: Mapping[str, Any]) -> None:
+        trial = self.trials[event["index"]]
+        trial.attempt, trial.job, trial.state = event["attempt"], event["job"], "queued"
+
+    def _on_end(self, event: Mapping[str, Any]) -> None:
+        trial = self.trials[event["index"]]
+        trial.job, trial.state, trial.message = None, event["state"], event["message"]
+        trial.metric, trial.given_up = event["metric"], event["given_up"]
+        trial.seconds += event["seconds"]
+        trial.failures += event["state"] == "failed"
+
+
+class Journal:
+    """The journal of one sweep, open for writing by this process alone."""
+
+    def __init__(self, folder: SweepFolder) -> None:
+        """Lock and replay. Raises FolderError when another controller runs this sweep, JournalError on a broken line."""
+        self.folder = folder
+        folder.path.mkdir(parents=True, exist_ok=True)
+        self._lock = folder.lock.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._lock.close()
+            raise FolderError(
+                f"the sweep in {folder.path} is being run by another process. Wait for it or stop it; or start another "
+                "sweep: name=NAME."
+            ) from error
+        self.record = SweepRecord()
+        good_bytes = replay(folder.journal, self.record)
+        self._file = os.open(folder.journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.ftruncate(self._file, good_bytes)
+
+    def write(self, event: str, **facts: Any) -> None:
+        """Append an event, wait until the disk has it, then apply it."""
+        content = {"event": event, "time": round(time.time(), 3), **facts}
+        line = json.dumps(content, separators=(",", ":"), allow_nan=False) + "\n"
+        try:
+            os.write(self._file, line.encode())
+            os.fsync(self._file)
+        except OSError as error:
+            raise FolderError(
+                f"{self.folder.journal} cannot be written ({error.strerror}). Make room or mend the disk, then run the "
+                "same command again: nothing that is in the journal is lost."
+            ) from error
+        self.record.apply(content)
+
+    def close(self) -> None:
+        """Free the sweep for another controller."""
+        os.close(self._file)
+        self._lock.close()
+
+
+def replay(path: Path, record: SweepRecord) -> int:
+    """Apply the journal in ``path`` to ``record``; returns the length in bytes of its whole lines."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return 0
+    end = content.rfind(b"\n") + 1
+    for number, line in enumerate(content[:end].split(b"\n")[:-1], 1):
+        try:
+            record.apply(json.loads(line))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise JournalError(
+                f"{path}, line {number} is not a journal entry ({error}): {line[:80]!r}. Nothing was changed. Restore "
+                "the file from a backup, or delete that line: a trial whose line is gone is run again, and every "
+                f"finished trial's results stay in {path.parent / 'trials'}."
+            ) from error
+    return end

@@ -1,0 +1,36 @@
+"""Compose the config, then run the sweep it describes: ``python -m isaerft_sweep.launch model=… sweep=…``."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import hydra
+import hydra.core.hydra_config
+
+from isaerft_sweep.config.schema import register
+from isaerft_sweep.errors import IsaerftError
+from isaerft_sweep.resources import folder
+
+register()
+
+
+@hydra.main(version_base="1.3", config_path=str(folder("conf")), config_name="config")
+def main(config: Any) -> None:
+    """Run the composed sweep; exit 2 on an error that the user can mend, 1 when no trial succeeded, 130 on Ctrl-C."""
+    from isaerft_sweep.config.boundary import to_experiment
+
+    try:
+        experiment = to_experiment(config)
+        from isaerft_sweep.controller.run import run_sweep
+
+        code = run_sweep(experiment, hydra.core.hydra_config.HydraConfig.get().overrides.task)
+    except IsaerftError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    if code:
+        sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Frozen language models and their tokenizers, from wherever they come."""

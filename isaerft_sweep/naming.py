@@ -1,0 +1,115 @@
+"""Names of runs and models: for people, unique, valid for W&B, the Hub and folders, and readable back.
+
+The forms are those of the published run (see ``docs/reference.md``): ``run-gemma-2-2b-lr3.6e-05-beta0.2-20250228-2228``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from hashlib import sha256
+from pathlib import Path
+
+from isaerft_sweep.errors import ConfigError
+
+HUB_LIMIT = 96
+"""Longest repository id that the Hub accepts, characters."""
+MODEL_LIMIT = 24
+"""Longest model part of a run name: what the Hub's limit leaves when a name has grown on a clash."""
+METHOD = "-FT-ORPO-ISAERFT_"
+
+_PARSER = re.compile(
+    r"^(?:(?P<upper>.+?)-FT-ORPO-ISAERFT_)?(?P<prefix>run-)?(?P<model>.+)"
+    r"-lr(?P<lr>\d\.\de[+-]\d{2,3})-beta(?P<beta>[0-9.]+(?:e[+-]?\d+)?)"
+    r"-(?P<date>\d{8})-(?P<time>\d{4}(?:\d{2})?)(?:-(?P<mark>[0-9a-f]{6}))?$"
+)
+
+
+@dataclass(frozen=True)
+class ParsedName:
+    """What a name says. ``learning_rate`` has two digits there; the trial's tags and config have all of them."""
+
+    model: str
+    learning_rate: float
+    beta: float
+    started: datetime
+    prefix: str
+    mark: str | None
+
+
+def run_name(
+    model: str, learning_rate: float, beta: float, started: datetime, *, prefix: str = "run-", grow: int = 0, salt: str = ""
+) -> str:
+    """The name of a run.
+
+    Args:
+        model: model name or Hub id; its last part is used.
+        learning_rate: shown as ``{:.1e}``.
+        beta: shown as given (``0.2``); beyond six characters with four digits.
+        started: shown to the minute.
+        prefix: ``run-``, or empty as the later published runs have it.
+        grow: 0 as published; 1 adds the seconds; 2 also adds six hex digits of a hash of the point and ``salt``.
+        salt: told apart by the hash: the sweep's id and the trial's number.
+    """
+    if not (learning_rate > 0 and beta >= 0):
+        raise ConfigError(f"a run name needs a learning rate above 0 and beta at least 0, got {learning_rate}, {beta}.")
+    when = started.strftime("%Y%m%d-%H%M%S" if grow else "%Y%m%d-%H%M")
+    name = f"{prefix}{clean(model)[:MODEL_LIMIT].rstrip('-._')}-lr{learning_rate:.1e}-beta{show_beta(beta)}-{when}"
+    if grow >= 2:
+        name += "-" + sha256(f"{learning_rate!r}|{beta!r}|{salt}|{grow}".encode()).hexdigest()[:6]
+    return name
+
+
+def model_name(model: str, run: str) -> str:
+    """``GEMMA-2-2B-FT-ORPO-ISAERFT_run-…``: the repository's name; its first part is cut when the Hub's limit demands it."""
+    room = HUB_LIMIT - len(METHOD) - len(run)
+    return clean(model).upper()[:room].rstrip("-._") + METHOD + run
+
+
+def tags(learning_rate: float, beta: float, extra: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """Tags of the run and its card; learning rate and beta at full precision."""
+    return ("generated_from_trainer", *extra, "isaerft", f"lr_{learning_rate!r}", f"beta_{beta!r}")
+
+
+def show_beta(beta: float) -> str:
+    """``0.2`` as given; a long one with four digits, since the tags carry it whole."""
+    exact = repr(beta)
+    return exact if len(exact) <= 6 else f"{beta:.4g}"
+
+
+def clean(model: str) -> str:
+    """The last part of a model's name with only the characters that the Hub allows, none of them doubled."""
+    last = re.split(r"[/\\]", model.rstrip("/\\"))[-1]
+    return re.sub(r"([-._])[-._]*", r"\1", re.sub(r"[^A-Za-z0-9._-]+", "-", last)).strip("-._") or "model"
+
+
+def parse(name: str) -> ParsedName:
+    """Read a run name or model name back. Raises ConfigError when it is neither."""
+    found = _PARSER.match(name)
+    if found is None:
+        raise ConfigError(
+            f"'{name}' is not a run name; one looks like run-gemma-2-2b-lr3.6e-05-beta0.2-20250228-2228, "
+            "with or without run-, or with MODEL-FT-ORPO-ISAERFT_ before it."
+        )
+    when = datetime.strptime(found["date"] + found["time"], "%Y%m%d%H%M%S" if len(found["time"]) == 6 else "%Y%m%d%H%M")
+    return ParsedName(found["model"], float(found["lr"]), float(found["beta"]), when, found["prefix"] or "", found["mark"])
+
+
+def reserve(registry: Path, candidate: Callable[[int], str]) -> str:
+    """The first of ``candidate(0)``, ``candidate(1)``, … that nobody has taken, now taken for good.
+
+    ``registry`` is a folder shared by all sweeps of one output folder; taking a name makes an empty file there, which
+    succeeds for one process only, on network file systems too. Case is ignored: some file systems do.
+    """
+    registry.mkdir(parents=True, exist_ok=True)
+    grow = 0
+    while True:
+        name = candidate(grow)
+        try:
+            os.close(os.open(registry / name.lower(), os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            return name
+        except FileExistsError:
+            grow += 1

@@ -1,0 +1,156 @@
+"""W&B's parameter distributions, each as an inverse cumulative distribution: a number u in [0, 1] gives a value.
+
+With it every sampler works on the unit cube: quasi-random points are spread by probability, a model-based sampler sees
+a log-uniform parameter on its log scale, and quantised ones as steps. Definitions: W&B, "Sweep configuration options".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Constant:
+    """One value."""
+
+    value: Any
+
+    def at(self, u: float) -> Any:
+        return self.value
+
+    @property
+    def choices(self) -> tuple[Any, ...] | None:
+        return (self.value,)
+
+
+@dataclass(frozen=True)
+class Categorical:
+    """One of ``values``, with ``probabilities`` that sum to 1."""
+
+    values: tuple[Any, ...]
+    probabilities: tuple[float, ...]
+
+    def at(self, u: float) -> Any:
+        total = 0.0
+        for value, probability in zip(self.values, self.probabilities, strict=True):
+            total += probability
+            if u < total:
+                return value
+        return next(v for v, p in zip(reversed(self.values), reversed(self.probabilities), strict=True) if p > 0)
+
+    @property
+    def choices(self) -> tuple[Any, ...] | None:
+        return tuple(v for v, p in zip(self.values, self.probabilities, strict=True) if p > 0)
+
+
+@dataclass(frozen=True)
+class Numeric:
+    """A number: ``kind`` is W&B's name of the distribution, ``a`` and ``b`` its two parameters, ``q`` its step or None.
+
+    ``a, b``: min and max (uniform family), mu and sigma (normal family), or the two shapes of a beta distribution.
+    """
+
+    kind: str
+    a: float
+    b: float
+    q: float | None = None
+    integer: bool = False
+
+    def at(self, u: float) -> float | int:
+        """The value at cumulative probability u, rounded to a multiple of q where there is one."""
+        value = INVERSE[self.family](min(max(u, 0.0), 1.0), self.a, self.b)
+        if self.q:
+            return self._at_step(self._clip_steps(round(value / self.q)))
+        return int(round(value)) if self.integer else float(value)
+
+    @property
+    def family(self) -> str:
+        return self.kind.removeprefix("q_")
+
+    @cached_property
+    def limits(self) -> tuple[float, float]:
+        """Smallest and largest possible value (infinite for the normal family)."""
+        if self.family in ("normal", "log_normal"):
+            return (0.0 if self.family == "log_normal" else -math.inf), math.inf
+        ends = sorted((INVERSE[self.family](0.0, self.a, self.b), INVERSE[self.family](1.0, self.a, self.b)))
+        return ends[0], ends[1]
+
+    def _clip_steps(self, steps: int) -> int:
+        """The step nearest to ``steps`` that is inside the limits, so that rounding never leaves the space."""
+        low, high = self.limits
+        q = self.q or 1.0
+        first = -math.inf if low == -math.inf else math.ceil(low / q - 1e-9)
+        last = math.inf if high == math.inf else math.floor(high / q + 1e-9)
+        return int(min(max(steps, first), last)) if first <= last else steps
+
+    @property
+    def choices(self) -> tuple[Any, ...] | None:
+        """All possible values when they are finite in number, else None."""
+        low, high = self.limits
+        if self.integer and self.q is None and high - low <= 10_000:
+            return tuple(range(int(low), int(high) + 1))
+        if self.q is None or math.inf in (high, -low) or (high - low) / self.q > 10_000:
+            return None
+        steps = range(self._clip_steps(math.floor(low / self.q)), self._clip_steps(math.ceil(high / self.q)) + 1)
+        return tuple(self._at_step(step) for step in steps)
+
+    def _at_step(self, step: int) -> float | int:
+        value = step * (self.q or 1.0)
+        # 3 * 0.1 must be 0.3: rounded to 12 significant digits
+        value = round(value, 12 - math.floor(math.log10(abs(value)))) if value else 0.0
+        return int(round(value)) if self.integer else float(value)
+
+
+Distribution = Constant | Categorical | Numeric
+
+
+def _linear(u: float, low: float, high: float) -> float:
+    return low + u * (high - low)
+
+
+def _int_uniform(u: float, low: float, high: float) -> float:
+    return min(math.floor(low + u * (high - low + 1)), high)
+
+
+def _log_values(u: float, low: float, high: float) -> float:
+    # the ends are given back exactly: exp(log(x)) is not x
+    return low if u == 0 else high if u == 1 else math.exp(_linear(u, math.log(low), math.log(high)))
+
+
+def _inverse_log(u: float, low: float, high: float) -> float:
+    """W&B: log(1 / X) is uniform between the exponents low and high."""
+    return math.exp(-_linear(1 - u, low, high))
+
+
+def _inverse_log_values(u: float, low: float, high: float) -> float:
+    """W&B: log(1 / X) is uniform between log(1 / max) and log(1 / min), which is log-uniform in X."""
+    return _log_values(u, low, high)
+
+
+def _normal(u: float, mu: float, sigma: float) -> float:
+    from statistics import NormalDist
+
+    return NormalDist(mu, sigma).inv_cdf(min(max(u, 1e-12), 1 - 1e-12)) if sigma else mu
+
+
+def _beta(u: float, a: float, b: float) -> float:
+    from scipy.stats import beta
+
+    return float(beta.ppf(u, a, b))
+
+
+INVERSE: dict[str, Callable[[float, float, float], float]] = {
+    "uniform": _linear,
+    "int_uniform": _int_uniform,
+    "log_uniform": lambda u, low, high: math.exp(_linear(u, low, high)),
+    "log_uniform_values": _log_values,
+    "inv_log_uniform": _inverse_log,
+    "inv_log_uniform_values": _inverse_log_values,
+    "normal": _normal,
+    "log_normal": lambda u, mu, sigma: math.exp(_normal(u, mu, sigma)),
+    "beta": _beta,
+}

@@ -1,0 +1,165 @@
+"""One parameter of a W&B sweep file: from its block to a distribution."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from isaerft_sweep.errors import SpaceError, suggest
+from isaerft_sweep.search.distributions import Categorical, Constant, Distribution, Numeric
+
+LIMITS = ("min", "max")
+MOMENTS = ("mu", "sigma")
+DISTRIBUTIONS: dict[str, tuple[str, ...]] = {
+    "constant": ("value",),
+    "categorical": ("values",),
+    "categorical_w_probabilities": ("values", "probabilities"),
+    "int_uniform": LIMITS,
+    "uniform": LIMITS,
+    "q_uniform": LIMITS,
+    "log_uniform": LIMITS,
+    "log_uniform_values": LIMITS,
+    "q_log_uniform": LIMITS,
+    "q_log_uniform_values": LIMITS,
+    "inv_log_uniform": LIMITS,
+    "inv_log_uniform_values": LIMITS,
+    "normal": MOMENTS,
+    "q_normal": MOMENTS,
+    "log_normal": MOMENTS,
+    "q_log_normal": MOMENTS,
+    "beta": ("a", "b"),
+    "q_beta": ("a", "b"),
+}
+"""W&B's distributions and the keys that each needs; ``q_`` ones also take q, 1 when it is not given."""
+DEFAULTS: dict[str, float] = {"mu": 0.0, "sigma": 1.0, "q": 1.0}
+MAX_EXPONENT = 700
+"""exp(709) is the largest power that a float holds."""
+
+_NUMBER_TEXT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+
+
+def read_parameter(key: str, block: Any) -> Distribution:
+    """The distribution of one parameter. Raises SpaceError that names the key, the value and the right form."""
+    if not isinstance(block, Mapping):
+        raise SpaceError(f"{key} must be a mapping but got {block!r}. Right form: {{value: {block!r}}}.")
+    kind = str(block.get("distribution") or _guess(key, block))
+    if kind not in DISTRIBUTIONS:
+        raise SpaceError(f"{key}: unknown distribution '{kind}'." + suggest(kind, DISTRIBUTIONS))
+    needed = DISTRIBUTIONS[kind]
+    allowed = {"distribution", *needed} | ({"q"} if kind.startswith("q_") else set())
+    if kind == "categorical":
+        allowed.add("probabilities")
+    for name in block:
+        if name not in allowed:
+            raise SpaceError(f"{key}: '{name}' does not go with distribution {kind}." + suggest(str(name), allowed))
+    for name in needed:
+        if name not in block and name not in DEFAULTS:
+            raise SpaceError(f"{key}: distribution {kind} needs {' and '.join(needed)}, but {name} is missing.")
+    if kind == "constant":
+        return Constant(_plain(key, "value", block["value"]))
+    if kind.startswith("categorical"):
+        return _categorical(key, block)
+    return _numeric(key, kind, block)
+
+
+def _guess(key: str, block: Mapping[str, Any]) -> str:
+    """W&B's own rule for a block without a distribution."""
+    if "value" in block:
+        return "constant"
+    if "values" in block:
+        return "categorical"
+    if "min" in block and "max" in block:
+        whole = all(isinstance(block[n], int) and not isinstance(block[n], bool) for n in LIMITS)
+        return "int_uniform" if whole else "uniform"
+    if "mu" in block or "sigma" in block:
+        return "normal"
+    raise SpaceError(
+        f"{key} must have a value, values, or min and max but got {dict(block)}. "
+        "Right form: {distribution: log_uniform_values, min: 1.0e-6, max: 5.0e-5}."
+    )
+
+
+def _plain(key: str, name: str, value: Any) -> Any:
+    """``value`` itself, unless it is a number that YAML has read as text."""
+    if isinstance(value, str) and _NUMBER_TEXT.fullmatch(value) and "e" in value.lower():
+        raise SpaceError(f"{key}: {name} is the text '{value}', not a number. {_yaml_form(value)}")
+    return value
+
+
+def _yaml_form(text: str) -> str:
+    return f"YAML needs a point and a signed exponent: {re.sub(r'e$', '', f'{float(text):.1e}')}."
+
+
+def _number(key: str, block: Mapping[str, Any], name: str) -> float:
+    value = block.get(name, DEFAULTS.get(name))
+    if isinstance(value, str) and _NUMBER_TEXT.fullmatch(value):
+        raise SpaceError(f"{key}: {name} is the text '{value}', not a number. {_yaml_form(value)}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise SpaceError(f"{key}: {name} must be a finite number but got {value!r}.")
+    return float(value)
+
+
+def _categorical(key: str, block: Mapping[str, Any]) -> Distribution:
+    values = block["values"]
+    if not isinstance(values, list) or not values:
+        raise SpaceError(f"{key}: values must be a list with at least one value but got {values!r}.")
+    values = [_plain(key, f"values[{i}]", value) for i, value in enumerate(values)]
+    if len({repr(v) for v in values}) < len(values):
+        raise SpaceError(f"{key}: values must be different from each other but got {values}.")
+    weights = block.get("probabilities")
+    if weights is None:
+        return Categorical(tuple(values), (1 / len(values),) * len(values))
+    good = isinstance(weights, list) and len(weights) == len(values)
+    if not good or any(isinstance(w, bool) or not isinstance(w, (int, float)) or w < 0 for w in weights):
+        raise SpaceError(f"{key}: probabilities must be {len(values)} numbers of at least 0 but got {weights!r}.")
+    if abs(sum(weights) - 1) > 1e-6:
+        raise SpaceError(f"{key}: probabilities must sum to 1 but sum to {sum(weights):g}: {weights}.")
+    return Categorical(tuple(values), tuple(float(w) for w in weights))
+
+
+def _numeric(key: str, kind: str, block: Mapping[str, Any]) -> Distribution:
+    names = DISTRIBUTIONS[kind]
+    a, b = (_number(key, block, name) for name in names)
+    q = _number(key, block, "q") if kind.startswith("q_") else None
+    if q is not None and q <= 0:
+        raise SpaceError(f"{key}: q must be above 0 but got {q:g}.")
+    if names == LIMITS:
+        _check_limits(key, kind, a, b)
+    elif names == MOMENTS and b < 0:
+        raise SpaceError(f"{key}: sigma must be at least 0 but got {b:g}.")
+    elif names == ("a", "b") and min(a, b) <= 0:
+        raise SpaceError(f"{key}: a and b must be above 0 but got a={a:g}, b={b:g}.")
+    whole = kind == "int_uniform"
+    if whole and not (a.is_integer() and b.is_integer()):
+        raise SpaceError(f"{key}: int_uniform needs whole numbers but got min={a:g}, max={b:g}. Use uniform or q_uniform.")
+    if names == LIMITS and a == b and not kind.endswith("log_uniform"):
+        return Constant(int(a) if whole else a)
+    return Numeric(kind, a, b, q, integer=whole or (q is not None and q.is_integer() and isinstance(block.get("q", 1), int)))
+
+
+def _check_limits(key: str, kind: str, low: float, high: float) -> None:
+    if low > high:
+        raise SpaceError(f"{key}: min must not be above max but got min={low:g}, max={high:g}. Swap them.")
+    if kind.endswith("log_uniform_values") and low <= 0:
+        raise SpaceError(
+            f"{key}: {kind} takes the values themselves, which must be above 0, but got min={low:g}, max={high:g}. "
+            f"For natural-log exponents use distribution {kind.removesuffix('_values')}."
+        )
+    if kind.endswith("log_uniform"):
+        _check_exponents(key, kind, low, high)
+
+
+def _check_exponents(key: str, kind: str, low: float, high: float) -> None:
+    if max(abs(low), abs(high)) > MAX_EXPONENT:
+        raise SpaceError(
+            f"{key}: {kind} takes natural-log exponents within ±{MAX_EXPONENT} but got min={low:g}, max={high:g}. "
+            f"For the values themselves use distribution {kind}_values."
+        )
+    if high - low < math.log(1.5):
+        raise SpaceError(
+            f"{key}: {kind} takes natural-log exponents, so min={low:g}, max={high:g} means values from "
+            f"{math.exp(low):.6g} to {math.exp(high):.6g}, hardly a range. If these are the values, use distribution "
+            f"{kind}_values; for values from 1e-6 to 5e-5 write min: {math.log(1e-6):.4g}, max: {math.log(5e-5):.4g}."
+        )

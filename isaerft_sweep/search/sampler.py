@@ -1,0 +1,194 @@
+"""Chooses the next point: grid, quasi-random or TPE. Pure: the space, the history and the seed decide.
+
+Points live on the unit cube (see ``distributions``). ``random`` takes scrambled Sobol points, which cover the cube more
+evenly than independent draws; ``bayes`` starts with them, then asks Optuna's multivariate TPE with the pending points
+counted as bad (constant liar), so that parallel trials do not crowd. No point is tried twice unless asked for.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from isaerft_sweep.search.distributions import Categorical, Constant, Distribution
+from isaerft_sweep.specs import canonical_json
+
+if TYPE_CHECKING:
+    import optuna
+
+STARTUP = 8
+"""Quasi-random points before the first model-based one."""
+ATTEMPTS = 200
+"""Draws that may repeat a tried point before the untried ones are searched one by one."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """Sampled values by dotted config key; ``unit`` holds each one's place in [0, 1]."""
+
+    params: Mapping[str, Any]
+    unit: Mapping[str, float] = field(default_factory=dict)
+
+    @cached_property
+    def key(self) -> str:
+        """Equal for equal values."""
+        return canonical_json(self.params)
+
+
+class Sampler:
+    """Asks for points and is told their outcome. Rebuild it with ``restore`` after a restart: it goes on the same way."""
+
+    def __init__(
+        self, space: Mapping[str, Distribution], method: str, seed: int = 0, sign: int = 1, repeats: bool = False
+    ) -> None:
+        self.space, self.method, self.seed, self.sign, self.repeats = dict(space), method, seed, sign, repeats
+        self.tried: set[str] = set()
+        self.count = 0
+        self._model = _Tpe(self.space, seed) if method == "bayes" else None
+        self._grid = self._grid_points() if method == "grid" else iter(())
+
+    @property
+    def free(self) -> list[str]:
+        """The parameters that are not constant."""
+        return [key for key, d in self.space.items() if not isinstance(d, Constant)]
+
+    @cached_property
+    def size(self) -> float:
+        """How many different points the space has; infinite when a parameter is continuous."""
+        choices = [d.choices for d in self.space.values()]
+        return math.inf if None in choices else math.prod(len(c) for c in choices if c is not None)
+
+    def ask(self) -> Point | None:
+        """The next point, now pending; None when every point has been tried."""
+        point = self._next_untried()
+        if point is not None:
+            self._note(point)
+        return point
+
+    def tell(self, point: Point, value: float | None) -> None:
+        """The outcome of a pending point: the metric, or None for a trial that diverged or failed."""
+        if self._model:
+            self._model.tell(point, None if value is None else self.sign * value)
+
+    def restore(self, point: Point) -> None:
+        """Count a point of an earlier process as asked for."""
+        self._note(point)
+
+    def _note(self, point: Point) -> None:
+        self.tried.add(point.key)
+        self.count += 1
+        if self._model:
+            self._model.add_pending(point)
+
+    def _next_untried(self) -> Point | None:
+        if self.method == "grid":
+            return next((p for p in self._grid if p.key not in self.tried), None)
+        if not self.repeats and len(self.tried) >= self.size:
+            return None
+        for attempt in range(ATTEMPTS):
+            point = self._draw(self.count, attempt)
+            if self.repeats or point.key not in self.tried:
+                return point
+        if self.size == math.inf:
+            return self._draw(self.count, 0)  # a continuous space whose draws all repeat: as good as constant
+        left = [p for p in self._grid_points() if p.key not in self.tried]
+        return left[np.random.default_rng([self.seed, self.count]).integers(len(left))]
+
+    def _draw(self, number: int, attempt: int) -> Point:
+        if self._model and number >= STARTUP and attempt < ATTEMPTS // 4:
+            return self._point(self._model.suggest(number, attempt))
+        row = _sobol(len(self.free), self.seed, number + attempt)
+        return self._point(dict(zip(self.free, row, strict=True)))
+
+    def _point(self, unit: Mapping[str, float]) -> Point:
+        params = {key: d.at(unit.get(key, 0.5)) for key, d in self.space.items()}
+        return Point(params, {key: float(u) for key, u in unit.items()})
+
+    def _grid_points(self) -> Iterator[Point]:
+        columns = [[(value, i, len(d.choices or ())) for i, value in enumerate(d.choices or ())] for d in self.space.values()]
+        for row in itertools.product(*columns):
+            params = {key: value for key, (value, _, _) in zip(self.space, row, strict=True)}
+            unit = {key: (i + 0.5) / n for key, (_, i, n) in zip(self.space, row, strict=True) if key in self.free}
+            yield Point(params, unit)
+
+
+def _sobol(dimensions: int, seed: int, index: int) -> list[float]:
+    """Row ``index`` of the scrambled Sobol sequence of ``seed`` (Owen 1998), from scipy."""
+    if dimensions == 0:
+        return []
+    from scipy.stats import qmc
+
+    engine = qmc.Sobol(dimensions, scramble=True, rng=np.random.default_rng(seed))
+    return engine.fast_forward(index).random(1)[0].tolist() if index else engine.random(1)[0].tolist()
+
+
+class _Tpe:
+    """Optuna's TPE on the unit cube; categorical parameters by their number. Larger is better."""
+
+    def __init__(self, space: Mapping[str, Distribution], seed: int) -> None:
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self.seed, self.space = seed, space
+        self.study = optuna.create_study(direction="maximize")
+        self.pending: dict[str, list[int]] = {}
+        self.distributions: dict[str, optuna.distributions.BaseDistribution] = {}
+        for key, d in space.items():
+            if isinstance(d, Categorical):
+                self.distributions[key] = optuna.distributions.CategoricalDistribution(tuple(range(len(d.values))))
+            elif not isinstance(d, Constant):
+                self.distributions[key] = optuna.distributions.FloatDistribution(0.0, 1.0)
+
+    def suggest(self, number: int, attempt: int) -> dict[str, float]:
+        """Place of the next point on the unit cube, by key. Leaves the study as it was."""
+        import optuna
+
+        seed = int(np.random.SeedSequence([self.seed, number, attempt]).generate_state(1)[0])
+        self.study.sampler = optuna.samplers.TPESampler(
+            seed=seed, multivariate=True, constant_liar=True, n_startup_trials=1, warn_independent_sampling=False
+        )
+        trial = self.study.ask(self.distributions)
+        self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        return {key: self._unit(key, value) for key, value in trial.params.items()}
+
+    def add_pending(self, point: Point) -> None:
+        import optuna
+
+        params = {key: self._native(key, u) for key, u in point.unit.items()}
+        self.study.enqueue_trial(params)
+        self.study.sampler = optuna.samplers.RandomSampler(seed=0)
+        number = self.study.ask(self.distributions).number
+        self.pending.setdefault(point.key, []).append(number)
+
+    def tell(self, point: Point, value: float | None) -> None:
+        import optuna
+
+        numbers = self.pending.get(point.key)
+        if not numbers:
+            return
+        complete = optuna.trial.TrialState.COMPLETE
+        known = [t.value for t in self.study.get_trials(deepcopy=False, states=[complete]) if t.value is not None]
+        if value is None and known:
+            value = min(known)  # a point that diverged is as bad as the worst one, so that its surroundings are avoided
+        if value is None:
+            self.study.tell(numbers.pop(), state=optuna.trial.TrialState.FAIL)
+        else:
+            self.study.tell(numbers.pop(), value)
+
+    def _unit(self, key: str, value: Any) -> float:
+        """From Optuna's value to the unit interval: the middle of a category's share of probability."""
+        d = self.space[key]
+        if not isinstance(d, Categorical):
+            return float(value)
+        before = sum(d.probabilities[: int(value)])
+        return before + d.probabilities[int(value)] / 2
+
+    def _native(self, key: str, u: float) -> Any:
+        d = self.space[key]
+        return d.values.index(d.at(u)) if isinstance(d, Categorical) else u

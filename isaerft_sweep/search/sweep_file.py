@@ -1,0 +1,164 @@
+"""Reads W&B sweep files strictly: a mistake gets an error with the key, the value and the right form."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from isaerft_sweep.errors import ConfigError, SpaceError, suggest
+from isaerft_sweep.metrics import METRICS
+from isaerft_sweep.search.distributions import Distribution
+from isaerft_sweep.search.parameters import read_parameter
+from isaerft_sweep.specs import split_key
+
+METHODS = ("grid", "random", "bayes")
+GOALS = ("minimize", "maximize")
+TOP_KEYS = (
+    "program", "command", "method", "metric", "parameters", "early_terminate", "run_cap", "name", "description",
+    "project", "entity", "settings",
+)  # fmt: skip
+EARLY_KEYS = ("type", "min_iter", "max_iter", "eta", "s", "strict")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a sweep optimises: one of ``metrics.METRICS`` and its direction."""
+
+    name: str
+    goal: str
+
+    @property
+    def sign(self) -> int:
+        """+1 when more is better, −1 when less is."""
+        return 1 if self.goal == "maximize" else -1
+
+
+@dataclass(frozen=True)
+class SweepDefinition:
+    """A sweep file's content, checked. ``parameters`` maps dotted config keys to their distributions."""
+
+    method: str
+    metric: Metric
+    parameters: Mapping[str, Distribution]
+    run_cap: int | None = None
+    name: str | None = None
+    early_terminate: Mapping[str, Any] | None = None
+    command: tuple[str, ...] = ()
+    raw: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_sweep_file(path: Path) -> SweepDefinition:
+    """Read and check a W&B sweep file. Raises SpaceError that names file, key, value and the right form."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise SpaceError(f"the sweep file '{path}' cannot be read ({error.strerror}). Give one: sweep.file=PATH.") from error
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SpaceError(f"{path}: not valid YAML: {error}") from error
+    try:
+        return read_sweep(raw)
+    except (SpaceError, ConfigError) as error:
+        raise SpaceError(f"{path}: {error}") from error
+
+
+def read_sweep(raw: Any) -> SweepDefinition:
+    """Check a sweep file's content, given as plain data."""
+    if not isinstance(raw, Mapping):
+        raise SpaceError("a sweep file must be a mapping with method, metric and parameters.")
+    for key in raw:
+        if key not in TOP_KEYS:
+            raise SpaceError(f"unknown key '{key}'." + suggest(str(key), TOP_KEYS))
+    method = raw.get("method")
+    if method not in METHODS:
+        raise SpaceError(f"method must be one of {', '.join(METHODS)} but got {method!r}.")
+    parameters = read_parameters(raw.get("parameters"))
+    if method == "grid":
+        _check_grid(parameters)
+    return SweepDefinition(
+        method=method,
+        metric=_read_metric(raw.get("metric")),
+        parameters=parameters,
+        run_cap=_read_run_cap(raw.get("run_cap")),
+        name=raw.get("name"),
+        early_terminate=_read_early_terminate(raw.get("early_terminate")),
+        command=tuple(str(part) for part in raw.get("command") or ()),
+        raw=dict(raw),
+    )
+
+
+def read_parameters(raw: Any, prefix: str = "") -> dict[str, Distribution]:
+    """The ``parameters`` block, nested ones flattened to dotted keys."""
+    if not isinstance(raw, Mapping) or not raw:
+        raise SpaceError(f"{prefix or 'parameters'} must be a mapping of parameter names but got {raw!r}.")
+    found: dict[str, Distribution] = {}
+    for name, block in raw.items():
+        key = f"{prefix}.{name}" if prefix else str(name)
+        if isinstance(block, Mapping) and "parameters" in block:
+            if set(block) != {"parameters"}:
+                raise SpaceError(f"{key}: a nested block must hold nothing but 'parameters' but got {sorted(block)}.")
+            found.update(read_parameters(block["parameters"], key))
+        else:
+            split_key(key)
+            found[key] = read_parameter(key, block)
+    return found
+
+
+def _check_grid(parameters: Mapping[str, Distribution]) -> None:
+    for key, distribution in parameters.items():
+        if distribution.choices is None:
+            raise SpaceError(
+                f"{key}: method grid needs a finite set but got distribution {getattr(distribution, 'kind', '?')}. "
+                "Give `values: [...]`, whole numbers, or a q_ distribution; or use method random or bayes."
+            )
+
+
+def _read_metric(raw: Any) -> Metric:
+    form = "metric: {name: eval/log_odds_chosen, goal: maximize}"
+    if not isinstance(raw, Mapping) or "name" not in raw:
+        raise SpaceError(f"metric must have a name and a goal but got {raw!r}. Right form: {form}.")
+    name, goal = raw["name"], raw.get("goal", "minimize")
+    if name not in METRICS:
+        raise SpaceError(f"metric.name '{name}' is not logged by any trial." + suggest(str(name), METRICS))
+    if goal not in GOALS:
+        raise SpaceError(f"metric.goal must be one of {', '.join(GOALS)} but got {goal!r}.")
+    unknown = set(raw) - {"name", "goal", "target", "impute", "impute_while_running"}
+    if unknown:
+        raise SpaceError(f"metric has unknown keys {sorted(unknown)}. Right form: {form}.")
+    return Metric(name, goal)
+
+
+def _read_run_cap(raw: Any) -> int | None:
+    if raw is None:
+        return None
+    if isinstance(raw, bool) or not isinstance(raw, int) or raw < 1:
+        raise SpaceError(f"run_cap must be a whole number of at least 1 but got {raw!r}.")
+    return raw
+
+
+def _read_early_terminate(raw: Any) -> Mapping[str, Any] | None:
+    if raw is None:
+        return None
+    form = "early_terminate: {type: hyperband, min_iter: 3}"
+    if not isinstance(raw, Mapping) or raw.get("type") != "hyperband":
+        raise SpaceError(f"early_terminate.type must be hyperband but got {raw!r}. Right form: {form}.")
+    for key, value in raw.items():
+        if key not in EARLY_KEYS:
+            raise SpaceError(f"early_terminate has an unknown key '{key}'." + suggest(str(key), EARLY_KEYS))
+        if key in ("min_iter", "max_iter", "s", "eta") and (isinstance(value, bool) or not _positive(value)):
+            raise SpaceError(f"early_terminate.{key} must be a number above 0 but got {value!r}.")
+    if ("min_iter" in raw) == ("max_iter" in raw and "s" in raw):
+        raise SpaceError(f"early_terminate must have either min_iter, or max_iter and s, but got {dict(raw)}. {form}.")
+    return dict(raw)
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value) and value > 0
+
+

@@ -1,0 +1,323 @@
+"""Frozen, checked descriptions of a model, data set, adapter, loss, trial and sweep; plain data, no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from isaerft_sweep.errors import ConfigError, suggest
+
+
+def option(
+    default: Any = dataclasses.MISSING,
+    *,
+    choices: tuple[str, ...] | None = None,
+    above: float | None = None,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    cosmetic: bool = False,
+) -> Any:
+    """A field with its bounds. ``cosmetic`` fields cannot change a trial's result: they are left out of its identity."""
+    meta = {"choices": choices, "above": above, "at_least": at_least, "at_most": at_most, "cosmetic": cosmetic}
+    return field(default=default, metadata=meta)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One residual-stream site: the output of decoder layer ``layer``, read and written through one frozen SAE."""
+
+    layer: int = option(at_least=0)
+    sae_release: str | None = option(None)
+    sae_id: str | None = option(None)
+    sae_path: str | None = option(None)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A frozen decoder-only language model.
+
+    ``source``: ``hub`` (name is a Hub id or a local folder), ``package`` (weights shipped by an installed Python
+    package) or ``random`` (a tiny model with random weights, made on the spot, for tests).
+    """
+
+    name: str = option()
+    tokenizer: str | None = option(None)
+    source: str = option("hub", choices=("hub", "package", "random"))
+    architecture: str | None = option(None)
+    revision: str | None = option(None)
+    dtype: str = option("auto", choices=("auto", "float32", "bfloat16", "float16"))
+    attention: str = option("sdpa", choices=("eager", "sdpa", "flash_attention_2"))
+    license: str | None = option(None, cosmetic=True)
+    sites: tuple[Site, ...] = option(())
+
+    @property
+    def short_name(self) -> str:
+        """The name without its owner or folder: ``gemma-2-2b`` of ``google/gemma-2-2b``."""
+        return self.name.rstrip("/").split("/")[-1]
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """Preference pairs. Slices (``train[:1000]``) select rows of a Hub data set's split; sizes select pairs of a file."""
+
+    name: str = option()
+    source: str = option("hub", choices=("hub", "files", "builtin"))
+    path: str | None = option(None)
+    eval_path: str | None = option(None)
+    train_split: str = option("train")
+    eval_split: str = option("test")
+    train_size: int | None = option(None, at_least=1)
+    eval_size: int | None = option(None, at_least=1)
+    seed: int = option(0, at_least=0)
+    license: str | None = option(None, cosmetic=True)
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """The trainable block on the SAE's latents f. bias: f + b; scale: f·(1 + s); linear: f + Wf + c; mlp: f + MLP(f)."""
+
+    kind: str = option("bias", choices=("bias", "scale", "linear", "mlp"))
+    sites: tuple[Site, ...] = option(())
+    rank: int | None = option(None, at_least=1)
+    hidden_size: int | None = option(None, at_least=1)
+    hidden_layers: int = option(1, at_least=1)
+
+
+@dataclass(frozen=True)
+class OrpoSpec:
+    """ORPO (arXiv 2403.07691) and its optimiser. ``beta`` is the paper's λ, the weight of the odds-ratio term."""
+
+    learning_rate: float = option(above=0)
+    beta: float = option(at_least=0)
+    epochs: float = option(1.0, above=0)
+    max_steps: int = option(-1, at_least=-1)
+    max_length: int = option(1024, at_least=2)
+    batch_size: int = option(2, at_least=1)
+    eval_batch_size: int = option(8, at_least=1)
+    gradient_accumulation: int = option(8, at_least=1)
+    warmup_steps: int = option(10, at_least=0)
+    schedule: str = option("linear", choices=("linear", "cosine", "constant", "constant_with_warmup"))
+    optimizer: str = option("auto")
+    weight_decay: float = option(0.0, at_least=0)
+    max_grad_norm: float = option(1.0, at_least=0)
+    seed: int = option(42, at_least=0)
+    eval_fraction: float = option(0.2, above=0, at_most=1)
+    eval_untrained: bool = option(True, cosmetic=True)
+    log_every_steps: int = option(1, at_least=1, cosmetic=True)
+    checkpoint_every_steps: int = option(50, at_least=1, cosmetic=True)
+    checkpoint_every_min: float = option(5.0, above=0, cosmetic=True)
+    gradient_checkpointing: bool = option(False)
+    diverged_loss_factor: float = option(10.0, above=1, cosmetic=True)
+
+
+@dataclass(frozen=True)
+class TrackerSpec:
+    """Where a trial's W&B run goes. ``offline`` writes runs that ``wandb sync`` can attach to their sweep later."""
+
+    mode: str = option("offline", choices=("wandb", "offline", "disabled"))
+    project: str = option("orpo-isaerft-sweep")
+    entity: str | None = option(None)
+    tags: tuple[str, ...] = option(())
+
+
+@dataclass(frozen=True)
+class LauncherSpec:
+    """Where and how many at a time trials run. ``slots`` None: one per visible GPU (local), 1 without a GPU."""
+
+    kind: str = option("local", choices=("local", "slurm"))
+    slots: int | None = option(None, at_least=1)
+    threads: int | None = option(None, at_least=1)
+    timeout_min: int = option(60 * 24 * 7, at_least=1)
+    poll_s: float = option(0.5, above=0)
+    grace_s: float = option(60.0, above=0)
+    heartbeat_s: float = option(1800.0, above=0)
+    max_retries: int = option(2, at_least=0)
+    max_failures: int = option(3, at_least=1)
+    min_free_gb: float = option(1.0, at_least=0)
+    slurm: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SweepSpec:
+    """Which W&B sweep file is run, with optional overrides of its method, number of trials and seed."""
+
+    name: str = option("none")
+    file: str | None = option(None)
+    method: str | None = option(None, choices=("grid", "random", "bayes"))
+    run_cap: int | None = option(None, at_least=1)
+    seed: int = option(0, at_least=0)
+    repeats: bool = option(False)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """All that the composed config says."""
+
+    model: ModelSpec
+    data: DataSpec
+    adapter: AdapterSpec
+    orpo: OrpoSpec
+    launcher: LauncherSpec
+    tracker: TrackerSpec
+    sweep: SweepSpec
+    name: str | None = option(None)
+    output: str = option("outputs")
+    cache: str | None = option(None)
+    tags: tuple[str, ...] = option(())
+    run_prefix: str = option("run-")
+
+    def with_params(self, params: Mapping[str, Any]) -> Experiment:
+        """A copy with sampled values put at their dotted keys (``orpo.learning_rate``), checked like the config."""
+        changed = self
+        for key, value in params.items():
+            section, name = split_key(key)
+            spec = getattr(changed, section)
+            updated = from_mapping(type(spec), {**to_dict(spec), name: value}, section)
+            changed = dataclasses.replace(changed, **{section: updated})
+        return changed
+
+
+TUNABLE = {"model": ModelSpec, "data": DataSpec, "adapter": AdapterSpec, "orpo": OrpoSpec}
+
+
+@dataclass(frozen=True)
+class TrialSpec:
+    """Everything one trial needs, fixed when the trial is created; survives requeues unchanged."""
+
+    index: int
+    name: str
+    model_name: str
+    run_id: str
+    sweep_id: str
+    sweep_name: str
+    identity: str
+    created: str
+    params: Mapping[str, Any]
+    metric: str
+    goal: str
+    tags: tuple[str, ...]
+    command: str
+    git_commit: str | None
+    experiment: Experiment
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> TrialSpec:
+        experiment = from_mapping(Experiment, raw["experiment"], "")
+        rest = {k: v for k, v in raw.items() if k != "experiment"}
+        return cls(**{**rest, "tags": tuple(raw["tags"]), "experiment": experiment})
+
+
+def split_key(key: str) -> tuple[str, str]:
+    """``("orpo", "beta")`` of ``orpo.beta``. Raises ConfigError when a sweep may not set that key."""
+    section, _, name = key.partition(".")
+    valid = [f"{s}.{f.name}" for s, cls in TUNABLE.items() for f in dataclasses.fields(cls)]
+    if key not in valid:
+        raise ConfigError(f"a swept parameter must be a config key but got '{key}'." + suggest(key, valid))
+    return section, name
+
+
+def to_dict(spec: Any) -> Any:
+    """Plain dicts, lists and scalars of a spec, ready for JSON."""
+    if dataclasses.is_dataclass(spec) and not isinstance(spec, type):
+        return {f.name: to_dict(getattr(spec, f.name)) for f in dataclasses.fields(spec)}
+    if isinstance(spec, Mapping):
+        return {k: to_dict(v) for k, v in spec.items()}
+    return [to_dict(v) for v in spec] if isinstance(spec, (tuple, list)) else spec
+
+
+def from_mapping(cls: type, raw: Mapping[str, Any], where: str) -> Any:
+    """Build the frozen dataclass ``cls`` from plain data, checking names, types and bounds. ``where`` is its dotted key."""
+    hints = typing.get_type_hints(cls)
+    names = {f.name for f in dataclasses.fields(cls)}
+    for key in raw:
+        if key not in names:
+            raise ConfigError(f"unknown config key '{_join(where, str(key))}'." + suggest(str(key), names))
+    values: dict[str, Any] = {}
+    for f in dataclasses.fields(cls):
+        key = _join(where, f.name)
+        if f.name not in raw:
+            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+                raise ConfigError(f"{key} must be set. Give it on the command line: {key}=VALUE.")
+            continue
+        values[f.name] = _check_bounds(key, _convert(hints[f.name], raw[f.name], key), f.metadata)
+    return cls(**values)
+
+
+def _convert(hint: Any, value: Any, key: str) -> Any:
+    """``value`` as the annotated type ``hint``; ints become floats, never the other way unless nothing is lost."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        return _convert(next(a for a in args if a is not type(None)), value, key)
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{key} must be a mapping but got {value!r}.")
+        return from_mapping(typing.cast(type, hint), value, key)
+    if origin is tuple:
+        if isinstance(value, str) or not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{key} must be a list but got {value!r}.")
+        return tuple(_convert(args[0], v, f"{key}[{i}]") for i, v in enumerate(value))
+    if hint is Any or origin is not None:
+        return dict(value) if isinstance(value, Mapping) else value
+    return _convert_scalar(hint, value, key)
+
+
+def _convert_scalar(hint: type, value: Any, key: str) -> Any:
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):
+        return value
+    raise ConfigError(f"{key} must be of type {hint.__name__} but got {value!r} ({type(value).__name__}).")
+
+
+def _check_bounds(key: str, value: Any, meta: Mapping[str, Any]) -> Any:
+    choices = meta.get("choices")
+    if value is None or isinstance(value, (bool, tuple, dict)) or not meta:
+        return value
+    if choices and value not in choices:
+        raise ConfigError(f"{key} must be one of {', '.join(choices)} but got {value!r}.")
+    if isinstance(value, (int, float)):
+        if not math.isfinite(value):
+            raise ConfigError(f"{key} must be finite but got {value}.")
+        for bound, word, bad in (
+            (meta["above"], "above", lambda b: value <= b),
+            (meta["at_least"], "at least", lambda b: value < b),
+            (meta["at_most"], "at most", lambda b: value > b),
+        ):
+            if bound is not None and bad(bound):
+                raise ConfigError(f"{key} must be {word} {bound} but got {value}.")
+    return value
+
+
+def _join(where: str, name: str) -> str:
+    return f"{where}.{name}" if where else name
+
+
+def identity(experiment: Experiment) -> str:
+    """12 hex digits that name what a trial computes: a hash of its model, data, adapter and ORPO settings.
+
+    Left out, because they cannot change the result: fields marked ``cosmetic``, the launcher, tracker and names.
+    """
+    content = {section: _without_cosmetic(getattr(experiment, section)) for section in TUNABLE}
+    content["model"].pop("sites")  # only the adapter's sites act
+    return hashlib.sha256(canonical_json(content).encode()).hexdigest()[:12]
+
+
+def _without_cosmetic(spec: Any) -> dict[str, Any]:
+    kept = [f.name for f in dataclasses.fields(spec) if not f.metadata.get("cosmetic")]
+    return {name: to_dict(getattr(spec, name)) for name in kept}
+
+
+def canonical_json(content: Any) -> str:
+    """One text per value: sorted keys, no spaces, floats by their shortest exact form."""
+    return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)

@@ -1,0 +1,75 @@
+"""One trial's W&B run: the same run id, name and sweep through every attempt and every mode."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from isaerft_sweep.specs import TrialSpec, to_dict
+
+
+class Run:
+    """A run that nobody tracks (``tracker=disabled``), and the interface of one that somebody does."""
+
+    url: str | None = None
+    offline_folder: str | None = None
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Metrics of one optimiser step."""
+
+    def finish(self, summary: Mapping[str, Any], exit_code: int) -> None:
+        """Write the summary and end the run; ``exit_code`` 0 marks it finished, others failed."""
+
+
+class WandbRun(Run):
+    """A real W&B run. An outage is reported and never ends the trial."""
+
+    def __init__(self, spec: TrialSpec, folder: Path) -> None:
+        import wandb
+
+        tracker = spec.experiment.tracker
+        folder.mkdir(parents=True, exist_ok=True)
+        # within a sweep wandb takes these from the environment alone and ignores the arguments of init
+        os.environ.update(WANDB_SWEEP_ID=spec.sweep_id, WANDB_RUN_ID=spec.run_id, WANDB_PROJECT=tracker.project)
+        if tracker.entity:
+            os.environ["WANDB_ENTITY"] = tracker.entity
+        self._run = wandb.init(
+            name=spec.name,
+            group=spec.sweep_name,
+            job_type="trial",
+            tags=[tag[:64] for tag in spec.tags],
+            config=run_config(spec),
+            dir=str(folder),
+            mode="online" if tracker.mode == "wandb" else "offline",
+            resume="allow" if tracker.mode == "wandb" else None,
+            settings=wandb.Settings(console="off", silent=True, x_disable_stats=True),
+        )
+        self.url = self._run.url if tracker.mode == "wandb" else None
+        self.offline_folder = str(Path(self._run.dir).parent) if tracker.mode == "offline" else None
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def finish(self, summary: Mapping[str, Any], exit_code: int) -> None:
+        self._run.summary.update(dict(summary))
+        self._run.finish(exit_code=exit_code)
+
+
+def open_run(spec: TrialSpec, folder: Path) -> Run:
+    """The run that the tracker config asks for."""
+    if spec.experiment.tracker.mode == "disabled":
+        return Run()
+    try:
+        return WandbRun(spec, folder)
+    except Exception as error:  # wandb raises many kinds; none of them may cost a trial
+        print(f"W&B could not be reached ({error}); this attempt is not tracked there.", file=sys.stderr, flush=True)
+        return Run()
+
+
+def run_config(spec: TrialSpec) -> dict[str, Any]:
+    """The run's config in W&B: nested as in Hydra, each value once."""
+    sections = {name: to_dict(getattr(spec.experiment, name)) for name in ("model", "data", "adapter", "orpo")}
+    return {**sections, "trial": {"index": spec.index, "identity": spec.identity, "git_commit": spec.git_commit}}

@@ -1,0 +1,99 @@
+"""Watches a training run: records metrics, tells the controller, decides on checkpoints, stops it when it must end."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from isaerft_sweep.errors import TrialDiverged
+from isaerft_sweep.journal.files import write_text
+from isaerft_sweep.journal.folders import RUNNING, StatusWriter, TrialFolder
+from isaerft_sweep.metrics import wandb_name
+from isaerft_sweep.specs import OrpoSpec
+from isaerft_sweep.tracking.run import Run
+
+TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "total_flos", "train_loss")
+PRINTED = ("train/loss", "train/learning_rate", "eval/loss", "eval/rewards/accuracies", "eval/log_odds_chosen")
+
+
+class Recorder(TrainerCallback):
+    """One per attempt of a trial.
+
+    Every logged step becomes one row of ``metrics.jsonl`` and one step of the W&B run. After a resume the rows beyond
+    the checkpoint are dropped, so that the file is the same as an uninterrupted run's.
+    """
+
+    def __init__(
+        self, folder: TrialFolder, spec: OrpoSpec, status: StatusWriter, run: Run, metric: str, stopping: Callable[[], bool]
+    ) -> None:
+        self.folder, self.spec, self.status, self.run, self.metric = folder, spec, status, run, metric
+        self.stopping = stopping
+        self.latest: dict[str, float] = {}
+        self.untrained: dict[str, float] = {}
+        self.stopped = False
+        self._first_loss: float | None = None
+        self._last_checkpoint_s = time.monotonic()
+
+    def rewind(self, step: int) -> None:
+        """Forget what was recorded after ``step``, the step of the checkpoint that training goes on from."""
+        kept = [row for row in self.folder.read_metrics() if row["step"] <= step]
+        write_text(self.folder.metrics, "".join(json.dumps(row) + "\n" for row in kept))
+        for row in kept:
+            self._remember(row)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
+        metrics = {wandb_name(k): float(v) for k, v in (logs or {}).items() if not k.endswith(TIMINGS)}
+        metrics.pop("eval/epoch", None)
+        if not metrics.keys() - {"train/epoch"}:
+            return
+        row = {"step": state.global_step, "time": time.time(), **metrics}
+        with self.folder.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items() if name in (*PRINTED, self.metric))
+        print(f"step {state.global_step}/{state.max_steps}: {shown}", flush=True)
+        self.run.log(metrics, state.global_step)
+        self._remember(row)
+        self._check(metrics, state.global_step)
+        facts = {"step": state.global_step, "max_steps": state.max_steps, "loss": self.latest.get("train/loss")}
+        self.status.write(RUNNING, {**facts, "metric": self.latest.get(self.metric)}, force=False)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.status.check()
+        last = state.global_step >= state.max_steps
+        if last:
+            control.should_evaluate = True
+        elif self.stopping() or self.folder.stop.exists():
+            self.stopped = True
+            control.should_save = control.should_training_stop = True
+        due_s = time.monotonic() - self._last_checkpoint_s >= self.spec.checkpoint_every_min * 60
+        if not last and (due_s or state.global_step % self.spec.checkpoint_every_steps == 0):
+            control.should_save = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._last_checkpoint_s = time.monotonic()
+
+    def _remember(self, row: dict[str, float]) -> None:
+        metrics = {k: v for k, v in row.items() if k not in ("step", "time")}
+        self.latest.update(metrics)
+        if row["step"] == 0:
+            self.untrained.update({k: v for k, v in metrics.items() if k.startswith("eval/")})
+        if self._first_loss is None:
+            self._first_loss = metrics.get("train/loss")
+
+    def _check(self, metrics: dict[str, float], step: int) -> None:
+        bad = [name for name, value in metrics.items() if not math.isfinite(value)]
+        if bad:
+            raise TrialDiverged(f"{bad[0]} became {metrics[bad[0]]} at step {step}. Try a smaller learning rate.")
+        loss, limit = metrics.get("train/loss"), self.spec.diverged_loss_factor
+        if loss is not None and self._first_loss and loss > limit * abs(self._first_loss):
+            raise TrialDiverged(
+                f"the loss rose to {loss:.4g} at step {step}, more than {limit:g} times the first loss "
+                f"{self._first_loss:.4g} (orpo.diverged_loss_factor). Try a smaller learning rate."
+            )

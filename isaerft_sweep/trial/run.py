@@ -1,0 +1,151 @@
+"""One attempt of one trial, from spec to adapter."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+
+from isaerft_sweep.environment import describe_environment
+from isaerft_sweep.errors import IsaerftError, TrialDiverged
+from isaerft_sweep.journal.files import write_json, write_text
+from isaerft_sweep.journal.folders import COMPLETED, DIVERGED, FAILED, RUNNING, STOPPED, StatusWriter, Superseded, TrialFolder
+from isaerft_sweep.models.loading import LoadedModel, load
+from isaerft_sweep.results.card import write_card
+from isaerft_sweep.specs import TrialSpec
+from isaerft_sweep.tracking.run import Run, open_run
+from isaerft_sweep.trial.data import load_pairs
+from isaerft_sweep.trial.recorder import Recorder
+from isaerft_sweep.trial.trainer import TrialTrainer, attach_adapter, complete_checkpoints, make_trainer
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def run_trial(folder: TrialFolder, attempt: int) -> str:
+    """Run or go on with the trial in ``folder``; returns its state, which is also in its status file.
+
+    ``failed`` when an error ended it (the message is in the status), ``diverged`` when the loss did, ``stopped`` when a
+    signal or the controller asked for it and a checkpoint lets it go on. Raises Superseded when it is not this
+    attempt's turn any more.
+    """
+    spec = folder.read_spec()
+    status = StatusWriter(folder, attempt)
+    status.write(RUNNING, {"step": 0})
+    try:
+        with stop_requests() as stopping:
+            return _run(folder, spec, status, stopping)
+    except Superseded:
+        raise
+    except IsaerftError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return _end(status, FAILED, {"message": str(error), "user_error": True})
+    except Exception as error:
+        traceback.print_exc()
+        return _end(status, FAILED, {"message": f"{type(error).__name__}: {error}"[:2000]})
+
+
+def _run(folder: TrialFolder, spec: TrialSpec, status: StatusWriter, stopping: dict[str, bool]) -> str:
+    started = time.monotonic()
+    experiment = spec.experiment
+    loaded = load(experiment.model, experiment.cache)
+    pairs = load_pairs(experiment.data, loaded.tokenizer, experiment.orpo.max_length)
+    print(pairs.summary, flush=True)
+    model = attach_adapter(loaded, experiment.adapter, experiment.orpo.seed)
+    write_json(folder.environment, describe_environment(torch_device=_device_name()))
+    run = open_run(spec, folder.path / "wandb")
+    recorder = Recorder(folder, experiment.orpo, status, run, spec.metric, lambda: stopping["asked"])
+    checkpoints = complete_checkpoints(folder.checkpoints)
+    trainer = make_trainer(
+        experiment.orpo, model, loaded, pairs, folder.checkpoints, resuming=bool(checkpoints), callbacks=[recorder]
+    )
+    recorder.rewind(int(checkpoints[-1].name.split("-")[1]) if checkpoints else -1)
+    try:
+        _train(trainer, checkpoints)
+    except TrialDiverged as error:
+        print(f"diverged: {error}", flush=True)
+        run.finish({"state": DIVERGED}, exit_code=1)
+        return _end(status, DIVERGED, {"message": str(error), **_results(recorder, started)})
+    except BaseException:
+        run.finish({"state": FAILED}, exit_code=1)
+        raise
+    if recorder.stopped:
+        run.finish({"state": STOPPED}, exit_code=1)
+        return _end(status, STOPPED, {"message": "asked to stop; a checkpoint was written"})
+    results = _results(recorder, started)
+    _save(folder, spec, model, loaded, run, results, status)
+    run.finish({**recorder.latest, "state": COMPLETED}, exit_code=0)
+    shutil.rmtree(folder.checkpoints, ignore_errors=True)
+    return _end(status, COMPLETED, results)
+
+
+def _train(trainer: TrialTrainer, checkpoints: list[Path]) -> None:
+    trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
+
+
+def _results(recorder: Recorder, started: float) -> dict[str, Any]:
+    return {
+        "metric": recorder.latest.get(recorder.metric),
+        "metrics": recorder.latest,
+        "untrained": recorder.untrained,
+        "seconds": round(time.monotonic() - started, 3),
+    }
+
+
+def _end(status: StatusWriter, state: str, facts: dict[str, Any]) -> str:
+    status.write(state, {**facts, "ended": time.time()})
+    return state
+
+
+def _save(
+    folder: TrialFolder,
+    spec: TrialSpec,
+    model: peft.PeftModel,
+    loaded: LoadedModel,
+    run: Run,
+    results: dict[str, Any],
+    status: StatusWriter,
+) -> None:
+    """Write the adapter folder aside and rename it: it is there whole or not at all."""
+    aside = folder.path / f".adapter-{status.attempt}"
+    shutil.rmtree(aside, ignore_errors=True)
+    # the embeddings are frozen; asked to look, PEFT would search the Hub for the base model's vocabulary
+    model.save_pretrained(aside, save_embedding_layers=False)
+    loaded.tokenizer.save_pretrained(aside)
+    config: Any = model.peft_config["default"]
+    card = write_card(spec, results, run.url, run.offline_folder, [dict(site) for site in config.sites])
+    write_text(aside / "README.md", card)
+    write_text(folder.card, card)
+    status.check()
+    shutil.rmtree(folder.adapter, ignore_errors=True)
+    os.replace(aside, folder.adapter)
+
+
+def _device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({torch.get_num_threads()} threads)"
+
+
+@contextmanager
+def stop_requests() -> Iterator[dict[str, bool]]:
+    """While the block runs, a signal to end only sets ``asked``: the step is finished and a checkpoint written first."""
+    asked = {"asked": False}
+
+    def note(number: int, _frame: Any) -> None:
+        print(f"received {signal.Signals(number).name}: checkpoint, then stop", flush=True)
+        asked["asked"] = True
+
+    before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

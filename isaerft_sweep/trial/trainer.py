@@ -1,0 +1,128 @@
+"""TRL's ORPOTrainer with the settings of a spec, complete checkpoints and no model card of TRL's own."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from transformers import PrinterCallback, Trainer, TrainerCallback, set_seed
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+from isaerft_sweep.adapter import IsaerftConfig
+from isaerft_sweep.models.loading import LoadedModel
+from isaerft_sweep.specs import AdapterSpec, OrpoSpec, to_dict
+from isaerft_sweep.trial.data import Pairs
+
+COMPLETE = ".complete"
+"""Written into a checkpoint last: one without it was cut short by a crash and is ignored."""
+KEPT_CHECKPOINTS = 2
+
+
+class TrialTrainer(ORPOTrainer):
+    """ORPOTrainer whose checkpoints say that they are whole."""
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        # the adapter alone: asked to look at the embeddings, PEFT would search the Hub for the base model's vocabulary
+        self.model.save_pretrained(output_dir, save_embedding_layers=False)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        Trainer._save_checkpoint(self, model, trial)  # not ORPOTrainer's, which writes a card each time
+        folder = Path(self.args.output_dir)
+        (folder / f"checkpoint-{self.state.global_step}" / COMPLETE).touch()
+        for old in complete_checkpoints(folder)[:-KEPT_CHECKPOINTS]:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints in ``folder``, oldest first."""
+    found = [mark.parent for mark in folder.glob(f"checkpoint-*/{COMPLETE}")]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def total_steps(spec: OrpoSpec, pairs: int) -> int:
+    """Optimiser steps of a whole run over ``pairs`` training pairs, as Trainer counts them."""
+    if spec.max_steps > 0:
+        return spec.max_steps
+    per_epoch = math.ceil(math.ceil(pairs / spec.batch_size) / spec.gradient_accumulation)
+    return math.ceil(spec.epochs * max(per_epoch, 1))
+
+
+def attach_adapter(loaded: LoadedModel, spec: AdapterSpec, seed: int) -> peft.PeftModel:
+    """The model with a fresh adapter on it; the same numbers for the same seed."""
+    set_seed(seed)
+    config = IsaerftConfig(
+        sites=[{k: v for k, v in to_dict(site).items() if v is not None} for site in spec.sites],
+        kind=spec.kind,
+        rank=spec.rank,
+        hidden_size=spec.hidden_size,
+        hidden_layers=spec.hidden_layers,
+    )
+    return peft.get_peft_model(loaded.model, config)
+
+
+def make_trainer(
+    spec: OrpoSpec, model: peft.PeftModel, loaded: LoadedModel, pairs: Pairs, folder: Path, resuming: bool, callbacks: list[TrainerCallback]
+) -> TrialTrainer:
+    """The trainer of one trial. ``folder`` receives the checkpoints."""
+    cuda = torch.cuda.is_available()
+    steps = total_steps(spec, len(pairs.train))
+    args = ORPOConfig(
+        output_dir=str(folder),
+        learning_rate=spec.learning_rate,
+        beta=spec.beta,
+        max_length=spec.max_length,
+        num_train_epochs=spec.epochs,
+        max_steps=steps,
+        per_device_train_batch_size=spec.batch_size,
+        per_device_eval_batch_size=spec.eval_batch_size,
+        gradient_accumulation_steps=spec.gradient_accumulation,
+        warmup_steps=spec.warmup_steps,
+        lr_scheduler_type=spec.schedule,
+        optim=resolve_optimizer(spec.optimizer),
+        weight_decay=spec.weight_decay,
+        max_grad_norm=spec.max_grad_norm,
+        seed=spec.seed,
+        logging_strategy="steps",
+        logging_steps=spec.log_every_steps,
+        logging_first_step=True,
+        # a NaN must be seen, not replaced by the mean of the other steps
+        logging_nan_inf_filter=False,
+        eval_strategy="steps",
+        eval_steps=max(1, math.ceil(steps * spec.eval_fraction)),
+        eval_on_start=spec.eval_untrained and not resuming,
+        save_strategy="no",  # the recorder decides: by steps, by time and on a signal
+        # the model is loaded in the dtype it computes in; autocast would only cast the float32 adapter
+        bf16=False,
+        fp16=False,
+        gradient_checkpointing=spec.gradient_checkpointing,
+        # reentrant checkpointing would need inputs that require a gradient, down through the frozen trunk
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        use_cpu=not cuda,
+        dataloader_pin_memory=cuda,
+        remove_unused_columns=False,
+        report_to=[],
+        disable_tqdm=True,
+    )
+    trainer = TrialTrainer(
+        model=model,
+        args=args,
+        train_dataset=pairs.train,
+        eval_dataset=pairs.evaluation,
+        processing_class=loaded.tokenizer,
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)  # the recorder prints a line per step
+    return trainer
+
+
+def resolve_optimizer(name: str) -> str:
+    """``auto`` as the published run chose: paged 8-bit AdamW on a GPU with bitsandbytes, torch's AdamW elsewhere."""
+    if name != "auto":
+        return name
+    eight_bit = torch.cuda.is_available() and importlib.util.find_spec("bitsandbytes") is not None
+    return "paged_adamw_8bit" if eight_bit else "adamw_torch"
