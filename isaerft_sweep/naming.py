@@ -23,7 +23,7 @@ METHOD = "-FT-ORPO-ISAERFT_"
 
 _PARSER = re.compile(
     r"^(?:(?P<upper>.+?)-FT-ORPO-ISAERFT_)?(?P<prefix>run-)?(?P<model>.+)"
-    r"-lr(?P<lr>\d\.\de[+-]\d{2,3})-beta(?P<beta>[0-9.]+(?:e[+-]?\d+)?)"
+    r"-lr(?P<lr>\d\.\de-?\d{2,3})-beta(?P<beta>[0-9.]+(?:e[+-]?\d+)?)"
     r"-(?P<date>\d{8})-(?P<time>\d{4}(?:\d{2})?)(?:-(?P<mark>[0-9a-f]{6}))?$"
 )
 
@@ -58,6 +58,7 @@ def run_name(
         raise ConfigError(f"a run name needs a learning rate above 0 and beta at least 0, got {learning_rate}, {beta}.")
     when = started.strftime("%Y%m%d-%H%M%S" if grow else "%Y%m%d-%H%M")
     name = f"{prefix}{clean(model)[:MODEL_LIMIT].rstrip('-._')}-lr{learning_rate:.1e}-beta{show_beta(beta)}-{when}"
+    name = name.replace("+", "")  # the Hub has no plus sign: 1.0e00
     if grow >= 2:
         name += "-" + sha256(f"{learning_rate!r}|{beta!r}|{salt}|{grow}".encode()).hexdigest()[:6]
     return name

@@ -53,7 +53,7 @@ class ModelSpec:
     architecture: str | None = option(None)
     revision: str | None = option(None)
     dtype: str = option("auto", choices=("auto", "float32", "bfloat16", "float16"))
-    attention: str = option("sdpa", choices=("eager", "sdpa", "flash_attention_2"))
+    attention: str | None = option(None, choices=("eager", "sdpa", "flash_attention_2"))
     license: str | None = option(None, cosmetic=True)
     sites: tuple[Site, ...] = option(())
 
@@ -92,7 +92,11 @@ class AdapterSpec:
 
 @dataclass(frozen=True)
 class OrpoSpec:
-    """ORPO (arXiv 2403.07691) and its optimiser. ``beta`` is the paper's λ, the weight of the odds-ratio term."""
+    """ORPO (arXiv 2403.07691) and its optimiser. ``beta`` is the paper's λ, the weight of the odds-ratio term.
+
+    ``eval_untrained``: evaluate before the first step in the sweep's first trial (what it finds holds for all), in every
+    trial, or never.
+    """
 
     learning_rate: float = option(above=0)
     beta: float = option(at_least=0)
@@ -109,7 +113,7 @@ class OrpoSpec:
     max_grad_norm: float = option(1.0, at_least=0)
     seed: int = option(42, at_least=0)
     eval_fraction: float = option(0.2, above=0, at_most=1)
-    eval_untrained: bool = option(True, cosmetic=True)
+    eval_untrained: str = option("first", choices=("first", "always", "never"), cosmetic=True)
     log_every_steps: int = option(1, at_least=1, cosmetic=True)
     checkpoint_every_steps: int = option(50, at_least=1, cosmetic=True)
     checkpoint_every_min: float = option(5.0, above=0, cosmetic=True)
@@ -129,7 +133,11 @@ class TrackerSpec:
 
 @dataclass(frozen=True)
 class LauncherSpec:
-    """Where and how many at a time trials run. ``slots`` None: one per visible GPU (local), 1 without a GPU."""
+    """Where and how many at a time trials run. ``slots`` None: one per visible GPU (local), 1 without a GPU.
+
+    ``trunk_cache_gb`` bounds the disk used for the frozen layers' output (0: compute it every time), which is kept in
+    ``scratch`` (None: the cache folder); best a local disk of the node.
+    """
 
     kind: str = option("local", choices=("local", "slurm"))
     slots: int | None = option(None, at_least=1)
@@ -141,6 +149,8 @@ class LauncherSpec:
     max_retries: int = option(2, at_least=0)
     max_failures: int = option(3, at_least=1)
     min_free_gb: float = option(1.0, at_least=0)
+    trunk_cache_gb: float = option(8.0, at_least=0)
+    scratch: str | None = option(None)
     slurm: Mapping[str, Any] = field(default_factory=dict)
 
 

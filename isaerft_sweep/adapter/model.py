@@ -35,6 +35,8 @@ class IsaerftModel(BaseTuner):
             check_fits(sae, site, width, count)
             site["fingerprint"] = sae.fingerprint
         peft_config.target_modules = [f"{name}.{site['layer']}" for site in peft_config.sites]
+        model.disable_input_require_grads() if getattr(model, "_require_grads_hooks", None) else None
+        model.enable_input_require_grads = _do_nothing  # type: ignore[assignment]
 
     @staticmethod
     def _check_target_module_exists(peft_config: IsaerftConfig, key: str) -> bool:
@@ -55,15 +57,10 @@ class IsaerftModel(BaseTuner):
             return
         layer = IsaerftLayer(target, adapter_name, peft_config, load_sae(site))
         layer.train(target.training)
-        setattr(parent, target_name, layer)
+        self._replace_module(parent, target_name, layer, target)
 
-    def enable_input_require_grads(self) -> None:
-        """Nothing, on purpose.
-
-        Trainers call this when gradient checkpointing is on, to make the embeddings' output require a gradient; that
-        would drag the backward pass through the whole frozen trunk. With non-reentrant checkpointing the block's own
-        parameters suffice, so gradients begin at the lowest site.
-        """
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        setattr(parent, child_name, new_module)  # PEFT's own looks for a weight to copy; a decoder layer has none
 
     def _merging(self) -> None:
         make_room(self.model, {self.peft_config[name].kind for name in self.active_adapters})
@@ -77,3 +74,12 @@ class IsaerftModel(BaseTuner):
         if merge:
             self._merging()
         return super()._unload_and_optionally_merge(merge=merge, **kwargs)
+
+
+def _do_nothing() -> None:
+    """In place of a model's ``enable_input_require_grads``.
+
+    With gradient checkpointing on, transformers, PEFT and TRL call it to make the embeddings' output require a gradient,
+    which drags the backward pass through the whole frozen trunk. With non-reentrant checkpointing the block's own
+    parameters suffice, and gradients begin at the lowest site.
+    """

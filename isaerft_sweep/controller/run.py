@@ -73,7 +73,8 @@ def run_sweep(experiment: Experiment, overrides: Sequence[str] = ()) -> int:
             print_facts(console, check_trial_needs(experiment))
         if not journal.record.sweep_id:
             write_question(experiment, definition, folder)
-            journal.write("sweep", sweep_id=new_sweep_id(), question=asked)
+            metric = definition.metric
+            journal.write("sweep", sweep_id=new_sweep_id(), question=asked, metric=metric.name, goal=metric.goal)
         stop = StopRequest()
         with stop.on_signals(), Progress(console, definition.metric.name, trials) as view:
             factory = TrialFactory(experiment, definition, folder, journal.record.sweep_id, git_commit(), overrides)

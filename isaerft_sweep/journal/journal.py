@@ -49,6 +49,8 @@ class SweepRecord:
 
     sweep_id: str = ""
     question: str = ""
+    metric: str = ""
+    goal: str = "maximize"
     trials: dict[int, TrialRecord] = field(default_factory=dict)
 
     def apply(self, event: Mapping[str, Any]) -> None:
@@ -60,6 +62,7 @@ class SweepRecord:
 
     def _on_sweep(self, event: Mapping[str, Any]) -> None:
         self.sweep_id, self.question = event["sweep_id"], event["question"]
+        self.metric, self.goal = event["metric"], event["goal"]
 
     def _on_trial(self, event: Mapping[str, Any]) -> None:
         point = Point(event["params"], event["unit"])

@@ -131,16 +131,21 @@ def _inverse_log_values(u: float, low: float, high: float) -> float:
     return _log_values(u, low, high)
 
 
+def _inside(u: float) -> float:
+    """u away from 0 and 1, where the inverse is infinite or its root finding fails."""
+    return min(max(u, 1e-12), 1 - 1e-12)
+
+
 def _normal(u: float, mu: float, sigma: float) -> float:
     from statistics import NormalDist
 
-    return NormalDist(mu, sigma).inv_cdf(min(max(u, 1e-12), 1 - 1e-12)) if sigma else mu
+    return NormalDist(mu, sigma).inv_cdf(_inside(u)) if sigma else mu
 
 
 def _beta(u: float, a: float, b: float) -> float:
     from scipy.stats import beta
 
-    return float(beta.ppf(u, a, b))
+    return float(beta.ppf(_inside(u), a, b))
 
 
 INVERSE: dict[str, Callable[[float, float, float], float]] = {

@@ -22,7 +22,7 @@ from isaerft_sweep.specs import canonical_json
 if TYPE_CHECKING:
     import optuna
 
-STARTUP = 8
+STARTUP = 5
 """Quasi-random points before the first model-based one."""
 ATTEMPTS = 200
 """Draws that may repeat a tried point before the untried ones are searched one by one."""

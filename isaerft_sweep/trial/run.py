@@ -9,7 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,14 @@ from isaerft_sweep.errors import IsaerftError, TrialDiverged
 from isaerft_sweep.journal.files import write_json, write_text
 from isaerft_sweep.journal.folders import COMPLETED, DIVERGED, FAILED, RUNNING, STOPPED, StatusWriter, Superseded, TrialFolder
 from isaerft_sweep.models.loading import LoadedModel, load
+from isaerft_sweep.resources import cache_folder
 from isaerft_sweep.results.card import write_card
 from isaerft_sweep.specs import TrialSpec
 from isaerft_sweep.tracking.run import Run, open_run
 from isaerft_sweep.trial.data import load_pairs
 from isaerft_sweep.trial.recorder import Recorder
 from isaerft_sweep.trial.trainer import TrialTrainer, attach_adapter, complete_checkpoints, make_trainer
+from isaerft_sweep.trial.trunk import only_above_site, sequences_of, stored_trunk
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -65,12 +67,13 @@ def _run(folder: TrialFolder, spec: TrialSpec, status: StatusWriter, stopping: d
     run = open_run(spec, folder.path / "wandb")
     recorder = Recorder(folder, experiment.orpo, status, run, spec.metric, lambda: stopping["asked"])
     checkpoints = complete_checkpoints(folder.checkpoints)
-    trainer = make_trainer(
-        experiment.orpo, model, loaded, pairs, folder.checkpoints, resuming=bool(checkpoints), callbacks=[recorder]
-    )
+    untrained = {"first": spec.index == 0, "always": True, "never": False}[experiment.orpo.eval_untrained]
+    eval_first = untrained and not checkpoints
+    trainer = make_trainer(experiment.orpo, model, loaded, pairs, folder.checkpoints, eval_first, [recorder])
     recorder.rewind(int(checkpoints[-1].name.split("-")[1]) if checkpoints else -1)
     try:
-        _train(trainer, checkpoints)
+        with _reused_trunk(spec, model, trainer):
+            trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
     except TrialDiverged as error:
         print(f"diverged: {error}", flush=True)
         run.finish({"state": DIVERGED}, exit_code=1)
@@ -88,8 +91,21 @@ def _run(folder: TrialFolder, spec: TrialSpec, status: StatusWriter, stopping: d
     return _end(status, COMPLETED, results)
 
 
-def _train(trainer: TrialTrainer, checkpoints: list[Path]) -> None:
-    trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
+def _reused_trunk(spec: TrialSpec, model: peft.PeftModel, trainer: TrialTrainer) -> AbstractContextManager[None]:
+    """The frozen layers below the site, run once per sweep and node, where their output fits the cache."""
+    experiment = spec.experiment
+    limit_gb, scratch = experiment.launcher.trunk_cache_gb, experiment.launcher.scratch
+    if limit_gb == 0:
+        return nullcontext()
+    folder = Path(scratch).expanduser() if scratch else cache_folder(experiment.cache) / "trunk"
+    started = time.monotonic()
+    sequences = sequences_of(trainer.train_dataset, trainer.eval_dataset)
+    stored = stored_trunk(model, experiment.model, sequences, folder, limit_gb)
+    if stored is None:
+        print(f"the frozen layers' output would not fit launcher.trunk_cache_gb={limit_gb:g}: computed every time", flush=True)
+        return nullcontext()
+    print(f"frozen layers' output of {len(stored.values)} tokens ready after {time.monotonic() - started:.1f} s", flush=True)
+    return only_above_site(model, stored)
 
 
 def _results(recorder: Recorder, started: float) -> dict[str, Any]:

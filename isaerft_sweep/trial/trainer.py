@@ -66,7 +66,7 @@ def attach_adapter(loaded: LoadedModel, spec: AdapterSpec, seed: int) -> peft.Pe
 
 
 def make_trainer(
-    spec: OrpoSpec, model: peft.PeftModel, loaded: LoadedModel, pairs: Pairs, folder: Path, resuming: bool, callbacks: list[TrainerCallback]
+    spec: OrpoSpec, model: peft.PeftModel, loaded: LoadedModel, pairs: Pairs, folder: Path, eval_first: bool, callbacks: list[TrainerCallback]
 ) -> TrialTrainer:
     """The trainer of one trial. ``folder`` receives the checkpoints."""
     cuda = torch.cuda.is_available()
@@ -94,7 +94,7 @@ def make_trainer(
         logging_nan_inf_filter=False,
         eval_strategy="steps",
         eval_steps=max(1, math.ceil(steps * spec.eval_fraction)),
-        eval_on_start=spec.eval_untrained and not resuming,
+        eval_on_start=eval_first,
         save_strategy="no",  # the recorder decides: by steps, by time and on a signal
         # the model is loaded in the dtype it computes in; autocast would only cast the float32 adapter
         bf16=False,

