@@ -44,7 +44,9 @@ def _parser() -> argparse.ArgumentParser:
     best.set_defaults(run=_best)
 
     generate = commands.add_parser("generate", help="answer prompts with and without an adapter")
-    generate.add_argument("folder", type=Path, help="a trial's folder, its adapter folder, or a sweep's folder (its best trial)")
+    generate.add_argument(
+        "folder", type=Path, help="a trial's folder, its adapter folder, or a sweep's folder (its best trial)"
+    )
     generate.add_argument("--prompt", action="append", help="may be given several times")
     generate.add_argument("--max-new-tokens", type=int, default=60)
     generate.add_argument("--cache", default=None, help="where converted models are kept")
@@ -77,10 +79,14 @@ def _best(args: argparse.Namespace) -> None:
     if args.form == "path":
         print(path)
     elif args.form == "overrides":
-        print(" ".join(f"{key}={value!r}" if not isinstance(value, str) else f"{key}={value}" for key, value in params.items()))
+        print(
+            " ".join(f"{key}={value!r}" if not isinstance(value, str) else f"{key}={value}" for key, value in params.items())
+        )
     else:
         facts = {"name": winner.record.name, "run_id": winner.record.run_id, "path": str(path), "params": dict(params)}
-        print(json.dumps({**facts, "metric": {sweep.metric.name: winner.record.metric}, "metrics": winner.metrics}, indent=1))
+        print(
+            json.dumps({**facts, "metric": {sweep.metric.name: winner.record.metric}, "metrics": winner.metrics}, indent=1)
+        )
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -104,7 +110,9 @@ def _adapter_folder(folder: Path) -> Path:
     if (folder / "journal.jsonl").is_file():
         sweep = read_sweep_folder(folder)
         return sweep.folder.trial(sweep.best().record.name).adapter
-    raise FolderError(f"'{folder}' must be the folder of a finished trial, of an adapter or of a sweep, but it is none of them.")
+    raise FolderError(
+        f"'{folder}' must be the folder of a finished trial, of an adapter or of a sweep, but it is none of them."
+    )
 
 
 if __name__ == "__main__":

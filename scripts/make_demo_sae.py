@@ -25,8 +25,8 @@ from sae_lens.training.sae_trainer import SAETrainer
 from safetensors.torch import load_file, save_file
 
 from isaerft_sweep.adapter.architecture import decoder_layers
-from isaerft_sweep.specs import ModelSpec
 from isaerft_sweep.models.loading import LoadedModel, load
+from isaerft_sweep.specs import ModelSpec
 
 MODEL = ModelSpec(name="HuggingFaceTB/SmolLM2-135M-Instruct", source="package", dtype="float32")
 CONTEXT = 128
@@ -129,6 +129,7 @@ def quality(loaded: LoadedModel, sae: SAE, layer: int, found: torch.Tensor, wind
 
 
 def main() -> None:
+    """Train, save, measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layer", type=int, default=24)
     parser.add_argument("--out", type=Path, required=True)

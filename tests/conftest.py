@@ -25,7 +25,14 @@ from isaerft_sweep.specs import Experiment, TrialSpec, identity
 os.environ.update(HF_HUB_OFFLINE="1", TRL_EXPERIMENTAL_SILENCE="1", TOKENIZERS_PARALLELISM="false", WANDB_SILENT="true")
 register()
 
-TINY = ("model=tiny", "data.train_size=24", "data.eval_size=8", "orpo.max_steps=4", "orpo.max_length=300", "launcher.poll_s=0.2")
+TINY = (
+    "model=tiny",
+    "data.train_size=24",
+    "data.eval_size=8",
+    "orpo.max_steps=4",
+    "orpo.max_length=300",
+    "launcher.poll_s=0.2",
+)
 """A trial of a few seconds: four steps of a tiny random model."""
 
 

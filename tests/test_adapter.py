@@ -23,7 +23,7 @@ from isaerft_sweep.specs import ModelSpec
 D_IN, D_SAE = random_model.HIDDEN, 96
 FAMILIES = ("llama", "gemma2", "gemma3_text", "qwen2", "qwen3", "gpt_neox")
 KINDS = ("bias", "scale", "linear", "mlp")
-TOLERANCE = {torch.float32: dict(rtol=1e-4, atol=2e-5), torch.bfloat16: dict(rtol=5e-2, atol=5e-2)}
+TOLERANCE = {torch.float32: {"rtol": 1e-4, "atol": 2e-5}, torch.bfloat16: {"rtol": 5e-2, "atol": 5e-2}}
 
 
 @pytest.fixture(scope="session")
@@ -49,7 +49,9 @@ def base_model(family: str, cache: Path, dtype: torch.dtype = torch.float32) -> 
 
 
 def with_adapter(model: Any, sae: str, kind: str = "bias", layers: tuple[int, ...] = (2,), **more: Any) -> peft.PeftModel:
-    adapted = peft.get_peft_model(model, IsaerftConfig(sites=[{"layer": n, "sae_path": sae} for n in layers], kind=kind, **more))
+    adapted = peft.get_peft_model(
+        model, IsaerftConfig(sites=[{"layer": n, "sae_path": sae} for n in layers], kind=kind, **more)
+    )
     generator = torch.Generator().manual_seed(1)
     for name, parameter in adapted.named_parameters():
         if parameter.requires_grad:
@@ -226,7 +228,10 @@ def test_merging_is_exact_and_saves_as_a_plain_model(family: str, saes: dict, ca
     torch.testing.assert_close(plain(tokens()).logits, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("family", "kind", "said"), [("gemma2", "bias", "'gemma2' has no bias"), ("llama", "scale", "only an adapter of kind bias")])
+@pytest.mark.parametrize(
+    ("family", "kind", "said"),
+    [("gemma2", "bias", "'gemma2' has no bias"), ("llama", "scale", "only an adapter of kind bias")],
+)
 def test_merging_is_refused_where_it_is_not_exact(family: str, kind: str, said: str, saes: dict, cache: Path) -> None:
     with pytest.raises(ModelError, match=said):
         with_adapter(base_model(family, cache), saes["jumprelu"], kind).merge_and_unload()

@@ -34,11 +34,13 @@ def test_every_config_file_composes_and_passes_the_checks(choice: str, experimen
 def test_the_published_experiment(experiment) -> None:
     composed = experiment("model=gemma-2-2b", "data=ultrafeedback", "adapter=bias", "sweep=reference")
     assert composed.model.name == "google/gemma-2-2b" and composed.model.tokenizer == "google/gemma-2-2b-it"
-    assert composed.adapter.sites == (
-        Site(20, "gemma-scope-2b-pt-res-canonical", "layer_20/width_16k/canonical"),
-    )
+    assert composed.adapter.sites == (Site(20, "gemma-scope-2b-pt-res-canonical", "layer_20/width_16k/canonical"),)
     data, orpo = composed.data, composed.orpo
-    assert (data.name, data.train_split, data.eval_split) == ("trl-lib/ultrafeedback_binarized", "train[:1000]", "test[:100]")
+    assert (data.name, data.train_split, data.eval_split) == (
+        "trl-lib/ultrafeedback_binarized",
+        "train[:1000]",
+        "test[:100]",
+    )
     assert (orpo.batch_size, orpo.gradient_accumulation, orpo.max_length, orpo.warmup_steps) == (2, 8, 1024, 10)
     assert (orpo.epochs, orpo.schedule, orpo.eval_fraction, orpo.log_every_steps) == (1.0, "linear", 0.2, 1)
     assert composed.tags == ("smol-course", "module_1") and composed.tracker.project == "orpo-isaerft-sweep"

@@ -40,7 +40,10 @@ def test_the_published_run_to_the_character() -> None:
 
 def test_the_later_published_runs_have_no_prefix() -> None:
     name = naming.run_name("google/gemma-2-2b", 1e-6, 0.15, datetime(2025, 3, 1, 3, 59), prefix="")
-    assert naming.model_name("google/gemma-2-2b", name) == "GEMMA-2-2B-FT-ORPO-ISAERFT_gemma-2-2b-lr1.0e-06-beta0.15-20250301-0359"
+    assert (
+        naming.model_name("google/gemma-2-2b", name)
+        == "GEMMA-2-2B-FT-ORPO-ISAERFT_gemma-2-2b-lr1.0e-06-beta0.15-20250301-0359"
+    )
 
 
 @given(MODELS, RATES, BETAS, TIMES, st.integers(0, 3))
@@ -58,13 +61,13 @@ def test_names_are_valid_everywhere_and_read_back(model: str, lr: float, beta: f
 
 
 @given(st.lists(st.tuples(RATES, BETAS), min_size=2, max_size=12))
-def test_reserved_names_differ_even_for_points_that_print_alike(tmp_path_factory: pytest.TempPathFactory, points: list) -> None:
+def test_reserved_names_differ_even_for_points_that_print_alike(
+    tmp_path_factory: pytest.TempPathFactory, points: list
+) -> None:
     registry = tmp_path_factory.mktemp("names")
     points = points + points  # the very same point in the same minute, twice
     names = [
-        naming.reserve(
-            registry, lambda grow, p=point, i=i: naming.run_name("m", p[0], p[1], WHEN, grow=grow, salt=f"s/{i}")
-        )
+        naming.reserve(registry, lambda grow, p=point, i=i: naming.run_name("m", p[0], p[1], WHEN, grow=grow, salt=f"s/{i}"))
         for i, point in enumerate(points)
     ]
     assert len({name.lower() for name in names}) == len(names)

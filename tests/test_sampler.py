@@ -119,4 +119,6 @@ def test_diverged_trials_steer_bayes_away() -> None:
         point = sampler.ask()
         sampler.tell(point, None if point.params[LR] > 1e-4 else -abs(math.log10(point.params[LR]) + 5))
         late += [point.params[LR]] if i >= 24 else []
-    assert sum(lr > 1e-4 for lr in late) < len(late) / 2, "half of the space diverges; TPE goes there less than half the time"
+    assert sum(lr > 1e-4 for lr in late) < len(late) / 2, (
+        "half of the space diverges; TPE goes there less than half the time"
+    )

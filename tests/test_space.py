@@ -87,9 +87,15 @@ def test_defaults_are_wandbs() -> None:
         ({"min": 0.5, "max": 0.1}, "min must not be above max but got min=0.5, max=0.1"),
         ({"distribution": "log_uniform", "min": 1e-6, "max": 5e-5}, "use distribution log_uniform_values"),
         ({"distribution": "log_uniform", "min": 1, "max": 1000}, "exponents within ±700"),
-        ({"distribution": "log_uniform_values", "min": -14, "max": -10}, "For natural-log exponents use distribution log_uniform."),
+        (
+            {"distribution": "log_uniform_values", "min": -14, "max": -10},
+            "For natural-log exponents use distribution log_uniform.",
+        ),
         ({"distribution": "loguniform", "min": 1, "max": 2}, "Did you mean 'log_uniform'"),
-        ({"min": "1e-4", "max": 1}, "min is the text '1e-4', not a number. YAML needs a point and a signed exponent: 1.0e-04."),
+        (
+            {"min": "1e-4", "max": 1},
+            "min is the text '1e-4', not a number. YAML needs a point and a signed exponent: 1.0e-04.",
+        ),
         ({"values": ["1e-4", "1e-3"]}, r"values\[0\] is the text '1e-4'"),
         ({"value": "1e-4"}, "value is the text '1e-4'"),
         ({"distribution": "uniform", "min": 1}, "needs min and max, but max is missing"),
@@ -154,7 +160,12 @@ def test_nested_parameters_become_dotted() -> None:
 
 def test_the_reference_sweep_is_the_published_one() -> None:
     read = read_sweep_file(folder("sweeps") / "reference.yaml")
-    assert (read.method, read.metric.name, read.metric.goal, read.run_cap) == ("random", "eval/rewards/margins", "maximize", 10)
+    assert (read.method, read.metric.name, read.metric.goal, read.run_cap) == (
+        "random",
+        "eval/rewards/margins",
+        "maximize",
+        10,
+    )
     assert read.parameters == {
         LR: Numeric("log_uniform_values", 1e-6, 5e-5),
         "orpo.beta": Categorical((0.05, 0.1, 0.15, 0.2), (0.25,) * 4),

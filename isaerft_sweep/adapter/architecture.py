@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from isaerft_sweep.errors import ModelError
@@ -17,7 +19,7 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 
 def decoder_layers_name(model: nn.Module) -> str:
     """The dotted name of ``decoder_layers``: the module list whose length is the config's number of layers."""
-    config = model.config  # type: ignore[union-attr]
+    config: Any = model.config
     count = getattr(config.get_text_config() if hasattr(config, "get_text_config") else config, "num_hidden_layers", None)
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:

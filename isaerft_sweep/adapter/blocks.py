@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import nn
 
@@ -63,7 +65,7 @@ class FeedForwardBlock(nn.Module):
         super().__init__()
         widths = [d_sae, *[hidden_size or d_sae] * hidden_layers, d_sae]
         layers: list[nn.Module] = []
-        for i, (d_in, d_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+        for i, (d_in, d_out) in enumerate(pairwise(widths)):
             if i > 0:
                 layers.append(nn.ReLU())
             layers.append(LowRankLinear(d_in, d_out, rank) if rank else nn.Linear(d_in, d_out))

@@ -41,7 +41,7 @@ class IsaerftConfig(PeftConfig):
         from peft.utils import PeftType
 
         self.peft_type = PeftType[NAME]
-        self.task_type = self.task_type or TaskType.CAUSAL_LM
+        self.task_type = TaskType.CAUSAL_LM
         if self.kind not in KINDS:
             raise ConfigError(f"kind must be one of {', '.join(KINDS)} but got '{self.kind}'.")
         if self.rank is not None and self.kind not in ("linear", "mlp"):

@@ -18,7 +18,9 @@ def compare(adapter: str, prompts: Sequence[str], max_new_tokens: int, cache: st
             prompt_text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         else:
             prompt_text = prompt
-        inputs = tokenizer(str(prompt_text), return_tensors="pt", add_special_tokens=not tokenizer.chat_template).to(model.device)
+        inputs = tokenizer(str(prompt_text), return_tensors="pt", add_special_tokens=not tokenizer.chat_template).to(
+            model.device
+        )
 
         def answer(inputs=inputs) -> str:  # type: ignore[no-untyped-def]
             with torch.inference_mode():

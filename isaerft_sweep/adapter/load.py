@@ -13,7 +13,9 @@ from isaerft_sweep.models.loading import load
 from isaerft_sweep.specs import ModelSpec
 
 
-def load_model(adapter: str, base: ModelSpec | None = None, cache: str | None = None) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+def load_model(
+    adapter: str, base: ModelSpec | None = None, cache: str | None = None
+) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """The base model with the adapter on it, ready to generate, and its tokenizer.
 
     Args:

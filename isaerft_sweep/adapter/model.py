@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
@@ -20,7 +20,7 @@ class IsaerftModel(BaseTuner):
 
     prefix = "isaerft_"
     tuner_layer_cls = IsaerftLayer
-    target_module_mapping: dict[str, Any] = {}
+    target_module_mapping: ClassVar[dict[str, Any]] = {}
 
     def _prepare_adapter_config(self, peft_config: IsaerftConfig, model_config: dict[str, Any]) -> IsaerftConfig:
         if not peft_config.sites:
@@ -29,13 +29,15 @@ class IsaerftModel(BaseTuner):
 
     def _prepare_model(self, peft_config: IsaerftConfig, model: nn.Module) -> None:
         name, count = decoder_layers_name(model), len(decoder_layers(model))
-        width = model.get_input_embeddings().weight.shape[-1]  # type: ignore[operator]
+        embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+        width = embeddings.weight.shape[-1]
         for site in peft_config.sites:
             sae = load_sae(site)
             check_fits(sae, site, width, count)
             site["fingerprint"] = sae.fingerprint
         peft_config.target_modules = [f"{name}.{site['layer']}" for site in peft_config.sites]
-        model.disable_input_require_grads() if getattr(model, "_require_grads_hooks", None) else None
+        if getattr(model, "_require_grads_hooks", None):  # somebody turned checkpointing on before
+            model.disable_input_require_grads()  # type: ignore[operator]
         model.enable_input_require_grads = _do_nothing  # type: ignore[assignment]
 
     @staticmethod

@@ -55,9 +55,7 @@ def to_definition(sweep: SweepSpec, experiment: Experiment) -> SweepDefinition:
         point = {"orpo.learning_rate": Constant(experiment.orpo.learning_rate), "orpo.beta": Constant(experiment.orpo.beta)}
         return SweepDefinition("grid", Metric("eval/log_odds_chosen", "maximize"), point, run_cap=1)
     definition = read_sweep_file(Path(sweep.file).expanduser())
-    definition = replace(
-        definition, method=sweep.method or definition.method, run_cap=sweep.run_cap or definition.run_cap
-    )
+    definition = replace(definition, method=sweep.method or definition.method, run_cap=sweep.run_cap or definition.run_cap)
     if definition.method != "grid" and definition.run_cap is None:
         raise ConfigError(
             f"a sweep of method {definition.method} must say how many trials it runs: give run_cap in {sweep.file}, "

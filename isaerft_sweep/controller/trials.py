@@ -80,5 +80,7 @@ class TrialFactory:
     def _command(self, point: Point) -> str:
         """What runs this one trial again."""
         kept = [o for o in self.overrides if not o.lstrip("+").startswith(("sweep=", "sweep.", "name=", "launcher"))]
-        sampled = [f"{key}={value!r}" if not isinstance(value, str) else f"{key}={value}" for key, value in point.params.items()]
+        sampled = [
+            f"{key}={value!r}" if not isinstance(value, str) else f"{key}={value}" for key, value in point.params.items()
+        ]
         return shlex.join(["python", "-m", "isaerft_sweep.launch", *kept, "sweep=none", *sampled])

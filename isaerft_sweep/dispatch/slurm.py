@@ -26,7 +26,10 @@ class SlurmDispatcher(Dispatcher):
         try:
             self.executor = submitit.SlurmExecutor(folder=folder)
             self.executor.update_parameters(
-                time=spec.timeout_min, signal_delay_s=int(spec.grace_s), stderr_to_stdout=True, **_slurm_names(dict(spec.slurm))
+                time=spec.timeout_min,
+                signal_delay_s=int(spec.grace_s),
+                stderr_to_stdout=True,
+                **_slurm_names(dict(spec.slurm)),
             )
         except RuntimeError as error:
             raise LaunchError(f"launcher=slurm needs sbatch on this machine: {error}. Or use launcher=local.") from error

@@ -54,7 +54,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock on ``path`` (made if missing) while the block runs; the kernel frees it on any death."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as handle:
+    with path.open("a", encoding="utf-8") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
 

@@ -6,6 +6,7 @@ dispatches a trial again, and a worker of an older attempt (an orphan of a node 
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import time
@@ -122,7 +123,7 @@ class TrialFolder:
         write_json(self.spec, to_dict(spec))
 
     def read_spec(self) -> TrialSpec:
-        return TrialSpec.from_json(read_json(self.spec))
+        return TrialSpec.from_json(json.loads(self.spec.read_text(encoding="utf-8")))
 
     def begin_attempt(self, number: int) -> None:
         """Fence off every earlier attempt, and forget an old request to stop. Called by the controller."""

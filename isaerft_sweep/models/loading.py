@@ -12,9 +12,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from isaerft_sweep.errors import ModelError
+from isaerft_sweep.models import gguf_package, random_model
 from isaerft_sweep.resources import cache_folder
 from isaerft_sweep.specs import ModelSpec
-from isaerft_sweep.models import gguf_package, random_model
 
 
 @dataclass(frozen=True)

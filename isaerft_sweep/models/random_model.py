@@ -68,7 +68,11 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = ByteLevelDecoder()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", bos_token="<bos>", eos_token="<|end|>", additional_special_tokens=SPECIAL[3:]
+        tokenizer_object=core,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<|end|>",
+        additional_special_tokens=SPECIAL[3:],
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer

@@ -56,7 +56,11 @@ Cite TRL as:
 
 
 def write_card(
-    spec: TrialSpec, results: Mapping[str, Any], url: str | None, offline_folder: str | None, sites: Sequence[Mapping[str, Any]]
+    spec: TrialSpec,
+    results: Mapping[str, Any],
+    url: str | None,
+    offline_folder: str | None,
+    sites: Sequence[Mapping[str, Any]],
 ) -> str:
     """The card's text.
 
@@ -101,7 +105,9 @@ def _front_matter(spec: TrialSpec) -> str:
 def _introduction(spec: TrialSpec) -> str:
     model = spec.experiment.model
     data = spec.experiment.data
-    what = f"[{data.name}](https://huggingface.co/datasets/{data.name})" if data.source == "hub" else (data.path or data.name)
+    what = (
+        f"[{data.name}](https://huggingface.co/datasets/{data.name})" if data.source == "hub" else (data.path or data.name)
+    )
     return (
         f"This model is a fine-tuned version of [{model.name}](https://huggingface.co/{model.name}) on {what}: an "
         "ISAERFT adapter, a small trainable block in the latent space of a frozen sparse autoencoder (SAE).\n"
@@ -110,7 +116,7 @@ def _introduction(spec: TrialSpec) -> str:
 
 
 def _quick_start(spec: TrialSpec) -> str:
-    return f'''## Quick start
+    return """## Quick start
 
 In the folder of this card, or with its Hub name instead of `"."`, and with `isaerft-sweep` installed:
 
@@ -121,9 +127,9 @@ from transformers import pipeline
 model, tokenizer = load_model(".")
 question = "If you had a time machine, but could only go to the past or the future once and never return, which would you choose and why?"
 generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
-output = generator([{{"role": "user", "content": question}}], max_new_tokens=128, return_full_text=False)[0]
+output = generator([{"role": "user", "content": question}], max_new_tokens=128, return_full_text=False)[0]
 print(output["generated_text"])
-```'''
+```"""
 
 
 def _training(spec: TrialSpec, results: Mapping[str, Any], url: str | None, offline_folder: str | None) -> str:

@@ -65,7 +65,7 @@ class Numeric:
         value = INVERSE[self.family](min(max(u, 0.0), 1.0), self.a, self.b)
         if self.q:
             return self._at_step(self._clip_steps(round(value / self.q)))
-        return int(round(value)) if self.integer else float(value)
+        return round(value) if self.integer else float(value)
 
     @property
     def family(self) -> str:
@@ -102,7 +102,7 @@ class Numeric:
         value = step * (self.q or 1.0)
         # 3 * 0.1 must be 0.3: rounded to 12 significant digits
         value = round(value, 12 - math.floor(math.log10(abs(value)))) if value else 0.0
-        return int(round(value)) if self.integer else float(value)
+        return round(value) if self.integer else float(value)
 
 
 Distribution = Constant | Categorical | Numeric

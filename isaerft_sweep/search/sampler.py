@@ -111,7 +111,9 @@ class Sampler:
         return Point(params, {key: float(u) for key, u in unit.items()})
 
     def _grid_points(self) -> Iterator[Point]:
-        columns = [[(value, i, len(d.choices or ())) for i, value in enumerate(d.choices or ())] for d in self.space.values()]
+        columns = [
+            [(value, i, len(d.choices or ())) for i, value in enumerate(d.choices or ())] for d in self.space.values()
+        ]
         for row in itertools.product(*columns):
             params = {key: value for key, (value, _, _) in zip(self.space, row, strict=True)}
             unit = {key: (i + 0.5) / n for key, (_, i, n) in zip(self.space, row, strict=True) if key in self.free}

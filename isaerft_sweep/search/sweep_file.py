@@ -160,5 +160,3 @@ def _read_early_terminate(raw: Any) -> Mapping[str, Any] | None:
 
 def _positive(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value) and value > 0
-
-

@@ -54,7 +54,7 @@ class PairTokenizer:
     def __call__(self, row: Row) -> Row:
         """Token ids and labels of one row."""
         row = maybe_apply_chat_template(maybe_extract_prompt(dict(row)), self.processing_class)
-        return self.tokenize_row(row)  # type: ignore[arg-type]
+        return self.tokenize_row(row)
 
 
 def load_pairs(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Pairs:
@@ -140,9 +140,10 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def _json_rows(path: Path) -> Iterable[Row]:
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
+    opener = gzip.open if path.suffix == ".gz" else open
+    number = 0
     try:
-        with opened as lines:
+        with opener(path, "rt", encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     yield _check_row(json.loads(line), f"{path}, line {number}")

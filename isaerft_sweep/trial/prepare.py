@@ -51,7 +51,7 @@ def _describe_sae(site: dict[str, Any], sae: FrozenSae) -> str:
 def main() -> int:
     """Read the experiment from standard input, write the answer as the last line of standard output."""
     try:
-        answer = {"ok": prepare(from_mapping(Experiment, json.load(sys.stdin), ""))}
+        answer: dict[str, Any] = {"ok": prepare(from_mapping(Experiment, json.load(sys.stdin), ""))}
     except IsaerftError as error:
         answer = {"error": str(error)}
     print(json.dumps(answer), flush=True)

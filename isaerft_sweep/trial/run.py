@@ -19,7 +19,16 @@ import torch
 from isaerft_sweep.environment import describe_environment
 from isaerft_sweep.errors import IsaerftError, TrialDiverged
 from isaerft_sweep.journal.files import write_json, write_text
-from isaerft_sweep.journal.folders import COMPLETED, DIVERGED, FAILED, RUNNING, STOPPED, StatusWriter, Superseded, TrialFolder
+from isaerft_sweep.journal.folders import (
+    COMPLETED,
+    DIVERGED,
+    FAILED,
+    RUNNING,
+    STOPPED,
+    StatusWriter,
+    Superseded,
+    TrialFolder,
+)
 from isaerft_sweep.models.loading import LoadedModel, load
 from isaerft_sweep.resources import cache_folder
 from isaerft_sweep.results.card import write_card
@@ -102,7 +111,9 @@ def _reused_trunk(spec: TrialSpec, model: peft.PeftModel, trainer: TrialTrainer)
     sequences = sequences_of(trainer.train_dataset, trainer.eval_dataset)
     stored = stored_trunk(model, experiment.model, sequences, folder, limit_gb)
     if stored is None:
-        print(f"the frozen layers' output would not fit launcher.trunk_cache_gb={limit_gb:g}: computed every time", flush=True)
+        print(
+            f"the frozen layers' output would not fit launcher.trunk_cache_gb={limit_gb:g}: computed every time", flush=True
+        )
         return nullcontext()
     print(f"frozen layers' output of {len(stored.values)} tokens ready after {time.monotonic() - started:.1f} s", flush=True)
     return only_above_site(model, stored)

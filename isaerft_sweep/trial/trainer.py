@@ -66,7 +66,13 @@ def attach_adapter(loaded: LoadedModel, spec: AdapterSpec, seed: int) -> peft.Pe
 
 
 def make_trainer(
-    spec: OrpoSpec, model: peft.PeftModel, loaded: LoadedModel, pairs: Pairs, folder: Path, eval_first: bool, callbacks: list[TrainerCallback]
+    spec: OrpoSpec,
+    model: peft.PeftModel,
+    loaded: LoadedModel,
+    pairs: Pairs,
+    folder: Path,
+    eval_first: bool,
+    callbacks: list[TrainerCallback],
 ) -> TrialTrainer:
     """The trainer of one trial. ``folder`` receives the checkpoints."""
     cuda = torch.cuda.is_available()

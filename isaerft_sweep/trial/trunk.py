@@ -15,10 +15,10 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import peft
@@ -33,7 +33,11 @@ from isaerft_sweep.journal.files import made_once, read_json, write_json
 from isaerft_sweep.specs import ModelSpec, canonical_json
 
 TOKENS_PER_BATCH = 2048
-_STORED = {torch.float32: np.dtype("float32"), torch.float16: np.dtype("float16"), torch.bfloat16: np.dtype("uint16")}
+_STORED: dict[torch.dtype, np.dtype[Any]] = {
+    torch.float32: np.dtype("float32"),
+    torch.float16: np.dtype("float16"),
+    torch.bfloat16: np.dtype("uint16"),
+}
 
 
 class Pass(nn.Module):
@@ -130,13 +134,19 @@ def lowest_site(layers: nn.ModuleList) -> int:
     return next(i for i, layer in enumerate(layers) if isinstance(layer, IsaerftLayer))
 
 
+def _site_layer(layers: nn.ModuleList, site: int) -> IsaerftLayer:
+    return cast(IsaerftLayer, layers[site])
+
+
 def _weights_digest(layers: nn.ModuleList, site: int) -> str:
     """A hash over a sample of every trunk layer's weights: the same name may hide other weights."""
     digest = hashlib.sha256()
     for layer in layers[: site + 1]:
         for parameter in layer.parameters():
             if not parameter.requires_grad:
-                digest.update(parameter.detach().flatten()[:: max(1, parameter.numel() // 64)].float().cpu().numpy().tobytes())
+                digest.update(
+                    parameter.detach().flatten()[:: max(1, parameter.numel() // 64)].float().cpu().numpy().tobytes()
+                )
     return digest.hexdigest()[:20]
 
 
@@ -165,19 +175,19 @@ def _compute(
     first = next(model.parameters())
     hidden, stored = model.get_input_embeddings().weight.shape[-1], _STORED[first.dtype]
     values = np.lib.format.open_memmap(folder / "values.npy", mode="w+", dtype=stored, shape=(total, hidden))
-    handle, at, digest = layers[site].base_layer.register_forward_hook(catch), 0, hashlib.sha256()
+    handle, at, digest = _site_layer(layers, site).base_layer.register_forward_hook(catch), 0, hashlib.sha256()
     try:
         for batch in _batches(sequences):
             width = max(len(s) for s in batch)
             ids = torch.tensor([s + [0] * (width - len(s)) for s in batch], device=first.device)
             mask = torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in batch], device=first.device)
-            try:
+            with suppress(_Reached):
                 base(input_ids=ids, attention_mask=mask, use_cache=False)
-            except _Reached:
-                pass
             for row, sequence in zip(caught["hidden"].cpu(), batch, strict=True):
                 kept = row[: len(sequence)].contiguous()
-                values[at : at + len(sequence)] = kept.view(torch.uint16).numpy() if first.dtype == torch.bfloat16 else kept.numpy()
+                values[at : at + len(sequence)] = (
+                    kept.view(torch.uint16).numpy() if first.dtype == torch.bfloat16 else kept.numpy()
+                )
                 digest.update(values[at : at + len(sequence)].tobytes())
                 at += len(sequence)
     finally:
@@ -209,7 +219,8 @@ def only_above_site(model: peft.PeftModel, stored: StoredTrunk) -> Iterator[None
     base = model.get_base_model()
     layers = decoder_layers(base)
     site = lowest_site(layers)
-    wrapped, below, own = layers[site], list(layers[:site]), layers[site].base_layer
+    wrapped, below = _site_layer(layers, site), list(layers[:site])
+    own = wrapped.base_layer
     device = next(own.parameters()).device
     inject = Inject()
 
@@ -217,7 +228,9 @@ def only_above_site(model: peft.PeftModel, stored: StoredTrunk) -> Iterator[None
         ids = args[0] if args else kwargs["input_ids"]
         inject.hidden = stored.batch(ids, kwargs["attention_mask"], device)
         if inject.hidden is None:
-            raise IsaerftError("a batch holds a token sequence whose activations were not stored; set launcher.trunk_cache_gb=0.")
+            raise IsaerftError(
+                "a batch holds a token sequence whose activations were not stored; set launcher.trunk_cache_gb=0."
+            )
 
     handle = base.register_forward_pre_hook(hand_out, with_kwargs=True)
     for i in range(site):

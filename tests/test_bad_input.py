@@ -1,0 +1,101 @@
+"""Bad input gets one clear error before any trial is dispatched, a non-zero exit, and loses nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import TINY, events
+
+from isaerft_sweep.controller.preflight import check_disk
+from isaerft_sweep.errors import FolderError
+
+OFF = (*TINY, "name=s", "sweep.run_cap=1", "tracker=disabled")
+GOOD_ROW = {"prompt": "p", "chosen": "c", "rejected": "r"}
+
+
+def refused(done: subprocess.CompletedProcess[str], tmp_path: Path, said: str) -> None:
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and said in done.stderr, done.stderr
+    trials = tmp_path / "outputs" / "s" / "trials"
+    assert not trials.exists() or not list(trials.iterdir()), "no trial was made"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        (("model=gemma-2-2b", "orpo.max_length=64"), "'google/gemma-2-2b' could not be had"),
+        (("model.architecture=gpt9",), "model.architecture is unknown: 'gpt9'"),
+        (("data=ultrafeedback",), "'trl-lib/ultrafeedback_binarized' (train[:1000]) could not be had"),
+        (("adapter.sites.0.layer=4",), "between 0 and 3 for this model but got 4"),
+        (("adapter.sites.0.sae_id=random-32x64",), "hidden size 64, but isaerft-sweep/random-32x64 reads 32"),
+        (("adapter.sites.0.sae_id=mine",), "has no SAE 'mine'"),
+        (("data=jsonl", "data.path=nowhere.jsonl"), "data.path must be a file that exists but got 'nowhere.jsonl'"),
+    ],
+)  # fmt: skip
+def test_what_the_preflight_finds(override: tuple[str, ...], said: str, launch, tmp_path: Path) -> None:
+    refused(launch(*OFF, *override), tmp_path, said)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "lines", "said"),
+    [
+        ("columns.jsonl", [{"prompt": "p", "answer": "c"}], "line 1: a row must have chosen and rejected but has columns ['answer', 'prompt']"),
+        ("broken.jsonl", [GOOD_ROW, "{oops"], "line 2: not valid JSON"),
+        ("types.jsonl", [{**GOOD_ROW, "chosen": 5}], "chosen must be text or chat messages but got '5'"),
+        ("mixed.jsonl", [{**GOOD_ROW, "chosen": [{"role": "assistant", "content": "c"}]}], "must all be text or all be chat messages"),
+        ("empty.jsonl", [], "split of files must have at least one pair but is empty"),
+        ("few.jsonl", [GOOD_ROW], "the train split of files must have at least one pair but is empty"),
+        ("data.csv", [], "must end in .jsonl, .jsonl.gz or .parquet"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_the_data(name: str, lines: list, said: str, launch, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    refused(launch(*OFF, "data=jsonl", f"data.path={path}", "data.eval_size=8"), tmp_path, said)
+
+
+def test_a_disk_without_room(tmp_path: Path) -> None:
+    with pytest.raises(FolderError, match=r"must have 1e\+06 GB free \(launcher.min_free_gb\) but has"):
+        check_disk(tmp_path / "not" / "yet", 1e6)
+
+
+def test_a_name_that_is_no_folder_name(launch, tmp_path: Path) -> None:
+    refused(launch(*OFF, "name=a/b"), tmp_path, "name must be usable as a folder name but got 'a/b'. Try name=b.")
+
+
+def test_a_folder_with_other_files(launch, tmp_path: Path) -> None:
+    other = tmp_path / "outputs" / "s"
+    other.mkdir(parents=True)
+    (other / "thesis.txt").write_text("mine")
+    refused(launch(*OFF), tmp_path, "holds files but no sweep")
+    assert (other / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.slow
+def test_another_sweeps_folder_a_broken_journal_and_a_torn_line(launch, tmp_path: Path) -> None:
+    assert launch(*OFF).returncode == 0
+    sweep = tmp_path / "outputs" / "s"
+    journal = sweep / "journal.jsonl"
+    before = journal.read_bytes()
+
+    done = launch(*OFF, "orpo.max_steps=5")
+    assert done.returncode == 2 and "holds another sweep" in done.stderr and journal.read_bytes() == before
+
+    lines = before.splitlines(keepends=True)
+    journal.write_bytes(lines[0] + b'{"event": "tri\n' + b"".join(lines[1:]))
+    damaged = journal.read_bytes()
+    done = launch(*OFF)
+    assert done.returncode == 2 and "journal.jsonl, line 2 is not a journal entry" in done.stderr
+    assert "Traceback" not in done.stderr and journal.read_bytes() == damaged
+
+    journal.write_bytes(before + b'{"event": "tri')  # a crash in the middle of a write: never acted on
+    done = launch(*OFF)
+    assert done.returncode == 0 and journal.read_bytes() == before
+    assert len([e for e in events(sweep) if e["event"] == "dispatch"]) == 1

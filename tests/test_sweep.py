@@ -1,0 +1,267 @@
+"""Whole sweeps through the real command: launch, follow, stop, kill, go on."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import TINY, events, launch_command
+from wandb.proto import wandb_internal_pb2
+
+pytestmark = pytest.mark.slow
+SWEEP = (*TINY, "name=s", "sweep.run_cap=3")
+LONG = (*TINY, "name=s", "sweep.run_cap=2", "orpo.max_steps=100000", "tracker=disabled")
+
+
+def start(cwd: Path, *overrides: str) -> subprocess.Popen[str]:
+    with (cwd / "controller.out").open("a") as log:
+        return subprocess.Popen(launch_command(*overrides), cwd=cwd, stdout=log, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for(condition: Callable[[], Any], timeout_s: float = 120) -> Any:
+    end = time.monotonic() + timeout_s
+    while not (found := condition()):
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.1)
+    return found
+
+
+def statuses(sweep: Path) -> list[dict[str, Any]]:
+    found = []
+    for path in sweep.glob("trials/*/status.json"):
+        try:
+            found.append(json.loads(path.read_text()))
+        except FileNotFoundError:
+            continue
+    return found
+
+
+def stepping(sweep: Path) -> list[dict[str, Any]]:
+    return [s for s in statuses(sweep) if s["state"] == "running" and s.get("step", 0) > 1]
+
+
+def processes_of(cwd: Path) -> list[psutil.Process]:
+    """Every living process whose command line names this test's folder."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.status() != psutil.STATUS_ZOMBIE and any(str(cwd) in part for part in process.cmdline()):
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+def ended_states(sweep: Path) -> Counter[str]:
+    return Counter(e["state"] for e in events(sweep) if e["event"] == "end")
+
+
+def test_a_sweep_from_start_to_leaderboard(launch, tmp_path: Path) -> None:
+    done = launch(*SWEEP)
+    assert done.returncode == 0, done.stderr
+    sweep = tmp_path / "outputs" / "s"
+    assert "Leaderboard: eval/log_odds_chosen" in done.stdout and "untrained" in done.stdout
+    assert "isaerft-sweep generate outputs/s/trials/run-tiny-llama-lr" in done.stdout.replace("\n", "")
+    names = [e["name"] for e in events(sweep) if e["event"] == "trial"]
+    assert sorted(p.name for p in (sweep / "trials").iterdir()) == sorted(names) and len(names) == 3
+    for name in names:
+        assert {"spec.json", "status.json", "metrics.jsonl", "adapter", "README.md", "wandb"} <= {
+            p.name for p in (sweep / "trials" / name).iterdir()
+        }
+    ranked = list(csv.DictReader((sweep / "leaderboard.csv").open()))
+    scores = [float(row["eval/log_odds_chosen"]) for row in ranked]
+    assert scores == sorted(scores, reverse=True) and [row["rank"] for row in ranked] == ["1", "2", "3"]
+    assert {"sweep.yaml", "config.yaml", "environment.json"} <= {p.name for p in sweep.iterdir()}
+    check_wandb_runs(sweep)
+
+    before = events(sweep)
+    again = launch(*SWEEP)
+    assert again.returncode == 0 and "3 already ended" in again.stdout and events(sweep) == before
+    more = launch(*SWEEP, "sweep.run_cap=4")
+    assert more.returncode == 0 and ended_states(sweep) == {"completed": 4}, "a larger cap adds trials to the same sweep"
+
+    path = subprocess.run(
+        ["isaerft-sweep", "best", str(sweep), "--as", "path"], capture_output=True, text=True, check=True, env=venv_path()
+    )
+    generated = subprocess.run(
+        ["isaerft-sweep", "leaderboard", str(sweep)], capture_output=True, text=True, check=True, env=venv_path()
+    )
+    assert Path(path.stdout.strip()).name in names or Path(path.stdout.strip()).is_dir()
+    assert "Best trial" in generated.stdout
+
+
+def venv_path() -> dict[str, str]:
+    import sys
+
+    return {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
+def check_wandb_runs(sweep: Path) -> None:
+    """Real offline runs, read back from wandb's own files."""
+    recorded = [read_wandb_run(path) for path in sweep.glob("trials/*/wandb/wandb/offline-run-*/run-*.wandb")]
+    made = [e for e in events(sweep) if e["event"] == "trial"]
+    sweep_id = events(sweep)[0]["sweep_id"]
+    assert {run.run_id for run, _, _ in recorded} == {e["run_id"] for e in made} and len(recorded) == 3
+    for run, summary, steps in recorded:
+        event = next(e for e in made if e["run_id"] == run.run_id)
+        assert (run.display_name, run.sweep_id, run.run_group, run.job_type) == (event["name"], sweep_id, "s", "trial")
+        assert run.project == "orpo-isaerft-sweep" and "isaerft" in run.tags
+        assert f"lr_{event['params']['orpo.learning_rate']!r}" in run.tags
+        config = {u.key: json.loads(u.value_json) for u in run.config.update}
+        assert config["orpo"]["beta"] == event["params"]["orpo.beta"] and "orpo.beta" not in config
+        assert summary["state"] == "completed" and "eval/log_odds_chosen" in summary
+        assert steps == sorted(set(steps)) and steps[-1] == 4
+
+
+def wandb_records(content: bytes) -> Iterator[bytes]:
+    """Records of a .wandb file: 7 bytes of header, then LevelDB's log format in blocks of 32 KiB."""
+    at, record = 7, b""
+    while at + 7 <= len(content):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        length, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
+        record += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield record
+            record = b""
+
+
+def read_wandb_run(path: Path) -> tuple[Any, dict[str, Any], list[int]]:
+    run, summary, steps = None, {}, []
+    for data in wandb_records(path.read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        kind = record.WhichOneof("record_type")
+        if kind == "run":
+            run = record.run
+        elif kind == "summary":
+            summary.update({u.key or ".".join(u.nested_key): json.loads(u.value_json) for u in record.summary.update})
+        elif kind == "history":
+            steps.append(record.history.step.num)
+    return run, summary, steps
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_leaves_nothing_running_and_the_same_command_goes_on(number: int, tmp_path: Path) -> None:
+    sweep = tmp_path / "outputs" / "s"
+    controller = start(tmp_path, *LONG)
+    wait_for(lambda: stepping(sweep))
+    controller.send_signal(number)
+    assert controller.wait(90) == 130
+    assert processes_of(tmp_path) == []
+    assert ended_states(sweep) == {"stopped": 1}
+    reached = statuses(sweep)[0]["step"]
+    assert list(sweep.glob("trials/*/checkpoints/checkpoint-*/.complete"))
+    assert "nothing is left running" in (tmp_path / "controller.out").read_text()
+
+    controller = start(tmp_path, *LONG)
+    wait_for(lambda: [s for s in stepping(sweep) if s["attempt"] == 2 and s["step"] > reached])
+    assert len([e for e in events(sweep) if e["event"] == "trial"]) == 1, "the stopped trial goes on; no new one is made"
+    controller.send_signal(number)
+    assert controller.wait(90) == 130 and processes_of(tmp_path) == []
+
+
+def test_kill_9_of_the_controller_loses_and_repeats_nothing(tmp_path: Path) -> None:
+    sweep = tmp_path / "outputs" / "s"
+    options = (*TINY, "name=s", "sweep.run_cap=3", "orpo.max_steps=60", "tracker=disabled")
+    controller = start(tmp_path, *options)
+    wait_for(lambda: (sweep / "journal.jsonl").exists() and ended_states(sweep)["completed"] == 1)
+    wait_for(lambda: stepping(sweep))
+    controller.kill()
+    controller.wait()
+    assert [p for p in processes_of(tmp_path) if "submitit" in " ".join(p.cmdline())], "the worker lives on as an orphan"
+    assert (
+        subprocess.run(launch_command(*options), cwd=tmp_path, capture_output=True, check=False, timeout=300).returncode == 0
+    )
+    dispatched = Counter(e["index"] for e in events(sweep) if e["event"] == "dispatch")
+    assert dispatched == {0: 1, 1: 1, 2: 1}, "the orphan was adopted, not run again"
+    assert ended_states(sweep) == {"completed": 3} and processes_of(tmp_path) == []
+
+
+def test_kill_9_of_a_worker_is_noticed_and_retried(tmp_path: Path) -> None:
+    sweep = tmp_path / "outputs" / "s"
+    options = (*TINY, "name=s", "sweep.run_cap=1", "orpo.max_steps=200", "orpo.checkpoint_every_steps=5", "tracker=disabled")
+    controller = start(tmp_path, *options)
+    victim = wait_for(lambda: [s for s in stepping(sweep) if s["step"] > 10])[0]
+    os.kill(victim["pid"], signal.SIGKILL)
+    assert controller.wait(240) == 0
+    ends = [e for e in events(sweep) if e["event"] == "end"]
+    assert [e["state"] for e in ends] == ["failed", "completed"]
+    assert "ended without a word" in ends[0]["message"] and "step" in ends[0]["message"], "with the log's last lines"
+    rows = [json.loads(line) for line in next(sweep.glob("trials/*/metrics.jsonl")).read_text().splitlines()]
+    assert [r["step"] for r in rows if "train/loss" in r] == list(range(1, 201)), "every step once, none lost"
+
+
+def test_a_worker_that_always_dies_is_given_up_with_the_reason(tmp_path: Path) -> None:
+    sweep = tmp_path / "outputs" / "s"
+    options = (*TINY, "name=s", "sweep.run_cap=1", "orpo.max_steps=100000", "launcher.max_retries=1", "tracker=disabled")
+    controller = start(tmp_path, *options)
+    for attempt in (1, 2):
+        victim = wait_for(lambda n=attempt: [s for s in stepping(sweep) if s["attempt"] == n])[0]
+        os.kill(victim["pid"], signal.SIGKILL)
+    assert controller.wait(120) == 1
+    ends = [e for e in events(sweep) if e["event"] == "end"]
+    assert [e["given_up"] for e in ends] == [False, True]
+    assert "none of them completed" in (tmp_path / "controller.out").read_text().replace("\n", " ")
+
+
+def test_one_diverged_trial_does_not_end_the_sweep(launch, tmp_path: Path) -> None:
+    file = tmp_path / "s.yaml"
+    file.write_text(
+        "method: grid\nmetric: {name: eval/nll_loss, goal: minimize}\n"
+        "parameters: {orpo.learning_rate: {values: [0.01, 1.0e+30, 0.02]}}\n"
+    )
+    done = launch(*TINY, "name=s", "sweep=none", f"sweep.file={file}", "orpo.warmup_steps=0", "tracker=disabled")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert ended_states(tmp_path / "outputs" / "s") == {"completed": 2, "diverged": 1}
+
+
+def test_two_trials_at_a_time(launch, tmp_path: Path) -> None:
+    done = launch(*TINY, "name=s", "sweep.run_cap=4", "launcher.slots=2", "tracker=disabled")
+    assert done.returncode == 0
+    running = most = 0
+    for event in events(tmp_path / "outputs" / "s"):
+        running += {"dispatch": 1, "end": -1}.get(event["event"], 0)
+        most = max(most, running)
+    assert most == 2
+
+
+def test_multirun_runs_one_sweep_after_the_other(launch, tmp_path: Path) -> None:
+    done = launch("--multirun", *TINY, "sweep.run_cap=1", "adapter=bias,scale", "tracker=disabled")
+    assert done.returncode == 0, done.stderr
+    folders = sorted(p.name for p in (tmp_path / "outputs").iterdir() if not p.name.startswith("."))
+    assert len(folders) == 2 and "-bias-" in folders[0] and "-scale-" in folders[1]
+
+
+def test_the_published_experiments_code_path_on_a_tiny_gemma_2(launch, tmp_path: Path) -> None:
+    """`model=gemma-2-2b data=ultrafeedback adapter=bias sweep=reference`, with what cannot be had here swapped by overrides."""
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(
+        "".join(
+            json.dumps({"chosen": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "Gladly."}],
+                        "rejected": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "No."}]}) + "\n"
+            for i in range(40)
+        )
+    )  # fmt: skip
+    done = launch(
+        "model=gemma-2-2b", "data=ultrafeedback", "adapter=bias", "sweep=reference", "name=s", "sweep.run_cap=2",
+        "model.source=random", "model.architecture=gemma2", "data.source=files", f"data.path={pairs}", "data.eval_size=8",
+        "adapter.sites=[{layer: 2, sae_release: isaerft-sweep, sae_id: random-64x256}]", "tracker=disabled",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "contains beta itself" in done.stdout.replace("\n", " ")
+    spec = json.loads(next((tmp_path / "outputs" / "s").glob("trials/*/spec.json")).read_text())
+    assert spec["name"].startswith("run-gemma-2-2b-lr") and spec["model_name"].startswith("GEMMA-2-2B-FT-ORPO-ISAERFT_run-")
+    assert spec["tags"][:4] == ["generated_from_trainer", "smol-course", "module_1", "isaerft"]

@@ -1,0 +1,346 @@
+"""One trial: TRL's own numbers, exact resume, divergence, and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+from transformers import TrainerCallback
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+from isaerft_sweep.adapter import load_model
+from isaerft_sweep.adapter.architecture import decoder_layers
+from isaerft_sweep.adapter.sae import load_sae
+from isaerft_sweep.errors import IsaerftError
+from isaerft_sweep.journal.files import write_json
+from isaerft_sweep.journal.folders import Superseded, TrialFolder
+from isaerft_sweep.models.loading import load
+from isaerft_sweep.specs import to_dict
+from isaerft_sweep.trial.data import load_pairs
+from isaerft_sweep.trial.run import run_trial
+
+Made = Callable[..., TrialFolder]
+OFF = ("tracker=disabled",)
+PADDED = re.compile(r"logits/")
+"""TRL's means of all logits include those at padding, which a reused trunk does not compute."""
+
+
+def rows_of(folder: TrialFolder) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k != "time"} for row in folder.read_metrics()]
+
+
+class Collect(TrainerCallback):
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        self.rows.append({"step": state.global_step, **logs})
+
+
+def as_a_user_would(folder: TrialFolder, output: Path) -> list[dict[str, float]]:
+    """TRL's ORPOTrainer on the plain model with a forward hook written from the formula; nothing of our trainer."""
+    experiment = folder.read_spec().experiment
+    orpo, loaded = experiment.orpo, load(experiment.model, None)
+    pairs = load_pairs(experiment.data, loaded.tokenizer, orpo.max_length)
+    site = to_dict(experiment.adapter.sites[0])
+    sae = load_sae(site).sae
+
+    class Steered(torch.nn.Module):
+        def __init__(self, layer: torch.nn.Module) -> None:
+            super().__init__()
+            self.layer, self.bias = layer, torch.nn.Parameter(torch.zeros(sae.cfg.d_sae))
+
+        def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            x = self.layer(*args, **kwargs)
+            f = sae.encode(x)
+            return x + sae.decode(f + self.bias) - sae.decode(f)
+
+    layers = decoder_layers(loaded.model)
+    layers[site["layer"]] = Steered(layers[site["layer"]])
+    seen = Collect()
+    args = ORPOConfig(
+        output_dir=str(output), learning_rate=orpo.learning_rate, beta=orpo.beta, max_length=orpo.max_length,
+        max_steps=orpo.max_steps, per_device_train_batch_size=orpo.batch_size, per_device_eval_batch_size=orpo.eval_batch_size,
+        gradient_accumulation_steps=orpo.gradient_accumulation, warmup_steps=orpo.warmup_steps, lr_scheduler_type=orpo.schedule,
+        optim="adamw_torch", weight_decay=0.0, seed=orpo.seed, logging_steps=1, eval_strategy="steps", eval_steps=orpo.max_steps,
+        save_strategy="no", report_to=[], bf16=False, gradient_checkpointing=False, use_cpu=True, disable_tqdm=True,
+        remove_unused_columns=False,
+    )  # fmt: skip
+    ORPOTrainer(
+        model=loaded.model, args=args, train_dataset=pairs.train, eval_dataset=pairs.evaluation,
+        processing_class=loaded.tokenizer, callbacks=[seen],
+    ).train()  # fmt: skip
+    return seen.rows
+
+
+@pytest.mark.parametrize("trunk_gb", [0, 1], ids=["whole model", "reused trunk"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text", "qwen2", "qwen3", "gpt_neox"])
+@pytest.mark.slow
+def test_the_numbers_are_trls(family: str, trunk_gb: int, trial: Made, tmp_path: Path) -> None:
+    folder = trial(*OFF, f"model.architecture={family}", f"launcher.trunk_cache_gb={trunk_gb}", "orpo.eval_untrained=never")
+    assert run_trial(folder, 1) == "completed"
+    ours, theirs = rows_of(folder), as_a_user_would(folder, tmp_path / "trl")
+    theirs = [row for row in theirs if "train_runtime" not in row]
+    assert len(ours) == len(theirs) == 5
+    for mine, plain in zip(ours, theirs, strict=True):
+        compared = 0
+        for key, value in plain.items():
+            name = f"eval/{key[5:]}" if key.startswith("eval_") else f"train/{key}"
+            if name in mine and not (trunk_gb and PADDED.search(name)):
+                assert mine[name] == pytest.approx(value, rel=2e-4, abs=2e-5), (mine["step"], name)
+                compared += 1
+        assert compared >= 10
+
+
+@pytest.mark.parametrize("kind", ["bias", "mlp"])
+def test_a_resumed_trial_has_the_numbers_of_an_uninterrupted_one(kind: str, trial: Made) -> None:
+    options = (*OFF, f"adapter={kind}", "orpo.max_steps=6", "orpo.eval_fraction=0.3", "orpo.gradient_accumulation=2")
+    whole = trial(*options, name="whole")
+    assert run_trial(whole, 1) == "completed"
+    cut = trial(*options, name="cut")
+    cut.ask_to_stop()
+    for attempt in (1, 2, 3):  # stopped after its first step, then after one more, then left alone
+        assert run_trial(cut, attempt) == ("completed" if attempt == 3 else "stopped")
+        cut.begin_attempt(attempt + 1)
+        if attempt == 1:
+            cut.ask_to_stop()
+    assert rows_of(cut) == rows_of(whole)
+    states = [(f.adapter / "adapter_model.safetensors").read_bytes() for f in (whole, cut)]
+    assert states[0] == states[1], "the adapters are equal to the last bit"
+
+
+@pytest.mark.slow
+def test_a_killed_worker_goes_on_from_its_last_whole_checkpoint(trial: Made) -> None:
+    options = (*OFF, "orpo.max_steps=60", "orpo.checkpoint_every_steps=5")
+    whole = trial(*options, name="whole")
+    assert run_trial(whole, 1) == "completed"
+    cut = trial(*options, name="cut")
+    code = f"from isaerft_sweep.dispatch.job import TrialJob; TrialJob({str(cut.path)!r}, 1, None)()"
+    worker = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(lambda: len(list(cut.checkpoints.glob("checkpoint-*/.complete"))) > 0)
+    worker.kill()
+    worker.wait()
+    assert cut.read_status()["state"] == "running"
+    half = cut.checkpoints / "checkpoint-999"  # what a kill in the middle of writing leaves
+    half.mkdir()
+    cut.begin_attempt(2)
+    assert run_trial(cut, 2) == "completed"
+    assert rows_of(cut) == rows_of(whole)
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float = 120) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_signal_makes_a_checkpoint_and_stops(number: int, trial: Made) -> None:
+    folder = trial(*OFF, "orpo.max_steps=100000")
+    code = f"from isaerft_sweep.dispatch.job import TrialJob; TrialJob({str(folder.path)!r}, 1, None)()"
+    worker = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(lambda: folder.read_status().get("step", 0) > 0)
+    os.kill(worker.pid, number)
+    assert worker.wait(60) == 0
+    assert folder.read_status()["state"] == "stopped"
+    assert list(folder.checkpoints.glob("checkpoint-*/.complete"))
+
+
+def test_a_newer_attempt_fences_off_an_older_one(trial: Made) -> None:
+    folder = trial(*OFF)
+    folder.begin_attempt(2)
+    with pytest.raises(Superseded):
+        run_trial(folder, 1)
+    assert folder.read_status() == {}
+
+
+def test_a_nan_ends_the_trial_with_a_clear_status(trial: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = trial(*OFF)
+    original = ORPOTrainer.odds_ratio_loss
+
+    def broken(self: Any, chosen: torch.Tensor, rejected: torch.Tensor) -> Any:
+        return original(self, chosen * (math.nan if self.state.global_step >= 2 else 1.0), rejected)
+
+    monkeypatch.setattr(ORPOTrainer, "odds_ratio_loss", broken)
+    assert run_trial(folder, 1) == "diverged"
+    status = folder.read_status()
+    assert "became nan at step 3" in status["message"] and "smaller learning rate" in status["message"]
+
+
+def test_a_runaway_loss_ends_the_trial(trial: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = trial(*OFF, "orpo.max_steps=20")
+    original = ORPOTrainer.odds_ratio_loss
+
+    def growing(self: Any, chosen: torch.Tensor, rejected: torch.Tensor) -> Any:
+        losses, *rest = original(self, chosen, rejected)
+        return (losses - 2.0 ** (2 * self.state.global_step), *rest)
+
+    monkeypatch.setattr(ORPOTrainer, "odds_ratio_loss", growing)
+    assert run_trial(folder, 1) == "diverged"
+    assert "more than 10 times the first loss" in folder.read_status()["message"]
+    assert folder.read_status()["step"] < 10
+
+
+def test_an_error_in_the_worker_is_reported_not_raised(trial: Made) -> None:
+    folder = trial(*OFF, "data=jsonl", "data.path=/nowhere.jsonl")
+    assert run_trial(folder, 1) == "failed"
+    status = folder.read_status()
+    assert status["user_error"] and "data.path must be a file that exists" in status["message"]
+
+
+def test_what_a_trial_leaves(trial: Made) -> None:
+    folder = trial("tracker=disabled", "tags=[smol-course,module_1]")
+    assert run_trial(folder, 1) == "completed"
+    status = folder.read_status()
+    assert status["step"] == status["max_steps"] == 4 and status["metric"] == status["metrics"]["eval/log_odds_chosen"]
+    assert set(status["untrained"]) >= {"eval/log_odds_chosen", "eval/rewards/accuracies"}
+    assert {p.name for p in folder.adapter.iterdir()} >= {
+        "adapter_config.json", "adapter_model.safetensors", "README.md", "tokenizer.json", "chat_template.jinja",
+    }  # fmt: skip
+    environment = json.loads(folder.environment.read_text())
+    assert {"torch", "trl", "peft", "isaerft-sweep"} <= set(environment["packages"])
+    assert not folder.checkpoints.exists()
+
+
+def test_the_card_has_all_that_the_published_card_has(trial: Made) -> None:
+    folder = trial("tracker=offline", "tags=[smol-course,module_1]")
+    spec = folder.read_spec()
+    write_json(folder.spec, {**to_dict(spec), "tags": ["generated_from_trainer", "smol-course", "module_1", *spec.tags[1:]]})
+    assert run_trial(folder, 1) == "completed"
+    card = folder.card.read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["base_model"] == "tiny-llama" and front["model_name"] == spec.model_name
+    assert front["tags"] == [
+        "generated_from_trainer", "smol-course", "module_1", "isaerft", "lr_0.03", "beta_1.0",
+    ]  # fmt: skip
+    assert {"library_name", "licence", "license", "pipeline_tag"} <= set(front)
+    for wanted in (
+        f"# Model Card for {spec.model_name}", "## Quick start", 'pipeline("text-generation"', "huggingface.co/papers/2403.07691",
+        "### Framework versions", "- TRL: ", "- Tokenizers: ", "@article{hong2024orpo", "@misc{vonwerra2022trl",
+        spec.name, spec.run_id, spec.command, "random-64x256",
+    ):  # fmt: skip
+        assert wanted in card, wanted
+    assert (folder.adapter / "README.md").read_text() == card
+
+
+@pytest.mark.slow
+def test_the_quick_start_runs_as_printed(trial: Made) -> None:
+    folder = trial(*OFF)
+    spec = to_dict(folder.read_spec())
+    made = str(Path(os.environ["ISAERFT_CACHE"]) / "models" / "tiny-llama")
+    spec["experiment"]["model"].update(name=made, source="hub")  # a base model that its name alone can load
+    write_json(folder.spec, spec)
+    load(trial(*OFF, name="other").read_spec().experiment.model, None)  # makes it
+    assert run_trial(folder, 1) == "completed"
+    code = re.search(r"```python\n(.*?)```", folder.card.read_text(), re.DOTALL)
+    assert code is not None
+    done = subprocess.run([sys.executable, "-c", code[1]], cwd=folder.adapter, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_a_saved_adapter_gives_the_trained_models_logits(trial: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, kept = trial(*OFF), {}
+    save = peft.PeftModel.save_pretrained
+
+    def remember(model: Any, path: Any, *args: Any, **kwargs: Any) -> Any:
+        ids = torch.arange(6, 40)[None]
+        with torch.no_grad():
+            kept["logits"] = model.eval()(ids).logits
+        return save(model, path, *args, **kwargs)
+
+    monkeypatch.setattr(peft.PeftModel, "save_pretrained", remember)
+    assert run_trial(folder, 1) == "completed"
+    model, _ = load_model(str(folder.adapter), base=folder.read_spec().experiment.model)
+    with torch.no_grad():
+        assert torch.equal(model(torch.arange(6, 40)[None]).logits, kept["logits"])
+
+
+def test_trunk_is_shared_verified_and_bounded(trial: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scratch = tmp_path / "scratch"
+    options = (*OFF, f"launcher.scratch={scratch}")
+    first, second = trial(*options, name="a"), trial(*options, "orpo.beta=0.5", "orpo.learning_rate=1e-3", name="b")
+    assert run_trial(first, 1) == run_trial(second, 1) == "completed"
+    entries = [p for p in scratch.iterdir() if p.is_dir()]
+    assert len(entries) == 1, "same model and data: one entry for both trials"
+    values = entries[0] / "values.npy"
+    content = bytearray(values.read_bytes())
+    content[-1] ^= 255
+    values.write_bytes(content)
+    third = trial(*options, name="c")
+    assert run_trial(third, 1) == "failed"
+    assert "are damaged. Delete that folder" in third.read_status()["message"]
+    tiny = trial(*OFF, f"launcher.scratch={tmp_path / 'none'}", "launcher.trunk_cache_gb=0.000001", name="d")
+    capsys.readouterr()
+    assert run_trial(tiny, 1) == "completed"
+    assert "would not fit launcher.trunk_cache_gb" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("form", ["text", "chat", "implicit"])
+def test_data_forms(form: str, trial: Made, tmp_path: Path) -> None:
+    def row(i: int) -> dict[str, Any]:
+        if form == "text":
+            return {"prompt": f"Say {i}. ", "chosen": f"Gladly: {i}", "rejected": "No."}
+        prompt, good, bad = (
+            {"role": r, "content": c} for r, c in (("user", f"{i}?"), ("assistant", f"{i}!"), ("assistant", "no"))
+        )
+        if form == "chat":
+            return {"prompt": [prompt], "chosen": [good], "rejected": [bad]}
+        return {"chosen": [prompt, good], "rejected": [prompt, bad]}
+
+    data = Dataset.from_list([row(i) for i in range(40)])
+    for suffix in ("jsonl", "jsonl.gz", "parquet"):
+        path = tmp_path / f"{form}.{suffix}"
+        data.to_parquet(path) if suffix == "parquet" else data.to_json(path, compression="gzip" if "gz" in suffix else None)
+        folder = trial(*OFF, "data=jsonl", f"data.path={path}", "data.eval_size=8", "orpo.max_steps=1", name=suffix)
+        assert run_trial(folder, 1) == "completed", folder.read_status()
+    results = [rows_of(TrialFolder(tmp_path / suffix)) for suffix in ("jsonl", "jsonl.gz", "parquet")]
+    assert results[0] == results[1] == results[2]
+
+
+def test_prompts_that_fill_max_length_are_left_out_and_counted(experiment: Any, tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    rows = [{"prompt": "x" * (400 if i % 4 == 0 else 10) + str(i), "chosen": "yes", "rejected": "no"} for i in range(40)]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    composed = experiment("model=tiny", "data=jsonl", f"data.path={path}", "data.eval_size=12")
+    tokenizer = load(composed.model, None).tokenizer
+    pairs = load_pairs(composed.data, tokenizer, max_length=100)
+    assert pairs.dropped == 10 and len(pairs.train) + len(pairs.evaluation) == 30
+    with pytest.raises(IsaerftError, match=r"every prompt fills orpo.max_length=5"):
+        load_pairs(composed.data, tokenizer, max_length=5)
+
+
+def test_no_prompt_is_on_both_sides_of_the_split(experiment: Any, tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text(
+        "".join(json.dumps({"prompt": f"p{i // 5}", "chosen": f"a{i}", "rejected": "b"}) + "\n" for i in range(100))
+    )
+    composed = experiment("model=tiny", "data=jsonl", f"data.path={path}", "data.eval_size=20")
+    pairs = load_pairs(composed.data, load(composed.model, None).tokenizer, 100)
+    assert not set(pairs.train["prompt"]) & set(pairs.evaluation["prompt"])
+    assert len(pairs.evaluation) == 20 and len(pairs.train) == 80
+
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "preferences_pandalm_742.jsonl"
+
+
+@pytest.mark.skipif(not SHARED.is_file(), reason="the preference pairs beside the project are not on this machine")
+def test_real_pairs_beside_the_project(trial: Made) -> None:
+    folder = trial(*OFF, "data=jsonl", f"data.path={SHARED}", "orpo.max_steps=1", "orpo.max_length=400")
+    assert run_trial(folder, 1) == "completed"
