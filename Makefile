@@ -11,7 +11,7 @@ demo: $(READY)
 	$(BIN)/isaerft-sweep generate outputs/demo
 
 test: $(READY) lint
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 # the tests that take seconds, for use while working
 fast: $(READY)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -9,7 +10,7 @@ import hydra
 import hydra.core.hydra_config
 
 from isaerft_sweep.config.schema import register
-from isaerft_sweep.errors import IsaerftError
+from isaerft_sweep.errors import IsaerftError, LaunchError
 from isaerft_sweep.resources import folder
 
 register()
@@ -21,6 +22,11 @@ def main(config: Any) -> None:
     from isaerft_sweep.config.boundary import to_experiment
 
     try:
+        if "WANDB_SWEEP_ID" in os.environ:
+            raise LaunchError(
+                "WANDB_SWEEP_ID is set, so a W&B agent seems to have started this, but trials cannot be run under an agent "
+                "yet: it would run a whole sweep for each trial. Start the sweep with this command directly, without agent."
+            )
         experiment = to_experiment(config)
         from isaerft_sweep.controller.run import run_sweep
 

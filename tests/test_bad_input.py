@@ -70,6 +70,11 @@ def test_a_name_that_is_no_folder_name(launch, tmp_path: Path) -> None:
     refused(launch(*OFF, "name=a/b"), tmp_path, "name must be usable as a folder name but got 'a/b'. Try name=b.")
 
 
+def test_a_wandb_agent_is_told_what_this_version_cannot_do(launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
+    refused(launch(*OFF), tmp_path, "WANDB_SWEEP_ID is set")
+
+
 def test_a_folder_with_other_files(launch, tmp_path: Path) -> None:
     other = tmp_path / "outputs" / "s"
     other.mkdir(parents=True)

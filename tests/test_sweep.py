@@ -214,14 +214,15 @@ def test_a_worker_that_always_dies_is_given_up_with_the_reason(tmp_path: Path) -
     assert controller.wait(120) == 1
     ends = [e for e in events(sweep) if e["event"] == "end"]
     assert [e["given_up"] for e in ends] == [False, True]
-    assert "none of them completed" in (tmp_path / "controller.out").read_text().replace("\n", " ")
+    said = (tmp_path / "controller.out").read_text()
+    assert "No trial completed." in said and said.count("ended without a word") == 2
 
 
 def test_one_diverged_trial_does_not_end_the_sweep(launch, tmp_path: Path) -> None:
     file = tmp_path / "s.yaml"
     file.write_text(
         "method: grid\nmetric: {name: eval/nll_loss, goal: minimize}\n"
-        "parameters: {orpo.learning_rate: {values: [0.01, 1.0e+30, 0.02]}}\n"
+        "parameters: {orpo.learning_rate: {values: [0.01, 1.0e+38, 0.02]}}\n"
     )
     done = launch(*TINY, "name=s", "sweep=none", f"sweep.file={file}", "orpo.warmup_steps=0", "tracker=disabled")
     assert done.returncode == 0, done.stdout + done.stderr

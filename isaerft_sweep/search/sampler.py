@@ -152,9 +152,7 @@ class _Tpe:
         import optuna
 
         seed = int(np.random.SeedSequence([self.seed, number, attempt]).generate_state(1)[0])
-        self.study.sampler = optuna.samplers.TPESampler(
-            seed=seed, multivariate=True, constant_liar=True, n_startup_trials=1, warn_independent_sampling=False
-        )
+        self.study.sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True, n_startup_trials=1)
         trial = self.study.ask(self.distributions)
         self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
         return {key: self._unit(key, value) for key, value in trial.params.items()}
