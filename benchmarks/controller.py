@@ -49,7 +49,7 @@ class InstantDispatcher(Dispatcher):
 
     def kill(self, ref: JobRef) -> None: ...
 
-    def log_tail(self, ref: JobRef, lines: int = 15) -> str:
+    def log_tail(self, ref: JobRef, lines: int = 8) -> str:
         return ""
 
 
@@ -64,14 +64,9 @@ class Silent:
 def measure(trials: int, method: str, output: str) -> tuple[float, float]:
     """Processor and wall milliseconds per trial of one sweep of ``trials``."""
     with initialize_config_dir(str(folder("conf")), version_base="1.3"):
-        overrides = [
-            "model=tiny",
-            f"output={output}",
-            f"name=s{trials}",
-            f"sweep.method={method}",
-            f"sweep.run_cap={trials}",
-        ]
-        experiment = to_experiment(compose("config", [*overrides, "launcher.poll_s=0.000001", "sweep=reference-bayes"]))
+        asked = ["model=tiny", "sweep=reference-bayes", f"sweep.method={method}", f"sweep.run_cap={trials}"]
+        place = [f"output={output}", f"name=s{trials}", "launcher.poll_s=0.000001"]
+        experiment = to_experiment(compose("config", [*asked, *place]))
     definition = to_definition(experiment.sweep, experiment)
     where = sweep_folder(experiment, definition)
     journal = open_journal(where, question(experiment, definition))

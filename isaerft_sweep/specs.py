@@ -136,7 +136,8 @@ class LauncherSpec:
     """Where and how many at a time trials run. ``slots`` None: one per visible GPU (local), 1 without a GPU.
 
     ``trunk_cache_gb`` bounds the disk used for the frozen layers' output (0: compute it every time), which is kept in
-    ``scratch`` (None: the cache folder); best a local disk of the node.
+    ``scratch`` (None: the cache folder); best a local disk of the node. ``lean_logits`` computes logits only where the
+    loss reads them, in chunks; without it TRL's own forward pass runs.
     """
 
     kind: str = option("local", choices=("local", "slurm"))
@@ -151,6 +152,7 @@ class LauncherSpec:
     min_free_gb: float = option(1.0, at_least=0)
     trunk_cache_gb: float = option(8.0, at_least=0)
     scratch: str | None = option(None)
+    lean_logits: bool = option(True)
     slurm: Mapping[str, Any] = field(default_factory=dict)
 
 

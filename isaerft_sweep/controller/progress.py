@@ -47,7 +47,7 @@ class Progress:
             what += f", attempt {record.attempt}"
         if record.metric is not None:
             what += f", {self.metric} {record.metric:.4f}, {record.seconds:.0f} s"
-        if record.message and record.state != COMPLETED:
+        if record.message and record.state not in (COMPLETED, "queued"):
             what += f": {record.message}"
             what += "" if record.ended or record.state == "stopped" else "\n  it will be tried again"
         self.console.print(Text(what, style=COLORS.get(record.state, "")), soft_wrap=True)

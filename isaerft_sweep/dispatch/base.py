@@ -36,7 +36,7 @@ class Dispatcher(ABC):
         """End a job and all its processes at once; nothing when it has ended."""
 
     @abstractmethod
-    def log_tail(self, ref: JobRef, lines: int = 15) -> str:
+    def log_tail(self, ref: JobRef, lines: int = 8) -> str:
         """The last lines that the job printed."""
 
 

@@ -78,7 +78,7 @@ class LocalDispatcher(Dispatcher):
                 except ProcessLookupError:
                     continue
 
-    def log_tail(self, ref: JobRef, lines: int = 15) -> str:
+    def log_tail(self, ref: JobRef, lines: int = 8) -> str:
         return tail(self.folder / f"{ref['pid']}_0_log.out", lines)
 
     def _free_device(self) -> int | None:

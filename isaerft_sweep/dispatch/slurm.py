@@ -60,7 +60,7 @@ class SlurmDispatcher(Dispatcher):
     def kill(self, ref: JobRef) -> None:
         subprocess.run(["scancel", ref["id"]], capture_output=True, timeout=120, check=False)
 
-    def log_tail(self, ref: JobRef, lines: int = 15) -> str:
+    def log_tail(self, ref: JobRef, lines: int = 8) -> str:
         return tail(self.folder / f"{ref['id']}_0_log.out", lines)
 
 

@@ -79,6 +79,7 @@ def _run(folder: TrialFolder, spec: TrialSpec, status: StatusWriter, stopping: d
     untrained = {"first": spec.index == 0, "always": True, "never": False}[experiment.orpo.eval_untrained]
     eval_first = untrained and not checkpoints
     trainer = make_trainer(experiment.orpo, model, loaded, pairs, folder.checkpoints, eval_first, [recorder])
+    trainer.lean_logits = experiment.launcher.lean_logits
     recorder.rewind(int(checkpoints[-1].name.split("-")[1]) if checkpoints else -1)
     try:
         with _reused_trunk(spec, model, trainer):

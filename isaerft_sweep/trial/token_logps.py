@@ -53,8 +53,11 @@ def model_head(model: PreTrainedModel) -> Head:
 
 class _TokenLogps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, head: Head, chunk: int) -> torch.Tensor:
+    def forward(
+        ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, head: Head, chunk: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         logps = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        means = torch.empty_like(logps)
         wanted = ctx.needs_input_grad[0]
         slopes = torch.empty_like(hidden) if wanted else None
         for start in range(0, len(targets), chunk):
@@ -63,13 +66,14 @@ class _TokenLogps(torch.autograd.Function):
                 leaf = hidden[part].detach().requires_grad_(wanted)
                 logits = head(leaf).float()
                 found = logits.gather(-1, targets[part, None])[:, 0] - logits.logsumexp(-1)
-            logps[part] = found.detach()
+            logps[part], means[part] = found.detach(), logits.detach().mean(-1)
             if slopes is not None:
                 # a token's log-probability depends on its own hidden state alone, so the sum's gradient is each one's
-                slopes[part] = torch.autograd.grad(found.sum(), leaf)[0]
+                slopes[part] = torch.autograd.grad(found, leaf, torch.ones_like(found))[0]
         if slopes is not None:
             ctx.save_for_backward(slopes)
-        return logps
+        ctx.mark_non_differentiable(means)
+        return logps, means
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
@@ -77,10 +81,11 @@ class _TokenLogps(torch.autograd.Function):
         return gradients[0][:, None].to(slopes.dtype) * slopes, None, None, None
 
 
-def token_logps(hidden: torch.Tensor, targets: torch.Tensor, head: Head, vocabulary: int) -> torch.Tensor:
-    """log p(target) for every row of ``hidden`` [n, hidden]; targets [n]; returns float32 [n].
+def token_logps(
+    hidden: torch.Tensor, targets: torch.Tensor, head: Head, vocabulary: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """log p(target) and the mean logit for every row of ``hidden`` [n, hidden]; targets [n]; both float32 [n].
 
     ``head`` must be frozen: no gradient reaches its weights.
     """
-    logps: torch.Tensor = _TokenLogps.apply(hidden, targets, head, max(1, CHUNK_ELEMENTS // vocabulary))  # type: ignore[no-untyped-call]
-    return logps
+    return _TokenLogps.apply(hidden, targets, head, max(1, CHUNK_ELEMENTS // vocabulary))  # type: ignore[no-any-return,no-untyped-call]

@@ -17,6 +17,7 @@ from isaerft_sweep.adapter import IsaerftConfig
 from isaerft_sweep.models.loading import LoadedModel
 from isaerft_sweep.specs import AdapterSpec, OrpoSpec, to_dict
 from isaerft_sweep.trial.data import Pairs
+from isaerft_sweep.trial.token_logps import model_head, token_logps
 
 COMPLETE = ".complete"
 """Written into a checkpoint last: one without it was cut short by a crash and is ignored."""
@@ -24,7 +25,34 @@ KEPT_CHECKPOINTS = 2
 
 
 class TrialTrainer(ORPOTrainer):
-    """ORPOTrainer whose checkpoints say that they are whole."""
+    """ORPOTrainer whose checkpoints say that they are whole, and which computes only the logits that its loss reads."""
+
+    lean_logits = True
+
+    def concatenated_forward(self, model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+        """As ORPOTrainer's, with mean logits per token read by the loss in place of all logits.
+
+        Returns mean log-probabilities of the chosen and rejected answers [batch], mean logits of their tokens, and the NLL
+        of prompt and chosen answer (arXiv 2403.07691, equation 6; TRL counts the prompt in).
+        """
+        if not self.lean_logits or self.aux_loss_enabled:
+            return super().concatenated_forward(model, batch)
+        joined = self.concatenated_inputs(batch, padding_value=self.padding_value, device=self.accelerator.device)
+        ids, mask = joined["concatenated_input_ids"], joined["concatenated_attention_mask"]
+        chosen = batch["chosen_labels"].shape[0]
+        base = self.accelerator.unwrap_model(model).get_base_model()
+        decoder = getattr(base, base.base_model_prefix)
+        hidden = decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+
+        answer = joined["concatenated_labels"][:, 1:] != -100
+        read = answer.clone()
+        read[:chosen] = mask[:chosen, 1:].bool()
+        logps, logits = token_logps(hidden[:, :-1][read], ids[:, 1:][read], model_head(base), base.config.vocab_size)
+        table = torch.zeros(read.shape, device=logps.device).index_put(read.nonzero(as_tuple=True), logps)
+        nll = -table[:chosen].sum() / read[:chosen].sum()
+        means = (table * answer).sum(-1) / answer.sum(-1)
+        of_chosen = int(read[:chosen].sum())
+        return means[:chosen], means[chosen:], logits[:of_chosen], logits[of_chosen:], nll
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         # the adapter alone: asked to look at the embeddings, PEFT would search the Hub for the base model's vocabulary

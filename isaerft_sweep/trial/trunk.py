@@ -232,7 +232,7 @@ def only_above_site(model: peft.PeftModel, stored: StoredTrunk) -> Iterator[None
                 "a batch holds a token sequence whose activations were not stored; set launcher.trunk_cache_gb=0."
             )
 
-    handle = base.register_forward_pre_hook(hand_out, with_kwargs=True)
+    handle = getattr(base, base.base_model_prefix).register_forward_pre_hook(hand_out, with_kwargs=True)
     for i in range(site):
         layers[i] = Pass()
     wrapped.base_layer = inject
