@@ -4,29 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
-import math
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from isaerft_sweep.errors import ConfigError, suggest
-
-
-def option(
-    default: Any = dataclasses.MISSING,
-    *,
-    choices: tuple[str, ...] | None = None,
-    above: float | None = None,
-    at_least: float | None = None,
-    at_most: float | None = None,
-    cosmetic: bool = False,
-) -> Any:
-    """A field with its bounds. ``cosmetic`` fields cannot change a trial's result: they are left out of its identity."""
-    meta = {"choices": choices, "above": above, "at_least": at_least, "at_most": at_most, "cosmetic": cosmetic}
-    return field(default=default, metadata=meta)
+from isaerft_sweep.plain import canonical_json, from_mapping, option, to_dict
 
 
 @dataclass(frozen=True)
@@ -235,86 +218,6 @@ def split_key(key: str) -> tuple[str, str]:
     return section, name
 
 
-def to_dict(spec: Any) -> Any:
-    """Plain dicts, lists and scalars of a spec, ready for JSON."""
-    if dataclasses.is_dataclass(spec) and not isinstance(spec, type):
-        return {f.name: to_dict(getattr(spec, f.name)) for f in dataclasses.fields(spec)}
-    if isinstance(spec, Mapping):
-        return {k: to_dict(v) for k, v in spec.items()}
-    return [to_dict(v) for v in spec] if isinstance(spec, (tuple, list)) else spec
-
-
-def from_mapping(cls: type, raw: Mapping[str, Any], where: str) -> Any:
-    """Build the frozen dataclass ``cls`` from plain data, checking names, types and bounds. ``where`` is its dotted key."""
-    hints = typing.get_type_hints(cls)
-    names = {f.name for f in dataclasses.fields(cls)}
-    for key in raw:
-        if key not in names:
-            raise ConfigError(f"unknown config key '{_join(where, str(key))}'." + suggest(str(key), names))
-    values: dict[str, Any] = {}
-    for f in dataclasses.fields(cls):
-        key = _join(where, f.name)
-        if f.name not in raw:
-            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-                raise ConfigError(f"{key} must be set. Give it on the command line: {key}=VALUE.")
-            continue
-        values[f.name] = _check_bounds(key, _convert(hints[f.name], raw[f.name], key), f.metadata)
-    return cls(**values)
-
-
-def _convert(hint: Any, value: Any, key: str) -> Any:
-    """``value`` as the annotated type ``hint``; ints become floats, never the other way unless nothing is lost."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None:
-            return None
-        return _convert(next(a for a in args if a is not type(None)), value, key)
-    if dataclasses.is_dataclass(hint):
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{key} must be a mapping but got {value!r}.")
-        return from_mapping(typing.cast(type, hint), value, key)
-    if origin is tuple:
-        if isinstance(value, str) or not isinstance(value, (list, tuple)):
-            raise ConfigError(f"{key} must be a list but got {value!r}.")
-        return tuple(_convert(args[0], v, f"{key}[{i}]") for i, v in enumerate(value))
-    if hint is Any or origin is not None:
-        return dict(value) if isinstance(value, Mapping) else value
-    return _convert_scalar(hint, value, key)
-
-
-def _convert_scalar(hint: type, value: Any, key: str) -> Any:
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is int and isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):
-        return value
-    raise ConfigError(f"{key} must be of type {hint.__name__} but got {value!r} ({type(value).__name__}).")
-
-
-def _check_bounds(key: str, value: Any, meta: Mapping[str, Any]) -> Any:
-    choices = meta.get("choices")
-    if value is None or isinstance(value, (bool, tuple, dict)) or not meta:
-        return value
-    if choices and value not in choices:
-        raise ConfigError(f"{key} must be one of {', '.join(choices)} but got {value!r}.")
-    if isinstance(value, (int, float)):
-        if not math.isfinite(value):
-            raise ConfigError(f"{key} must be finite but got {value}.")
-        for bound, word, bad in (
-            (meta["above"], "above", lambda b: value <= b),
-            (meta["at_least"], "at least", lambda b: value < b),
-            (meta["at_most"], "at most", lambda b: value > b),
-        ):
-            if bound is not None and bad(bound):
-                raise ConfigError(f"{key} must be {word} {bound} but got {value}.")
-    return value
-
-
-def _join(where: str, name: str) -> str:
-    return f"{where}.{name}" if where else name
-
-
 def identity(experiment: Experiment) -> str:
     """12 hex digits that name what a trial computes: a hash of its model, data, adapter and ORPO settings.
 
@@ -328,8 +231,3 @@ def identity(experiment: Experiment) -> str:
 def _without_cosmetic(spec: Any) -> dict[str, Any]:
     kept = [f.name for f in dataclasses.fields(spec) if not f.metadata.get("cosmetic")]
     return {name: to_dict(getattr(spec, name)) for name in kept}
-
-
-def canonical_json(content: Any) -> str:
-    """One text per value: sorted keys, no spaces, floats by their shortest exact form."""
-    return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)

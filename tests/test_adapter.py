@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
+from huggingface_hub import hf_hub_download
 from sae_lens import SAE, JumpReLUSAE, JumpReLUSAEConfig, TopKSAE, TopKSAEConfig
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from isaerft_sweep.adapter import IsaerftConfig, load_model
 from isaerft_sweep.adapter.architecture import decoder_layers
@@ -266,3 +269,39 @@ def test_wrong_saes_sites_and_configs_are_named(saes: dict, cache: Path, tmp_pat
         IsaerftConfig(sites=[{"layer": 1, "sae_path": "a"}, {"layer": 1, "sae_path": "b"}])
     with pytest.raises(ModelError, match=r"adapter_config.json"):
         load_model(str(tmp_path))
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_gemma_scope_by_release_and_id_from_the_hubs_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """sae_lens's real loader on a Hub cache laid out by hand: the reference site's file in its real shape, random weights."""
+    d_in, d_sae = 2304, 16384
+    repository = tmp_path / "models--google--gemma-scope-2b-pt-res"
+    folder = repository / "snapshots" / ("0" * 40) / "layer_20" / "width_16k" / "average_l0_71"
+    folder.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    random = np.random.default_rng(0)
+    w_dec = np.zeros((d_sae, d_in), dtype=np.float32)
+    w_dec[:50] = random.standard_normal((50, d_in))
+    zeros = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "b_dec": (d_in,), "threshold": (d_sae,)}
+    arrays = {name: np.zeros(shape, dtype=np.float32) for name, shape in zeros.items()}
+    np.savez_compressed(folder / "params.npz", W_dec=w_dec, **arrays)
+    monkeypatch.setattr("sae_lens.loading.pretrained_sae_loaders.hf_hub_download", partial(hf_hub_download, cache_dir=tmp_path))
+
+    sizes = {"hidden_size": d_in, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = AutoConfig.for_model("gemma2", **sizes, num_key_value_heads=2, head_dim=16, vocab_size=262)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    clean = model(tokens()).logits
+    site = {"layer": 0, "sae_release": "gemma-scope-2b-pt-res-canonical", "sae_id": "layer_20/width_16k/canonical"}
+    adapted = peft.get_peft_model(model, IsaerftConfig(sites=[site]))
+    layer = decoder_layers(adapted.get_base_model())[0]
+    layer.isaerft_block["default"].bias[:50] = 1.0
+    got = adapted(tokens()).logits
+    hook = layer.base_layer.register_forward_hook(lambda _m, _i, out: out + torch.from_numpy(w_dec[:50]).sum(0))
+    with adapted.disable_adapter():
+        expected = adapted(tokens()).logits
+    hook.remove()
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    assert (got - clean).abs().max() > 0.1

@@ -11,8 +11,9 @@ from hydra.errors import ConfigCompositionException
 
 from isaerft_sweep.config.boundary import to_definition
 from isaerft_sweep.errors import ConfigError, SpaceError
+from isaerft_sweep.plain import from_mapping, to_dict
 from isaerft_sweep.resources import folder
-from isaerft_sweep.specs import Experiment, Site, from_mapping, identity, to_dict
+from isaerft_sweep.specs import Experiment, Site, identity
 
 GROUPS = ("model", "data", "adapter", "orpo", "launcher", "tracker")
 CHOICES = [f"{group}={file.stem}" for group in GROUPS for file in sorted((folder("conf") / group).glob("*.yaml"))]

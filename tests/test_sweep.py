@@ -224,7 +224,9 @@ def test_one_diverged_trial_does_not_end_the_sweep(launch, tmp_path: Path) -> No
         "method: grid\nmetric: {name: eval/nll_loss, goal: minimize}\n"
         "parameters: {orpo.learning_rate: {values: [0.01, 1.0e+6, 0.02]}}\n"
     )
-    done = launch(*TINY, "name=s", "sweep=none", f"sweep.file={file}", "model.dtype=float16", "orpo.warmup_steps=0", "tracker=disabled")
+    done = launch(
+        *TINY, "name=s", "sweep=none", f"sweep.file={file}", "model.dtype=float16", "orpo.warmup_steps=0", "tracker=disabled"
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert ended_states(tmp_path / "outputs" / "s") == {"completed": 2, "diverged": 1}
 

@@ -10,9 +10,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from isaerft_sweep.errors import ConfigError
+from isaerft_sweep.plain import from_mapping
 from isaerft_sweep.search.distributions import Categorical, Constant
 from isaerft_sweep.search.sweep_file import Metric, SweepDefinition, read_sweep_file
-from isaerft_sweep.specs import Experiment, SweepSpec, from_mapping
+from isaerft_sweep.specs import Experiment, SweepSpec
 
 
 def to_experiment(config: Any) -> Experiment:

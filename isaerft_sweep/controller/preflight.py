@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from isaerft_sweep.errors import FolderError, LaunchError, ModelError
-from isaerft_sweep.specs import Experiment, canonical_json, to_dict
+from isaerft_sweep.plain import canonical_json, to_dict
+from isaerft_sweep.specs import Experiment
 
 
 def check_disk(folder: Path, min_free_gb: float) -> None:

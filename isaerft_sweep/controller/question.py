@@ -9,8 +9,9 @@ from isaerft_sweep.errors import FolderError
 from isaerft_sweep.journal.folders import SweepFolder
 from isaerft_sweep.journal.journal import Journal
 from isaerft_sweep.naming import clean
+from isaerft_sweep.plain import canonical_json
 from isaerft_sweep.search.sweep_file import SweepDefinition
-from isaerft_sweep.specs import Experiment, canonical_json, identity
+from isaerft_sweep.specs import Experiment, identity
 
 
 def question(experiment: Experiment, definition: SweepDefinition) -> str:

@@ -23,10 +23,11 @@ from isaerft_sweep.environment import describe_environment, git_commit
 from isaerft_sweep.journal.files import write_json, write_text
 from isaerft_sweep.journal.folders import COMPLETED, SweepFolder
 from isaerft_sweep.journal.journal import Journal
+from isaerft_sweep.plain import to_dict
 from isaerft_sweep.results import leaderboard
 from isaerft_sweep.search.sampler import Sampler
 from isaerft_sweep.search.sweep_file import SweepDefinition
-from isaerft_sweep.specs import Experiment, LauncherSpec, to_dict
+from isaerft_sweep.specs import Experiment, LauncherSpec
 
 INTERRUPTED = 130
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import submitit
@@ -38,7 +40,8 @@ class SlurmDispatcher(Dispatcher):
 
     def submit(self, job: TrialJob) -> JobRef:
         try:
-            return {"kind": "slurm", "id": self.executor.submit(job).job_id}
+            with outside_of_any_job():
+                return {"kind": "slurm", "id": self.executor.submit(job).job_id}
         except (submitit.core.utils.FailedJobError, subprocess.CalledProcessError) as error:
             raise LaunchError(f"sbatch refused the job: {error}") from error
 
@@ -62,6 +65,19 @@ class SlurmDispatcher(Dispatcher):
 
     def log_tail(self, ref: JobRef, lines: int = 8) -> str:
         return tail(self.folder / f"{ref['id']}_0_log.out", lines)
+
+
+@contextmanager
+def outside_of_any_job() -> Iterator[None]:
+    """Hide the settings of the job that this process may itself run in: they would become the new job's.
+
+    submitit's own helper also hides SLURM_CONF, without which the commands may not find their cluster.
+    """
+    place = os.environ.get("SLURM_CONF")
+    with submitit.helpers.clean_env(extra_names=("CUDA_VISIBLE_DEVICES",)):
+        if place is not None:
+            os.environ["SLURM_CONF"] = place
+        yield
 
 
 def _slurm_names(given: dict[str, object]) -> dict[str, object]:

@@ -17,7 +17,8 @@ from typing import Any
 
 from isaerft_sweep.errors import IsaerftError
 from isaerft_sweep.journal.files import read_json, read_rows, write_json
-from isaerft_sweep.specs import TrialSpec, to_dict
+from isaerft_sweep.plain import to_dict
+from isaerft_sweep.specs import TrialSpec
 
 RUNNING, COMPLETED, DIVERGED, FAILED, STOPPED = "running", "completed", "diverged", "failed", "stopped"
 FINAL = (COMPLETED, DIVERGED)

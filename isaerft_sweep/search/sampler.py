@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from isaerft_sweep.plain import canonical_json
 from isaerft_sweep.search.distributions import Categorical, Constant, Distribution
-from isaerft_sweep.specs import canonical_json
 
 if TYPE_CHECKING:
     import optuna

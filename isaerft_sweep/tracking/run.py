@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from isaerft_sweep.specs import TrialSpec, to_dict
+from isaerft_sweep.plain import to_dict
+from isaerft_sweep.specs import TrialSpec
 
 
 class Run:

@@ -16,7 +16,8 @@ import isaerft_sweep.trial  # noqa: F401  (settings that must come before trl is
 from isaerft_sweep.adapter.sae import FrozenSae, check_fits, describe, load_sae
 from isaerft_sweep.errors import IsaerftError
 from isaerft_sweep.models.loading import load_config, load_tokenizer
-from isaerft_sweep.specs import Experiment, from_mapping, to_dict
+from isaerft_sweep.plain import from_mapping, to_dict
+from isaerft_sweep.specs import Experiment
 from isaerft_sweep.trial.data import load_pairs
 from isaerft_sweep.trial.trainer import total_steps
 

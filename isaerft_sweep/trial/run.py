@@ -97,8 +97,9 @@ def _run(folder: TrialFolder, spec: TrialSpec, status: StatusWriter, stopping: d
     results = _results(recorder, started)
     _save(folder, spec, model, loaded, run, results, status)
     run.finish({**recorder.latest, "state": COMPLETED}, exit_code=0)
-    shutil.rmtree(folder.checkpoints, ignore_errors=True)
-    return _end(status, COMPLETED, results)
+    state = _end(status, COMPLETED, results)
+    shutil.rmtree(folder.checkpoints, ignore_errors=True)  # only now: until the status says so, a retry would need them
+    return state
 
 
 def _reused_trunk(spec: TrialSpec, model: peft.PeftModel, trainer: TrialTrainer) -> AbstractContextManager[None]:

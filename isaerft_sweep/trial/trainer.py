@@ -15,7 +15,8 @@ from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from isaerft_sweep.adapter import IsaerftConfig
 from isaerft_sweep.models.loading import LoadedModel
-from isaerft_sweep.specs import AdapterSpec, OrpoSpec, to_dict
+from isaerft_sweep.plain import to_dict
+from isaerft_sweep.specs import AdapterSpec, OrpoSpec
 from isaerft_sweep.trial.data import Pairs
 from isaerft_sweep.trial.token_logps import model_head, token_logps
 

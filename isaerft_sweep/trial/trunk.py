@@ -30,7 +30,8 @@ from isaerft_sweep.adapter.architecture import decoder_layers
 from isaerft_sweep.adapter.layer import IsaerftLayer
 from isaerft_sweep.errors import IsaerftError
 from isaerft_sweep.journal.files import made_once, read_json, write_json
-from isaerft_sweep.specs import ModelSpec, canonical_json
+from isaerft_sweep.plain import canonical_json
+from isaerft_sweep.specs import ModelSpec
 
 TOKENS_PER_BATCH = 2048
 _STORED: dict[torch.dtype, np.dtype[Any]] = {
@@ -113,9 +114,15 @@ def stored_trunk(
     name = hashlib.sha256(canonical_json(what).encode()).hexdigest()[:20]
     if not (folder / name).is_dir():
         _make_room(folder, limit_gb * 1e9 - needed_bytes)
-    entry = made_once(folder / name, lambda aside: _compute(model, layers, site, sequences, total, aside))
-    os.utime(entry)  # the least recently used goes first
-    return _open(entry, sequences, dtype, (total, hidden))
+    for _ in range(2):
+        entry = made_once(folder / name, lambda aside: _compute(model, layers, site, sequences, total, aside))
+        values = _open(entry, (total, hidden))
+        if values is not None:
+            os.utime(entry)  # the least recently used goes first
+            return StoredTrunk(values, _places(sequences), dtype)
+        print(f"the stored activations in {entry} are damaged: made again", flush=True)
+        shutil.rmtree(entry, ignore_errors=True)
+    raise IsaerftError(f"the disk of {folder} does not keep what is written to it; choose another: launcher.scratch=PATH.")
 
 
 def _make_room(folder: Path, allowed_bytes: float) -> None:
@@ -196,18 +203,23 @@ def _compute(
     write_json(folder / "digest.json", {"sha256": digest.hexdigest(), "tokens": total})
 
 
-def _open(entry: Path, sequences: list[list[int]], dtype: torch.dtype, shape: tuple[int, int]) -> StoredTrunk:
+def _open(entry: Path, shape: tuple[int, int]) -> np.ndarray | None:
+    """The values of an entry, or None when they are not what was written."""
     values = np.load(entry / "values.npy", mmap_mode="r")
     digest = hashlib.sha256()
     for start in range(0, len(values), 4096):
         digest.update(values[start : start + 4096].tobytes())
-    if values.shape != shape or (read_json(entry / "digest.json") or {}).get("sha256") != digest.hexdigest():
-        raise IsaerftError(f"the stored activations in {entry} are damaged. Delete that folder; they are made again.")
+    whole = values.shape == shape and (read_json(entry / "digest.json") or {}).get("sha256") == digest.hexdigest()
+    return values if whole else None
+
+
+def _places(sequences: list[list[int]]) -> dict[str, tuple[int, int]]:
+    """Where each sequence's values begin, and how many there are."""
     places, at = {}, 0
     for sequence in sequences:
         places[sequence_key(sequence)] = (at, len(sequence))
         at += len(sequence)
-    return StoredTrunk(values, places, dtype)
+    return places
 
 
 @contextmanager

@@ -1,0 +1,220 @@
+"""The demo sweep's trials as a user would run them today, and with each level of reuse switched on in turn.
+
+    python benchmarks/throughput.py [--trials 2] [--steps 8] [--repeats 3]
+
+Each row runs the same trials (same model, data, seed, steps, learning rates) one after another, each in a process of its
+own, and reports processor seconds, wall seconds, largest resident memory and the final metrics:
+
+    (i)   TRL's ORPOTrainer, the adapter as a forward hook with SAE encode, decode and error term
+    (ii)  the same with the bias as x + b @ W_dec
+    ours  a trial with neither level; with the reused trunk; with lean logits; with both
+
+The frozen layers' output is made once per sweep; its cost is part of the first trial of each repeat.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+LEVELS = {
+    "(i) TRL, hook with encode and decode": ("hook", {}),
+    "(ii) TRL, x + b @ W_dec": ("vector", {}),
+    "ours, no reuse": ("ours", {"launcher.trunk_cache_gb": "0", "launcher.lean_logits": "false"}),
+    "ours, lean logits": ("ours", {"launcher.trunk_cache_gb": "0", "launcher.lean_logits": "true"}),
+    "ours, reused trunk": ("ours", {"launcher.trunk_cache_gb": "8", "launcher.lean_logits": "false"}),
+    "ours, both": ("ours", {"launcher.trunk_cache_gb": "8", "launcher.lean_logits": "true"}),
+}
+RATES = (0.2, 0.1, 0.05, 0.3, 0.15, 0.07, 0.25, 0.04)
+
+
+def compose_experiment(overrides: list[str]) -> Any:
+    """The demo's experiment with overrides."""
+    from hydra import compose, initialize_config_dir
+
+    from isaerft_sweep.config.boundary import to_experiment
+    from isaerft_sweep.config.schema import register
+    from isaerft_sweep.resources import folder
+
+    register()
+    with initialize_config_dir(str(folder("conf")), version_base="1.3"):
+        return to_experiment(compose("config", ["tracker=disabled", *overrides]))
+
+
+def run_plain(experiment: Any, folder: Path, vector: bool) -> dict[str, float]:
+    """One trial as a user would write it: ORPOTrainer on the model with a small wrapper at the site."""
+    import torch
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    import isaerft_sweep.trial  # noqa: F401
+    from isaerft_sweep.adapter.architecture import decoder_layers
+    from isaerft_sweep.adapter.sae import load_sae
+    from isaerft_sweep.models.loading import load
+    from isaerft_sweep.plain import to_dict
+    from isaerft_sweep.trial.data import load_pairs
+
+    class Steered(torch.nn.Module):
+        def __init__(self, layer: torch.nn.Module, sae: Any) -> None:
+            super().__init__()
+            self.layer, self.sae = layer, (sae,)
+            self.bias = torch.nn.Parameter(torch.zeros(sae.cfg.d_sae))
+
+        def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            x, sae = self.layer(*args, **kwargs), self.sae[0]
+            if vector:
+                return x + self.bias @ sae.W_dec
+            latents = sae.encode(x)
+            return x + sae.decode(latents + self.bias) - sae.decode(latents)
+
+    orpo, loaded = experiment.orpo, load(experiment.model, None)
+    pairs = load_pairs(experiment.data, loaded.tokenizer, orpo.max_length)
+    site = to_dict(experiment.adapter.sites[0])
+    layers = decoder_layers(loaded.model)
+    layers[site["layer"]] = Steered(layers[site["layer"]], load_sae(site).sae)
+    args = ORPOConfig(
+        output_dir=str(folder),
+        learning_rate=orpo.learning_rate,
+        beta=orpo.beta,
+        max_length=orpo.max_length,
+        max_steps=orpo.max_steps,
+        per_device_train_batch_size=orpo.batch_size,
+        per_device_eval_batch_size=orpo.eval_batch_size,
+        gradient_accumulation_steps=orpo.gradient_accumulation,
+        warmup_steps=orpo.warmup_steps,
+        lr_scheduler_type=orpo.schedule,
+        optim="adamw_torch",
+        seed=orpo.seed,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        bf16=False,
+        gradient_checkpointing=False,
+        use_cpu=True,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+    )
+    trainer = ORPOTrainer(
+        model=loaded.model,
+        args=args,
+        train_dataset=pairs.train,
+        eval_dataset=pairs.evaluation,
+        processing_class=loaded.tokenizer,
+    )
+    started = time.process_time()
+    trainer.train()
+    seconds = time.process_time() - started
+    found = trainer.evaluate()
+    return {"log_odds": found["eval_log_odds_chosen"], "nll": found["eval_nll_loss"], "train_cpu_s": seconds}
+
+
+def run_ours(experiment: Any, folder: Path) -> dict[str, float]:
+    """One trial of this package."""
+    from datetime import datetime
+
+    from isaerft_sweep.controller.trials import TrialFactory
+    from isaerft_sweep.journal.folders import SweepFolder
+    from isaerft_sweep.search.sampler import Point
+    from isaerft_sweep.search.sweep_file import Metric, SweepDefinition
+
+    definition = SweepDefinition("grid", Metric("eval/log_odds_chosen", "maximize"), {})
+    factory = TrialFactory(experiment, definition, SweepFolder(folder / datetime.now().strftime("%H%M%S%f")), "bench", None)
+    spec = factory.make(0, Point({}))
+    trial = factory.folder.trial(spec.name)
+    trial.begin_attempt(1)
+    from isaerft_sweep.trial.run import run_trial
+
+    assert run_trial(trial, 1) == "completed", trial.read_status()
+    metrics = trial.read_status()["metrics"]
+    return {"log_odds": metrics["eval/log_odds_chosen"], "nll": metrics["eval/nll_loss"]}
+
+
+def child(kind: str, overrides: list[str], folder: Path) -> None:
+    """Run one trial in this process and print what it found and cost."""
+    started = time.perf_counter()
+    experiment = compose_experiment(overrides)
+    found = run_ours(experiment, folder) if kind == "ours" else run_plain(experiment, folder, kind == "vector")
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    cost = {
+        "cpu_s": used.ru_utime + used.ru_stime,
+        "wall_s": time.perf_counter() - started,
+        "mem_gib": used.ru_maxrss / 2**20,
+    }
+    print(json.dumps({**found, **cost}))
+
+
+def run_level(kind: str, options: dict[str, str], args: argparse.Namespace) -> dict[str, float]:
+    """All trials of one level, one process each; sums of their costs."""
+    trials = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for rate in RATES[: args.trials]:
+            overrides = [
+                f"orpo.learning_rate={rate}",
+                f"orpo.max_steps={args.steps}",
+                f"data.train_size={args.steps * 4}",
+                "orpo.eval_untrained=never",
+                f"launcher.scratch={scratch}/trunk",
+                *(f"{k}={v}" for k, v in options.items()),
+            ]
+            command = [sys.executable, __file__, "--child", kind, scratch, *overrides]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise SystemExit(done.stderr[-3000:])
+            trials.append(json.loads(done.stdout.strip().splitlines()[-1]))
+    return {
+        "cpu_s": sum(t["cpu_s"] for t in trials),
+        "wall_s": sum(t["wall_s"] for t in trials),
+        "mem_gib": max(t["mem_gib"] for t in trials),
+        "log_odds": trials[0]["log_odds"],
+        "nll": trials[0]["nll"],
+    }
+
+
+def main() -> None:
+    """Run every level ``--repeats`` times, interleaved, and print medians and ratios."""
+    if sys.argv[1:2] == ["--child"]:
+        child(sys.argv[2], sys.argv[4:], Path(sys.argv[3]))
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in LEVELS}
+    for _ in range(args.repeats):
+        for name, (kind, options) in LEVELS.items():
+            results[name].append(run_level(kind, options, args))
+    machine = f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}"
+    title = f"{args.trials} trials of {args.steps} steps, {machine}, float32"
+    table = Table(title=title)
+    for column in ("", "processor s", "ratio", "wall s", "peak GiB", "log odds", "NLL"):
+        table.add_column(column, justify="left" if not column else "right")
+    first = statistics.median(r["cpu_s"] for r in next(iter(results.values())))
+    for name, runs in results.items():
+        middle = {key: statistics.median(r[key] for r in runs) for key in runs[0]}
+        table.add_row(
+            name,
+            f"{middle['cpu_s']:.1f}",
+            f"{first / middle['cpu_s']:.2f}×",
+            f"{middle['wall_s']:.1f}",
+            f"{middle['mem_gib']:.2f}",
+            f"{middle['log_odds']:.4f}",
+            f"{middle['nll']:.4f}",
+        )
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()
