@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -61,12 +62,7 @@ def _leaderboard(args: argparse.Namespace) -> None:
     from isaerft_sweep.results.reading import read_sweep_folder
 
     sweep = read_sweep_folder(args.sweep)
-    Console().print(
-        leaderboard.table(sweep.entries, sweep.metric),
-        *leaderboard.notes(sweep.entries, sweep.metric, sweep.folder),
-        sep="\n",
-        soft_wrap=True,
-    )
+    leaderboard.show(Console(), sweep.entries, sweep.metric, sweep.folder)
 
 
 def _best(args: argparse.Namespace) -> None:
@@ -93,6 +89,8 @@ def _generate(args: argparse.Namespace) -> None:
     if args.max_new_tokens < 1:
         raise FolderError(f"--max-new-tokens must be at least 1 but got {args.max_new_tokens}.")
     adapter = _adapter_folder(args.folder)
+    # PEFT asks transformers by an old name whether checkpointing is on; nothing that a reader of answers can act on
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     from isaerft_sweep.adapter.generate import compare
 
     for prompt, before, after in compare(str(adapter), args.prompt or PROMPTS, args.max_new_tokens, args.cache):

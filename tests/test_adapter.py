@@ -287,7 +287,9 @@ def test_gemma_scope_by_release_and_id_from_the_hubs_cache(tmp_path: Path, monke
     zeros = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "b_dec": (d_in,), "threshold": (d_sae,)}
     arrays = {name: np.zeros(shape, dtype=np.float32) for name, shape in zeros.items()}
     np.savez_compressed(folder / "params.npz", W_dec=w_dec, **arrays)
-    monkeypatch.setattr("sae_lens.loading.pretrained_sae_loaders.hf_hub_download", partial(hf_hub_download, cache_dir=tmp_path))
+    monkeypatch.setattr(
+        "sae_lens.loading.pretrained_sae_loaders.hf_hub_download", partial(hf_hub_download, cache_dir=tmp_path)
+    )
 
     sizes = {"hidden_size": d_in, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = AutoConfig.for_model("gemma2", **sizes, num_key_value_heads=2, head_dim=16, vocab_size=262)

@@ -15,9 +15,7 @@ from isaerft_sweep.trial import token_logps as module
 
 @pytest.mark.parametrize("chunk_tokens", [1, 3, 7, 100])
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_values_and_gradients(
-    family: str, chunk_tokens: int, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_values_and_gradients(family: str, chunk_tokens: int, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gemma 2 soft-caps its logits, so the head is not linear there."""
     folder = random_model.made_folder(ModelSpec(name="tiny", source="random", architecture=family), cache)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)

@@ -144,9 +144,7 @@ def conclude(
     leaderboard.write_csv(entries, folder.leaderboard)
     ended = sum(record.ended for record in records)
     if ended:
-        console.print(
-            leaderboard.table(entries, definition.metric), *leaderboard.notes(entries, definition.metric, folder), sep="\n"
-        )
+        leaderboard.show(console, entries, definition.metric, folder)
     if stopped:
         console.print(f"Stopped with {ended} of {trials} trials ended; nothing is left running. The same command goes on.")
         return INTERRUPTED

@@ -57,7 +57,8 @@ class SlurmDispatcher(Dispatcher):
         return [states.get(job, "COMPLETED").strip() not in OVER for job in ids]
 
     def cancel(self, ref: JobRef) -> None:
-        subprocess.run(["scancel", "--signal=TERM", "--full", ref["id"]], capture_output=True, timeout=120, check=False)
+        # to the steps alone: the batch script would die of it and take the trial along before its checkpoint
+        subprocess.run(["scancel", "--signal=TERM", ref["id"]], capture_output=True, timeout=120, check=False)
         subprocess.run(["scancel", "--state=PENDING", ref["id"]], capture_output=True, timeout=120, check=False)
 
     def kill(self, ref: JobRef) -> None:
@@ -81,7 +82,8 @@ def outside_of_any_job() -> Iterator[None]:
 
 
 def _slurm_names(given: dict[str, object]) -> dict[str, object]:
-    """submitit's common names as its SlurmExecutor spells them."""
+    """submitit's common names as its SlurmExecutor spells them, without those left to the cluster."""
+    given = {name: value for name, value in given.items() if value is not None}
     if "mem_gb" in given:
         given["mem"] = f"{given.pop('mem_gb')}GB"
     return given

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -104,6 +105,12 @@ def notes(entries: list[Entry], metric: Metric, folder: SweepFolder) -> list[Tex
     said.append(Text(f"Best trial: {path}"))
     said.append(Text(f"Try it:     isaerft-sweep generate {shlex.quote(_short(path))}"))
     return said
+
+
+def show(console: Console, entries: list[Entry], metric: Metric, folder: SweepFolder) -> None:
+    """Print the leaderboard and its notes."""
+    console.print(table(entries, metric))
+    console.print(*notes(entries, metric, folder), sep="\n", soft_wrap=True)
 
 
 def write_csv(entries: list[Entry], path: Path) -> None:
