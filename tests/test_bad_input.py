@@ -52,6 +52,7 @@ def test_what_the_preflight_finds(override: tuple[str, ...], said: str, launch, 
         ("mixed.jsonl", [{**GOOD_ROW, "chosen": [{"role": "assistant", "content": "c"}]}], "must all be text or all be chat messages"),
         ("empty.jsonl", [], "split of files must have at least one pair but is empty"),
         ("few.jsonl", [GOOD_ROW], "the train split of files must have at least one pair but is empty"),
+        ("long.jsonl", [{**GOOD_ROW, "prompt": f"{i} " + "long " * 99} for i in range(20)], "every prompt fills orpo.max_length=300"),
         ("data.csv", [], "must end in .jsonl, .jsonl.gz or .parquet"),
     ],
 )  # fmt: skip

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from datasets import Dataset, disable_progress_bars, load_dataset
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import maybe_apply_chat_template, maybe_extract_prompt
@@ -49,6 +50,7 @@ class PairTokenizer:
     is_encoder_decoder = False
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+        PartialState()  # TRL warns of a prompt that fills max_length through a logger that needs it
         self.processing_class, self.max_length = tokenizer, max_length
 
     def __call__(self, row: Row) -> Row:
