@@ -63,6 +63,7 @@ class SweepController:
         self.statuses: dict[int, dict[str, Any]] = {}
         self.exhausted = False
         self._told_to_stop: dict[int, float] = {}
+        self._completed = self._given_up = 0
         self._restore()
 
     def run(self) -> None:
@@ -81,14 +82,13 @@ class SweepController:
     @property
     def hopeless(self) -> bool:
         """Whether trials only fail: none has completed and as many as allowed were given up."""
-        states = [r.state for r in self.records.values()]
-        return COMPLETED not in states and sum(r.given_up for r in self.records.values()) >= self.launcher.max_failures
+        return self._completed == 0 and self._given_up >= self.launcher.max_failures
 
     def _restore(self) -> None:
         for record in sorted(self.records.values(), key=lambda r: r.index):
             self.sampler.restore(record.point)
             if record.ended:
-                self.sampler.tell(record.point, record.metric)
+                self._count_ended(record)
             elif record.job is not None:
                 self.active[record.index] = record
             else:
@@ -171,10 +171,15 @@ class SweepController:
         del self.active[record.index]
         self._told_to_stop.pop(record.index, None)
         if record.ended:
-            self.sampler.tell(record.point, record.metric)
+            self._count_ended(record)
         else:
             self.waiting.append(record)
         self.view.event(record)
+
+    def _count_ended(self, record: TrialRecord) -> None:
+        self.sampler.tell(record.point, record.metric)
+        self._completed += record.state == COMPLETED
+        self._given_up += record.given_up
 
     def _judge(self, record: TrialRecord, status: dict[str, Any]) -> Ending:
         """What came of an attempt whose job is gone, from the worker's last word alone."""

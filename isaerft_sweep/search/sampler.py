@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from isaerft_sweep.search.distributions import Categorical, Constant, Distributi
 if TYPE_CHECKING:
     import optuna
 
+BLOCK = 1024
 STARTUP = 5
 """Quasi-random points before the first model-based one."""
 ATTEMPTS = 200
@@ -122,12 +123,18 @@ class Sampler:
 
 def _sobol(dimensions: int, seed: int, index: int) -> list[float]:
     """Row ``index`` of the scrambled Sobol sequence of ``seed`` (Owen 1998), from scipy."""
-    if dimensions == 0:
-        return []
+    return _sobol_block(dimensions, seed, index // BLOCK)[index % BLOCK] if dimensions else []
+
+
+@lru_cache(maxsize=4)
+def _sobol_block(dimensions: int, seed: int, block: int) -> list[list[float]]:
+    """``BLOCK`` rows: skipping ahead for each one would cost more with every trial."""
     from scipy.stats import qmc
 
     engine = qmc.Sobol(dimensions, scramble=True, rng=np.random.default_rng(seed))
-    return engine.fast_forward(index).random(1)[0].tolist() if index else engine.random(1)[0].tolist()
+    if block:
+        engine.fast_forward(block * BLOCK)
+    return engine.random(BLOCK).tolist()
 
 
 class _Tpe:
