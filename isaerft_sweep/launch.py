@@ -31,6 +31,9 @@ def main(config: Any) -> None:
         from isaerft_sweep.controller.run import run_sweep
 
         code = run_sweep(experiment, hydra.core.hydra_config.HydraConfig.get().overrides.task)
+    except KeyboardInterrupt:
+        print("Stopped before any trial was dispatched.", file=sys.stderr)
+        code = 130
     except IsaerftError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2

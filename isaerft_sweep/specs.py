@@ -97,7 +97,6 @@ class OrpoSpec:
     seed: int = option(42, at_least=0)
     eval_fraction: float = option(0.2, above=0, at_most=1)
     eval_untrained: str = option("first", choices=("first", "always", "never"), cosmetic=True)
-    log_every_steps: int = option(1, at_least=1, cosmetic=True)
     checkpoint_every_steps: int = option(50, at_least=1, cosmetic=True)
     checkpoint_every_min: float = option(5.0, above=0, cosmetic=True)
     gradient_checkpointing: bool = option(False)

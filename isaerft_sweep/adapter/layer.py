@@ -56,6 +56,8 @@ class IsaerftLayer(nn.Module, BaseTunerLayer):
         block, decoder = self.isaerft_block[adapter_name], self.decoder(adapter_name)
         with torch.autocast(device_type=x.device.type, enabled=False):
             latents = self.saes[adapter_name].encode(x.float()) if block.needs_latents else None
+            if latents is not None:
+                latents = latents.to(next(block.parameters()).dtype)  # after model.to(dtype)
             return block(latents).float() @ decoder
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from peft import PeftConfig, PeftModel
@@ -24,16 +25,18 @@ def load_model(
         cache: where converted models are kept; None: the user's cache folder.
     """
     try:
-        name = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+        config = PeftConfig.from_pretrained(adapter)
     except ValueError as error:
         raise ModelError(
             f"an adapter must be a folder or Hub repository with adapter_config.json, but '{adapter}' has none "
             "that can be read. Give the folder `adapter` of a finished trial."
         ) from error
+    name = config.base_model_name_or_path
     if base is None:
         if not name:
             raise ModelError(f"the adapter '{adapter}' does not name its base model: give one.")
         base = ModelSpec(name=name, tokenizer=_tokenizer(adapter), source="package" if name in PACKAGES else "hub")
+        base = replace(base, revision=config.revision)
     loaded = load(base, cache)
     loaded.model.config.use_cache = True
     model = PeftModel.from_pretrained(loaded.model, adapter)

@@ -64,17 +64,17 @@ class IsaerftModel(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)  # PEFT's own looks for a weight to copy; a decoder layer has none
 
-    def _merging(self) -> None:
-        make_room(self.model, {self.peft_config[name].kind for name in self.active_adapters})
+    def _merging(self, names: list[str] | None) -> None:
+        make_room(self.model, {self.peft_config[name].kind for name in names or self.active_adapters})
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge where it is exact (see ``merge.py``); ModelError elsewhere."""
-        self._merging()
+        self._merging(adapter_names)
         super().merge_adapter(adapter_names, safe_merge)
 
     def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> Any:
         if merge:
-            self._merging()
+            self._merging(kwargs.get("adapter_names"))
         return super()._unload_and_optionally_merge(merge=merge, **kwargs)
 
 

@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from isaerft_sweep.errors import ConfigError
 from isaerft_sweep.plain import from_mapping
 from isaerft_sweep.search.distributions import Categorical, Constant
-from isaerft_sweep.search.sweep_file import Metric, SweepDefinition, read_sweep_file
+from isaerft_sweep.search.sweep_file import Metric, SweepDefinition, check_grid, read_sweep_file
 from isaerft_sweep.specs import Experiment, SweepSpec
 
 
@@ -57,7 +57,9 @@ def to_definition(sweep: SweepSpec, experiment: Experiment) -> SweepDefinition:
         return SweepDefinition("grid", Metric("eval/log_odds_chosen", "maximize"), point, run_cap=1)
     definition = read_sweep_file(Path(sweep.file).expanduser())
     definition = replace(definition, method=sweep.method or definition.method, run_cap=sweep.run_cap or definition.run_cap)
-    if definition.method != "grid" and definition.run_cap is None:
+    if definition.method == "grid":
+        check_grid(definition.parameters)
+    elif definition.run_cap is None:
         raise ConfigError(
             f"a sweep of method {definition.method} must say how many trials it runs: give run_cap in {sweep.file}, "
             "or sweep.run_cap=N."

@@ -26,8 +26,26 @@ def question(experiment: Experiment, definition: SweepDefinition) -> str:
         "parameters": {key: repr(d) for key, d in definition.parameters.items()},
         "seed": experiment.sweep.seed,
         "repeats": experiment.sweep.repeats,
+        "files": [file_digest(path) for path in _local_files(experiment)],
     }
     return hashlib.sha256(canonical_json(content).encode()).hexdigest()[:12]
+
+
+def _local_files(experiment: Experiment) -> list[Path]:
+    """Files whose content decides what a trial computes, while the config has only their names."""
+    data = experiment.data
+    named = [data.path, data.eval_path] if data.source == "files" else []
+    saes = [f"{site.sae_path}/sae_weights.safetensors" for site in experiment.adapter.sites if site.sae_path]
+    return [Path(path).expanduser() for path in (*named, *saes) if path]
+
+
+def file_digest(path: Path) -> str:
+    """A hash of a file's content; empty when there is none (the preflight will say so)."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return ""
 
 
 def sweep_folder(experiment: Experiment, definition: SweepDefinition) -> SweepFolder:

@@ -46,7 +46,9 @@ class StopRequest:
             self.count += 1
 
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        before = {number: signal.signal(number, note) for number in numbers}
+        # one that is ignored stays ignored: that is what nohup means
+        heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, note) for number in heard}
         try:
             yield
         finally:
@@ -68,7 +70,7 @@ def run_sweep(experiment: Experiment, overrides: Sequence[str] = ()) -> int:
     try:
         sampler = make_sampler(experiment, definition)
         trials = count_trials(definition, sampler, len(journal.record.trials))
-        ended = sum(record.ended for record in journal.record.trials.values())
+        ended = sum(record.ended and not record.given_up for record in journal.record.trials.values())
         console.print(introduction(folder, definition, sampler, trials, ended), soft_wrap=True)
         if ended < trials:
             print_facts(console, check_trial_needs(experiment))
@@ -98,7 +100,8 @@ def make_sampler(experiment: Experiment, definition: SweepDefinition) -> Sampler
 def count_trials(definition: SweepDefinition, sampler: Sampler, existing: int) -> int:
     """How many trials the sweep shall have: its cap, or fewer when the space has no more points."""
     cap = definition.run_cap if definition.run_cap is not None else sampler.size
-    return max(existing, int(cap if sampler.repeats else min(cap, sampler.size)))
+    endless = sampler.repeats and sampler.method != "grid"
+    return max(existing, int(cap if endless else min(cap, sampler.size)))
 
 
 def make_dispatcher(launcher: LauncherSpec, folder: SweepFolder) -> Dispatcher:

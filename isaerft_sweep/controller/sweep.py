@@ -10,12 +10,13 @@ from typing import Any, Protocol
 from isaerft_sweep.controller.trials import TrialFactory
 from isaerft_sweep.dispatch.base import Dispatcher
 from isaerft_sweep.dispatch.job import TrialJob
+from isaerft_sweep.errors import LaunchError
 from isaerft_sweep.journal.folders import COMPLETED, FAILED, FINAL, STOPPED
 from isaerft_sweep.journal.journal import Journal, TrialRecord
 from isaerft_sweep.search.sampler import Sampler
 from isaerft_sweep.specs import LauncherSpec
 
-ENDING_S = 30.0
+ENDING_S = 120.0
 """How long a worker may take to exit after it has said that its trial is over."""
 
 
@@ -87,6 +88,8 @@ class SweepController:
     def _restore(self) -> None:
         for record in sorted(self.records.values(), key=lambda r: r.index):
             self.sampler.restore(record.point)
+            if record.given_up:  # whoever gives the command again has mended what made it fail
+                record.given_up, record.failures = False, 0
             if record.ended:
                 self._count_ended(record)
             elif record.job is not None:
@@ -98,9 +101,8 @@ class SweepController:
         """Use the free slots; False when nothing is left to do."""
         while len(self.active) < self.dispatcher.slots and not self.hopeless:
             record = self.waiting.pop(0) if self.waiting else self._new_trial()
-            if record is None:
+            if record is None or not self._dispatch(record):
                 break
-            self._dispatch(record)
         return bool(self.active)
 
     def _new_trial(self) -> TrialRecord | None:
@@ -117,17 +119,25 @@ class SweepController:
         )
         return self.records[index]
 
-    def _dispatch(self, record: TrialRecord) -> None:
+    def _dispatch(self, record: TrialRecord) -> bool:
+        """Start the trial's next attempt; False when it has to wait."""
         folder = self.factory.folder.trial(record.name)
         # the folder may know of an attempt that the journal does not: a controller died right after dispatching it
         attempt = max(record.attempt, folder.current_attempt()) + 1
         folder.begin_attempt(attempt)
         threads: int | None = getattr(self.dispatcher, "threads", None)
-        job = self.dispatcher.submit(TrialJob(str(folder.path), attempt, threads))
+        try:
+            job = self.dispatcher.submit(TrialJob(str(folder.path), attempt, threads))
+        except LaunchError:
+            if not self.active:
+                raise
+            self.waiting.insert(0, record)  # a full queue or a slow scheduler: again when the next job has ended
+            return False
         self.journal.write("dispatch", index=record.index, attempt=attempt, job=dict(job))
         self.active[record.index] = record
         self.statuses.pop(record.index, None)
         self.view.event(record)
+        return True
 
     def _poll(self) -> None:
         records = list(self.active.values())

@@ -17,8 +17,11 @@ class TrialJob:
     folder: str
     attempt: int
     threads: int | None
+    device: str | None = None
 
     def __call__(self) -> str:
+        if self.device is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = self.device
         if self.threads:
             # several trials on one machine must share its cores: spinning threads slow each other down tenfold
             os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(self.threads)

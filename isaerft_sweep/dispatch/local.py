@@ -8,6 +8,7 @@ import signal
 import subprocess
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import submitit
 from isaerft_sweep.dispatch.base import Dispatcher, JobRef, tail
 from isaerft_sweep.dispatch.job import TrialJob
 from isaerft_sweep.dispatch.processes import descendants, is_running, start_time
+from isaerft_sweep.errors import LaunchError
 from isaerft_sweep.specs import LauncherSpec
 
 
@@ -30,7 +32,7 @@ class LocalDispatcher(Dispatcher):
         self._timeout_min = spec.timeout_min
         self._grace_s = int(spec.grace_s)
         self._jobs: dict[int, submitit.Job[Any]] = {}
-        self._device_of: dict[int, int] = {}
+        self._device_of: dict[int, str] = {}
 
     def submit(self, job: TrialJob) -> JobRef:
         executor = submitit.LocalExecutor(folder=self.folder)
@@ -39,11 +41,10 @@ class LocalDispatcher(Dispatcher):
             timeout_min=self._timeout_min,
             signal_delay_s=self._grace_s,
             stderr_to_stdout=True,
-            gpus_per_node=0 if device is None else 1,
-            visible_gpus=() if device is None else (device,),
+            gpus_per_node=0,  # the job sets CUDA_VISIBLE_DEVICES itself: submitit takes numbers only, no UUIDs
         )
         with shielded_from_terminal():
-            running = executor.submit(job)
+            running = executor.submit(replace(job, device=device))
         pid = int(running.job_id)
         self._jobs[pid] = running
         if device is not None:
@@ -81,22 +82,25 @@ class LocalDispatcher(Dispatcher):
     def log_tail(self, ref: JobRef, lines: int = 8) -> str:
         return tail(self.folder / f"{ref['pid']}_0_log.out", lines)
 
-    def _free_device(self) -> int | None:
+    def _free_device(self) -> str | None:
         if not self.devices:
             return None
         used = list(self._device_of.values())
         return min(self.devices, key=used.count)
 
 
-def visible_gpus() -> list[int]:
-    """Numbers of the GPUs that this process may use, without loading CUDA: CUDA_VISIBLE_DEVICES, else nvidia-smi."""
+def visible_gpus() -> list[str]:
+    """Numbers or UUIDs of the GPUs this process may use, without loading CUDA: CUDA_VISIBLE_DEVICES, else nvidia-smi."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     if given is not None:
-        return [int(part) for part in given.split(",") if part.strip().isdigit()]
+        return [part.strip() for part in given.split(",") if part.strip() not in ("", "-1")]
     if shutil.which("nvidia-smi") is None:
         return []
-    done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=False)
-    return list(range(sum(line.startswith("GPU ") for line in done.stdout.splitlines())))
+    try:
+        done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise LaunchError("nvidia-smi does not answer. Name the GPUs yourself: CUDA_VISIBLE_DEVICES=0,1.") from error
+    return [str(i) for i in range(sum(line.startswith("GPU ") for line in done.stdout.splitlines()))]
 
 
 @contextmanager

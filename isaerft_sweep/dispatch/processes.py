@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import psutil
 
 
 def start_time(pid: int) -> float | None:
-    """When the process started, seconds since the epoch; None when there is none."""
+    """When the process started, in clock ticks since the machine did; None when there is none.
+
+    Not the time of day, which jumps when the clock is set.
+    """
     try:
-        return psutil.Process(pid).create_time()
-    except psutil.NoSuchProcess:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
+    except OSError:
         return None
+    return float(stat.rpartition(")")[2].split()[19])
 
 
 def is_running(pid: int, start: float | None) -> bool:
     """Whether that very process runs; a zombie does not."""
     try:
         process = psutil.Process(pid)
-        same = start is None or abs(process.create_time() - start) < 0.02
-        return same and process.status() != psutil.STATUS_ZOMBIE
+        return start_time(pid) in (start, None) and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import submitit
@@ -15,6 +15,7 @@ from isaerft_sweep.dispatch.job import TrialJob
 from isaerft_sweep.errors import LaunchError
 from isaerft_sweep.specs import LauncherSpec
 
+SLURM_TIMEOUT_S = 120
 OVER = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
 
 
@@ -50,7 +51,10 @@ class SlurmDispatcher(Dispatcher):
         if not ids:
             return []
         command = ["squeue", "--noheader", "--states=all", "--format=%i %T", f"--jobs={','.join(ids)}"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=SLURM_TIMEOUT_S, check=False)
+        except subprocess.TimeoutExpired:
+            return [True] * len(ids)
         if done.returncode and "Invalid job id" not in done.stderr:
             return [True] * len(ids)  # the controller of the cluster does not answer: nothing is known, so nothing ended
         states = dict(line.split(maxsplit=1) for line in done.stdout.splitlines() if line.strip())
@@ -58,14 +62,20 @@ class SlurmDispatcher(Dispatcher):
 
     def cancel(self, ref: JobRef) -> None:
         # to the steps alone: the batch script would die of it and take the trial along before its checkpoint
-        subprocess.run(["scancel", "--signal=TERM", ref["id"]], capture_output=True, timeout=120, check=False)
-        subprocess.run(["scancel", "--state=PENDING", ref["id"]], capture_output=True, timeout=120, check=False)
+        _scancel("--signal=TERM", ref["id"])
+        _scancel("--state=PENDING", ref["id"])
 
     def kill(self, ref: JobRef) -> None:
-        subprocess.run(["scancel", ref["id"]], capture_output=True, timeout=120, check=False)
+        _scancel(ref["id"])
 
     def log_tail(self, ref: JobRef, lines: int = 8) -> str:
         return tail(self.folder / f"{ref['id']}_0_log.out", lines)
+
+
+def _scancel(*args: str) -> None:
+    """One scancel; a scheduler that does not answer is asked again at the next poll."""
+    with suppress(subprocess.TimeoutExpired):
+        subprocess.run(["scancel", *args], capture_output=True, timeout=SLURM_TIMEOUT_S, check=False)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ acted on and is cut off; a broken line further up is an error that names it, sin
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -86,15 +87,20 @@ class Journal:
     def __init__(self, folder: SweepFolder) -> None:
         """Lock and replay. Raises FolderError when another controller runs this sweep, JournalError on a broken line."""
         self.folder = folder
-        folder.path.mkdir(parents=True, exist_ok=True)
-        self._lock = folder.lock.open("a+", encoding="utf-8")
         try:
+            folder.path.mkdir(parents=True, exist_ok=True)
+            self._lock = folder.lock.open("a+", encoding="utf-8")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             self._lock.close()
             raise FolderError(
                 f"the sweep in {folder.path} is being run by another process. Wait for it or stop it; or start another "
                 "sweep: name=NAME."
+            ) from error
+        except OSError as error:
+            raise FolderError(
+                f"the output folder {folder.path} cannot be written or locked ({error.strerror}). Choose another: "
+                "output=PATH."
             ) from error
         self.record = SweepRecord()
         good_bytes = replay(folder.journal, self.record)
@@ -106,7 +112,10 @@ class Journal:
         content = {"event": event, "time": round(time.time(), 3), **facts}
         line = json.dumps(content, separators=(",", ":"), allow_nan=False) + "\n"
         try:
-            os.write(self._file, line.encode())
+            before = os.fstat(self._file).st_size
+            if os.write(self._file, line.encode()) < len(line.encode()):
+                os.ftruncate(self._file, before)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(self._file)
         except OSError as error:
             raise FolderError(

@@ -156,7 +156,7 @@ Model](https://huggingface.co/papers/2403.07691).
 | batch | {orpo.batch_size} × {orpo.gradient_accumulation} pairs, at most {orpo.max_length} tokens |
 | schedule | {orpo.schedule}, {orpo.warmup_steps} warm-up steps, {_length(spec)} |
 | seed | {orpo.seed} |
-| device time | {results.get("seconds", 0) / 3600:.3f} h |
+| device time of the last attempt | {results.get("seconds", 0) / 3600:.3f} h |
 | git commit | {spec.git_commit or "not from a git checkout"} |
 
 To reproduce it:

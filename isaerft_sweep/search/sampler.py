@@ -147,6 +147,7 @@ class _Tpe:
         self.seed, self.space = seed, space
         self.study = optuna.create_study(direction="maximize")
         self.pending: dict[str, list[int]] = {}
+        self.bad: list[int] = []
         self.distributions: dict[str, optuna.distributions.BaseDistribution] = {}
         for key, d in space.items():
             if isinstance(d, Categorical):
@@ -180,13 +181,15 @@ class _Tpe:
         if not numbers:
             return
         complete = optuna.trial.TrialState.COMPLETE
-        known = [t.value for t in self.study.get_trials(deepcopy=False, states=[complete]) if t.value is not None]
-        if value is None and known:
-            value = min(known)  # a point that diverged is as bad as the worst one, so that its surroundings are avoided
-        if value is None:
-            self.study.tell(numbers.pop(), state=optuna.trial.TrialState.FAIL)
-        else:
+        if value is not None:
             self.study.tell(numbers.pop(), value)
+        else:
+            self.bad.append(numbers.pop())
+        # a point that diverged is as bad as the worst one, so that its surroundings are avoided; until there is one it
+        # stays pending, which counts as bad too
+        known = [t.value for t in self.study.get_trials(deepcopy=False, states=[complete]) if t.value is not None]
+        while known and self.bad:
+            self.study.tell(self.bad.pop(), min(known))
 
     def _unit(self, key: str, value: Any) -> float:
         """From Optuna's value to the unit interval: the middle of a category's share of probability."""

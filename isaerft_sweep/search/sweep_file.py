@@ -80,7 +80,7 @@ def read_sweep(raw: Any) -> SweepDefinition:
         raise SpaceError(f"method must be one of {', '.join(METHODS)} but got {method!r}.")
     parameters = read_parameters(raw.get("parameters"))
     if method == "grid":
-        _check_grid(parameters)
+        check_grid(parameters)
     return SweepDefinition(
         method=method,
         metric=_read_metric(raw.get("metric")),
@@ -110,7 +110,8 @@ def read_parameters(raw: Any, prefix: str = "") -> dict[str, Distribution]:
     return found
 
 
-def _check_grid(parameters: Mapping[str, Distribution]) -> None:
+def check_grid(parameters: Mapping[str, Distribution]) -> None:
+    """Raise SpaceError unless every parameter has finitely many values."""
     for key, distribution in parameters.items():
         if distribution.choices is None:
             raise SpaceError(

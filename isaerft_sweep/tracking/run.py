@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ class Run:
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Metrics of one optimiser step."""
 
+    def replay(self, metrics: Mapping[str, float], step: int) -> None:
+        """Metrics that an earlier attempt logged, where this attempt's run does not have them."""
+
     def finish(self, summary: Mapping[str, Any], exit_code: int) -> None:
         """Write the summary and end the run; ``exit_code`` 0 marks it finished, others failed."""
 
@@ -28,11 +32,17 @@ class Run:
 class WandbRun(Run):
     """A real W&B run. An outage is reported and never ends the trial."""
 
+    _lost = False
+
     def __init__(self, spec: TrialSpec, folder: Path) -> None:
         import wandb
 
         tracker = spec.experiment.tracker
         folder.mkdir(parents=True, exist_ok=True)
+        self._offline = tracker.mode == "offline"
+        if self._offline:
+            for older in folder.glob("wandb/offline-run-*"):  # the new one gets all that was logged: see replay
+                shutil.rmtree(older, ignore_errors=True)
         # within a sweep wandb takes these from the environment alone and ignores the arguments of init
         os.environ.update(WANDB_SWEEP_ID=spec.sweep_id, WANDB_RUN_ID=spec.run_id, WANDB_PROJECT=tracker.project)
         if tracker.entity:
@@ -52,11 +62,24 @@ class WandbRun(Run):
         self.offline_folder = str(Path(self._run.dir).parent) if tracker.mode == "offline" else None
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        self._run.log(dict(metrics), step=step)
+        self._shielded(lambda: self._run.log(dict(metrics), step=step))
+
+    def replay(self, metrics: Mapping[str, float], step: int) -> None:
+        if self._offline:
+            self.log(metrics, step)
 
     def finish(self, summary: Mapping[str, Any], exit_code: int) -> None:
-        self._run.summary.update(dict(summary))
-        self._run.finish(exit_code=exit_code)
+        self._shielded(lambda: self._run.summary.update(dict(summary)))
+        self._shielded(lambda: self._run.finish(exit_code=exit_code))
+
+    def _shielded(self, call: Callable[[], Any]) -> None:
+        if self._lost:
+            return
+        try:
+            call()
+        except Exception as error:  # wandb raises many kinds; none of them may cost a trial
+            self._lost = True
+            print(f"W&B is lost ({error}); the rest of this attempt is not tracked there.", file=sys.stderr, flush=True)
 
 
 def open_run(spec: TrialSpec, folder: Path) -> Run:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +69,8 @@ def load_pairs(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, max_length: i
     for name, rows in (("train", train), ("evaluation", evaluation)):
         if not rows:
             raise DataError(f"the {name} split of {spec.name} must have at least one pair but is empty. {_sizes(spec)}")
+        rows = [maybe_extract_prompt(dict(row)) for row in rows]
+        _check_alike(rows, f"the {name} split of {spec.name}")
         usable[name] = [row for row in rows if _fits(tokenize, row, max_length, counts)]
         if not usable[name]:
             raise DataError(
@@ -75,6 +78,16 @@ def load_pairs(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, max_length: i
                 "tokens and leaves no room for an answer. Raise orpo.max_length."
             )
     return Pairs(Dataset.from_list(usable["train"]), Dataset.from_list(usable["evaluation"]), **counts)
+
+
+def _check_alike(rows: list[Row], where: str) -> None:
+    """One form for all rows: a table has one type per column, and a prompt missing in some rows would vanish in all."""
+    forms = {(frozenset(row), type(row["chosen"])) for row in rows}
+    if len(forms) > 1 or "prompt" not in rows[0]:
+        raise DataError(
+            f"{where}: every row must have a prompt (of its own, or as the common beginning of chat answers), and all rows "
+            "must be text or all be chat messages."
+        )
 
 
 def _fits(tokenize: PairTokenizer, row: Row, max_length: int, counts: dict[str, int]) -> bool:
@@ -151,7 +164,7 @@ def _json_rows(path: Path) -> Iterable[Row]:
                     yield _check_row(json.loads(line), f"{path}, line {number}")
     except json.JSONDecodeError as error:
         raise DataError(f"{path}, line {number}: not valid JSON ({error.msg}). One JSON object per line.") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
 
 

@@ -14,16 +14,21 @@ from typing import Any
 
 import isaerft_sweep.trial  # noqa: F401  (settings that must come before trl is imported)
 from isaerft_sweep.adapter.sae import FrozenSae, check_fits, describe, load_sae
-from isaerft_sweep.errors import IsaerftError
+from isaerft_sweep.errors import ConfigError, IsaerftError, suggest
 from isaerft_sweep.models.loading import load_config, load_tokenizer
 from isaerft_sweep.plain import from_mapping, to_dict
 from isaerft_sweep.specs import Experiment
 from isaerft_sweep.trial.data import load_pairs
-from isaerft_sweep.trial.trainer import total_steps
+from isaerft_sweep.trial.trainer import OPTIMIZERS, adapter_config, total_steps
 
 
 def prepare(experiment: Experiment) -> dict[str, Any]:
     """Facts about model, SAEs and data. Raises IsaerftError when a trial could not run."""
+    if experiment.orpo.optimizer not in ("auto", *OPTIMIZERS):
+        raise ConfigError(
+            "orpo.optimizer is unknown: " + experiment.orpo.optimizer + "." + suggest(experiment.orpo.optimizer, OPTIMIZERS)
+        )
+    adapter_config(experiment.adapter)
     config = load_config(experiment.model, experiment.cache)
     text = config.get_text_config()
     saes = []

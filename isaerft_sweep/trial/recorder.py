@@ -41,10 +41,12 @@ class Recorder(TrainerCallback):
 
     def rewind(self, step: int) -> None:
         """Forget what was recorded after ``step``, the step of the checkpoint that training goes on from."""
+        self.status.check()
         kept = [row for row in self.folder.read_metrics() if row["step"] <= step]
         write_text(self.folder.metrics, "".join(json.dumps(row) + "\n" for row in kept))
         for row in kept:
             self._remember(row)
+            self.run.replay({k: v for k, v in row.items() if k not in ("step", "time")}, row["step"])
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
@@ -53,6 +55,7 @@ class Recorder(TrainerCallback):
         metrics.pop("eval/epoch", None)
         if not metrics.keys() - {"train/epoch"}:
             return
+        self.status.check()  # an orphan of an older attempt must not add rows
         row = {"step": state.global_step, "time": time.time(), **metrics}
         with self.folder.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -75,6 +78,9 @@ class Recorder(TrainerCallback):
         due_s = time.monotonic() - self._last_checkpoint_s >= self.spec.checkpoint_every_min * 60
         if not last and (due_s or state.global_step % self.spec.checkpoint_every_steps == 0):
             control.should_save = True
+
+    def on_prediction_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.status.write(RUNNING, force=False)  # a long evaluation is not a hung worker
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._last_checkpoint_s = time.monotonic()

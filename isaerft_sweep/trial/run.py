@@ -71,7 +71,7 @@ def _run(folder: TrialFolder, spec: TrialSpec, status: StatusWriter, stopping: d
     loaded = load(experiment.model, experiment.cache)
     pairs = load_pairs(experiment.data, loaded.tokenizer, experiment.orpo.max_length)
     print(pairs.summary, flush=True)
-    model = attach_adapter(loaded, experiment.adapter, experiment.orpo.seed)
+    model = attach_adapter(loaded, experiment.adapter, experiment.orpo.seed, experiment.model.revision)
     write_json(folder.environment, describe_environment(torch_device=_device_name()))
     run = open_run(spec, folder.path / "wandb")
     recorder = Recorder(folder, experiment.orpo, status, run, spec.metric, lambda: stopping["asked"])
@@ -96,8 +96,8 @@ def _run(folder: TrialFolder, spec: TrialSpec, status: StatusWriter, stopping: d
         return _end(status, STOPPED, {"message": "asked to stop; a checkpoint was written"})
     results = _results(recorder, started)
     _save(folder, spec, model, loaded, run, results, status)
-    run.finish({**recorder.latest, "state": COMPLETED}, exit_code=0)
     state = _end(status, COMPLETED, results)
+    run.finish({**recorder.latest, "state": COMPLETED}, exit_code=0)
     shutil.rmtree(folder.checkpoints, ignore_errors=True)  # only now: until the status says so, a retry would need them
     return state
 

@@ -11,6 +11,7 @@ from typing import Any
 import peft
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, set_seed
+from transformers.training_args import OptimizerNames
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from isaerft_sweep.adapter import IsaerftConfig
@@ -23,6 +24,7 @@ from isaerft_sweep.trial.token_logps import model_head, token_logps
 COMPLETE = ".complete"
 """Written into a checkpoint last: one without it was cut short by a crash and is ignored."""
 KEPT_CHECKPOINTS = 2
+OPTIMIZERS = tuple(member.value for member in OptimizerNames)
 
 
 class TrialTrainer(ORPOTrainer):
@@ -81,17 +83,23 @@ def total_steps(spec: OrpoSpec, pairs: int) -> int:
     return math.ceil(spec.epochs * max(per_epoch, 1))
 
 
-def attach_adapter(loaded: LoadedModel, spec: AdapterSpec, seed: int) -> peft.PeftModel:
+def attach_adapter(loaded: LoadedModel, spec: AdapterSpec, seed: int, revision: str | None = None) -> peft.PeftModel:
     """The model with a fresh adapter on it; the same numbers for the same seed."""
     set_seed(seed)
-    config = IsaerftConfig(
+    config = adapter_config(spec)
+    config.revision = revision
+    return peft.get_peft_model(loaded.model, config)
+
+
+def adapter_config(spec: AdapterSpec) -> IsaerftConfig:
+    """PEFT's config of an adapter. Raises ConfigError when its settings do not go together."""
+    return IsaerftConfig(
         sites=[{k: v for k, v in to_dict(site).items() if v is not None} for site in spec.sites],
         kind=spec.kind,
         rank=spec.rank,
         hidden_size=spec.hidden_size,
         hidden_layers=spec.hidden_layers,
     )
-    return peft.get_peft_model(loaded.model, config)
 
 
 def make_trainer(
@@ -123,7 +131,7 @@ def make_trainer(
         max_grad_norm=spec.max_grad_norm,
         seed=spec.seed,
         logging_strategy="steps",
-        logging_steps=spec.log_every_steps,
+        logging_steps=1,
         logging_first_step=True,
         # a NaN must be seen, not replaced by the mean of the other steps
         logging_nan_inf_filter=False,

@@ -29,7 +29,7 @@ from torch import nn
 from isaerft_sweep.adapter.architecture import decoder_layers
 from isaerft_sweep.adapter.layer import IsaerftLayer
 from isaerft_sweep.errors import IsaerftError
-from isaerft_sweep.journal.files import made_once, read_json, write_json
+from isaerft_sweep.journal.files import locked, made_once, read_json, write_json
 from isaerft_sweep.plain import canonical_json
 from isaerft_sweep.specs import ModelSpec
 
@@ -105,17 +105,28 @@ def stored_trunk(
     if needed_bytes > limit_gb * 1e9:
         return None
     what = {
-        "model": [spec.name, spec.revision, spec.architecture, spec.attention, str(dtype), _weights_digest(layers, site)],
+        "model": [
+            spec.name,
+            spec.revision,
+            spec.architecture,
+            spec.attention,
+            str(dtype),
+            _weights_digest(model, layers, site),
+        ],
         "site": site,
         "device": next(model.parameters()).device.type,
         "versions": [torch.__version__, transformers.__version__],
         "sequences": [sequence_key(s) for s in sequences],
     }
     name = hashlib.sha256(canonical_json(what).encode()).hexdigest()[:20]
-    if not (folder / name).is_dir():
-        _make_room(folder, limit_gb * 1e9 - needed_bytes)
+
+    def make(aside: Path) -> None:
+        with locked(folder / ".room"):
+            _make_room(folder, limit_gb * 1e9 - needed_bytes)
+        _compute(model, layers, site, sequences, total, aside)
+
     for _ in range(2):
-        entry = made_once(folder / name, lambda aside: _compute(model, layers, site, sequences, total, aside))
+        entry = made_once(folder / name, make)
         values = _open(entry, (total, hidden))
         if values is not None:
             os.utime(entry)  # the least recently used goes first
@@ -130,7 +141,9 @@ def _make_room(folder: Path, allowed_bytes: float) -> None:
 
     A worker that still reads a deleted entry keeps its mapping until it ends.
     """
-    entries = sorted((p.parent for p in folder.glob("*/values.npy")), key=lambda p: p.stat().st_mtime)
+    # names that begin with a dot are being made by another worker at this moment
+    entries = [p.parent for p in folder.glob("*/values.npy") if not p.parent.name.startswith(".")]
+    entries.sort(key=lambda entry: entry.stat().st_mtime)
     sizes = {entry: (entry / "values.npy").stat().st_size for entry in entries}
     while entries and sum(sizes[e] for e in entries) > allowed_bytes:
         shutil.rmtree(entries.pop(0), ignore_errors=True)
@@ -145,11 +158,12 @@ def _site_layer(layers: nn.ModuleList, site: int) -> IsaerftLayer:
     return cast(IsaerftLayer, layers[site])
 
 
-def _weights_digest(layers: nn.ModuleList, site: int) -> str:
-    """A hash over a sample of every trunk layer's weights: the same name may hide other weights."""
-    digest = hashlib.sha256()
-    for layer in layers[: site + 1]:
-        for parameter in layer.parameters():
+def _weights_digest(model: peft.PeftModel, layers: nn.ModuleList, site: int) -> str:
+    """A hash of the config and a sample of every trunk weight: the same name may hide another model."""
+    base = model.get_base_model()
+    digest = hashlib.sha256(base.config.to_json_string().encode())
+    for module in (base.get_input_embeddings(), *layers[: site + 1]):
+        for parameter in module.parameters():
             if not parameter.requires_grad:
                 digest.update(
                     parameter.detach().flatten()[:: max(1, parameter.numel() // 64)].float().cpu().numpy().tobytes()
@@ -205,7 +219,10 @@ def _compute(
 
 def _open(entry: Path, shape: tuple[int, int]) -> np.ndarray | None:
     """The values of an entry, or None when they are not what was written."""
-    values = np.load(entry / "values.npy", mmap_mode="r")
+    try:
+        values = np.load(entry / "values.npy", mmap_mode="r")
+    except (OSError, ValueError):
+        return None  # another worker has made room, or the file is not what was written
     digest = hashlib.sha256()
     for start in range(0, len(values), 4096):
         digest.update(values[start : start + 4096].tobytes())
