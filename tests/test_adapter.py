@@ -240,6 +240,22 @@ def test_merging_is_refused_where_it_is_not_exact(family: str, kind: str, said: 
         with_adapter(base_model(family, cache), saes["jumprelu"], kind).merge_and_unload()
 
 
+@torch.no_grad()
+def test_merging_looks_at_the_adapters_to_be_merged(saes: dict, cache: Path) -> None:
+    adapted = with_adapter(base_model("llama", cache), saes["jumprelu"])
+    adapted.add_adapter("other", IsaerftConfig(sites=[{"layer": 2, "sae_path": saes["topk"]}], kind="scale"))
+    with pytest.raises(ModelError, match="only an adapter of kind bias"):
+        adapted.merge_adapter(["other"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_moving_the_model_to_another_dtype(kind: str, saes: dict, cache: Path) -> None:
+    adapted = with_adapter(base_model("llama", cache), saes["jumprelu"], kind)
+    expected = adapted(tokens()).logits
+    torch.testing.assert_close(adapted.to(torch.bfloat16)(tokens()).logits.float(), expected, rtol=0.1, atol=0.15)
+
+
 def test_generation_uses_the_adapter_with_and_without_the_cache(saes: dict, cache: Path) -> None:
     adapted = with_adapter(base_model("llama", cache), saes["jumprelu"])
     out = [adapted.generate(tokens(), max_new_tokens=8, do_sample=False, use_cache=c, pad_token_id=0) for c in (True, False)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import subprocess
 from pathlib import Path
@@ -10,7 +11,9 @@ import pytest
 from conftest import TINY, events
 
 from isaerft_sweep.controller.preflight import check_disk
-from isaerft_sweep.errors import FolderError
+from isaerft_sweep.errors import DataError, FolderError
+from isaerft_sweep.models.random_model import byte_tokenizer
+from isaerft_sweep.trial.data import load_pairs
 
 OFF = (*TINY, "name=s", "sweep.run_cap=1", "tracker=disabled")
 GOOD_ROW = {"prompt": "p", "chosen": "c", "rejected": "r"}
@@ -105,3 +108,45 @@ def test_another_sweeps_folder_a_broken_journal_and_a_torn_line(launch, tmp_path
     done = launch(*OFF)
     assert done.returncode == 0 and journal.read_bytes() == before
     assert len([e for e in events(sweep) if e["event"] == "dispatch"]) == 1
+
+
+def test_a_place_that_cannot_hold_a_sweep(launch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    refused(launch(*OFF, "output=file/below"), tmp_path, "cannot be written or locked")
+
+
+def test_grid_over_a_continuous_parameter(launch, tmp_path: Path) -> None:
+    refused(
+        launch(*OFF, "sweep.method=grid"), tmp_path, "method grid needs a finite set but got distribution log_uniform_values"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        (("orpo.optimizer=adamw_troch",), "orpo.optimizer is unknown: adamw_troch. Did you mean 'adamw_torch'"),
+        (("adapter.hidden_size=8",), "hidden_size must go with kind mlp but got 8 with kind=bias"),
+    ],
+)  # fmt: skip
+def test_settings_that_would_fail_in_every_trial(override: tuple[str, ...], said: str, launch, tmp_path: Path) -> None:
+    refused(launch(*OFF, *override), tmp_path, said)
+
+
+def test_a_torn_archive_and_rows_of_different_form(experiment, tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    whole = gzip.compress(json.dumps(GOOD_ROW).encode() * 500)
+    (tmp_path / "torn.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    rows = [{**GOOD_ROW, "prompt": f"p{i}"} for i in range(20)]
+    chat = [{name: [{"role": "user", "content": text}] for name, text in row.items()} for row in rows]
+    implicit = {"chosen": "same beginning: c", "rejected": "same beginning: r"}
+    (tmp_path / "forms.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [*rows, *chat]))
+    (tmp_path / "implicit.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [implicit, GOOD_ROW] * 20))
+    said = {"torn.jsonl.gz": "cannot be read", "forms.jsonl": "every row must have a prompt"}
+    for name, words in said.items():
+        composed = experiment("model=tiny", "data=jsonl", f"data.path={tmp_path / name}", "data.eval_size=4")
+        with pytest.raises(DataError, match=words):
+            load_pairs(composed.data, tokenizer, 300)
+    composed = experiment("model=tiny", "data=jsonl", f"data.path={tmp_path / 'implicit.jsonl'}", "data.eval_size=4")
+    pairs = load_pairs(composed.data, tokenizer, 300)
+    assert set(pairs.train["prompt"]) | set(pairs.evaluation["prompt"]) == {"p", "same beginning:"}

@@ -214,6 +214,10 @@ def test_a_worker_that_always_dies_is_given_up_with_the_reason(tmp_path: Path) -
     assert controller.wait(120) == 1
     ends = [e for e in events(sweep) if e["event"] == "end"]
     assert [e["given_up"] for e in ends] == [False, True]
+    again = start(tmp_path, *options)
+    wait_for(lambda: [s for s in stepping(sweep) if s["attempt"] == 3])
+    again.send_signal(signal.SIGINT)
+    assert again.wait(90) == 130, "the same command tries a failed trial again: its cause may have been mended"
     said = (tmp_path / "controller.out").read_text()
     assert "No trial completed." in said and said.count("ended without a word") == 2
 
