@@ -73,6 +73,7 @@ def run_sweep(experiment: Experiment, overrides: Sequence[str] = ()) -> int:
         ended = sum(record.ended and not record.given_up for record in journal.record.trials.values())
         console.print(introduction(folder, definition, sampler, trials, ended), soft_wrap=True)
         if ended < trials:
+            console.print("checking model, SAE and data; the first time may download or convert the model", style="dim")
             print_facts(console, check_trial_needs(experiment))
         if not journal.record.sweep_id:
             write_question(experiment, definition, folder)
