@@ -125,9 +125,8 @@ class SweepController:
         # the folder may know of an attempt that the journal does not: a controller died right after dispatching it
         attempt = max(record.attempt, folder.current_attempt()) + 1
         folder.begin_attempt(attempt)
-        threads: int | None = getattr(self.dispatcher, "threads", None)
         try:
-            job = self.dispatcher.submit(TrialJob(str(folder.path), attempt, threads))
+            job = self.dispatcher.submit(TrialJob(str(folder.path), attempt, self.dispatcher.threads))
         except LaunchError:
             if not self.active:
                 raise

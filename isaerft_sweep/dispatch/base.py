@@ -18,6 +18,8 @@ class Dispatcher(ABC):
 
     slots: int
     """How many trials run at a time."""
+    threads: int | None
+    """How many threads each trial may use; None: as many as its job has."""
 
     @abstractmethod
     def submit(self, job: TrialJob) -> JobRef:
