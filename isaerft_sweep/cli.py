@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
@@ -66,6 +67,7 @@ def _leaderboard(args: argparse.Namespace) -> None:
 
 
 def _best(args: argparse.Namespace) -> None:
+    from isaerft_sweep.plain import overrides
     from isaerft_sweep.results.reading import read_sweep_folder
 
     sweep = read_sweep_folder(args.sweep)
@@ -75,9 +77,7 @@ def _best(args: argparse.Namespace) -> None:
     if args.form == "path":
         print(path)
     elif args.form == "overrides":
-        print(
-            " ".join(f"{key}={value!r}" if not isinstance(value, str) else f"{key}={value}" for key, value in params.items())
-        )
+        print(shlex.join(overrides(params)))
     else:
         facts = {"name": winner.record.name, "run_id": winner.record.run_id, "path": str(path), "params": dict(params)}
         print(

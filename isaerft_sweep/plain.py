@@ -111,3 +111,8 @@ def _join(where: str, name: str) -> str:
 def canonical_json(content: Any) -> str:
     """One text per value: sorted keys, no spaces, floats by their shortest exact form."""
     return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+
+
+def overrides(params: Mapping[str, Any]) -> list[str]:
+    """Sampled values as Hydra overrides, floats to the last digit: ``["orpo.beta=0.2"]``."""
+    return [f"{key}={value}" if isinstance(value, str) else f"{key}={value!r}" for key, value in params.items()]

@@ -84,7 +84,8 @@ def check_fits(frozen: FrozenSae, site: Mapping[str, Any], hidden_size: int, lay
 
 @lru_cache(maxsize=8)
 def _load(release: str | None, sae_id: str | None, path: str | None) -> FrozenSae:
-    with warnings.catch_warnings():
+    # sae_lens draws weights before it reads the real ones: an adapter's own must not depend on who read the SAE first
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore", UserWarning)  # sae_lens asks for transformer_lens flags that we do not use
         sae = _read(release, sae_id, path)
     sae.requires_grad_(False).eval()

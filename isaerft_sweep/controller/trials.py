@@ -11,6 +11,7 @@ from datetime import datetime
 
 from isaerft_sweep import naming
 from isaerft_sweep.journal.folders import SweepFolder
+from isaerft_sweep.plain import overrides
 from isaerft_sweep.search.sampler import Point
 from isaerft_sweep.search.sweep_file import SweepDefinition
 from isaerft_sweep.specs import Experiment, TrialSpec, identity
@@ -80,7 +81,4 @@ class TrialFactory:
     def _command(self, point: Point) -> str:
         """What runs this one trial again."""
         kept = [o for o in self.overrides if not o.lstrip("+").startswith(("sweep=", "sweep.", "name=", "launcher"))]
-        sampled = [
-            f"{key}={value!r}" if not isinstance(value, str) else f"{key}={value}" for key, value in point.params.items()
-        ]
-        return shlex.join(["python", "-m", "isaerft_sweep.launch", *kept, "sweep=none", *sampled])
+        return shlex.join(["python", "-m", "isaerft_sweep.launch", *kept, "sweep=none", *overrides(point.params)])
