@@ -22,6 +22,7 @@ METRICS = (
     "train/grad_norm",
     "train/learning_rate",
     "train/epoch",
+    "train/num_tokens",
 )
 """Every name that a sweep's ``metric`` may have."""
 

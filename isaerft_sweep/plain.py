@@ -22,10 +22,15 @@ def option(
     at_least: float | None = None,
     at_most: float | None = None,
     cosmetic: bool = False,
+    later: bool = False,
 ) -> Any:
-    """A field with its bounds. ``cosmetic`` fields cannot change a trial's result: they are left out of its identity."""
-    meta = {"choices": choices, "above": above, "at_least": at_least, "at_most": at_most, "cosmetic": cosmetic}
-    return field(default=default, metadata=meta)
+    """A field with its bounds.
+
+    ``cosmetic`` fields cannot change a trial's result: they are left out of its identity. ``later`` ones were added when
+    identities were in use: they are left out while they are None.
+    """
+    bounds = {"choices": choices, "above": above, "at_least": at_least, "at_most": at_most}
+    return field(default=default, metadata={**bounds, "cosmetic": cosmetic, "later": later})
 
 
 def to_dict(spec: Any) -> Any:

@@ -64,13 +64,18 @@ class DataSpec:
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """The trainable block on the SAE's latents f. bias: f + b; scale: f·(1 + s); linear: f + Wf + c; mlp: f + MLP(f)."""
+    """The trainable block on the SAE's latents f. bias: f + b; scale: f·(1 + s); linear: f + Wf + c; mlp: f + MLP(f).
+
+    ``l1`` and ``top_k`` keep few latents, for bias and scale: see ``trial/sparsity.py``.
+    """
 
     kind: str = option("bias", choices=("bias", "scale", "linear", "mlp"))
     sites: tuple[Site, ...] = option(())
     rank: int | None = option(None, at_least=1)
     hidden_size: int | None = option(None, at_least=1)
     hidden_layers: int = option(1, at_least=1)
+    l1: float | None = option(None, at_least=0, later=True)
+    top_k: int | None = option(None, at_least=1, later=True)
 
 
 @dataclass(frozen=True)
@@ -220,7 +225,8 @@ def split_key(key: str) -> tuple[str, str]:
 def identity(experiment: Experiment) -> str:
     """12 hex digits that name what a trial computes: a hash of its model, data, adapter and ORPO settings.
 
-    Left out, because they cannot change the result: fields marked ``cosmetic``, the launcher, tracker and names.
+    Left out, because they cannot change the result: fields marked ``cosmetic``, the launcher, tracker and names; and
+    ``later`` fields while they are None, so that a new setting leaves the names of old trials as they are.
     """
     content = {section: _without_cosmetic(getattr(experiment, section)) for section in TUNABLE}
     content["model"].pop("sites")  # only the adapter's sites act
@@ -228,5 +234,6 @@ def identity(experiment: Experiment) -> str:
 
 
 def _without_cosmetic(spec: Any) -> dict[str, Any]:
-    kept = [f.name for f in dataclasses.fields(spec) if not f.metadata.get("cosmetic")]
-    return {name: to_dict(getattr(spec, name)) for name in kept}
+    acting = [f for f in dataclasses.fields(spec) if not f.metadata.get("cosmetic")]
+    given = [f.name for f in acting if not (f.metadata.get("later") and getattr(spec, f.name) is None)]
+    return {name: to_dict(getattr(spec, name)) for name in given}

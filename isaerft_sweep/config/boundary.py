@@ -48,6 +48,13 @@ def check(experiment: Experiment) -> None:
         raise ConfigError(f"adapter.sites must have different layers but got {layers}.")
     if adapter.rank is not None and adapter.kind not in ("linear", "mlp"):
         raise ConfigError(f"adapter.rank must go with adapter.kind linear or mlp but got kind={adapter.kind}.")
+    if (adapter.l1 is not None or adapter.top_k is not None) and adapter.kind not in ("bias", "scale"):
+        raise ConfigError(
+            "adapter.l1 and adapter.top_k must go with adapter.kind bias or scale, which have one number per latent, but "
+            f"got kind={adapter.kind}."
+        )
+    if adapter.l1 is not None and adapter.top_k is not None:
+        raise ConfigError("adapter.l1 and adapter.top_k must not be set together. Leave one of them null.")
 
 
 def to_definition(sweep: SweepSpec, experiment: Experiment) -> SweepDefinition:

@@ -6,12 +6,13 @@ dispatches a trial again, and a worker of an older attempt (an orphan of a node 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import socket
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,20 @@ from isaerft_sweep.specs import TrialSpec
 RUNNING, COMPLETED, DIVERGED, FAILED, STOPPED = "running", "completed", "diverged", "failed", "stopped"
 FINAL = (COMPLETED, DIVERGED)
 """States that are never run again; ``failed`` and ``stopped`` are, within bounds."""
+
+
+@dataclass
+class PairScores:
+    """Held-out pairs by name, with the mean log-probability per token of each chosen and rejected answer."""
+
+    pairs: list[str] = field(default_factory=list)
+    chosen: list[float] = field(default_factory=list)
+    rejected: list[float] = field(default_factory=list)
+
+    def add(self, pairs: list[str], chosen: list[float], rejected: list[float]) -> None:
+        self.pairs += pairs
+        self.chosen += chosen
+        self.rejected += rejected
 
 
 class Superseded(IsaerftError):
@@ -99,6 +114,16 @@ class TrialFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def evaluation(self) -> Path:
+        """Every held-out pair's scores, of the untrained model and at the last evaluation."""
+        return self.path / "evaluation.json"
+
+    @property
+    def latents(self) -> Path:
+        """What the adapter learned, latent by latent; see ``trial/latents.py``."""
+        return self.path / "latents.npz"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -125,6 +150,16 @@ class TrialFolder:
 
     def read_spec(self) -> TrialSpec:
         return TrialSpec.from_json(json.loads(self.spec.read_text(encoding="utf-8")))
+
+    def note_scores(self, step: int, scores: PairScores) -> None:
+        """Keep the scores of an evaluation: the untrained model's (step 0) and the last one's."""
+        kept = self.read_evaluation()
+        kept["untrained" if step == 0 else "trained"] = {"step": step, **dataclasses.asdict(scores)}
+        write_json(self.evaluation, kept)
+
+    def read_evaluation(self) -> dict[str, Any]:
+        """``untrained`` and ``trained``, each with step, pairs, chosen and rejected; empty before the first evaluation."""
+        return read_json(self.evaluation) or {}
 
     def begin_attempt(self, number: int) -> None:
         """Fence off every earlier attempt, and forget an old request to stop. Called by the controller."""

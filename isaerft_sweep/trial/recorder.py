@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from isaerft_sweep.errors import TrialDiverged
 from isaerft_sweep.journal.files import write_text
-from isaerft_sweep.journal.folders import RUNNING, StatusWriter, TrialFolder
+from isaerft_sweep.journal.folders import RUNNING, PairScores, StatusWriter, TrialFolder
 from isaerft_sweep.metrics import wandb_name
 from isaerft_sweep.specs import OrpoSpec
 from isaerft_sweep.tracking.run import Run
@@ -47,6 +47,11 @@ class Recorder(TrainerCallback):
         for row in kept:
             self._remember(row)
             self.run.replay({k: v for k, v in row.items() if k not in ("step", "time")}, row["step"])
+
+    def note_scores(self, step: int, scores: PairScores) -> None:
+        """Keep what an evaluation found for every pair."""
+        self.status.check()
+        self.folder.note_scores(step, scores)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any

@@ -35,7 +35,9 @@ from isaerft_sweep.results.card import write_card
 from isaerft_sweep.specs import TrialSpec
 from isaerft_sweep.tracking.run import Run, open_run
 from isaerft_sweep.trial.data import load_pairs
+from isaerft_sweep.trial.latents import learned, write_changes
 from isaerft_sweep.trial.recorder import Recorder
+from isaerft_sweep.trial.sparsity import sparsity_callbacks
 from isaerft_sweep.trial.trainer import TrialTrainer, attach_adapter, complete_checkpoints, make_trainer
 from isaerft_sweep.trial.trunk import only_above_site, sequences_of, stored_trunk
 
@@ -78,12 +80,16 @@ def _run(folder: TrialFolder, spec: TrialSpec, status: StatusWriter, stopping: d
     checkpoints = complete_checkpoints(folder.checkpoints)
     untrained = {"first": spec.index == 0, "always": True, "never": False}[experiment.orpo.eval_untrained]
     eval_first = untrained and not checkpoints
-    trainer = make_trainer(experiment.orpo, model, loaded, pairs, folder.checkpoints, eval_first, [recorder])
+    callbacks = [*sparsity_callbacks(experiment.adapter), recorder]
+    trainer = make_trainer(experiment.orpo, model, loaded, pairs, folder.checkpoints, eval_first, callbacks)
     trainer.lean_logits = experiment.launcher.lean_logits
+    trainer.note_scores = recorder.note_scores
     recorder.rewind(int(checkpoints[-1].name.split("-")[1]) if checkpoints else -1)
+    trainer.tokens_seen = int(recorder.latest.get("train/num_tokens", 0))
     try:
         with _reused_trunk(spec, model, trainer):
             trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
+            changes = [] if recorder.stopped else learned(model, trainer.eval_dataset)
     except TrialDiverged as error:
         print(f"diverged: {error}", flush=True)
         run.finish({"state": DIVERGED}, exit_code=1)
@@ -94,6 +100,7 @@ def _run(folder: TrialFolder, spec: TrialSpec, status: StatusWriter, stopping: d
     if recorder.stopped:
         run.finish({"state": STOPPED}, exit_code=1)
         return _end(status, STOPPED, {"message": "asked to stop; a checkpoint was written"})
+    write_changes(folder.latents, changes)
     results = _results(recorder, started)
     _save(folder, spec, model, loaded, run, results, status)
     state = _end(status, COMPLETED, results)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from transformers.training_args import OptimizerNames
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from isaerft_sweep.adapter import IsaerftConfig
+from isaerft_sweep.journal.folders import PairScores
 from isaerft_sweep.models.loading import LoadedModel
 from isaerft_sweep.plain import to_dict
 from isaerft_sweep.specs import AdapterSpec, OrpoSpec
 from isaerft_sweep.trial.data import Pairs
 from isaerft_sweep.trial.token_logps import model_head, token_logps
+from isaerft_sweep.trial.trunk import sequence_key
 
 COMPLETE = ".complete"
 """Written into a checkpoint last: one without it was cut short by a crash and is ignored."""
@@ -28,18 +31,48 @@ OPTIMIZERS = tuple(member.value for member in OptimizerNames)
 
 
 class TrialTrainer(ORPOTrainer):
-    """ORPOTrainer whose checkpoints say that they are whole, and which computes only the logits that its loss reads."""
+    """ORPOTrainer whose checkpoints say that they are whole, and which computes only the logits that its loss reads.
+
+    It also counts the tokens trained on (``num_tokens`` in the log: those of prompt and answer of both sides, padding left
+    out) and hands every evaluated pair's scores to ``note_scores``.
+    """
 
     lean_logits = True
+    tokens_seen = 0
+    note_scores: Callable[[int, PairScores], None] | None = None
+    _scores: PairScores | None = None
 
     def concatenated_forward(self, model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, ...]:
-        """As ORPOTrainer's, with mean logits per token read by the loss in place of all logits.
+        """As ORPOTrainer's; see ``_lean_forward`` for what differs."""
+        lean = self.lean_logits and not self.aux_loss_enabled
+        outputs = self._lean_forward(model, batch) if lean else super().concatenated_forward(model, batch)
+        if model.training:
+            self.tokens_seen += int(batch["chosen_attention_mask"].sum() + batch["rejected_attention_mask"].sum())
+        elif self._scores is not None:
+            self._scores.add(pair_keys(batch), outputs[0].tolist(), outputs[1].tolist())
+        return outputs
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._scores = PairScores()
+        try:
+            output = super().evaluation_loop(*args, **kwargs)
+            if self.note_scores is not None:
+                self.note_scores(self.state.global_step, self._scores)
+        finally:
+            self._scores = None
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs["num_tokens"] = self.tokens_seen
+        super().log(logs, start_time)
+
+    def _lean_forward(self, model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+        """As ORPOTrainer's ``concatenated_forward``, with mean logits per token read by the loss in place of all logits.
 
         Returns mean log-probabilities of the chosen and rejected answers [batch], mean logits of their tokens, and the NLL
         of prompt and chosen answer (arXiv 2403.07691, equation 6; TRL counts the prompt in).
         """
-        if not self.lean_logits or self.aux_loss_enabled:
-            return super().concatenated_forward(model, batch)
         joined = self.concatenated_inputs(batch, padding_value=self.padding_value, device=self.accelerator.device)
         ids, mask = joined["concatenated_input_ids"], joined["concatenated_attention_mask"]
         chosen = batch["chosen_labels"].shape[0]
@@ -67,6 +100,14 @@ class TrialTrainer(ORPOTrainer):
         (folder / f"checkpoint-{self.state.global_step}" / COMPLETE).touch()
         for old in complete_checkpoints(folder)[:-KEPT_CHECKPOINTS]:
             shutil.rmtree(old, ignore_errors=True)
+
+
+def pair_keys(batch: dict[str, Any]) -> list[str]:
+    """A name for each pair of a batch that its tokens decide, so that trials can be compared pair by pair."""
+    sides = [(batch[f"{side}_input_ids"], batch[f"{side}_attention_mask"].bool()) for side in ("chosen", "rejected")]
+    rows = len(batch["chosen_input_ids"])
+    tokens = [[ids[row][mask[row]].tolist() for ids, mask in sides] for row in range(rows)]
+    return [sequence_key([len(chosen), *chosen, *rejected])[:16] for chosen, rejected in tokens]
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
