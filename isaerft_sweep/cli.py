@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from isaerft_sweep import __version__
 from isaerft_sweep.errors import FolderError, IsaerftError
+
+if TYPE_CHECKING:
+    from isaerft_sweep.results.reading import ReadSweep
+
+WANDB = "wandb:"
 
 PROMPTS = (
     "My parcel has not arrived yet. What can I do?",
@@ -37,11 +42,11 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     show = commands.add_parser("leaderboard", help="print a sweep's ranking, also while it runs")
-    show.add_argument("sweep", type=Path, help="the sweep's folder, outputs/NAME")
+    _sweep_arguments(show)
     show.set_defaults(run=_leaderboard)
 
     best = commands.add_parser("best", help="print the winner as JSON, as Hydra overrides or as a path")
-    best.add_argument("sweep", type=Path, help="the sweep's folder, outputs/NAME")
+    _sweep_arguments(best)
     best.add_argument("--as", dest="form", choices=("json", "overrides", "path"), default="json")
     best.set_defaults(run=_best)
 
@@ -56,33 +61,42 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _sweep_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("sweep", help=f"the sweep's folder, outputs/NAME, or {WANDB}ENTITY/PROJECT/ID")
+    parser.add_argument("--metric", help="rank by this one, not the sweep's own (eval/log_odds_chosen, ...)")
+
+
 def _leaderboard(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     from isaerft_sweep.results import leaderboard
-    from isaerft_sweep.results.reading import read_sweep_folder
 
-    sweep = read_sweep_folder(args.sweep)
-    leaderboard.show(Console(), sweep.entries, sweep.metric, sweep.folder)
+    leaderboard.show(Console(), _read(args))
 
 
 def _best(args: argparse.Namespace) -> None:
     from isaerft_sweep.plain import overrides
+    from isaerft_sweep.results.reading import best_as_json, trial_of
+
+    sweep = _read(args)
+    winner = sweep.best()
+    if args.form == "overrides":
+        print(shlex.join(overrides(winner.params)))
+    elif args.form == "json":
+        print(best_as_json(sweep))
+    else:
+        print(trial_of(winner).path)
+
+
+def _read(args: argparse.Namespace) -> ReadSweep:
+    """The sweep that a command was given: a folder, or one of W&B."""
     from isaerft_sweep.results.reading import read_sweep_folder
 
-    sweep = read_sweep_folder(args.sweep)
-    winner = sweep.best()
-    path = sweep.folder.trial(winner.record.name).path
-    params = winner.record.point.params
-    if args.form == "path":
-        print(path)
-    elif args.form == "overrides":
-        print(shlex.join(overrides(params)))
-    else:
-        facts = {"name": winner.record.name, "run_id": winner.record.run_id, "path": str(path), "params": dict(params)}
-        print(
-            json.dumps({**facts, "metric": {sweep.metric.name: winner.record.metric}, "metrics": winner.metrics}, indent=1)
-        )
+    if args.sweep.startswith(WANDB):
+        from isaerft_sweep.results.from_wandb import read_wandb_sweep
+
+        return read_wandb_sweep(args.sweep.removeprefix(WANDB), args.metric)
+    return read_sweep_folder(Path(args.sweep), args.metric)
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -99,15 +113,14 @@ def _generate(args: argparse.Namespace) -> None:
 
 def _adapter_folder(folder: Path) -> Path:
     """The adapter of a trial, of a sweep's best trial, or the folder itself."""
-    from isaerft_sweep.results.reading import read_sweep_folder
+    from isaerft_sweep.results.reading import read_sweep_folder, trial_of
 
     if (folder / "adapter_config.json").is_file():
         return folder
     if (folder / "adapter" / "adapter_config.json").is_file():
         return folder / "adapter"
     if (folder / "journal.jsonl").is_file():
-        sweep = read_sweep_folder(folder)
-        return sweep.folder.trial(sweep.best().record.name).adapter
+        return trial_of(read_sweep_folder(folder).best()).adapter
     raise FolderError(
         f"'{folder}' must be the folder of a finished trial, of an adapter or of a sweep, but it is none of them."
     )

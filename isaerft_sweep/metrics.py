@@ -26,6 +26,8 @@ METRICS = (
 )
 """Every name that a sweep's ``metric`` may have."""
 
+LESS_IS_BETTER = ("loss", "nll_loss", "rewards/rejected", "logps/rejected", "grad_norm")
+
 CONTAINS_BETA = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins")
 """Metrics that contain beta itself: reward = beta · mean log-probability, loss = NLL + beta · odds-ratio term."""
 

@@ -25,6 +25,7 @@ from isaerft_sweep.journal.folders import COMPLETED, SweepFolder
 from isaerft_sweep.journal.journal import Journal
 from isaerft_sweep.plain import to_dict
 from isaerft_sweep.results import leaderboard
+from isaerft_sweep.results.reading import read_sweep_folder
 from isaerft_sweep.search.sampler import Sampler
 from isaerft_sweep.search.sweep_file import SweepDefinition
 from isaerft_sweep.specs import Experiment, LauncherSpec
@@ -87,7 +88,7 @@ def run_sweep(experiment: Experiment, overrides: Sequence[str] = ()) -> int:
                 journal, sampler, factory, dispatcher, experiment.launcher, trials, view, lambda: stop.count
             )
             controller.run()
-        return conclude(console, folder, definition, journal, trials, stop.count > 0)
+        return conclude(console, folder, journal, trials, stop.count > 0)
     finally:
         journal.close()
 
@@ -139,16 +140,14 @@ def print_facts(console: Console, facts: dict[str, Any]) -> None:
     console.print("\n".join(lines), soft_wrap=True, highlight=False)
 
 
-def conclude(
-    console: Console, folder: SweepFolder, definition: SweepDefinition, journal: Journal, trials: int, stopped: bool
-) -> int:
+def conclude(console: Console, folder: SweepFolder, journal: Journal, trials: int, stopped: bool) -> int:
     """Write and print the leaderboard; the exit code."""
     records = list(journal.record.trials.values())
-    entries = leaderboard.rank(records, folder, definition.metric)
-    leaderboard.write_csv(entries, folder.leaderboard)
+    sweep = read_sweep_folder(folder.path)
+    leaderboard.write_csv(sweep, folder.leaderboard)
     ended = sum(record.ended for record in records)
     if ended:
-        leaderboard.show(console, entries, definition.metric, folder)
+        leaderboard.show(console, sweep)
     if stopped:
         console.print(f"Stopped with {ended} of {trials} trials ended; nothing is left running. The same command goes on.")
         return INTERRUPTED

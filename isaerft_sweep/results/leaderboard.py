@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import shlex
-from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,37 +13,12 @@ from rich.table import Table
 from rich.text import Text
 
 from isaerft_sweep.journal.files import write_text
-from isaerft_sweep.journal.folders import COMPLETED, SweepFolder
-from isaerft_sweep.journal.journal import TrialRecord
-from isaerft_sweep.metrics import depends_on_beta
 from isaerft_sweep.naming import show_beta
+from isaerft_sweep.results.caveats import dependence, edges
+from isaerft_sweep.results.reading import Entry, ReadSweep
 from isaerft_sweep.search.sweep_file import Metric
 
 ALWAYS_SHOWN = ("eval/log_odds_chosen", "eval/rewards/accuracies", "eval/nll_loss")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One trial on the leaderboard; ``rank`` is None when it did not complete."""
-
-    rank: int | None
-    record: TrialRecord
-    metrics: dict[str, float]
-    untrained: dict[str, float]
-
-
-def rank(records: Iterable[TrialRecord], folder: SweepFolder, metric: Metric) -> list[Entry]:
-    """Completed trials from best to worst, then the others by number."""
-    ordered = sorted(
-        records,
-        key=lambda r: (r.state != COMPLETED, -metric.sign * (r.metric or 0.0) if r.state == COMPLETED else r.index),
-    )
-    entries = []
-    for i, record in enumerate(ordered):
-        status = folder.trial(record.name).read_status()
-        place = i + 1 if record.state == COMPLETED else None
-        entries.append(Entry(place, record, status.get("metrics", {}), status.get("untrained", {})))
-    return entries
 
 
 def columns(metric: Metric) -> list[str]:
@@ -53,26 +26,31 @@ def columns(metric: Metric) -> list[str]:
     return list(dict.fromkeys([metric.name, *ALWAYS_SHOWN]))
 
 
-def table(entries: list[Entry], metric: Metric, rows: int = 20) -> Table:
+def table(sweep: ReadSweep, rows: int = 20) -> Table:
     """The leaderboard for a terminal, with the untrained model's row to compare with."""
+    metric, entries = sweep.metric, sweep.entries
     shown = Table(title=f"Leaderboard: {metric.name}, {metric.goal}", title_justify="left", title_style="bold", box=None)
-    for name in ("rank", "trial", "lr", "beta", *(short_name(name) for name in columns(metric)), "time"):
+    first, *others = (short_name(name) for name in columns(metric))
+    for name in ("rank", "trial", "lr", "beta", first, "95 %", "best", *others, "time"):
         shown.add_column(name, justify="right", no_wrap=True)
-    untrained = next((e.untrained for e in entries if e.untrained), None)
     for entry in entries[:rows]:
-        params = entry.record.point.params
+        value, *rest = (number(entry.metrics.get(name)) if entry.rank else "" for name in columns(metric))
         shown.add_row(
             str(entry.rank or "–"),
             str(entry.record.index + 1),
-            f"{params['orpo.learning_rate']:.1e}" if "orpo.learning_rate" in params else "",
-            show_beta(params["orpo.beta"]) if "orpo.beta" in params else "",
-            *(_number(entry.metrics.get(name)) if entry.rank else "" for name in columns(metric)),
+            show_lr(entry.params),
+            show_beta(entry.params["orpo.beta"]) if "orpo.beta" in entry.params else "",
+            value,
+            show_interval(entry),
+            "" if entry.probability_best is None else f"{entry.probability_best:.0%}",
+            *rest,
             f"{entry.record.seconds:.0f} s" if entry.rank else entry.record.state,
             style="bold green" if entry.rank == 1 else "",
         )
+    untrained = next((e.untrained for e in entries if e.untrained), None)
     if untrained:
-        row = ["", "untrained", "", "", *(_number(untrained.get(name)) for name in columns(metric)), ""]
-        shown.add_row(*row, style="dim")
+        value, *rest = (number(untrained.get(name)) for name in columns(metric))
+        shown.add_row("", "untrained", "", "", value, "", "", *rest, "", style="dim")
     return shown
 
 
@@ -87,52 +65,78 @@ def short_name(metric: str) -> str:
     return known.get(metric, metric.removeprefix("eval/"))
 
 
-def notes(entries: list[Entry], metric: Metric, folder: SweepFolder) -> list[Text]:
-    """What a reader must know to trust the winner, and the command that uses it."""
-    best = next((e for e in entries if e.rank == 1), None)
+def show_lr(params: Any) -> str:
+    """The learning rate as names have it; empty when it was not swept."""
+    return f"{params['orpo.learning_rate']:.1e}" if "orpo.learning_rate" in params else ""
+
+
+def show_interval(entry: Entry) -> str:
+    """``0.02 … 0.23``; empty when there is none."""
+    return f"{entry.interval[0]:.2f} … {entry.interval[1]:.2f}" if entry.rank and entry.interval else ""
+
+
+def caveats(sweep: ReadSweep) -> list[str]:
+    """What a reader must know to trust the winner."""
+    best = next((e for e in sweep.entries if e.rank == 1), None)
     if best is None:
-        return [Text("No trial completed.", style="red")]
-    said = []
-    if depends_on_beta(metric.name) and len({e.record.point.params.get("orpo.beta") for e in entries}) > 1:
+        return []
+    said = dependence(sweep.metric.name, sweep.swept)
+    said += edges(sweep.space, best.record.point)
+    if best.probability_best is not None:
+        pairs = len(best.scores["trained"]["pairs"])
         said.append(
-            Text(
-                f"{metric.name} contains beta itself, and beta was swept: this ranking favours large beta by "
-                "construction. eval/log_odds_chosen and eval/rewards/accuracies do not.",
-                style="yellow",
-            )
+            f"95 %: bootstrap interval over the {pairs} held-out pairs. best: how often the trial is the best one when they "
+            "are drawn again. Neither knows of seeds: isaerft-sweep confirm reruns the leaders with new ones."
         )
-    path = folder.trial(best.record.name).path
-    said.append(Text(f"Best trial: {path}"))
-    said.append(Text(f"Try it:     isaerft-sweep generate {shlex.quote(_short(path))}"))
     return said
 
 
-def show(console: Console, entries: list[Entry], metric: Metric, folder: SweepFolder) -> None:
+def notes(sweep: ReadSweep) -> list[Text]:
+    """The caveats and the command that uses the winner."""
+    best = next((e for e in sweep.entries if e.rank == 1), None)
+    if best is None:
+        return [Text("No trial completed.", style="red")]
+    said = [Text(text, style="dim" if text.startswith("95 %") else "yellow") for text in caveats(sweep)]
+    if best.folder:
+        said.append(Text(f"Best trial: {best.folder.path}"))
+        said.append(Text(f"Try it:     isaerft-sweep generate {shlex.quote(short_path(best.folder.path))}"))
+        if sweep.folder:
+            said.append(Text(f"See all:    isaerft-sweep report {shlex.quote(short_path(sweep.folder.path))}"))
+    return said
+
+
+def show(console: Console, sweep: ReadSweep) -> None:
     """Print the leaderboard and its notes."""
-    console.print(table(entries, metric))
-    console.print(*notes(entries, metric, folder), sep="\n", soft_wrap=True)
+    console.print(table(sweep))
+    console.print(*notes(sweep), sep="\n", soft_wrap=True)
 
 
-def write_csv(entries: list[Entry], path: Path) -> None:
+def write_csv(sweep: ReadSweep, path: Path) -> None:
     """All trials and metrics as a CSV file."""
-    params = sorted({key for e in entries for key in e.record.point.params})
+    entries = sweep.entries
+    params = sorted({key for e in entries for key in e.params})
     metrics = sorted({key for e in entries for key in e.metrics})
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow(["rank", "trial", "run_id", "state", *params, *metrics, "seconds", "message"])
+    added = ("low_95", "high_95", "probability_best")
+    writer.writerow(["rank", "trial", "run_id", "state", *params, *metrics, *added, "seconds", "message"])
     for e in entries:
         r = e.record
-        values: list[Any] = [e.rank or "", r.name, r.run_id, r.state, *(r.point.params.get(k, "") for k in params)]
-        writer.writerow([*values, *(e.metrics.get(k, "") for k in metrics), round(r.seconds, 1), r.message])
+        values: list[Any] = [e.rank or "", r.name, r.run_id, r.state, *(e.params.get(k, "") for k in params)]
+        low, high = e.interval or ("", "")
+        trust = [low, high, "" if e.probability_best is None else e.probability_best]
+        writer.writerow([*values, *(e.metrics.get(k, "") for k in metrics), *trust, round(r.seconds, 1), r.message])
     write_text(path, text.getvalue())
 
 
-def _short(path: Path) -> str:
+def short_path(path: Path) -> str:
+    """Relative to the current folder where it is below it."""
     try:
         return str(path.relative_to(Path.cwd()))
     except ValueError:
         return str(path)
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """Four digits behind the point; empty for None."""
     return "" if value is None else f"{value:.4f}"

@@ -2,38 +2,208 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from isaerft_sweep.errors import FolderError
-from isaerft_sweep.journal.folders import SweepFolder
-from isaerft_sweep.journal.journal import SweepRecord, replay
-from isaerft_sweep.results.leaderboard import Entry, rank
-from isaerft_sweep.search.sweep_file import Metric
+import numpy as np
+import yaml
+
+from isaerft_sweep.errors import ConfigError, FolderError
+from isaerft_sweep.journal.folders import COMPLETED, SweepFolder, TrialFolder
+from isaerft_sweep.journal.journal import SweepRecord, TrialRecord, replay
+from isaerft_sweep.plain import from_mapping
+from isaerft_sweep.results.statistics import interval, pair_values, probability_best
+from isaerft_sweep.search.distributions import Distribution
+from isaerft_sweep.search.sweep_file import Metric, read_metric_name, read_sweep
+from isaerft_sweep.specs import Experiment
+
+SCORED = 200
+"""Leaders whose probability of being best is computed; the others' is nil or nearly so."""
 
 
-@dataclass(frozen=True)
+@dataclass
+class Entry:
+    """One trial, with its rank by the metric asked for; ``rank`` is None when it did not complete.
+
+    ``scores``: every held-out pair's, as ``TrialFolder.read_evaluation`` gives them. ``interval``: 95 % bootstrap interval
+    of the metric over held-out pairs. ``probability_best``: how often it is the best when the pairs are drawn again.
+    """
+
+    record: TrialRecord
+    metrics: dict[str, float]
+    untrained: dict[str, float]
+    scores: dict[str, Any] = field(default_factory=dict)
+    folder: TrialFolder | None = None
+    rank: int | None = None
+    interval: tuple[float, float] | None = None
+    probability_best: float | None = None
+
+    @property
+    def params(self) -> Mapping[str, Any]:
+        return self.record.point.params
+
+    def value(self, metric: str) -> float | None:
+        """The metric at the trial's end, when it is there and finite."""
+        found = self.metrics.get(metric)
+        return found if found is not None and math.isfinite(found) else None
+
+    def pair_values(self, metric: str, beta: float | None) -> tuple[list[str], np.ndarray] | None:
+        """The held-out pairs' names and the metric on each."""
+        trained = self.scores.get("trained")
+        beta = self.params.get("orpo.beta", beta)
+        values = pair_values(metric, trained, beta) if trained and beta is not None else None
+        return (trained["pairs"], values) if trained and values is not None else None
+
+
+@dataclass
 class ReadSweep:
-    """A sweep's trials, ranked by its own metric."""
+    """A sweep's trials, ranked. ``own`` is the metric that the sweep itself optimises, ``metric`` the one it is ranked by.
 
-    folder: SweepFolder
+    ``space``: the swept parameters' distributions, empty when they are not known. ``experiment``: the composed config.
+    ``source``: the sweep's folder or address. ``read_rows`` gives a trial's logged rows.
+    """
+
+    name: str
+    source: str
+    own: Metric
     metric: Metric
     entries: list[Entry]
+    space: Mapping[str, Distribution] = field(default_factory=dict)
+    experiment: Experiment | None = None
+    folder: SweepFolder | None = None
+    sweep_id: str = ""
+    read_rows: Callable[[Entry], list[dict[str, Any]]] = lambda _: []
 
     def best(self) -> Entry:
         """The winner. Raises FolderError when no trial has completed yet."""
         found = next((entry for entry in self.entries if entry.rank == 1), None)
         if found is None:
-            raise FolderError(f"the sweep in {self.folder.path} has no completed trial yet. Run its command again to go on.")
+            raise FolderError(f"the sweep {self.source} has no completed trial yet. Run its command again to go on.")
         return found
 
+    @property
+    def swept(self) -> list[str]:
+        """The parameters that were given more than one value."""
+        values: dict[str, set[str]] = {}
+        for entry in self.entries:
+            for key, value in entry.params.items():
+                values.setdefault(key, set()).add(repr(value))
+        return [key for key, found in values.items() if len(found) > 1]
 
-def read_sweep_folder(path: Path) -> ReadSweep:
-    """The sweep in ``path``. Raises FolderError when there is none."""
+    @property
+    def beta(self) -> float | None:
+        """Beta of the trials that were not given one of their own."""
+        return self.experiment.orpo.beta if self.experiment else None
+
+
+def read_sweep_folder(path: Path, metric: str | None = None) -> ReadSweep:
+    """The sweep in ``path``, ranked by ``metric`` or by its own. Raises FolderError when there is none."""
     folder = SweepFolder(path.expanduser().absolute())
     if not folder.journal.is_file():
         raise FolderError(f"'{path}' must be a sweep's folder with a journal.jsonl, but there is none.")
     record = SweepRecord()
     replay(folder.journal, record)
-    metric = Metric(record.metric, record.goal)
-    return ReadSweep(folder, metric, rank(record.trials.values(), folder, metric))
+    own = Metric(record.metric, record.goal)
+    sweep = ReadSweep(
+        name=folder.path.name,
+        source=str(folder.path),
+        own=own,
+        metric=read_metric_name(metric, own),
+        entries=[_entry(trial, folder) for trial in record.trials.values()],
+        space=_space(folder),
+        experiment=_experiment(folder),
+        folder=folder,
+        sweep_id=record.sweep_id,
+        read_rows=lambda entry: entry.folder.read_metrics() if entry.folder else [],
+    )
+    rank(sweep)
+    return sweep
+
+
+def _entry(record: TrialRecord, sweep: SweepFolder) -> Entry:
+    folder = sweep.trial(record.name)
+    try:
+        status, scores = folder.read_status(), folder.read_evaluation()
+    except ValueError as error:
+        raise FolderError(
+            f"a file of the trial in {folder.path} is not JSON ({error}). It was changed by hand or its disk is broken: "
+            "restore it, or delete it, and the trial is shown without its results."
+        ) from error
+    return Entry(record, status.get("metrics", {}), status.get("untrained", {}), scores, folder)
+
+
+def _space(folder: SweepFolder) -> Mapping[str, Distribution]:
+    """The distributions of ``sweep.yaml``; none for a single trial, whose file is empty."""
+    try:
+        raw = yaml.safe_load(folder.definition.read_text(encoding="utf-8"))
+        return read_sweep(raw).parameters if raw else {}
+    except (OSError, yaml.YAMLError, ConfigError):
+        return {}  # it is written for people: a report must not fail for it
+
+
+def _experiment(folder: SweepFolder) -> Experiment | None:
+    try:
+        raw = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
+        experiment: Experiment = from_mapping(Experiment, raw, "")
+        return experiment
+    except (OSError, yaml.YAMLError, ConfigError, TypeError):
+        return None
+
+
+def rank(sweep: ReadSweep) -> None:
+    """Completed trials from best to worst, then the others by number; with intervals and probabilities of being best."""
+    name, sign = sweep.metric.name, sweep.metric.sign
+
+    def key(entry: Entry) -> tuple[bool, float]:
+        value = entry.value(name) if entry.record.state == COMPLETED else None
+        return (value is None, entry.record.index if value is None else -sign * value)
+
+    sweep.entries.sort(key=key)
+    for place, entry in enumerate(sweep.entries, 1):
+        ranked = entry.record.state == COMPLETED and entry.value(name) is not None
+        entry.rank = place if ranked else None
+        values = entry.pair_values(name, sweep.beta) if ranked and place <= SCORED else None
+        entry.interval = interval(values[1]) if values else None
+    _compare(sweep)
+
+
+def _compare(sweep: ReadSweep) -> None:
+    """Fill in the probability of being best, over the pairs that all leaders were evaluated on."""
+    leaders = [entry for entry in sweep.entries[:SCORED] if entry.interval]
+    found = [entry.pair_values(sweep.metric.name, sweep.beta) for entry in leaders]
+    if len(leaders) < 2:
+        return
+    tables = [dict(zip(*values, strict=True)) for values in found if values]
+    common = [pair for pair in tables[0] if all(pair in table for table in tables)]
+    if not common:
+        return
+    runs = [np.array([[table[pair] for pair in common]]) for table in tables]
+    for entry, share in zip(leaders, probability_best(runs, sweep.metric.sign), strict=True):
+        entry.probability_best = float(share)
+
+
+def trial_of(entry: Entry) -> TrialFolder:
+    """The entry's folder. Raises FolderError when the sweep was read from W&B."""
+    if entry.folder is None:
+        raise FolderError(f"the trial {entry.record.name} is in W&B, not on this machine. Give the sweep's folder.")
+    return entry.folder
+
+
+def best_as_json(sweep: ReadSweep) -> str:
+    """The winner with all that is needed to use it."""
+    winner = sweep.best()
+    facts = {
+        "name": winner.record.name,
+        "run_id": winner.record.run_id,
+        "path": str(winner.folder.path) if winner.folder else None,
+        "params": dict(winner.params),
+        "metric": {sweep.metric.name: winner.value(sweep.metric.name)},
+        "interval_95": winner.interval,
+        "probability_best": winner.probability_best,
+        "metrics": winner.metrics,
+    }
+    return json.dumps(facts, indent=1)

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from isaerft_sweep.errors import ConfigError, SpaceError, suggest
-from isaerft_sweep.metrics import METRICS
+from isaerft_sweep.metrics import LESS_IS_BETTER, METRICS
 from isaerft_sweep.search.distributions import Distribution
 from isaerft_sweep.search.parameters import read_parameter
 from isaerft_sweep.specs import split_key
@@ -118,6 +118,15 @@ def check_grid(parameters: Mapping[str, Distribution]) -> None:
                 f"{key}: method grid needs a finite set but got distribution {getattr(distribution, 'kind', '?')}. "
                 "Give `values: [...]`, whole numbers, or a q_ distribution; or use method random or bayes."
             )
+
+
+def read_metric_name(name: str | None, own: Metric) -> Metric:
+    """The metric to rank by: ``name``, with the direction that makes it better, or the sweep's own for None."""
+    if name is None or name == own.name:
+        return own
+    if name not in METRICS:
+        raise SpaceError(f"metric '{name}' is not logged by any trial." + suggest(name, METRICS))
+    return Metric(name, "minimize" if name.partition("/")[2] in LESS_IS_BETTER else "maximize")
 
 
 def _read_metric(raw: Any) -> Metric:

@@ -1,0 +1,56 @@
+"""What a reader must know before believing a ranking."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from isaerft_sweep.metrics import depends_on_beta
+from isaerft_sweep.search.distributions import Categorical, Constant, Distribution
+from isaerft_sweep.search.sampler import Point
+
+EDGE = 0.05
+"""A place this near to 0 or 1 on the unit interval is on the edge of the space."""
+BETA_FREE = "eval/log_odds_chosen"
+
+
+def dependence(metric: str, swept: Iterable[str]) -> list[str]:
+    """Why ``metric`` cannot be compared between trials of different values of ``swept`` parameters; empty when it can."""
+    swept, said = set(swept), []
+    if depends_on_beta(metric) and "orpo.beta" in swept:
+        said.append(
+            f"{metric} contains beta itself, and beta was swept: this ranking favours large beta by construction. "
+            f"{BETA_FREE} and eval/rewards/accuracies do not; --metric {BETA_FREE} ranks by it."
+        )
+    sections = {key.split(".")[0] for key in swept}
+    changed = [key for key in sorted(swept) if key.startswith("data.") or key == "orpo.max_length"]
+    if metric.startswith("eval/") and changed:
+        said.append(f"{', '.join(changed)} was swept, so trials were evaluated on different text.")
+    if "model" in sections:
+        said.append("The model was swept: log-probabilities of different models and tokenizers cannot be compared.")
+    return said
+
+
+def edges(space: Mapping[str, Distribution], point: Point) -> list[str]:
+    """In words, where ``point`` lies on the edge of the space, so that a better one may lie beyond."""
+    said = []
+    for key, value in point.params.items():
+        side = _side(space.get(key), value, point.unit.get(key))
+        if side:
+            said.append(
+                f"The best trial's {key} = {value:.4g} is {side} of the space: a better one may lie beyond. Widen it."
+            )
+    return said
+
+
+def _side(distribution: Distribution | None, value: object, u: float | None) -> str | None:
+    if distribution is None or isinstance(distribution, Constant) or isinstance(value, (bool, str)):
+        return None
+    choices = distribution.choices
+    if choices is not None:
+        numbers = [c for c in choices if isinstance(c, (int, float)) and not isinstance(c, bool)]
+        if len(numbers) < max(3, len(choices)):  # one of two is always at an end
+            return None
+        return {min(numbers): "the smallest value", max(numbers): "the largest value"}.get(value)  # type: ignore[call-overload]
+    if isinstance(distribution, Categorical) or u is None:
+        return None
+    return "at the lower end" if u <= EDGE else "at the upper end" if u >= 1 - EDGE else None

@@ -1,0 +1,126 @@
+"""Reads a sweep from W&B: the cloud's, one's own server's, or what ``wandb sync`` has put there."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from isaerft_sweep.errors import FolderError, SpaceError
+from isaerft_sweep.journal.folders import COMPLETED
+from isaerft_sweep.journal.journal import TrialRecord
+from isaerft_sweep.results.reading import Entry, ReadSweep, rank
+from isaerft_sweep.search.distributions import Distribution
+from isaerft_sweep.search.sampler import Point
+from isaerft_sweep.search.sweep_file import Metric, read_metric_name, read_sweep
+
+STATES = {"finished": COMPLETED, "killed": "stopped", "preempting": "stopped", "preempted": "stopped", "crashed": "failed"}
+"""W&B's states of a run in our words; the others are the same."""
+
+T = TypeVar("T")
+
+
+def read_wandb_sweep(path: str, metric: str | None = None) -> ReadSweep:
+    """The sweep ``entity/project/id``, ranked like a folder's, without intervals: W&B keeps no values per pair.
+
+    Raises FolderError when W&B cannot be reached, does not know the sweep, or wants a key.
+    """
+    import wandb
+
+    if path.count("/") not in (1, 2):
+        raise FolderError(f"a sweep of W&B must be given as wandb:ENTITY/PROJECT/ID but got 'wandb:{path}'.")
+    sweep = _asked(path, lambda: wandb.Api(timeout=30).sweep(path))
+    config = dict(sweep.config)
+    own = _metric(config)
+    entries = _asked(path, lambda: [_entry(i, run, config) for i, run in enumerate(_by_age(sweep.runs))])
+    runs = {entry.record.run_id: run for entry, run in zip(entries, _by_age(sweep.runs), strict=True)}
+    read = ReadSweep(
+        name=str(config.get("name") or sweep.id),
+        source=f"wandb:{path}",
+        own=own,
+        metric=read_metric_name(metric, own),
+        entries=entries,
+        space=_space(config),
+        sweep_id=sweep.id,
+        read_rows=lambda entry: _asked(path, lambda: _rows(runs[entry.record.run_id])),
+    )
+    rank(read)
+    return read
+
+
+def _asked(path: str, ask: Callable[[], T]) -> T:
+    """What W&B answers. wandb raises many kinds of error; all of them become one that says what to do."""
+    try:
+        return ask()
+    except Exception as error:
+        where = os.environ.get("WANDB_BASE_URL", "W&B's cloud")
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise FolderError(
+            f"the sweep {path} could not be read from {where}: {reason}. Check its name, "
+            "the network and the key (`wandb login`, WANDB_API_KEY, WANDB_BASE_URL for a server of one's own); "
+            "or give the sweep's folder instead."
+        ) from error
+
+
+def _by_age(runs: Any) -> list[Any]:
+    return sorted(runs, key=lambda run: str(run.created_at))
+
+
+def _metric(config: Mapping[str, Any]) -> Metric:
+    try:
+        return read_sweep({**config, "parameters": {"orpo.beta": {"value": 1.0}}, "method": "random"}).metric
+    except SpaceError:
+        asked = config.get("metric") or {}
+        return Metric(str(asked.get("name", "eval/log_odds_chosen")), str(asked.get("goal", "maximize")))
+
+
+def _space(config: Mapping[str, Any]) -> Mapping[str, Distribution]:
+    try:
+        return read_sweep(config).parameters
+    except SpaceError:
+        return {}  # a sweep of other parameters can be read all the same; only the edges of its space are not known
+
+
+def _entry(index: int, run: Any, sweep: Mapping[str, Any]) -> Entry:
+    config, summary = dict(run.config), _plain(run.summary)
+    swept = _names(sweep.get("parameters") or {})
+    params = {key: value for key in swept if (value := _at(config, key)) is not None}
+    metrics = {k: float(v) for k, v in summary.items() if k.startswith(("eval/", "train/")) and _is_number(v)}
+    runtime = summary.get("_runtime", 0)
+    record = TrialRecord(index, run.name, run.id, Point(params), state=STATES.get(run.state, run.state))
+    record.seconds = float(runtime) if _is_number(runtime) else 0.0
+    return Entry(record, metrics, {})
+
+
+def _plain(summary: Any) -> dict[str, Any]:
+    found = getattr(summary, "_json_dict", summary)
+    return dict(found if isinstance(found, Mapping) else json.loads(found))
+
+
+def _names(parameters: Mapping[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for name, block in parameters.items():
+        key = f"{prefix}.{name}" if prefix else str(name)
+        nested = block.get("parameters") if isinstance(block, Mapping) else None
+        found += _names(nested, key) if nested else [key]
+    return found
+
+
+def _at(config: Mapping[str, Any], key: str) -> Any:
+    """``config[key]`` or, for ``orpo.beta``, ``config["orpo"]["beta"]``."""
+    if key in config:
+        return config[key]
+    found: Any = config
+    for part in key.split("."):
+        found = found.get(part) if isinstance(found, Mapping) else None
+    return found
+
+
+def _rows(run: Any) -> list[dict[str, Any]]:
+    return [{**row, "step": row.get("_step", i), "time": row.get("_timestamp")} for i, row in enumerate(run.scan_history())]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,83 @@
+"""How far a result can be trusted: bootstrap over held-out pairs and over seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+RESAMPLES = 2000
+CHUNK = 2_000_000
+"""Numbers held at a time."""
+
+
+def pair_values(metric: str, scores: Mapping[str, Any], beta: float) -> np.ndarray | None:
+    """A metric's value on each pair, or None when it is not a mean over pairs.
+
+    Args:
+        metric: its name in W&B.
+        scores: ``chosen`` and ``rejected``, mean log-probability per token of each pair's answers, below 0.
+        beta: ORPO's weight of the odds-ratio term; rewards are beta · log-probability.
+
+    The formulas are those of arXiv 2403.07691, equations 4 and 7.
+    """
+    chosen, rejected = (np.asarray(scores[side], dtype=float) for side in ("chosen", "rejected"))
+    name = metric.removeprefix("eval/")
+    if not metric.startswith("eval/") or not len(chosen):
+        return None
+    if name in ("log_odds_chosen", "log_odds_ratio"):
+        odds = _log_odds(chosen) - _log_odds(rejected)
+        return odds if name == "log_odds_chosen" else -np.logaddexp(0, -odds)
+    if name == "rewards/accuracies":
+        return (beta * chosen > beta * rejected).astype(float)
+    values = {"logps/chosen": chosen, "logps/rejected": rejected}
+    values |= {"rewards/chosen": beta * chosen, "rewards/rejected": beta * rejected}
+    return values.get(name, beta * (chosen - rejected) if name == "rewards/margins" else None)
+
+
+def _log_odds(logp: np.ndarray) -> np.ndarray:
+    """log(p / (1 − p)) of log p < 0."""
+    return logp - np.log(-np.expm1(logp))
+
+
+def interval(values: np.ndarray, confidence: float = 0.95, seed: int = 0) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean of ``values`` [pairs] (Efron 1979)."""
+    means = np.concatenate([weights @ values for weights in _weights(len(values), seed)])
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def probability_best(runs: Sequence[np.ndarray], sign: int = 1, seed: int = 0) -> np.ndarray:
+    """How often each candidate has the best mean when pairs, and each candidate's seeds, are drawn again.
+
+    Args:
+        runs: for each candidate its values [seeds, pairs]; the same pairs in the same order for all of them, since a pair
+            that is hard for one is hard for the others. With one seed only the choice of pairs is drawn again.
+        sign: +1 when more is better, −1 when less is.
+        seed: of the resampling.
+
+    Returns shares [candidates] that sum to 1; ties are divided.
+    """
+    rng = np.random.default_rng([seed, 1])
+    shares, total = np.zeros(len(runs)), 0
+    for weights in _weights(runs[0].shape[1], seed):
+        count = len(weights)
+        means = np.empty((count, len(runs)))
+        for i, values in enumerate(runs):
+            drawn = rng.integers(len(values), size=(count, len(values)))
+            per_seed = weights @ values.T
+            means[:, i] = sign * np.take_along_axis(per_seed, drawn, axis=1).mean(axis=1)
+        # equal up to the rounding of a sum of many terms
+        best = means >= means.max(axis=1, keepdims=True) - 1e-12
+        shares += (best / best.sum(axis=1, keepdims=True)).sum(axis=0)
+        total += count
+    return shares / total
+
+
+def _weights(pairs: int, seed: int) -> Iterator[np.ndarray]:
+    """Bootstrap weights [resamples, pairs] in chunks: how often each pair is drawn, over the number of pairs."""
+    rng = np.random.default_rng(seed)
+    step = max(1, min(RESAMPLES, CHUNK // pairs))
+    for start in range(0, RESAMPLES, step):
+        yield rng.multinomial(pairs, np.full(pairs, 1 / pairs), size=min(step, RESAMPLES - start)) / pairs

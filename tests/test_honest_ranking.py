@@ -1,0 +1,208 @@
+"""Ranking that says what it does not know: intervals, probabilities, what a metric depends on, the edge of the space."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from scipy import stats
+from trl.experimental.orpo import ORPOTrainer
+
+from isaerft_sweep.cli import main
+from isaerft_sweep.errors import FolderError
+from isaerft_sweep.journal.files import write_json, write_text
+from isaerft_sweep.journal.folders import SweepFolder
+from isaerft_sweep.journal.journal import Journal
+from isaerft_sweep.results import leaderboard
+from isaerft_sweep.results.caveats import dependence, edges
+from isaerft_sweep.results.reading import read_sweep_folder
+from isaerft_sweep.results.statistics import interval, pair_values, probability_best
+from isaerft_sweep.search.distributions import Categorical, Numeric
+from isaerft_sweep.search.sampler import Point
+
+RNG = np.random.default_rng(0)
+YAML = """\
+method: random
+metric: {name: METRIC, goal: maximize}
+run_cap: 9
+parameters:
+  orpo.learning_rate: {distribution: log_uniform_values, min: 1.0e-4, max: 1.0e-1}
+  orpo.beta: {values: [0.1, 0.2, 0.4]}
+"""
+
+
+def make_sweep(path: Path, metric: str = "eval/log_odds_chosen", trials: int = 5, pairs: int = 40) -> SweepFolder:
+    """A sweep's folder as controller and workers leave it, with made-up scores; trial i is better than trial i − 1."""
+    folder = SweepFolder(path)
+    journal = Journal(folder)
+    write_text(folder.definition, YAML.replace("METRIC", metric))
+    journal.write("sweep", sweep_id="s1234567", question="q", metric=metric, goal="maximize")
+    names = [f"{i:08x}" for i in range(pairs)]
+    base = RNG.normal(-2, 0.5, size=(2, pairs)).clip(max=-0.1)
+    for i in range(trials):
+        beta, u = (0.1, 0.2, 0.4)[i % 3], (i + 0.5) / trials
+        params = {"orpo.learning_rate": 1e-4 * 1000**u, "orpo.beta": beta}
+        trial = folder.trial(f"run-tiny-{i}")
+        trial.path.mkdir(parents=True)
+        journal.write("trial", index=i, name=trial.path.name, run_id=f"r{i}", params=params, unit={"orpo.learning_rate": u})
+        chosen, rejected = base[0] + 0.1 * i, base[1] - 0.1 * i
+        chosen = np.minimum(chosen, -0.01)
+        write_json(trial.evaluation, {"trained": {"step": 4, "pairs": names, "chosen": chosen.tolist(), "rejected": rejected.tolist()}})  # fmt: skip
+        scores = {"chosen": chosen, "rejected": rejected}
+        metrics = {
+            name: float(values.mean())
+            for name in ("eval/log_odds_chosen", "eval/rewards/accuracies", "eval/rewards/margins")
+            if (values := pair_values(name, scores, beta)) is not None
+        }
+        metrics["eval/nll_loss"] = 2.0 - 0.1 * i
+        write_json(trial.status, {"state": "completed", "attempt": 1, "metrics": metrics, "metric": metrics[metric]})
+        journal.write("dispatch", index=i, attempt=1, job={})
+        journal.write("end", index=i, state="completed", metric=metrics[metric], message="", seconds=10.0, given_up=False)
+    journal.close()
+    return folder
+
+
+def test_pair_values_are_trls() -> None:
+    chosen, rejected = -RNG.gamma(2, 1, 100) - 1e-3, -RNG.gamma(2, 1, 100) - 1e-3
+    fake = SimpleNamespace(beta=0.3, accelerator=SimpleNamespace(device="cpu"))
+    _, good, bad, ratio, odds = ORPOTrainer.odds_ratio_loss(fake, torch.tensor(chosen), torch.tensor(rejected))
+    scores = {"chosen": chosen, "rejected": rejected}
+    expected = {
+        "eval/log_odds_chosen": odds,
+        "eval/log_odds_ratio": ratio,
+        "eval/rewards/chosen": good.mean(),
+        "eval/rewards/rejected": bad.mean(),
+        "eval/rewards/margins": (good - bad).mean(),
+        "eval/rewards/accuracies": (good > bad).float().mean(),
+        "eval/logps/chosen": chosen.mean(),
+        "eval/logps/rejected": rejected.mean(),
+    }
+    for name, value in expected.items():
+        found = pair_values(name, scores, 0.3)
+        assert found is not None and found.mean() == pytest.approx(float(value), rel=1e-5), name
+    assert pair_values("eval/nll_loss", scores, 0.3) is None and pair_values("train/logps/chosen", scores, 0.3) is None
+
+
+def test_the_interval_is_scipys() -> None:
+    values = RNG.normal(1, 2, 60)
+    theirs = stats.bootstrap((values,), np.mean, method="percentile", n_resamples=20_000, rng=1).confidence_interval
+    assert interval(values) == pytest.approx((theirs.low, theirs.high), abs=0.06)
+    assert interval(np.ones(10)) == pytest.approx((1.0, 1.0))
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
+    covered = [low <= 0 <= high for low, high in (interval(RNG.normal(0, 1, 50)) for _ in range(300))]
+    assert 0.90 <= np.mean(covered) <= 0.985
+
+
+def test_probability_best() -> None:
+    values = RNG.normal(0, 1, 50)
+    better = values + 0.3  # better on every pair: paired, it is certain, though the intervals overlap
+    assert probability_best([values[None], better[None]]).tolist() == [0, 1]
+    assert probability_best([values[None], better[None]], sign=-1).tolist() == [1, 0]
+    assert probability_best([values[None], values[None]]).tolist() == [0.5, 0.5]
+    # independent differences: the normal approximation of the paired difference
+    a, b = RNG.normal(0.1, 1, 400), RNG.normal(0, 1, 400)
+    expected = stats.norm.cdf((a - b).mean() / ((a - b).std() / 20))
+    assert probability_best([a[None], b[None]])[0] == pytest.approx(expected, abs=0.05)
+    # seeds that disagree make the best one uncertain
+    unsure = np.stack([values + 1, values - 1])
+    assert 0.15 < probability_best([unsure, values[None]])[0] < 0.85
+
+
+@pytest.mark.parametrize(
+    ("metric", "swept", "words"),
+    [
+        ("eval/rewards/margins", ["orpo.beta"], "contains beta itself"),
+        ("eval/loss", ["orpo.beta"], "contains beta itself"),
+        ("eval/log_odds_chosen", ["orpo.beta", "orpo.learning_rate"], None),
+        ("eval/rewards/margins", ["orpo.learning_rate"], None),
+        ("eval/log_odds_chosen", ["data.eval_size"], "different text"),
+        ("eval/nll_loss", ["orpo.max_length"], "different text"),
+        ("eval/log_odds_chosen", ["model.name"], "different models"),
+    ],
+)
+def test_what_a_metric_depends_on(metric: str, swept: list[str], words: str | None) -> None:
+    said = dependence(metric, swept)
+    assert bool(said) == bool(words) and (words is None or words in said[0])
+
+
+@pytest.mark.parametrize(
+    ("value", "u", "words"),
+    [(0.099, 0.99, "upper end"), (0.00011, 0.01, "lower end"), (0.003, 0.5, None)],
+)
+def test_the_edge_of_a_continuous_parameter(value: float, u: float, words: str | None) -> None:
+    space = {"orpo.learning_rate": Numeric("log_uniform_values", 1e-4, 1e-1)}
+    said = edges(space, Point({"orpo.learning_rate": value}, {"orpo.learning_rate": u}))
+    assert bool(said) == bool(words) and (words is None or words in said[0])
+
+
+def test_the_edge_of_values() -> None:
+    def said(values: tuple[Any, ...], value: Any) -> list[str]:
+        return edges({"orpo.beta": Categorical(values, (1 / len(values),) * len(values))}, Point({"orpo.beta": value}))
+
+    assert "largest value" in said((0.05, 0.1, 0.2), 0.2)[0] and "smallest" in said((0.05, 0.1, 0.2), 0.05)[0]
+    assert (
+        not said((0.05, 0.1, 0.2), 0.1)
+        and not said((0.1, 0.2), 0.2)
+        and not said(("cosine", "linear", "constant"), "linear")
+    )
+
+
+def shown(folder: SweepFolder, metric: str | None = None) -> str:
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
+    leaderboard.show(console, read_sweep_folder(folder.path, metric))
+    return console.export_text()
+
+
+def test_the_leaderboard_says_how_sure_it_is(tmp_path: Path) -> None:
+    folder = make_sweep(tmp_path / "s")
+    sweep = read_sweep_folder(folder.path)
+    assert [e.record.index for e in sweep.entries] == [4, 3, 2, 1, 0] and [e.rank for e in sweep.entries] == [1, 2, 3, 4, 5]
+    best = sweep.best()
+    low, high = best.interval or (0, 0)
+    assert low < best.metrics["eval/log_odds_chosen"] < high
+    assert sum(e.probability_best or 0 for e in sweep.entries) == pytest.approx(1)
+    text = shown(folder)
+    assert "40 held-out pairs" in text and "isaerft-sweep confirm" in text and "contains beta" not in text
+
+
+def test_a_metric_with_beta_in_it_is_named_and_another_can_be_asked_for(tmp_path: Path) -> None:
+    folder = make_sweep(tmp_path / "s", "eval/rewards/margins")
+    assert "contains beta itself" in shown(folder) and "--metric eval/log_odds_chosen" in shown(folder)
+    other = shown(folder, "eval/log_odds_chosen")
+    assert "contains beta itself" not in other and "Leaderboard: eval/log_odds_chosen, maximize" in other
+    by_nll = read_sweep_folder(folder.path, "eval/nll_loss")
+    assert by_nll.metric.goal == "minimize" and by_nll.best().record.index == 4
+
+
+def test_best_as_json_and_bad_metric(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_sweep(tmp_path / "s")
+    assert main(["best", str(folder.path)]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["name"] == "run-tiny-4" and facts["interval_95"][0] < facts["metric"]["eval/log_odds_chosen"]
+    assert main(["best", str(folder.path), "--as", "overrides"]) == 0
+    assert capsys.readouterr().out.startswith("orpo.learning_rate=0.0")
+    assert main(["leaderboard", str(folder.path), "--metric", "eval/log_odds"]) == 2
+    assert "metric 'eval/log_odds' is not logged" in (said := capsys.readouterr().err) and "eval/log_odds_chosen" in said
+
+
+def test_a_broken_file_of_a_trial_is_named(tmp_path: Path) -> None:
+    folder = make_sweep(tmp_path / "s")
+    folder.trial("run-tiny-2").status.write_text("{half")
+    with pytest.raises(FolderError, match=r"run-tiny-2.*is not JSON"):
+        read_sweep_folder(folder.path)
+
+
+def test_a_trial_without_scores_is_ranked_without_an_interval(tmp_path: Path) -> None:
+    folder = make_sweep(tmp_path / "s")
+    folder.trial("run-tiny-4").evaluation.unlink()
+    sweep = read_sweep_folder(folder.path)
+    assert sweep.best().record.index == 4 and sweep.best().interval is None
+    assert sum(e.probability_best or 0 for e in sweep.entries[1:]) == pytest.approx(1)
