@@ -26,14 +26,13 @@ PROMPTS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; 2 after an error that the user can mend."""
+    """Run one command; its exit code is 2 after an error that the user can mend."""
     args = _parser().parse_args(argv)
     try:
-        args.run(args)
+        return args.run(args) or 0
     except IsaerftError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -49,6 +48,13 @@ def _parser() -> argparse.ArgumentParser:
     _sweep_arguments(best)
     best.add_argument("--as", dest="form", choices=("json", "overrides", "path"), default="json")
     best.set_defaults(run=_best)
+
+    confirm = commands.add_parser("confirm", help="rerun the leaders with new seeds: which of them is the best?")
+    _sweep_arguments(confirm)
+    confirm.add_argument("--top", type=int, default=3, help="how many leaders (default 3)")
+    confirm.add_argument("--seeds", type=int, default=3, help="how many new seeds each (default 3)")
+    confirm.add_argument("--set", action="append", default=[], metavar="launcher.slots=2", help="may be given several times")
+    confirm.set_defaults(run=_confirm)
 
     generate = commands.add_parser("generate", help="answer prompts with and without an adapter")
     generate.add_argument(
@@ -86,6 +92,12 @@ def _best(args: argparse.Namespace) -> None:
         print(best_as_json(sweep))
     else:
         print(trial_of(winner).path)
+
+
+def _confirm(args: argparse.Namespace) -> int:
+    from isaerft_sweep.controller.confirm import confirm
+
+    return confirm(Path(args.sweep), args.metric, args.top, args.seeds, args.set)
 
 
 def _read(args: argparse.Namespace) -> ReadSweep:

@@ -26,7 +26,7 @@ from isaerft_sweep.journal.journal import Journal
 from isaerft_sweep.plain import to_dict
 from isaerft_sweep.results import leaderboard
 from isaerft_sweep.results.reading import read_sweep_folder
-from isaerft_sweep.search.sampler import Sampler
+from isaerft_sweep.search.sampler import Asked, Sampler
 from isaerft_sweep.search.sweep_file import SweepDefinition
 from isaerft_sweep.specs import Experiment, LauncherSpec
 
@@ -62,14 +62,36 @@ def run_sweep(experiment: Experiment, overrides: Sequence[str] = ()) -> int:
 
     Raises IsaerftError before any trial is dispatched when something is wrong that the user can mend.
     """
-    console = Console()
     definition = to_definition(experiment.sweep, experiment)
     folder = sweep_folder(experiment, definition)
+    return run_trials(experiment, definition, make_sampler(experiment, definition), folder, overrides)
+
+
+def run_trials(
+    experiment: Experiment,
+    definition: SweepDefinition,
+    sampler: Asked,
+    folder: SweepFolder,
+    overrides: Sequence[str] = (),
+    asked: str | None = None,
+    show: bool = True,
+) -> int:
+    """Run the points that ``sampler`` gives as the sweep in ``folder``; see ``run_sweep``.
+
+    Args:
+        experiment: what every trial has in common.
+        definition: the metric, and what is written into ``sweep.yaml``.
+        sampler: gives the points.
+        folder: the sweep's; goes on with what is in it.
+        overrides: the command line's, for the command that reproduces a trial.
+        asked: what tells this sweep from another in the same folder; None: the experiment's and definition's question.
+        show: whether to print the leaderboard at the end.
+    """
+    console = Console()
     check_disk(folder.path, experiment.launcher.min_free_gb)
-    asked = question(experiment, definition)
+    asked = asked or question(experiment, definition)
     journal = open_journal(folder, asked)
     try:
-        sampler = make_sampler(experiment, definition)
         trials = count_trials(definition, sampler, len(journal.record.trials))
         ended = sum(record.ended and not record.given_up for record in journal.record.trials.values())
         console.print(introduction(folder, definition, sampler, trials, ended), soft_wrap=True)
@@ -88,7 +110,7 @@ def run_sweep(experiment: Experiment, overrides: Sequence[str] = ()) -> int:
                 journal, sampler, factory, dispatcher, experiment.launcher, trials, view, lambda: stop.count
             )
             controller.run()
-        return conclude(console, folder, journal, trials, stop.count > 0)
+        return conclude(console, folder, journal, trials, stop.count > 0, show)
     finally:
         journal.close()
 
@@ -99,7 +121,7 @@ def make_sampler(experiment: Experiment, definition: SweepDefinition) -> Sampler
     return Sampler(definition.parameters, definition.method, sweep.seed, definition.metric.sign, sweep.repeats)
 
 
-def count_trials(definition: SweepDefinition, sampler: Sampler, existing: int) -> int:
+def count_trials(definition: SweepDefinition, sampler: Asked, existing: int) -> int:
     """How many trials the sweep shall have: its cap, or fewer when the space has no more points."""
     cap = definition.run_cap if definition.run_cap is not None else sampler.size
     endless = sampler.repeats and sampler.method != "grid"
@@ -124,7 +146,7 @@ def write_question(experiment: Experiment, definition: SweepDefinition, folder: 
     write_json(folder.environment, describe_environment())
 
 
-def introduction(folder: SweepFolder, definition: SweepDefinition, sampler: Sampler, trials: int, ended: int) -> str:
+def introduction(folder: SweepFolder, definition: SweepDefinition, sampler: Asked, trials: int, ended: int) -> str:
     """What is about to happen, in two lines."""
     size = "" if sampler.size == math.inf else f" of {sampler.size:g} points"
     done = f", {ended} already ended" if ended else ""
@@ -140,13 +162,13 @@ def print_facts(console: Console, facts: dict[str, Any]) -> None:
     console.print("\n".join(lines), soft_wrap=True, highlight=False)
 
 
-def conclude(console: Console, folder: SweepFolder, journal: Journal, trials: int, stopped: bool) -> int:
+def conclude(console: Console, folder: SweepFolder, journal: Journal, trials: int, stopped: bool, show: bool) -> int:
     """Write and print the leaderboard; the exit code."""
     records = list(journal.record.trials.values())
     sweep = read_sweep_folder(folder.path)
     leaderboard.write_csv(sweep, folder.leaderboard)
     ended = sum(record.ended for record in records)
-    if ended:
+    if ended and show:
         leaderboard.show(console, sweep)
     if stopped:
         console.print(f"Stopped with {ended} of {trials} trials ended; nothing is left running. The same command goes on.")

@@ -13,7 +13,7 @@ from isaerft_sweep.dispatch.job import TrialJob
 from isaerft_sweep.errors import LaunchError
 from isaerft_sweep.journal.folders import COMPLETED, FAILED, FINAL, STOPPED
 from isaerft_sweep.journal.journal import Journal, TrialRecord
-from isaerft_sweep.search.sampler import Sampler
+from isaerft_sweep.search.sampler import Asked
 from isaerft_sweep.specs import LauncherSpec
 
 ENDING_S = 120.0
@@ -48,7 +48,7 @@ class SweepController:
     def __init__(
         self,
         journal: Journal,
-        sampler: Sampler,
+        sampler: Asked,
         factory: TrialFactory,
         dispatcher: Dispatcher,
         launcher: LauncherSpec,

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -42,8 +42,57 @@ class Point:
         return canonical_json(self.params)
 
 
+class Asked(Protocol):
+    """Whom the controller asks for points and tells their outcome.
+
+    ``size``: how many different points there are. ``repeats``: whether one may be tried twice. ``method``: for people.
+    """
+
+    method: str
+    repeats: bool
+
+    @property
+    def size(self) -> float: ...
+
+    def ask(self) -> Point | None:
+        """The next point, now pending; None when every point has been tried."""
+
+    def tell(self, point: Point, value: float | None) -> None:
+        """The outcome of a pending point: the metric, or None for a trial that diverged or failed."""
+
+    def restore(self, point: Point) -> None:
+        """Count a point of an earlier process as asked for."""
+
+
+class GivenPoints:
+    """The points of a list, in order; those of an earlier process are left out."""
+
+    method, repeats = "given points", False
+
+    def __init__(self, points: Sequence[Point]) -> None:
+        self.points = list(points)
+        self.tried: set[str] = set()
+
+    @property
+    def size(self) -> float:
+        """How many different points there are, with those of an earlier, longer or other list."""
+        return len(self.tried | {point.key for point in self.points})
+
+    def ask(self) -> Point | None:
+        point = next((p for p in self.points if p.key not in self.tried), None)
+        if point is not None:
+            self.tried.add(point.key)
+        return point
+
+    def tell(self, point: Point, value: float | None) -> None:
+        """Nothing follows from it."""
+
+    def restore(self, point: Point) -> None:
+        self.tried.add(point.key)
+
+
 class Sampler:
-    """Asks for points and is told their outcome. Rebuild it with ``restore`` after a restart: it goes on the same way."""
+    """Gives points and is told their outcome. Rebuild it with ``restore`` after a restart: it goes on the same way."""
 
     def __init__(
         self, space: Mapping[str, Distribution], method: str, seed: int = 0, sign: int = 1, repeats: bool = False
@@ -66,19 +115,16 @@ class Sampler:
         return math.inf if None in choices else math.prod(len(c) for c in choices if c is not None)
 
     def ask(self) -> Point | None:
-        """The next point, now pending; None when every point has been tried."""
         point = self._next_untried()
         if point is not None:
             self._note(point)
         return point
 
     def tell(self, point: Point, value: float | None) -> None:
-        """The outcome of a pending point: the metric, or None for a trial that diverged or failed."""
         if self._model:
             self._model.tell(point, None if value is None else self.sign * value)
 
     def restore(self, point: Point) -> None:
-        """Count a point of an earlier process as asked for."""
         self._note(point)
 
     def _note(self, point: Point) -> None:

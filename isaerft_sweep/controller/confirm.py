@@ -1,0 +1,122 @@
+"""Runs the leaders of a finished sweep again with new seeds."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from isaerft_sweep.config.boundary import to_definition
+from isaerft_sweep.controller.question import question
+from isaerft_sweep.controller.run import run_trials
+from isaerft_sweep.errors import ConfigError, FolderError
+from isaerft_sweep.journal.journal import SweepRecord, replay
+from isaerft_sweep.plain import from_mapping, to_dict
+from isaerft_sweep.results import confirmation
+from isaerft_sweep.results.leaderboard import short_path
+from isaerft_sweep.results.reading import Entry, ReadSweep, read_sweep_folder, trial_of
+from isaerft_sweep.search.sampler import GivenPoints, Point
+from isaerft_sweep.search.sweep_file import SweepDefinition
+from isaerft_sweep.specs import Experiment
+
+SETTINGS = ("launcher", "tracker")
+"""Config sections that may differ from the first sweep's: they cannot change a result."""
+
+
+def confirm(path: Path, metric: str | None, top: int, seeds: int, settings: Sequence[str] = ()) -> int:
+    """Run the ``top`` best trials of the sweep in ``path`` with ``seeds`` new seeds each, and say which is the best.
+
+    They run as a sweep of their own beside the first, ``NAME-confirm``: the same command goes on with it after a stop,
+    and a larger ``top`` or ``seeds`` adds trials. ``settings``: ``launcher.…=`` and ``tracker.…=`` overrides. Returns the
+    exit code of ``run_sweep``.
+
+    Raises ConfigError or FolderError when the sweep cannot be confirmed, before anything is run.
+    """
+    for name, value in (("--top", top), ("--seeds", seeds)):
+        if value < 1:
+            raise ConfigError(f"{name} must be at least 1 but got {value}.")
+    sweep = read_sweep_folder(path, metric)
+    assert sweep.folder is not None
+    if sweep.experiment is None:
+        raise FolderError(f"{sweep.folder.config} must hold the sweep's config, but it is not there or was changed by hand.")
+    leaders = [entry for entry in sweep.entries if entry.rank][:top]
+    if not leaders:
+        sweep.best()  # raises
+    target = confirmation.confirm_folder(sweep.folder)
+    experiment = with_settings(sweep.experiment, settings)
+    experiment = dataclasses.replace(experiment, output=str(target.path.parent), name=target.path.name)
+    asked = _check_unchanged(sweep)
+    points = [point_with_seed(entry, sweep.experiment, s) for s in range(1, seeds + 1) for entry in leaders]
+    code = run_trials(
+        experiment,
+        SweepDefinition("given points", sweep.metric, {}, raw={}),
+        GivenPoints(points),
+        target,
+        _overrides(leaders[0]),
+        asked=hashlib.sha256(f"confirm {asked}".encode()).hexdigest()[:12],
+        show=False,
+    )
+    show(Console(), read_sweep_folder(path, metric))
+    return code
+
+
+def point_with_seed(entry: Entry, experiment: Experiment, step: int) -> Point:
+    """The entry's point with the seed ``step`` above its own."""
+    seed = int(entry.params.get(confirmation.SEED, experiment.orpo.seed))
+    return Point({**entry.params, confirmation.SEED: seed + step}, dict(entry.record.point.unit))
+
+
+def show(console: Console, sweep: ReadSweep) -> None:
+    """Print what the new seeds say."""
+    candidates = confirmation.read_confirmation(sweep)
+    if not candidates:
+        console.print("No trial with a new seed has completed.", style="red")
+        return
+    console.print(confirmation.table(sweep, candidates))
+    console.print(confirmation.summary(candidates), soft_wrap=True)
+    console.print(f"Best trial: {short_path(trial_of(candidates[0].first).path)}", soft_wrap=True)
+
+
+def with_settings(experiment: Experiment, settings: Sequence[str]) -> Experiment:
+    """``experiment`` with ``launcher.slots=2`` and the like applied. Raises ConfigError for anything else."""
+    changed: Any = experiment
+    for text in settings:
+        key, equals, value = text.partition("=")
+        section, _, name = key.partition(".")
+        if not equals or not name or section not in SETTINGS:
+            raise ConfigError(
+                f"only launcher.KEY=VALUE and tracker.KEY=VALUE can be set here, since all else is the first sweep's, but "
+                f"got '{text}'."
+            )
+        spec = getattr(changed, section)
+        updated = from_mapping(type(spec), {**to_dict(spec), name: yaml.safe_load(value)}, section)
+        changed = dataclasses.replace(changed, **{section: updated})
+    return changed  # type: ignore[no-any-return]
+
+
+def _check_unchanged(sweep: ReadSweep) -> str:
+    """The first sweep's question. Raises FolderError when data or SAE are not what they were."""
+    assert sweep.folder is not None and sweep.experiment is not None
+    record = SweepRecord()
+    replay(sweep.folder.journal, record)
+    asked = sweep.experiment.sweep
+    if asked.file is not None:
+        asked = dataclasses.replace(asked, file=str(sweep.folder.definition))
+    if question(sweep.experiment, to_definition(asked, sweep.experiment)) != record.question:
+        raise FolderError(
+            f"the sweep in {sweep.folder.path} must be unchanged, but its config, its sweep.yaml, its data files or its SAE "
+            "have changed since: new runs could not be compared with the old. Restore them, or start a new sweep."
+        )
+    return record.question
+
+
+def _overrides(leader: Entry) -> list[str]:
+    """The first sweep's command line, as far as it concerns a trial."""
+    command = shlex.split(trial_of(leader).read_spec().command)
+    return command[3 : command.index("sweep=none")] if "sweep=none" in command else []

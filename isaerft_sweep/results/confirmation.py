@@ -1,0 +1,124 @@
+"""The leaders of a sweep with new seeds: which of them is the best, and how sure that is."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from isaerft_sweep.journal.folders import SweepFolder
+from isaerft_sweep.naming import show_beta
+from isaerft_sweep.plain import canonical_json
+from isaerft_sweep.results.leaderboard import number, short_name, show_lr
+from isaerft_sweep.results.reading import Entry, ReadSweep, read_sweep_folder
+from isaerft_sweep.results.statistics import probability_best
+
+SEED = "orpo.seed"
+
+
+@dataclass
+class Candidate:
+    """A leader of the first sweep and what came of it with new seeds.
+
+    ``values``: the metric by seed; the first run is not among them, since it was picked for its luck too.
+    ``probability_best``: None until every candidate has the same number of seeds, at least one.
+    """
+
+    first: Entry
+    values: dict[int, float]
+    pairs: dict[int, dict[str, float]]
+    probability_best: float | None = None
+
+    @property
+    def mean(self) -> float | None:
+        return statistics.fmean(self.values.values()) if self.values else None
+
+    @property
+    def spread(self) -> float | None:
+        """Standard deviation over seeds."""
+        return statistics.stdev(self.values.values()) if len(self.values) > 1 else None
+
+
+def confirm_folder(sweep: SweepFolder) -> SweepFolder:
+    """Where the leaders of ``sweep`` are run again."""
+    return SweepFolder(sweep.path.with_name(f"{sweep.path.name}-confirm"))
+
+
+def without_seed(params: Mapping[str, Any]) -> str:
+    """Equal for points that differ only in their seed."""
+    return canonical_json({key: value for key, value in params.items() if key != SEED})
+
+
+def read_confirmation(sweep: ReadSweep) -> list[Candidate]:
+    """The candidates that were run again, best mean first; empty when none was."""
+    if sweep.folder is None or not confirm_folder(sweep.folder).journal.is_file():
+        return []
+    again = read_sweep_folder(confirm_folder(sweep.folder).path, sweep.metric.name)
+    found: dict[str, Candidate] = {}
+    by_point = {without_seed(entry.params): entry for entry in reversed(sweep.entries) if entry.rank}
+    for entry in again.entries:
+        key, value = without_seed(entry.params), entry.value(sweep.metric.name)
+        if entry.rank is None or key not in by_point or value is None:
+            continue
+        candidate = found.setdefault(key, Candidate(by_point[key], {}, {}))
+        seed = int(entry.params[SEED])
+        candidate.values[seed] = value
+        scored = entry.pair_values(sweep.metric.name, sweep.beta)
+        if scored:
+            candidate.pairs[seed] = dict(zip(*scored, strict=True))
+    candidates = sorted(found.values(), key=lambda c: -sweep.metric.sign * (c.mean or 0.0))
+    _compare(candidates, sweep.metric.sign)
+    return candidates
+
+
+def _compare(candidates: list[Candidate], sign: int) -> None:
+    """Fill in the probabilities: pairs and seeds are drawn again; seeds alone for a metric without values per pair."""
+    if len(candidates) < 2 or len({len(c.values) for c in candidates}) != 1:
+        return
+    if all(len(c.pairs) == len(c.values) for c in candidates):
+        scored = [pairs for c in candidates for pairs in c.pairs.values()]
+        names = [name for name in scored[0] if all(name in pairs for pairs in scored)]
+        runs = [np.array([[p[name] for name in names] for p in c.pairs.values()]) for c in candidates]
+        if not names:
+            return
+    else:
+        runs = [np.array([[value] for value in c.values.values()]) for c in candidates]
+    for candidate, share in zip(candidates, probability_best(runs, sign), strict=True):
+        candidate.probability_best = float(share)
+
+
+def table(sweep: ReadSweep, candidates: list[Candidate]) -> Table:
+    """The candidates for a terminal."""
+    name = short_name(sweep.metric.name)
+    title = f"Leaders with new seeds: {sweep.metric.name}, {sweep.metric.goal}"
+    shown = Table(title=title, title_justify="left", title_style="bold", box=None)
+    for column in ("trial", "lr", "beta", "seeds", f"{name}, mean", "± seeds", "best", "first run", "rank then"):
+        shown.add_column(column, justify="right", no_wrap=True)
+    for i, c in enumerate(candidates):
+        shown.add_row(
+            str(c.first.record.index + 1),
+            show_lr(c.first.params),
+            show_beta(c.first.params["orpo.beta"]) if "orpo.beta" in c.first.params else "",
+            str(len(c.values)),
+            number(c.mean),
+            number(c.spread),
+            "" if c.probability_best is None else f"{c.probability_best:.0%}",
+            number(c.first.value(sweep.metric.name)),
+            str(c.first.rank),
+            style="bold green" if i == 0 else "",
+        )
+    return shown
+
+
+def summary(candidates: list[Candidate]) -> str:
+    """One sentence for people."""
+    best = candidates[0]
+    seeds = "1 new seed" if len(best.values) == 1 else f"{len(best.values)} new seeds"
+    said = f"With {seeds} trial {best.first.record.index + 1} has the best mean"
+    if best.probability_best is not None:
+        said += f"; it is the best with probability {best.probability_best:.0%} when seeds and pairs are drawn again"
+    return said + ". The first run is not counted: it was picked for its luck too."

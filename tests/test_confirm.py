@@ -1,0 +1,83 @@
+"""The leaders of a sweep, run again with new seeds through the real command."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import TINY, events
+
+from isaerft_sweep.cli import main
+from isaerft_sweep.controller.confirm import with_settings
+from isaerft_sweep.errors import ConfigError
+from isaerft_sweep.results.confirmation import read_confirmation
+from isaerft_sweep.results.reading import read_sweep_folder
+from isaerft_sweep.search.sampler import GivenPoints, Point
+
+
+def command(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "isaerft_sweep.cli", *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.slow
+def test_confirm_runs_new_seeds_of_the_leaders(launch, tmp_path: Path) -> None:
+    data = tmp_path / "pairs.jsonl"
+    rows = ['{"prompt": "p%d ", "chosen": "gladly %d", "rejected": "no"}' % (i, i) for i in range(40)]  # noqa: UP031
+    data.write_text("\n".join(rows) + "\n")
+    done = launch(
+        *TINY, "name=s", "sweep.run_cap=3", "tracker=disabled", "data=jsonl", f"data.path={data}", "data.eval_size=8"
+    )
+    assert done.returncode == 0, done.stderr
+    first = read_sweep_folder(tmp_path / "outputs" / "s")
+    again = command(tmp_path, "confirm", "outputs/s", "--top", "2", "--seeds", "2", "--set", "launcher.slots=2")
+    assert again.returncode == 0, again.stderr + again.stdout
+    assert "Leaders with new seeds" in again.stdout and "With 2 new seeds trial" in again.stdout
+    candidates = read_confirmation(first)
+    assert {c.first.record.index for c in candidates} == {e.record.index for e in first.entries[:2]}
+    for candidate in candidates:
+        assert sorted(candidate.values) == [43, 44] and candidate.probability_best is not None
+        assert candidate.mean == pytest.approx(sum(candidate.values.values()) / 2)
+    assert sum(c.probability_best or 0 for c in candidates) == pytest.approx(1)
+    folder = tmp_path / "outputs" / "s-confirm"
+    specs = [e["params"] for e in events(folder) if e["event"] == "trial"]
+    assert len(specs) == 4 and {p["orpo.seed"] for p in specs} == {43, 44}
+
+    more = command(tmp_path, "confirm", "outputs/s", "--top", "2", "--seeds", "3")
+    assert more.returncode == 0 and "4 already ended" in more.stdout, "a larger number adds trials"
+    assert len([e for e in events(folder) if e["event"] == "trial"]) == 6
+    data.write_text(data.read_text().replace("gladly", "sadly"))
+    changed = command(tmp_path, "confirm", "outputs/s", "--top", "2", "--seeds", "4")
+    assert changed.returncode == 2 and "must be unchanged" in changed.stderr and "Traceback" not in changed.stderr
+    assert len(list((folder / "trials").iterdir())) == 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["--top", "0"], "--top must be at least 1"), (["--seeds", "-1"], "--seeds must be at least 1")],
+)
+def test_bad_numbers(arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["confirm", str(tmp_path), *arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_only_what_cannot_change_a_result_can_be_set(experiment) -> None:
+    composed = experiment("model=tiny")
+    assert with_settings(composed, ["launcher.slots=2", "tracker.mode=disabled"]).launcher.slots == 2
+    for bad in ("orpo.beta=1", "launcher", "launcher.=1", "launcher.slot=2", "launcher.slots=many"):
+        with pytest.raises(ConfigError):
+            with_settings(composed, [bad])
+
+
+def test_given_points_go_on_after_a_restart() -> None:
+    points = [Point({"orpo.seed": i}) for i in range(4)]
+    first = GivenPoints(points)
+    assert first.size == 4 and first.ask() == points[0]
+    second = GivenPoints(points[1:])
+    second.restore(points[0])
+    second.restore(points[2])
+    assert second.size == 4
+    assert [second.ask(), second.ask(), second.ask()] == [points[1], points[3], None]
