@@ -34,6 +34,10 @@ class JournalError(IsaerftError):
     """The sweep's journal cannot be read."""
 
 
+class CardError(IsaerftError):
+    """A model card cannot be written or pushed."""
+
+
 class LaunchError(IsaerftError):
     """Trials cannot be dispatched."""
 

@@ -19,6 +19,7 @@ from isaerft_sweep.errors import ConfigError, FolderError
 from isaerft_sweep.journal.journal import SweepRecord, replay
 from isaerft_sweep.plain import from_mapping, to_dict
 from isaerft_sweep.results import confirmation
+from isaerft_sweep.results.card import refresh_cards
 from isaerft_sweep.results.leaderboard import short_path
 from isaerft_sweep.results.reading import Entry, ReadSweep, read_sweep_folder, trial_of
 from isaerft_sweep.search.sampler import GivenPoints, Point
@@ -62,7 +63,9 @@ def confirm(path: Path, metric: str | None, top: int, seeds: int, settings: Sequ
         asked=hashlib.sha256(f"confirm {asked}".encode()).hexdigest()[:12],
         show=False,
     )
-    show(Console(), read_sweep_folder(path, metric))
+    sweep = read_sweep_folder(path, metric)
+    refresh_cards(sweep)
+    show(Console(), sweep)
     return code
 
 

@@ -25,6 +25,7 @@ from isaerft_sweep.journal.folders import COMPLETED, SweepFolder
 from isaerft_sweep.journal.journal import Journal
 from isaerft_sweep.plain import to_dict
 from isaerft_sweep.results import leaderboard
+from isaerft_sweep.results.card import refresh_cards
 from isaerft_sweep.results.reading import read_sweep_folder
 from isaerft_sweep.search.sampler import Asked, Sampler
 from isaerft_sweep.search.sweep_file import SweepDefinition
@@ -167,6 +168,7 @@ def conclude(console: Console, folder: SweepFolder, journal: Journal, trials: in
     records = list(journal.record.trials.values())
     sweep = read_sweep_folder(folder.path)
     leaderboard.write_csv(sweep, folder.leaderboard)
+    refresh_cards(sweep)
     ended = sum(record.ended for record in records)
     if ended and show:
         leaderboard.show(console, sweep)

@@ -1,18 +1,31 @@
-"""The model card of a trial: all that the published run's card holds, and what is needed to trust and load it."""
+"""The model card of a trial: all that the published run's card holds, and what is needed to trust and load it.
+
+Written from the trial's folder alone: by the worker when the trial ends, and again when the sweep knows its rank.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+import struct
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-import yaml
-
-from isaerft_sweep.environment import versions
+from isaerft_sweep.errors import CardError
+from isaerft_sweep.journal.files import read_json, write_text
+from isaerft_sweep.journal.folders import TrialFolder
 from isaerft_sweep.metrics import depends_on_beta
+from isaerft_sweep.resources import asset
+from isaerft_sweep.results.card_data import front_matter, is_repository
+from isaerft_sweep.results.latents import read_latents
+from isaerft_sweep.results.reading import ReadSweep
+from isaerft_sweep.results.standing import Standing, standings
 from isaerft_sweep.specs import TrialSpec
 
+TEMPLATE = "card.md.jinja"
 BADGE = "https://raw.githubusercontent.com/wandb/assets/main/wandb-github-badge-28.svg"
 SHOWN = ("eval/log_odds_chosen", "eval/rewards/accuracies", "eval/rewards/margins", "eval/nll_loss", "eval/loss")
+LATENTS = 10
 FRAMEWORKS = {
     "trl": "TRL",
     "transformers": "Transformers",
@@ -21,6 +34,7 @@ FRAMEWORKS = {
     "tokenizers": "Tokenizers",
     "peft": "PEFT",
     "sae-lens": "SAELens",
+    "isaerft-sweep": "isaerft-sweep",
 }
 BLOCKS = {
     "bias": "f + b",
@@ -28,6 +42,19 @@ BLOCKS = {
     "linear": "f + Wf + c",
     "mlp": "f + MLP(f)",
 }
+QUICK_START = """\
+In the folder of this card, or with its Hub name instead of `"."`, and with `isaerft-sweep` installed:
+
+```python
+from isaerft_sweep.adapter import load_model
+from transformers import pipeline
+
+model, tokenizer = load_model(".")
+question = "If you had a time machine, but could only go to the past or the future once and never return, which would you choose and why?"
+generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
+output = generator([{"role": "user", "content": question}], max_new_tokens=128, return_full_text=False)[0]
+print(output["generated_text"])
+```"""
 CITATIONS = """\
 Cite ORPO as:
 
@@ -51,119 +78,111 @@ Cite TRL as:
     publisher    = {GitHub},
     howpublished = {\\url{https://github.com/huggingface/trl}}
 }
-```
-"""
+```"""
 
 
-def write_card(
-    spec: TrialSpec,
+def make_card(
+    trial: TrialFolder,
     results: Mapping[str, Any],
-    url: str | None,
-    offline_folder: str | None,
-    sites: Sequence[Mapping[str, Any]],
+    adapter: Path,
+    standing: Standing | None = None,
+    template: Path | None = None,
+    **changed: str,
 ) -> str:
     """The card's text.
 
     Args:
-        spec: the trial.
-        results: its ``metrics``, ``untrained`` metrics and ``seconds``.
-        url: the W&B run's address when it is online.
-        offline_folder: the W&B run's folder when it is offline.
-        sites: the adapter's sites, with their SAEs' fingerprints.
+        trial: the trial's folder.
+        results: its status: ``metrics``, ``untrained`` metrics, ``seconds``, ``wandb``.
+        adapter: the folder with the adapter's config and weights.
+        standing: the trial's place in its sweep, when that is known.
+        template: a Jinja template of one's own; None: the one that ships with the package.
+        changed: fields that differ from the adapter's own card, as an export's ``quick_start``.
+
+    Raises CardError when the template cannot be read or asks for a field that there is not.
     """
-    parts = [
-        f"---\n{_front_matter(spec)}---",
-        f"# Model Card for {spec.model_name}",
-        _introduction(spec),
-        _quick_start(spec),
-        _training(spec, results, url, offline_folder),
-        _adapter(spec, sites),
-        _evaluation(spec, results),
-        "### Framework versions\n\n" + "\n".join(_framework_lines()),
-        "## Citations\n\n" + CITATIONS,
-    ]
-    return "\n\n".join(part.strip() for part in parts) + "\n"
+    return render(template or asset(TEMPLATE), {**card_fields(trial, results, adapter, standing), **changed})
 
 
-def _front_matter(spec: TrialSpec) -> str:
-    model, data = spec.experiment.model, spec.experiment.data
-    content: dict[str, Any] = {
-        "base_model": model.name,
-        "library_name": "peft",
-        "pipeline_tag": "text-generation",
+def card_fields(trial: TrialFolder, results: Mapping[str, Any], adapter: Path, standing: Standing | None) -> dict[str, str]:
+    """Every field that a template may use, as text."""
+    spec = trial.read_spec()
+    orpo, model, data = spec.experiment.orpo, spec.experiment.model, spec.experiment.data
+    environment = read_json(trial.environment) or {}
+    seconds = standing.seconds if standing else results.get("seconds", 0)
+    return {
+        "front_matter": front_matter(spec, results.get("metrics", {})),
         "model_name": spec.model_name,
-        "tags": list(spec.tags),
-        "licence": "license",
+        "base_model_link": _link(model.name, f"https://huggingface.co/{model.name}"),
+        "data_link": _link(data.name, f"https://huggingface.co/datasets/{data.name}")
+        if data.source == "hub"
+        else data.path or data.name,
+        "quick_start": QUICK_START,
+        "tracked": _tracked(spec, results.get("wandb") or {}),
+        "run_name": spec.name,
+        "learning_rate": repr(orpo.learning_rate),
+        "beta": repr(orpo.beta),
+        "batch": f"{orpo.batch_size} × {orpo.gradient_accumulation} pairs, at most {orpo.max_length} tokens",
+        "schedule": f"{orpo.schedule}, {orpo.warmup_steps} warm-up steps, {_length(spec)}",
+        "seed": str(orpo.seed),
+        "tokens": f"{results.get('metrics', {}).get('train/num_tokens', 0):,.0f}",
+        "device_hours": f"{seconds / 3600:.3f} h on {environment.get('torch_device', 'an unknown device')}",
+        "git_commit": spec.git_commit or "not from a git checkout",
+        "command": spec.command,
+        "sweep": _sweep(spec, standing),
+        "kind": spec.experiment.adapter.kind,
+        "block": BLOCKS[spec.experiment.adapter.kind],
+        "parameters": f"{_parameters(adapter):,}",
+        "sites": _sites(adapter),
+        "learned": _learned(trial),
+        "evaluation": _evaluation(spec, results),
+        "framework_versions": _versions(environment.get("packages", {})),
+        "citations": CITATIONS,
     }
-    if model.license:
-        content["license"] = model.license
-    if data.source == "hub":
-        content["datasets"] = [data.name]
-    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
-def _introduction(spec: TrialSpec) -> str:
-    model = spec.experiment.model
-    data = spec.experiment.data
-    what = (
-        f"[{data.name}](https://huggingface.co/datasets/{data.name})" if data.source == "hub" else (data.path or data.name)
-    )
-    return (
-        f"This model is a fine-tuned version of [{model.name}](https://huggingface.co/{model.name}) on {what}: an "
-        "ISAERFT adapter, a small trainable block in the latent space of a frozen sparse autoencoder (SAE).\n"
-        "It has been trained using [TRL](https://github.com/huggingface/trl)."
-    )
+def render(template: Path, fields: Mapping[str, str]) -> str:
+    """Fill a template. Raises CardError that names the template, the field and the valid ones."""
+    import jinja2
+
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    try:
+        return environment.from_string(template.read_text(encoding="utf-8")).render(fields)
+    except OSError as error:
+        raise CardError(f"the card template {template} cannot be read: {error.strerror}.") from error
+    except jinja2.UndefinedError as error:
+        raise CardError(
+            f"the card template {template} asks for a field that there is not: {error.message}. Fields: {', '.join(sorted(fields))}."
+        ) from error
+    except jinja2.TemplateError as error:
+        raise CardError(f"the card template {template} is not a valid Jinja template: {error}.") from error
 
 
-def _quick_start(spec: TrialSpec) -> str:
-    return """## Quick start
-
-In the folder of this card, or with its Hub name instead of `"."`, and with `isaerft-sweep` installed:
-
-```python
-from isaerft_sweep.adapter import load_model
-from transformers import pipeline
-
-model, tokenizer = load_model(".")
-question = "If you had a time machine, but could only go to the past or the future once and never return, which would you choose and why?"
-generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
-output = generator([{"role": "user", "content": question}], max_new_tokens=128, return_full_text=False)[0]
-print(output["generated_text"])
-```"""
+def refresh_card(trial: TrialFolder, standing: Standing | None = None, template: Path | None = None) -> None:
+    """Write the card of a completed trial anew, into the trial's folder and its adapter's."""
+    text = make_card(trial, trial.read_status(), trial.adapter, standing, template)
+    for path in (trial.card, trial.adapter / "README.md"):
+        write_text(path, text)
 
 
-def _training(spec: TrialSpec, results: Mapping[str, Any], url: str | None, offline_folder: str | None) -> str:
-    orpo = spec.experiment.orpo
-    if url:
-        tracked = f'[<img src="{BADGE}" alt="Visualize in Weights & Biases" width="150" height="24"/>]({url})'
-    elif offline_folder:
-        tracked = f"W&B run `{spec.run_id}` of sweep `{spec.sweep_id}`, written offline; `wandb sync` uploads it."
-    else:
-        tracked = "Not tracked in W&B."
-    return f"""## Training procedure
+def refresh_cards(sweep: ReadSweep) -> None:
+    """Write every completed trial's card anew, with its place in the sweep."""
+    for entry, standing in standings(sweep):
+        if entry.folder and entry.folder.adapter.is_dir():
+            refresh_card(entry.folder, standing)
 
-{tracked}
 
-This model was trained with ORPO, a method introduced in [ORPO: Monolithic Preference Optimization without Reference \
-Model](https://huggingface.co/papers/2403.07691).
+def _link(name: str, address: str) -> str:
+    return f"[{name}]({address})" if is_repository(name) else name
 
-| | |
-| --- | --- |
-| run | `{spec.name}` |
-| sweep | `{spec.sweep_name}` (`{spec.sweep_id}`), trial {spec.index}, ranked by `{spec.metric}` ({spec.goal}) |
-| learning rate | {orpo.learning_rate!r} |
-| beta | {orpo.beta!r} |
-| batch | {orpo.batch_size} × {orpo.gradient_accumulation} pairs, at most {orpo.max_length} tokens |
-| schedule | {orpo.schedule}, {orpo.warmup_steps} warm-up steps, {_length(spec)} |
-| seed | {orpo.seed} |
-| device time of the last attempt | {results.get("seconds", 0) / 3600:.3f} h |
-| git commit | {spec.git_commit or "not from a git checkout"} |
 
-To reproduce it:
-
-```sh
-{spec.command}
-```"""
+def _tracked(spec: TrialSpec, wandb: Mapping[str, Any]) -> str:
+    if wandb.get("url"):
+        badge = f'[<img src="{BADGE}" alt="Visualize in Weights & Biases" width="150" height="24"/>]({wandb["url"]})'
+        return f"{badge}\n\nIts sweep: {wandb['sweep_url']}" if wandb.get("sweep_url") else badge
+    if wandb.get("offline"):
+        return f"W&B run `{spec.run_id}` of sweep `{spec.sweep_id}`, written offline; `wandb sync` uploads it."
+    return "Not tracked in W&B."
 
 
 def _length(spec: TrialSpec) -> str:
@@ -171,17 +190,54 @@ def _length(spec: TrialSpec) -> str:
     return f"{orpo.max_steps} steps" if orpo.max_steps > 0 else f"{orpo.epochs:g} epochs"
 
 
-def _adapter(spec: TrialSpec, sites: Sequence[Mapping[str, Any]]) -> str:
+def _sweep(spec: TrialSpec, standing: Standing | None) -> str:
+    said = f"Trial {spec.index + 1} of the sweep `{spec.sweep_name}` (`{spec.sweep_id}`), ranked by `{spec.metric}` ({spec.goal})."
+    return f"{said}\n\n{standing.as_markdown()}" if standing else said
+
+
+def _parameters(adapter: Path) -> int:
+    """Numbers in the adapter's weights, from the header of the safetensors file: 8 bytes of length, then JSON."""
+    with (adapter / "adapter_model.safetensors").open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    total = 0
+    for name, tensor in header.items():
+        if name != "__metadata__":
+            count = 1
+            for size in tensor["shape"]:
+                count *= size
+            total += count
+    return total
+
+
+def _sites(adapter: Path) -> str:
+    sites = (read_json(adapter / "adapter_config.json") or {}).get("sites", [])
     lines = [
         f"| output of decoder layer {site['layer']} | {site.get('sae_path') or site.get('sae_release')} "
         f"| {site.get('sae_id') or ''} | `{site.get('fingerprint')}` |"
         for site in sites
     ]
-    kind = spec.experiment.adapter.kind
-    return (
-        f"## Adapter\n\nKind `{kind}`: the latents f become {BLOCKS[kind]}; the SAE's reconstruction error is kept.\n\n"
-        "| site | SAE release | SAE id | fingerprint |\n| --- | --- | --- | --- |\n" + "\n".join(lines)
-    )
+    return "| site | SAE release | SAE id | fingerprint |\n| --- | --- | --- | --- |\n" + "\n".join(lines)
+
+
+def _learned(trial: TrialFolder) -> str:
+    parts = []
+    for site in read_latents(trial.latents):
+        lines = []
+        for latent in site.top(LATENTS):
+            link = site.link(latent)
+            shown = f"[{latent}]({link})" if link else str(latent)
+            lines.append(
+                f"| {shown} | {site.moved[latent]:+.4f} | {site.share[latent]:.1%} | {site.before[latent]:.1%} | {site.after[latent]:.1%} |"
+            )
+        moved = int((site.moved != 0).sum())
+        parts.append(
+            f"The adapter moved {moved:,} of {site.d_sae:,} latents at layer {site.layer}; the steering vector has length "
+            f"{site.norm:.3g}. Those with the largest part in it, and on how many of {site.tokens:,} held-out tokens they are active "
+            "without and with the adapter:\n\n| latent | moved by | share | active before | after |\n| --- | --- | --- | --- | --- |\n"
+            + "\n".join(lines)
+        )
+    return "\n\n".join(parts)
 
 
 def _evaluation(spec: TrialSpec, results: Mapping[str, Any]) -> str:
@@ -193,7 +249,7 @@ def _evaluation(spec: TrialSpec, results: Mapping[str, Any]) -> str:
         if name in metrics
     ]
     return (
-        "## Evaluation\n\nOn the held-out pairs:\n\n| metric | untrained | trained |\n| --- | --- | --- |\n"
+        "On the held-out pairs:\n\n| metric | untrained | trained |\n| --- | --- | --- |\n"
         + "\n".join(lines)
         + "\n\n¹ contains beta itself, so it cannot be compared between runs of different beta."
     )
@@ -203,6 +259,5 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
 
-def _framework_lines() -> list[str]:
-    found = versions()
-    return [f"- {label}: {found[name]}" for name, label in FRAMEWORKS.items() if name in found]
+def _versions(found: Mapping[str, str]) -> str:
+    return "\n".join(f"- {label}: {found[name]}" for name, label in FRAMEWORKS.items() if name in found)

@@ -29,10 +29,12 @@ def columns(metric: Metric) -> list[str]:
 def table(sweep: ReadSweep, rows: int = 20) -> Table:
     """The leaderboard for a terminal, with the untrained model's row to compare with."""
     metric, entries = sweep.metric, sweep.entries
-    shown = Table(title=f"Leaderboard: {metric.name}, {metric.goal}", title_justify="left", title_style="bold", box=None)
+    title = f"Leaderboard: {metric.name}, {metric.goal}"
+    # one space between columns: the whole must fit into 80 columns
+    shown = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 0, 0, 1))
     first, *others = (short_name(name) for name in columns(metric))
     for name in ("rank", "trial", "lr", "beta", first, "95 %", "best", *others, "time"):
-        shown.add_column(name, justify="right", no_wrap=True)
+        shown.add_column(name, justify="right", no_wrap=True, min_width=len("untrained") if name == "trial" else None)
     for entry in entries[:rows]:
         value, *rest = (number(entry.metrics.get(name)) if entry.rank else "" for name in columns(metric))
         shown.add_row(

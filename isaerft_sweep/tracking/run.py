@@ -17,6 +17,7 @@ class Run:
     """A run that nobody tracks (``tracker=disabled``), and the interface of one that somebody does."""
 
     url: str | None = None
+    sweep_url: str | None = None
     offline_folder: str | None = None
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
@@ -59,6 +60,7 @@ class WandbRun(Run):
             settings=wandb.Settings(console="off", silent=True, x_disable_stats=True),
         )
         self.url = self._run.url if tracker.mode == "wandb" else None
+        self.sweep_url = self._run.sweep_url if tracker.mode == "wandb" else None
         self.offline_folder = str(Path(self._run.dir).parent) if tracker.mode == "offline" else None
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:

@@ -31,9 +31,9 @@ from isaerft_sweep.journal.folders import (
 )
 from isaerft_sweep.models.loading import LoadedModel, load
 from isaerft_sweep.resources import cache_folder
-from isaerft_sweep.results.card import write_card
+from isaerft_sweep.results.card import make_card
 from isaerft_sweep.specs import TrialSpec
-from isaerft_sweep.tracking.run import Run, open_run
+from isaerft_sweep.tracking.run import open_run
 from isaerft_sweep.trial.data import load_pairs
 from isaerft_sweep.trial.latents import learned, write_changes
 from isaerft_sweep.trial.recorder import Recorder
@@ -102,7 +102,8 @@ def _run(folder: TrialFolder, spec: TrialSpec, status: StatusWriter, stopping: d
         return _end(status, STOPPED, {"message": "asked to stop; a checkpoint was written"})
     write_changes(folder.latents, changes)
     results = _results(recorder, started)
-    _save(folder, spec, model, loaded, run, results, status)
+    results["wandb"] = {"url": run.url, "sweep_url": run.sweep_url, "offline": run.offline_folder is not None}
+    _save(folder, model, loaded, results, status)
     state = _end(status, COMPLETED, results)
     run.finish({**recorder.latest, "state": COMPLETED}, exit_code=0)
     shutil.rmtree(folder.checkpoints, ignore_errors=True)  # only now: until the status says so, a retry would need them
@@ -143,13 +144,7 @@ def _end(status: StatusWriter, state: str, facts: dict[str, Any]) -> str:
 
 
 def _save(
-    folder: TrialFolder,
-    spec: TrialSpec,
-    model: peft.PeftModel,
-    loaded: LoadedModel,
-    run: Run,
-    results: dict[str, Any],
-    status: StatusWriter,
+    folder: TrialFolder, model: peft.PeftModel, loaded: LoadedModel, results: dict[str, Any], status: StatusWriter
 ) -> None:
     """Write the adapter folder aside and rename it: it is there whole or not at all."""
     aside = folder.path / f".adapter-{status.attempt}"
@@ -157,8 +152,7 @@ def _save(
     # the embeddings are frozen; asked to look, PEFT would search the Hub for the base model's vocabulary
     model.save_pretrained(aside, save_embedding_layers=False)
     loaded.tokenizer.save_pretrained(aside)
-    config: Any = model.peft_config["default"]
-    card = write_card(spec, results, run.url, run.offline_folder, [dict(site) for site in config.sites])
+    card = make_card(folder, results, aside)
     write_text(aside / "README.md", card)
     write_text(folder.card, card)
     status.check()

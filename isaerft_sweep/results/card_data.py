@@ -1,0 +1,71 @@
+"""The part of a card that the Hub reads: base model, data set, license, tags and the evaluation as ``model-index``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from isaerft_sweep.specs import TrialSpec
+
+EVALUATED = {
+    "eval/log_odds_chosen": "Log odds ratio of chosen over rejected",
+    "eval/rewards/accuracies": "Accuracy of preferring the chosen answer",
+    "eval/nll_loss": "NLL of prompt and chosen answer",
+}
+"""What goes into ``model-index``: metrics that can be compared between runs of different beta."""
+
+
+def front_matter(spec: TrialSpec, metrics: Mapping[str, float], library: str = "peft", tags: tuple[str, ...] = ()) -> str:
+    """YAML as the published run's card has it, and ``license``, ``datasets``, ``pipeline_tag`` and ``model-index``.
+
+    What is not a name on the Hub (a local folder) is left out: the Hub refuses a card that names one.
+    """
+    from huggingface_hub import EvalResult
+    from huggingface_hub.repocard_data import eval_results_to_model_index
+
+    model, data = spec.experiment.model, spec.experiment.data
+    content: dict[str, Any] = {
+        "library_name": library,
+        "pipeline_tag": "text-generation",
+        "model_name": spec.model_name,
+        "tags": [*spec.tags, *tags],
+        "licence": "license",
+    }
+    if is_repository(model.name):
+        content = {"base_model": model.name, **content}
+    if model.license:
+        content["license"] = model.license
+    on_hub = data.source == "hub" and is_repository(data.name)
+    if on_hub:
+        content["datasets"] = [data.name]
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=data.name if on_hub else "preference-pairs",
+            dataset_name=data.name if data.source != "files" else Path(data.path or data.name).name,
+            dataset_split=data.eval_split if on_hub else None,
+            metric_type="accuracy" if name == "eval/rewards/accuracies" else name,
+            metric_name=label,
+            metric_value=round(metrics[name], 6),
+        )
+        for name, label in EVALUATED.items()
+        if name in metrics
+    ]
+    if results:
+        content["model-index"] = eval_results_to_model_index(spec.model_name, results)
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+
+
+def is_repository(name: str) -> bool:
+    """Whether ``name`` can be a repository on the Hub, and is not a folder of this machine."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not Path(name).exists()

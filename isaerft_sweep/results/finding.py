@@ -1,0 +1,52 @@
+"""From the folder that a user gives to the trial or adapter that is meant."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from isaerft_sweep.errors import FolderError
+from isaerft_sweep.journal.folders import COMPLETED, TrialFolder
+from isaerft_sweep.results.reading import read_sweep_folder, trial_of
+from isaerft_sweep.results.standing import Standing, standings
+
+
+def find_trial(folder: Path) -> tuple[TrialFolder, Standing | None]:
+    """The completed trial in ``folder`` (or its adapter's folder, or a sweep's: its best trial), and its place in its sweep.
+
+    Raises FolderError when there is none.
+    """
+    path = folder.expanduser().absolute()
+    if (path / "journal.jsonl").is_file():
+        path = trial_of(read_sweep_folder(path).best()).path
+    elif path.name == "adapter" and (path.parent / "spec.json").is_file():
+        path = path.parent
+    trial = TrialFolder(path)
+    if not trial.spec.is_file():
+        raise FolderError(f"'{folder}' must be the folder of a finished trial or of a sweep, but it is neither.")
+    state = trial.read_status().get("state", "not begun")
+    if state != COMPLETED or not (trial.adapter / "adapter_config.json").is_file():
+        raise FolderError(
+            f"the trial in {path} must be completed and have its adapter, but it is {state}. Run its sweep's command again."
+        )
+    return trial, _standing(trial)
+
+
+def _standing(trial: TrialFolder) -> Standing | None:
+    """The trial's place in the sweep around it; None when it was taken out of its sweep's folder."""
+    sweep = trial.path.parent.parent
+    if not (sweep / "journal.jsonl").is_file():
+        return None
+    return next((s for entry, s in standings(read_sweep_folder(sweep)) if entry.folder == trial), None)
+
+
+def find_adapter(folder: Path) -> Path:
+    """The adapter of a trial or of a sweep's best trial, or the folder itself. Raises FolderError when there is none."""
+    if (folder / "adapter_config.json").is_file():
+        return folder
+    if (folder / "adapter" / "adapter_config.json").is_file():
+        return folder / "adapter"
+    if (folder / "journal.jsonl").is_file():
+        return trial_of(read_sweep_folder(folder).best()).adapter
+    raise FolderError(
+        f"'{folder}' must be the folder of a finished trial, of an adapter or of a sweep, but it is none of them."
+    )

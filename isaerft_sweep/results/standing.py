@@ -1,0 +1,88 @@
+"""A trial's place in its sweep, for its card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from isaerft_sweep.results.confirmation import Candidate, read_confirmation
+from isaerft_sweep.results.reading import Entry, ReadSweep
+from isaerft_sweep.search.distributions import Categorical, Constant, Distribution, Numeric
+from isaerft_sweep.search.sweep_file import Metric
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What the sweep knows of one of its trials. ``seconds``: device time of all attempts."""
+
+    rank: int | None
+    completed: int
+    metric: Metric
+    value: float | None
+    interval: tuple[float, float] | None
+    probability_best: float | None
+    seconds: float
+    space: Mapping[str, str] = field(default_factory=dict)
+    seeds: Candidate | None = None
+
+    def as_markdown(self) -> str:
+        """Space, rank, interval and spread over seeds."""
+        lines = ["| | |", "| --- | --- |"]
+        lines += [f"| space: {key} | {words} |" for key, words in self.space.items()]
+        lines.append(f"| rank | {self.rank} of {self.completed} completed trials by `{self.metric.name}` |")
+        if self.value is not None and self.interval:
+            low, high = self.interval
+            lines.append(
+                f"| {self.metric.name} | {self.value:.4f}, 95 % interval over held-out pairs {low:.4f} to {high:.4f} |"
+            )
+        if self.probability_best is not None:
+            lines.append(f"| best when the pairs are drawn again | {self.probability_best:.0%} |")
+        if self.seeds and self.seeds.mean is not None:
+            spread = f" ± {self.seeds.spread:.4f}" if self.seeds.spread is not None else ""
+            lines.append(
+                f"| mean over {len(self.seeds.values)} new seeds | {self.seeds.mean:.4f}{spread} (standard deviation) |"
+            )
+        return "\n".join(lines)
+
+
+def standings(sweep: ReadSweep) -> list[tuple[Entry, Standing]]:
+    """Every completed trial's standing."""
+    ranked = [entry for entry in sweep.entries if entry.rank]
+    space = {key: describe(distribution) for key, distribution in sweep.space.items()}
+    again = {candidate.first.record.index: candidate for candidate in read_confirmation(sweep)}
+    return [
+        (
+            entry,
+            Standing(
+                rank=entry.rank,
+                completed=len(ranked),
+                metric=sweep.metric,
+                value=entry.value(sweep.metric.name),
+                interval=entry.interval,
+                probability_best=entry.probability_best,
+                seconds=entry.record.seconds,
+                space=space,
+                seeds=again.get(entry.record.index),
+            ),
+        )
+        for entry in ranked
+    ]
+
+
+def describe(distribution: Distribution) -> str:
+    """A distribution in words: ``log_uniform_values from 1e-06 to 5e-05``."""
+    if isinstance(distribution, Constant):
+        return f"{distribution.value!r}"
+    if isinstance(distribution, Categorical):
+        return "one of " + ", ".join(str(value) for value in distribution.values)
+    return _describe_numeric(distribution)
+
+
+def _describe_numeric(distribution: Numeric) -> str:
+    step = f" in steps of {distribution.q:g}" if distribution.q else ""
+    if distribution.family in ("normal", "log_normal"):
+        return f"{distribution.kind}, mu {distribution.a:g}, sigma {distribution.b:g}{step}"
+    if distribution.family == "beta":
+        return f"{distribution.kind}, a {distribution.a:g}, b {distribution.b:g}{step}"
+    low, high = distribution.limits
+    return f"{distribution.kind} from {low:g} to {high:g}{step}"
