@@ -11,18 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from isaerft_sweep import __version__
-from isaerft_sweep.errors import FolderError, IsaerftError
+from isaerft_sweep.errors import IsaerftError
 
 if TYPE_CHECKING:
     from isaerft_sweep.results.reading import ReadSweep
 
 WANDB = "wandb:"
-
-PROMPTS = (
-    "My parcel has not arrived yet. What can I do?",
-    "How do I keep basil alive in my kitchen?",
-    "I have to give a short talk next week and I am nervous.",
-)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,12 +50,25 @@ def _parser() -> argparse.ArgumentParser:
     confirm.add_argument("--set", action="append", default=[], metavar="launcher.slots=2", help="may be given several times")
     confirm.set_defaults(run=_confirm)
 
+    card = commands.add_parser("card", help="write a trial's model card anew, from a template of your own if you like")
+    card.add_argument("trial", type=Path, help="the folder of a finished trial, or of a sweep (its best trial)")
+    card.add_argument("--template", type=Path, help="a Jinja template; start from the one that --fields prints")
+    card.add_argument("--fields", action="store_true", help="print the template in use instead")
+    card.set_defaults(run=_card)
+
+    report = commands.add_parser("report", help="write a page with everything about a sweep, and pictures for papers")
+    _sweep_arguments(report)
+    report.add_argument("--out", type=Path, help="the folder for report.html and figures/ (default: the sweep's)")
+    report.add_argument("--labels", type=Path, help="labels of the SAE's latents: .json or .csv")
+    report.add_argument("--generate", action="store_true", help="load the model: answers of untrained, best and worst")
+    _prompt_arguments(report)
+    report.set_defaults(run=_report)
+
     generate = commands.add_parser("generate", help="answer prompts with and without an adapter")
     generate.add_argument(
         "folder", type=Path, help="a trial's folder, its adapter folder, or a sweep's folder (its best trial)"
     )
-    generate.add_argument("--prompt", action="append", help="may be given several times")
-    generate.add_argument("--max-new-tokens", type=int, default=60)
+    _prompt_arguments(generate)
     generate.add_argument("--cache", default=None, help="where converted models are kept")
     generate.set_defaults(run=_generate)
     return parser
@@ -70,6 +77,17 @@ def _parser() -> argparse.ArgumentParser:
 def _sweep_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("sweep", help=f"the sweep's folder, outputs/NAME, or {WANDB}ENTITY/PROJECT/ID")
     parser.add_argument("--metric", help="rank by this one, not the sweep's own (eval/log_odds_chosen, ...)")
+
+
+def _prompt_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--prompt", action="append", help="to be answered; may be given several times")
+    parser.add_argument("--max-new-tokens", type=_at_least_one, default=60)
+
+
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1 but got '{text}'")
+    return int(text)
 
 
 def _leaderboard(args: argparse.Namespace) -> None:
@@ -100,6 +118,19 @@ def _confirm(args: argparse.Namespace) -> int:
     return confirm(Path(args.sweep), args.metric, args.top, args.seeds, args.set)
 
 
+def _card(args: argparse.Namespace) -> None:
+    from isaerft_sweep.resources import asset
+    from isaerft_sweep.results.card import TEMPLATE, refresh_card
+    from isaerft_sweep.results.finding import find_trial
+
+    if args.fields:
+        print((args.template or asset(TEMPLATE)).read_text(encoding="utf-8"), end="")
+        return
+    trial, standing = find_trial(args.trial)
+    refresh_card(trial, standing, args.template)
+    print(trial.card)
+
+
 def _read(args: argparse.Namespace) -> ReadSweep:
     """The sweep that a command was given: a folder, or one of W&B."""
     from isaerft_sweep.results.reading import read_sweep_folder
@@ -111,31 +142,30 @@ def _read(args: argparse.Namespace) -> ReadSweep:
     return read_sweep_folder(Path(args.sweep), args.metric)
 
 
+def _report(args: argparse.Namespace) -> None:
+    from isaerft_sweep.results.report.write import write_report
+    from isaerft_sweep.results.samples import PROMPTS, make_samples
+
+    sweep = _read(args)
+    if args.generate or args.prompt:
+        make_samples(sweep, args.prompt or PROMPTS, args.max_new_tokens)
+    page, pictures = write_report(sweep, args.out, args.labels)
+    print(page)
+    for path in pictures:
+        print(path)
+
+
 def _generate(args: argparse.Namespace) -> None:
-    if args.max_new_tokens < 1:
-        raise FolderError(f"--max-new-tokens must be at least 1 but got {args.max_new_tokens}.")
-    adapter = _adapter_folder(args.folder)
+    from isaerft_sweep.results.finding import find_adapter
+    from isaerft_sweep.results.samples import PROMPTS
+
+    adapter = find_adapter(args.folder)
     # PEFT asks transformers by an old name whether checkpointing is on; nothing that a reader of answers can act on
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     from isaerft_sweep.adapter.generate import compare
 
     for prompt, before, after in compare(str(adapter), args.prompt or PROMPTS, args.max_new_tokens, args.cache):
         print(f"\n> {prompt}\n\nwithout the adapter:\n{before}\n\nwith it:\n{after}", flush=True)
-
-
-def _adapter_folder(folder: Path) -> Path:
-    """The adapter of a trial, of a sweep's best trial, or the folder itself."""
-    from isaerft_sweep.results.reading import read_sweep_folder, trial_of
-
-    if (folder / "adapter_config.json").is_file():
-        return folder
-    if (folder / "adapter" / "adapter_config.json").is_file():
-        return folder / "adapter"
-    if (folder / "journal.jsonl").is_file():
-        return trial_of(read_sweep_folder(folder).best()).adapter
-    raise FolderError(
-        f"'{folder}' must be the folder of a finished trial, of an adapter or of a sweep, but it is none of them."
-    )
 
 
 if __name__ == "__main__":

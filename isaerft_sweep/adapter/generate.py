@@ -1,34 +1,69 @@
-"""Answers to prompts with and without an adapter, to see what it does."""
+"""Answers to prompts with and without an adapter, to see what it does.
+
+    python -m isaerft_sweep.adapter.generate < request.json
+
+is how the orchestrator, which has no torch, asks for them: a JSON object with the arguments of ``side_by_side`` gives one
+JSON line, ``{"ok": rows}`` or ``{"error": message}``.
+"""
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from isaerft_sweep.adapter.load import load_model
+from isaerft_sweep.errors import IsaerftError
 
 
 def compare(adapter: str, prompts: Sequence[str], max_new_tokens: int, cache: str | None) -> Iterator[tuple[str, str, str]]:
     """For each prompt ``(prompt, answer without the adapter, answer with it)``, by greedy decoding."""
     model, tokenizer = load_model(adapter, cache=cache)
     for prompt in prompts:
-        if tokenizer.chat_template:
-            messages = [{"role": "user", "content": prompt}]
-            prompt_text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        else:
-            prompt_text = prompt
-        inputs = tokenizer(str(prompt_text), return_tensors="pt", add_special_tokens=not tokenizer.chat_template).to(
-            model.device
-        )
-
-        def answer(inputs=inputs) -> str:  # type: ignore[no-untyped-def]
-            with torch.inference_mode():
-                out = model.generate(
-                    **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
-                )
-            return str(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
-
         with model.disable_adapter():
-            before = answer()
-        yield prompt, before, answer()
+            before = answer(model, tokenizer, prompt, max_new_tokens)
+        yield prompt, before, answer(model, tokenizer, prompt, max_new_tokens)
+
+
+def side_by_side(adapters: Sequence[str], prompts: Sequence[str], max_new_tokens: int, cache: str | None) -> list[list[str]]:
+    """For each prompt a row: the prompt, the untrained model's answer and each adapter's.
+
+    One model is in memory at a time; the adapters may belong to different ones, and the first one's answers untrained.
+    """
+    columns: list[list[str]] = []
+    for adapter in adapters:
+        compared = list(zip(*compare(adapter, prompts, max_new_tokens, cache), strict=True))
+        columns += [list(column) for column in (compared if not columns else compared[2:])]
+    return [list(row) for row in zip(*columns, strict=True)]
+
+
+def answer(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int) -> str:
+    """The model's answer to one prompt, in its chat template where it has one."""
+    chat = bool(tokenizer.chat_template)
+    text = prompt
+    if chat:
+        messages = [{"role": "user", "content": prompt}]
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not chat).to(model.device)
+    with torch.inference_mode():
+        out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    return str(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
+
+
+def main() -> int:
+    """Answer one request."""
+    request = json.load(sys.stdin)
+    try:
+        told: dict[str, Any] = {"ok": side_by_side(**request)}
+    except IsaerftError as error:
+        told = {"error": str(error)}
+    print(json.dumps(told), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

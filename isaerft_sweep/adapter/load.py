@@ -9,6 +9,7 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from isaerft_sweep.errors import ModelError
+from isaerft_sweep.journal.folders import TrialFolder
 from isaerft_sweep.models.gguf_package import PACKAGES
 from isaerft_sweep.models.loading import load
 from isaerft_sweep.specs import ModelSpec
@@ -21,7 +22,7 @@ def load_model(
 
     Args:
         adapter: a folder with ``adapter_config.json``, or a Hub repository.
-        base: the base model; None: the one that the adapter names.
+        base: the base model; None: the one of the trial that the folder belongs to, else the one that the adapter names.
         cache: where converted models are kept; None: the user's cache folder.
     """
     try:
@@ -32,6 +33,9 @@ def load_model(
             "that can be read. Give the folder `adapter` of a finished trial."
         ) from error
     name = config.base_model_name_or_path
+    trial = TrialFolder(Path(adapter).absolute().parent)
+    if base is None and trial.spec.is_file() and Path(adapter).name == trial.adapter.name:
+        base = trial.read_spec().experiment.model
     if base is None:
         if not name:
             raise ModelError(f"the adapter '{adapter}' does not name its base model: give one.")

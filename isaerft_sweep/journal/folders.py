@@ -75,6 +75,11 @@ class SweepFolder:
         return self.path / "leaderboard.csv"
 
     @property
+    def samples(self) -> Path:
+        """Answers of the untrained, the best and the worst model; see ``results/samples.py``."""
+        return self.path / "samples.json"
+
+    @property
     def jobs(self) -> Path:
         return self.path / "jobs"
 

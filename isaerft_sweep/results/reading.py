@@ -29,6 +29,7 @@ SCORED = 200
 class Entry:
     """One trial, with its rank by the metric asked for; ``rank`` is None when it did not complete.
 
+    ``state``: the journal's, or while a job is under way the worker's own word.
     ``scores``: every held-out pair's, as ``TrialFolder.read_evaluation`` gives them. ``interval``: 95 % bootstrap interval
     of the metric over held-out pairs. ``probability_best``: how often it is the best when the pairs are drawn again.
     """
@@ -41,6 +42,7 @@ class Entry:
     rank: int | None = None
     interval: tuple[float, float] | None = None
     probability_best: float | None = None
+    state: str = ""
 
     @property
     def params(self) -> Mapping[str, Any]:
@@ -133,7 +135,8 @@ def _entry(record: TrialRecord, sweep: SweepFolder) -> Entry:
             f"a file of the trial in {folder.path} is not JSON ({error}). It was changed by hand or its disk is broken: "
             "restore it, or delete it, and the trial is shown without its results."
         ) from error
-    return Entry(record, status.get("metrics", {}), status.get("untrained", {}), scores, folder)
+    state = status.get("state", record.state) if record.state == "queued" else record.state
+    return Entry(record, status.get("metrics", {}), status.get("untrained", {}), scores, folder, state=state)
 
 
 def _space(folder: SweepFolder) -> Mapping[str, Distribution]:

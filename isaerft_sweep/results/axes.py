@@ -1,0 +1,83 @@
+"""The scale on which a swept parameter is searched, so that plots show the space as it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from isaerft_sweep.results.reading import ReadSweep
+from isaerft_sweep.search.distributions import Categorical, Distribution, Numeric
+
+LOG_FAMILIES = ("log_uniform", "log_uniform_values", "inv_log_uniform", "inv_log_uniform_values", "log_normal")
+WIDE = 10.0
+"""Listed values of a parameter whose largest is this many times the smallest are drawn on a log scale."""
+PREFERRED = ("orpo.learning_rate", "orpo.beta")
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One parameter. ``kind``: log, linear, or category (``values`` in order, drawn by their number).
+
+    ``ticks``: values that deserve a tick, when they are few.
+    """
+
+    key: str
+    kind: str
+    values: tuple[Any, ...] = ()
+    ticks: tuple[float, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """The parameter's name without its section."""
+        return self.key.partition(".")[2] or self.key
+
+    def place(self, value: Any) -> float:
+        """Where ``value`` is drawn, before any logarithm."""
+        return float(self.values.index(value)) if self.kind == "category" else float(value)
+
+    def on_scale(self, value: Any) -> float:
+        """Where ``value`` lies on the axis itself: its logarithm on a log axis."""
+        return math.log10(self.place(value)) if self.kind == "log" else self.place(value)
+
+
+def axes(sweep: ReadSweep) -> list[Axis]:
+    """The swept parameters, learning rate and beta first."""
+    keys = sorted(sweep.swept, key=lambda key: (PREFERRED.index(key) if key in PREFERRED else len(PREFERRED), key))
+    return [axis(key, sweep) for key in keys]
+
+
+def axis(key: str, sweep: ReadSweep) -> Axis:
+    """The axis of one swept parameter, from its distribution, or from its values where that is not known."""
+    found = list(dict.fromkeys(entry.params[key] for entry in sweep.entries if key in entry.params))
+    if any(isinstance(value, (str, bool)) or value is None for value in found):
+        return Axis(key, "category", tuple(sorted(found, key=str)))
+    distribution = sweep.space.get(key)
+    listed = _listed(distribution)
+    ticks = tuple(sorted(float(v) for v in listed)) if 0 < len(listed) <= 12 else ()
+    return Axis(key, _scale(distribution, found), ticks=ticks)
+
+
+def _listed(distribution: Distribution | None) -> Sequence[Any]:
+    numbers = distribution.values if isinstance(distribution, Categorical) else ()
+    return [v for v in numbers if isinstance(v, (int, float)) and not isinstance(v, bool)]
+
+
+def _scale(distribution: Distribution | None, found: Sequence[float]) -> str:
+    if isinstance(distribution, Numeric):
+        return "log" if distribution.family in LOG_FAMILIES and min(found) > 0 else "linear"
+    values = _listed(distribution) or found
+    return "log" if min(values) > 0 and max(values) >= WIDE * min(values) else "linear"
+
+
+def show_value(value: Any) -> str:
+    """A parameter's value for a table or a tick."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def by_label(params: Mapping[str, Any], keys: Sequence[str]) -> str:
+    """``lr 3.6e-05, beta 0.2`` and the like: the swept parameters of a trial in a few words."""
+    short = {"learning_rate": "lr"}
+    names = [key.partition(".")[2] or key for key in keys]
+    return ", ".join(f"{short.get(n, n)} {show_value(params[k])}" for n, k in zip(names, keys, strict=True) if k in params)

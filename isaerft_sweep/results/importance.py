@@ -1,0 +1,67 @@
+"""How much each swept parameter decides, by Optuna."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from isaerft_sweep.results.axes import Axis, axes
+from isaerft_sweep.results.reading import ReadSweep
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+
+LEAST = 6
+"""Completed trials below which nothing can be said."""
+
+
+@dataclass(frozen=True)
+class Importance:
+    """Each parameter's share, which sum to 1: what tells the best ``good`` of ``trials`` from the rest."""
+
+    shares: dict[str, float]
+    good: int
+    trials: int
+
+
+def importance(sweep: ReadSweep) -> Importance | None:
+    """PED-ANOVA (Watanabe et al. 2023, arXiv 2304.10255) of the completed trials; None when there is too little to tell."""
+    found = axes(sweep)
+    ranked = [entry for entry in sweep.entries if entry.rank and all(a.key in entry.params for a in found)]
+    if len(found) < 2 or len(ranked) < LEAST:
+        return None
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    # a tenth of the trials, and at least five, are the good ones; never more than half
+    quantile = min(0.5, max(0.1, 5 / len(ranked)))
+    spaces = {axis.key: _distribution(axis, [entry.params[axis.key] for entry in ranked]) for axis in found}
+    study = optuna.create_study(direction=sweep.metric.goal, sampler=optuna.samplers.RandomSampler(seed=0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Optuna calls parts of this experimental; the numbers are checked in the tests
+        study.add_trials(
+            [
+                optuna.trial.create_trial(
+                    params={axis.key: _native(axis, entry.params[axis.key]) for axis in found},
+                    distributions=spaces,
+                    value=entry.value(sweep.metric.name),
+                )
+                for entry in ranked
+            ]
+        )
+        evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=quantile)
+        shares = optuna.importance.get_param_importances(study, evaluator=evaluator)
+    return Importance(dict(shares), round(quantile * len(ranked)), len(ranked))
+
+
+def _distribution(axis: Axis, values: list[Any]) -> BaseDistribution:
+    from optuna.distributions import CategoricalDistribution, FloatDistribution
+
+    if axis.kind == "category":
+        return CategoricalDistribution(tuple(range(len(axis.values))))
+    return FloatDistribution(float(min(values)), float(max(values)), log=axis.kind == "log")
+
+
+def _native(axis: Axis, value: Any) -> Any:
+    return axis.values.index(value) if axis.kind == "category" else float(value)

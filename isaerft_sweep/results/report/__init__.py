@@ -1,0 +1,1 @@
+"""A whole sweep on one page and in pictures for papers."""

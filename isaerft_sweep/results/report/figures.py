@@ -1,0 +1,243 @@
+"""The figures of the page, by plotly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+
+from isaerft_sweep.results.axes import Axis, show_value
+from isaerft_sweep.results.leaderboard import short_name
+from isaerft_sweep.results.reading import Entry
+from isaerft_sweep.results.report.gather import Report, SiteAcrossTrials
+
+LEADERS = 8
+"""Trials with a colour and a name of their own among the curves."""
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#000000")
+"""Okabe and Ito's, told apart by everyone."""
+OTHERS = "#c3c8cf"
+SHARES = 15
+
+
+def space_map(report: Report) -> go.Figure | None:
+    """The first two swept parameters on their own scales, trials coloured by the metric."""
+    if not report.axes:
+        return None
+    x, y = report.axes[0], (report.axes[1] if len(report.axes) > 1 else None)
+    metric = report.sweep.metric.name
+    figure = _figure(460)
+    drawn = [e for e in report.completed if _has(e, x, y)]
+    values = [e.value(metric) or 0.0 for e in drawn]
+    best_first = list(reversed(range(len(drawn))))  # the best are drawn last, on top
+    figure.add_scatter(
+        x=[x.place(drawn[i].params[x.key]) for i in best_first],
+        y=[y.place(drawn[i].params[y.key]) if y else values[i] for i in best_first],
+        mode="markers",
+        name="completed",
+        marker={
+            "size": [20 if drawn[i].rank == 1 else 12 for i in best_first],
+            "symbol": ["star" if drawn[i].rank == 1 else "circle" for i in best_first],
+            "color": [values[i] for i in best_first],
+            "colorscale": "Viridis",
+            "reversescale": report.sweep.metric.goal == "minimize",
+            "showscale": True,
+            "colorbar": {"title": {"text": short_name(metric)}},
+            "line": {"width": 1, "color": "#444"},
+        },
+        text=[f"{report.label(drawn[i])}<br>{metric} {values[i]:.4f}" for i in best_first],
+        hoverinfo="text",
+    )
+    lost = [e for e in report.sweep.entries if e.state in ("failed", "diverged") and _has(e, x, y)]
+    if lost and y:
+        figure.add_scatter(
+            x=[x.place(e.params[x.key]) for e in lost],
+            y=[y.place(e.params[y.key]) for e in lost],
+            mode="markers",
+            name="failed or diverged",
+            marker={"size": 12, "symbol": "x", "color": "#c0392b"},
+            text=[f"{report.label(e)}<br>{e.state}" for e in lost],
+            hoverinfo="text",
+        )
+    _apply(figure.update_xaxes, x)
+    if y:
+        _apply(figure.update_yaxes, y)
+    else:
+        figure.update_yaxes(title_text=metric)
+    figure.update_layout(legend={"orientation": "h", "y": 1.08})
+    return figure
+
+
+def curves(report: Report, metric: str) -> go.Figure:
+    """A metric over the steps: the leaders in colour, all other trials in grey."""
+    found = report.curves[metric]
+    figure = _figure(380)
+    leaders = [e for e in report.completed if e.record.index in found][:LEADERS]
+    named = {e.record.index for e in leaders}
+    others = [curve for index, curve in found.items() if index not in named]
+    if others:
+        gap = np.array([np.nan], dtype=np.float32)
+        figure.add_scattergl(
+            x=np.concatenate([part for c in others for part in (c.steps.astype(np.float32), gap)]),
+            y=np.concatenate([part for c in others for part in (c.values, gap)]),
+            mode="lines",
+            line={"color": OTHERS, "width": 1},
+            name=f"{len(others)} others",
+            hoverinfo="skip",
+        )
+    for i, entry in enumerate(leaders):
+        curve = found[entry.record.index]
+        figure.add_scatter(
+            x=curve.steps,
+            y=curve.values,
+            mode="lines+markers" if len(curve.steps) < 40 else "lines",
+            line={"color": COLORS[i % len(COLORS)], "width": 2},
+            name=report.label(entry),
+        )
+    figure.update_xaxes(title_text="step")
+    figure.update_yaxes(title_text=metric)
+    return figure
+
+
+def parallel(report: Report) -> go.Figure | None:
+    """Parallel coordinates: every completed trial a line through its parameters and metrics."""
+    entries, metric = report.completed, report.sweep.metric.name
+    if not report.axes or len(entries) < 2:
+        return None
+    dimensions = [_dimension(axis, entries) for axis in report.axes]
+    for name in dict.fromkeys(["eval/rewards/accuracies", "eval/nll_loss", metric]):
+        values = [e.value(name) for e in entries]
+        if all(v is not None for v in values):
+            dimensions.append({"label": short_name(name), "values": values})
+    figure = _figure(420)
+    figure.add_trace(
+        go.Parcoords(
+            line={
+                "color": [e.value(metric) for e in entries],
+                "colorscale": "Viridis",
+                "reversescale": report.sweep.metric.goal == "minimize",
+                "showscale": True,
+            },
+            dimensions=dimensions,
+        )
+    )
+    figure.update_layout(margin={"l": 70, "r": 70, "t": 60, "b": 30})
+    return figure
+
+
+def importances(report: Report) -> go.Figure | None:
+    """Each parameter's share of what decides."""
+    if report.importance is None:
+        return None
+    ordered = sorted(report.importance.shares.items(), key=lambda item: item[1])
+    figure = _figure(120 + 34 * len(ordered))
+    figure.add_bar(x=[share for _, share in ordered], y=[key for key, _ in ordered], orientation="h", marker_color=COLORS[0])
+    figure.update_xaxes(title_text="share", range=[0, 1], tickformat=".0%")
+    return figure
+
+
+def cost(report: Report) -> go.Figure | None:
+    """The best value so far over the device-hours spent, trials in the order of their numbers."""
+    entries = sorted((e for e in report.sweep.entries if e.record.seconds), key=lambda e: e.record.index)
+    metric, sign = report.sweep.metric.name, report.sweep.metric.sign
+    if not any(e.rank for e in entries):
+        return None
+    hours = np.cumsum([e.record.seconds for e in entries]) / 3600
+    values = np.array([v if e.rank and (v := e.value(metric)) is not None else np.nan for e in entries])
+    best = sign * np.fmax.accumulate(sign * values)
+    figure = _figure(320)
+    figure.add_scatter(
+        x=hours, y=best, mode="lines", line={"shape": "hv", "color": COLORS[0], "width": 2}, name="best so far"
+    )
+    figure.add_scatter(
+        x=hours,
+        y=values,
+        mode="markers",
+        marker={"color": OTHERS, "line": {"width": 1, "color": "#777"}, "size": 8},
+        name="trial",
+        text=[report.label(e) for e in entries],
+        hoverinfo="text+y",
+    )
+    figure.update_xaxes(title_text="device-hours spent", rangemode="tozero")
+    figure.update_yaxes(title_text=metric)
+    return figure
+
+
+def shares(across: SiteAcrossTrials) -> go.Figure:
+    """The latents with the largest part in the best trial's steering vector."""
+    site = across.sites[0]
+    top = site.top(SHARES)[::-1]
+    names = [latent_name(latent, across) for latent in top]
+    figure = _figure(90 + 24 * len(top))
+    figure.add_bar(
+        x=site.share[top],
+        y=names,
+        orientation="h",
+        marker_color=[COLORS[0] if site.moved[i] > 0 else COLORS[1] for i in top],
+        text=[f"{site.moved[i]:+.4f}" for i in top],
+        hovertemplate="%{y}: %{x:.1%} of the vector<extra></extra>",
+    )
+    figure.update_xaxes(title_text="share of the steering vector", tickformat=".0%")
+    figure.update_yaxes(type="category")
+    return figure
+
+
+def similarity(across: SiteAcrossTrials, report: Report) -> go.Figure | None:
+    """Cosines between the trials' steering vectors."""
+    if len(across.entries) < 2:
+        return None
+    names = [report.label(entry) for entry in across.entries]
+    figure = _figure(max(360, 130 + 20 * len(names)))
+    figure.add_heatmap(z=across.cosines, x=names, y=names, zmin=-1, zmax=1, colorscale="RdBu", reversescale=True)
+    figure.update_yaxes(autorange="reversed", type="category")
+    figure.update_xaxes(type="category")
+    return figure
+
+
+def latent_name(latent: int, across: SiteAcrossTrials) -> str:
+    """The latent's number, with its label where there is one."""
+    label = across.labels.get(latent)
+    return f"{latent} {label}" if label else str(latent)
+
+
+def _figure(height: int) -> go.Figure:
+    figure = go.Figure()
+    figure.update_layout(
+        template="plotly_white",
+        height=height,
+        margin={"l": 60, "r": 20, "t": 40, "b": 50},
+        font={"family": "system-ui, sans-serif", "size": 13},
+    )
+    return figure
+
+
+def _has(entry: Entry, *wanted: Axis | None) -> bool:
+    return all(axis is None or axis.key in entry.params for axis in wanted)
+
+
+def _apply(update: Any, axis: Axis) -> None:
+    """Give a plotly axis the parameter's scale."""
+    settings: dict[str, Any] = {"title_text": axis.label}
+    if axis.kind == "log":
+        settings |= {"type": "log", "exponentformat": "power"}
+    if axis.kind == "category":
+        settings |= {"tickvals": list(range(len(axis.values))), "ticktext": [show_value(v) for v in axis.values]}
+    elif axis.ticks:
+        settings |= {"tickvals": list(axis.ticks), "ticktext": [show_value(v) for v in axis.ticks]}
+    update(**settings)
+
+
+def _dimension(axis: Axis, entries: Sequence[Entry]) -> dict[str, Any]:
+    values = [axis.on_scale(e.params[axis.key]) for e in entries]
+    ticks: list[float]
+    if axis.kind == "category":
+        ticks, words = [float(i) for i in range(len(axis.values))], [show_value(v) for v in axis.values]
+    elif axis.ticks:
+        ticks, words = [axis.on_scale(v) for v in axis.ticks], [show_value(v) for v in axis.ticks]
+    elif axis.kind == "log":
+        ticks = list(np.linspace(min(values), max(values), 5))
+        words = [f"{10**t:.1e}" for t in ticks]
+    else:
+        return {"label": axis.label, "values": values}
+    return {"label": axis.label, "values": values, "tickvals": ticks, "ticktext": words}

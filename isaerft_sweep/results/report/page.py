@@ -1,0 +1,187 @@
+"""The report's page: tables in plain words, filled into the template."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from typing import Any
+
+import jinja2
+import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
+
+from isaerft_sweep import __version__
+from isaerft_sweep.resources import asset
+from isaerft_sweep.results.axes import show_value
+from isaerft_sweep.results.leaderboard import caveats, columns, number, short_name, show_interval
+from isaerft_sweep.results.reading import Entry
+from isaerft_sweep.results.report import figures
+from isaerft_sweep.results.report.gather import COMPARED, Report, SiteAcrossTrials
+from isaerft_sweep.results.standing import describe
+
+TEMPLATE = "report.html.jinja"
+ROWS = 50
+"""Trials in the page's leaderboard; the file ``leaderboard.csv`` has all of them."""
+LATENTS = 15
+
+
+def render(report: Report) -> str:
+    """The whole page: no network, one file."""
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    template = environment.from_string(asset(TEMPLATE).read_text(encoding="utf-8"))
+    drawn = {
+        "map": figures.space_map(report),
+        "parallel": figures.parallel(report),
+        "importance": figures.importances(report),
+        "cost": figures.cost(report),
+    }
+    return template.render(
+        plotly=get_plotlyjs(),
+        sweep=report.sweep,
+        version=__version__,
+        written=time.strftime("%Y-%m-%d %H:%M"),
+        summary=summary(report),
+        caveats=caveats(report.sweep),
+        leaderboard=leaderboard(report),
+        figures={name: as_html(figure, name) for name, figure in drawn.items() if figure is not None},
+        curves=[(name, thinning(report, name), as_html(figures.curves(report, name), f"curve-{i}"))
+                for i, name in enumerate(report.curves)],
+        importance=report.importance,
+        confirmed=confirmed(report),
+        failures=failures(report),
+        costs=costs(report),
+        latents=[latents(report, across, i) for i, across in enumerate(report.latents)],
+        samples=report.samples,
+        space={key: describe(distribution) for key, distribution in report.sweep.space.items()},
+        environment=report.environment,
+    )  # fmt: skip
+
+
+def as_html(figure: go.Figure, name: str) -> str:
+    """A figure as a block of the page, without plotly's own script."""
+    config = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["sendDataToCloud"]}
+    html: str = figure.to_html(full_html=False, include_plotlyjs=False, div_id=f"figure-{name}", config=config)
+    return html
+
+
+def summary(report: Report) -> list[tuple[str, str]]:
+    """The sweep in a few lines."""
+    sweep = report.sweep
+    counts = Counter(entry.state for entry in sweep.entries)
+    facts = [
+        ("trials", ", ".join(f"{count} {state}" for state, count in sorted(counts.items())) or "none yet"),
+        ("ranked by", f"{sweep.metric.name}, {sweep.metric.goal}"),
+    ]
+    if sweep.metric != sweep.own:
+        facts.append(("the sweep itself searched by", f"{sweep.own.name}, {sweep.own.goal}"))
+    if report.completed:
+        best = report.completed[0]
+        facts.append(("best trial", f"{report.label(best)}: {best.record.name}"))
+    return facts
+
+
+def leaderboard(report: Report) -> dict[str, Any]:
+    """Header and rows; None stands for a cell without a value."""
+    metric = report.sweep.metric
+    names = columns(metric)
+    header = ["rank", "trial", *(axis.label for axis in report.axes), short_name(names[0]), "95 %", "best",
+              *(short_name(n) for n in names[1:]), "time"]  # fmt: skip
+    rows = [_row(report, entry, names) for entry in report.sweep.entries[:ROWS]]
+    untrained = next((e.untrained for e in report.sweep.entries if e.untrained), None)
+    if untrained:
+        blank = [""] * len(report.axes)
+        values = [number(untrained.get(n)) for n in names]
+        rows.append(["", "untrained", *blank, values[0], "", "", *values[1:], ""])
+    return {"header": header, "rows": rows, "left_out": max(0, len(report.sweep.entries) - ROWS)}
+
+
+def _row(report: Report, entry: Entry, names: list[str]) -> list[str]:
+    values = [number(entry.metrics.get(n)) if entry.rank else "" for n in names]
+    chance = "" if entry.probability_best is None else f"{entry.probability_best:.0%}"
+    params = [show_value(entry.params.get(axis.key, "")) for axis in report.axes]
+    time_s = f"{entry.record.seconds:.0f} s" if entry.rank else entry.state
+    return [str(entry.rank or "–"), f"#{entry.record.index + 1}", *params, values[0], show_interval(entry), chance,
+            *values[1:], time_s]  # fmt: skip
+
+
+def thinning(report: Report, name: str) -> str:
+    """How many points of the curves are drawn, when it is not all of them."""
+    found = report.curves[name].values()
+    shown, total = sum(len(c.steps) for c in found), sum(c.total for c in found)
+    if shown == total:
+        return ""
+    return f"{shown:,} of {total:,} points are drawn: the lowest and the highest of each stretch, so no peak is missing."
+
+
+def confirmed(report: Report) -> dict[str, Any] | None:
+    """The leaders with new seeds."""
+    if not report.confirmed:
+        return None
+    header = ["trial", "seeds", "mean", "± seeds", "best", "first run"]
+    rows = [
+        [
+            report.label(c.first),
+            str(len(c.values)),
+            number(c.mean),
+            number(c.spread),
+            "" if c.probability_best is None else f"{c.probability_best:.0%}",
+            number(c.first.value(report.sweep.metric.name)),
+        ]
+        for c in report.confirmed
+    ]
+    return {"header": header, "rows": rows, "left_out": 0}
+
+
+def failures(report: Report) -> list[tuple[str, str, str]]:
+    """Trials that did not complete: which, how, why."""
+    lost = [e for e in report.sweep.entries if e.state in ("failed", "diverged", "stopped", "crashed")]
+    return [(report.label(e), e.state, e.record.message or "no reason was recorded") for e in lost]
+
+
+def costs(report: Report) -> list[tuple[str, str]]:
+    """What the sweep took."""
+    entries = report.sweep.entries
+    hours = sum(e.record.seconds for e in entries) / 3600
+    wasted = sum(e.record.seconds for e in entries if not e.rank) / 3600
+    tokens = sum(e.metrics.get("train/num_tokens", 0) for e in entries)
+    found = [("device-hours", f"{hours:.3f}, of which {wasted:.3f} in trials that have no result")]
+    if report.completed:
+        found.append(
+            ("a completed trial", f"{sum(e.record.seconds for e in report.completed) / len(report.completed):.0f} s")
+        )
+    if tokens:
+        found.append(("tokens trained on", f"{tokens:,.0f}"))
+    return found
+
+
+def latents(report: Report, across: SiteAcrossTrials, number_: int) -> dict[str, Any]:
+    """One site's part of the page."""
+    best, similar = across.sites[0], figures.similarity(across, report)
+    rows = [
+        {
+            "name": figures.latent_name(i, across),
+            "link": best.link(i),
+            "moved": f"{best.moved[i]:+.4f}",
+            "share": f"{best.share[i]:.1%}",
+            "before": f"{best.before[i]:.1%}",
+            "after": f"{best.after[i]:.1%}",
+        }
+        for i in best.top(LATENTS)
+    ]
+    return {
+        "layer": best.layer,
+        "trial": report.label(across.entries[0]),
+        "d_sae": best.d_sae,
+        "moved": int((best.moved != 0).sum()),
+        "norm": f"{best.norm:.3g}",
+        "tokens": best.tokens,
+        "rows": rows,
+        "shares": as_html(figures.shares(across), f"shares-{number_}") if rows else "",
+        "similarity": as_html(similar, f"similarity-{number_}") if similar else "",
+        "compared": len(across.entries),
+        "at_most": COMPARED,
+        "agreed": [
+            {"name": figures.latent_name(a.latent, across), "link": best.link(a.latent), "up": a.up, "down": a.down,
+             "share": f"{a.share:.1%}"} for a in across.agreed
+        ],
+    }  # fmt: skip

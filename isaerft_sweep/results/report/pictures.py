@@ -1,0 +1,137 @@
+"""Figures for papers: PNGs by matplotlib, one idea each, readable in print and in grey."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from isaerft_sweep.results.axes import Axis, show_value
+from isaerft_sweep.results.leaderboard import short_name
+from isaerft_sweep.results.report.figures import COLORS, LEADERS, OTHERS, SHARES, latent_name
+from isaerft_sweep.results.report.gather import Report
+
+DPI = 200
+SIZE_IN = (6.0, 3.8)
+
+Draw = Callable[[Any, Report], bool]
+"""Draws on axes; False when there is nothing to draw."""
+
+
+def write_pictures(report: Report, folder: Path) -> list[Path]:
+    """Write every picture that there is something to draw for."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, draw in PICTURES.items():
+        figure = Figure(figsize=SIZE_IN, layout="constrained")
+        path = folder / f"{name}.png"
+        if draw(figure.subplots(), report):
+            figure.savefig(path, dpi=DPI)
+            written.append(path)
+        else:
+            path.unlink(missing_ok=True)  # an older report's
+    return written
+
+
+def _map(ax: Any, report: Report) -> bool:
+    if not report.axes or not report.completed:
+        return False
+    x, y = report.axes[0], (report.axes[1] if len(report.axes) > 1 else None)
+    metric, entries = report.sweep.metric.name, report.completed[::-1]
+    values = [e.value(metric) for e in entries]
+    colormap = "viridis" if report.sweep.metric.goal == "maximize" else "viridis_r"
+    across = [x.place(e.params[x.key]) for e in entries]
+    up = [y.place(e.params[y.key]) for e in entries] if y else values
+    points = ax.scatter(across, up, c=values, cmap=colormap, s=60, edgecolors="#444", linewidths=0.6, zorder=3)
+    ax.scatter(across[-1:], up[-1:], s=220, facecolors="none", edgecolors="black", linewidths=1.4, zorder=4, label="best")
+    lost = [e for e in report.sweep.entries if e.state in ("failed", "diverged") and x.key in e.params]
+    if lost and y:
+        places = [x.place(e.params[x.key]) for e in lost], [y.place(e.params[y.key]) for e in lost]
+        ax.scatter(*places, marker="x", c="#c0392b", s=50, label="failed or diverged")
+    ax.figure.colorbar(points, ax=ax, label=short_name(metric))
+    _scale(ax.xaxis, ax.set_xscale, ax.set_xlabel, x)
+    if y:
+        _scale(ax.yaxis, ax.set_yscale, ax.set_ylabel, y)
+    else:
+        ax.set_ylabel(metric)
+    ax.legend(loc="best", fontsize=8, framealpha=0.8)
+    return True
+
+
+def _curves(ax: Any, report: Report) -> bool:
+    found = report.curves.get(report.sweep.metric.name) or report.curves.get("train/loss")
+    if not found:
+        return False
+    name = next(n for n, curves in report.curves.items() if curves is found)
+    leaders = [e for e in report.completed if e.record.index in found][:LEADERS]
+    named = {e.record.index for e in leaders}
+    for index, curve in found.items():
+        if index not in named:
+            ax.plot(curve.steps, curve.values, color=OTHERS, linewidth=0.8)
+    for i, entry in enumerate(leaders):
+        curve = found[entry.record.index]
+        style = {"color": COLORS[i % len(COLORS)], "marker": "o" if len(curve.steps) < 40 else None, "markersize": 3}
+        ax.plot(curve.steps, curve.values, label=report.label(entry), linewidth=1.4, **style)
+    ax.set_xlabel("step")
+    ax.set_ylabel(name)
+    if leaders:
+        ax.legend(fontsize=7, framealpha=0.8)
+    return True
+
+
+def _importance(ax: Any, report: Report) -> bool:
+    if report.importance is None:
+        return False
+    ordered = sorted(report.importance.shares.items(), key=lambda item: item[1])
+    ax.barh([key for key, _ in ordered], [share for _, share in ordered], color=COLORS[0])
+    ax.set_xlabel(f"share (PED-ANOVA, best {report.importance.good} of {report.importance.trials} trials)")
+    ax.set_xlim(0, 1)
+    return True
+
+
+def _latents(ax: Any, report: Report) -> bool:
+    if not report.latents:
+        return False
+    across = report.latents[0]
+    site = across.sites[0]
+    top = site.top(SHARES)[::-1]
+    colors = [COLORS[0] if site.moved[i] > 0 else COLORS[1] for i in top]
+    ax.barh([latent_name(i, across) for i in top], 100 * site.share[top], color=colors)
+    ax.tick_params(axis="y", labelsize=7)
+    ax.set_xlabel(f"share of the steering vector, % (layer {site.layer}, best trial)")
+    return bool(top)
+
+
+def _similarity(ax: Any, report: Report) -> bool:
+    if not report.latents or len(report.latents[0].entries) < 2:
+        return False
+    across = report.latents[0]
+    image = ax.imshow(across.cosines, vmin=-1, vmax=1, cmap="RdBu_r")
+    names = [f"#{entry.record.index + 1}" for entry in across.entries]
+    ax.set_xticks(np.arange(len(names)), names, fontsize=7, rotation=90)
+    ax.set_yticks(np.arange(len(names)), names, fontsize=7)
+    ax.figure.colorbar(image, ax=ax, label="cosine of steering vectors, best trials first")
+    return True
+
+
+def _scale(axis: Any, set_scale: Any, set_label: Any, parameter: Axis) -> None:
+    set_label(parameter.label)
+    if parameter.kind == "log":
+        set_scale("log")
+    ticks = range(len(parameter.values)) if parameter.kind == "category" else parameter.ticks
+    words = parameter.values if parameter.kind == "category" else parameter.ticks
+    if words:
+        axis.set_ticks(list(ticks), [show_value(word) for word in words])
+        axis.set_ticks([], minor=True)
+
+
+PICTURES: dict[str, Draw] = {
+    "space": _map,
+    "curves": _curves,
+    "importance": _importance,
+    "latents": _latents,
+    "similarity": _similarity,
+}

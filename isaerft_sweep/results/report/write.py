@@ -1,0 +1,42 @@
+"""From a sweep to its report's files."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from isaerft_sweep.errors import FolderError
+from isaerft_sweep.journal.files import write_text
+from isaerft_sweep.results.reading import ReadSweep
+
+
+def write_report(sweep: ReadSweep, out: Path | None = None, labels: Path | None = None) -> tuple[Path, list[Path]]:
+    """Write the page and the pictures; returns their paths.
+
+    Args:
+        sweep: running or ended.
+        out: the folder for both; None: the sweep's own, or for a sweep of W&B ``report-NAME`` in the current folder.
+        labels: a file of labels for the SAE's latents; see ``results/latents.py``.
+
+    Raises FolderError when plotly or matplotlib are not installed or the folder cannot be written.
+    """
+    try:
+        from isaerft_sweep.results.report.gather import gather
+        from isaerft_sweep.results.report.page import render
+        from isaerft_sweep.results.report.pictures import write_pictures
+    except ImportError as error:
+        raise FolderError(
+            f"a report needs the extra 'report', but {error.name} is not installed: pip install 'isaerft-sweep[report]'"
+        ) from error
+    folder = out or (sweep.folder.path if sweep.folder else Path(f"report-{re.sub(r'[^A-Za-z0-9._-]+', '-', sweep.name)}"))
+    report = gather(sweep, labels)
+    page = render(report)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "report.html", page)
+        pictures = write_pictures(report, folder / "figures")
+    except OSError as error:
+        raise FolderError(
+            f"the report cannot be written to {folder} ({error.strerror}). Choose another: --out DIR."
+        ) from error
+    return folder / "report.html", pictures
