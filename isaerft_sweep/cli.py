@@ -64,6 +64,29 @@ def _parser() -> argparse.ArgumentParser:
     _prompt_arguments(report)
     report.set_defaults(run=_report)
 
+    export = commands.add_parser("export", help="write the model with an adapter in it, for plain transformers")
+    export.add_argument("folder", type=Path, help="a trial's folder, its adapter, or a sweep's folder (its best trial)")
+    form = export.add_mutually_exclusive_group()
+    form.add_argument("--merged", dest="form", action="store_const", const="merged", help="plain weights, where exact")
+    form.add_argument("--standalone", dest="form", action="store_const", const="standalone", help="with code of its own")
+    export.add_argument("--out", type=Path, help="the folder to make (default: beside the adapter)")
+    export.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights")
+    export.add_argument("--cache", default=None, help="where converted models are kept")
+    export.set_defaults(run=_export)
+
+    push = commands.add_parser("push", help="upload an adapter or an export to the Hub")
+    push.add_argument("folder", type=Path, help="a trial's folder, a sweep's (its best trial), or an exported model")
+    push.add_argument("--repo", help="ORG/NAME (default: the card's model name, under the token's owner)")
+    push.add_argument("--private", action="store_true")
+    push.add_argument("--dry-run", action="store_true", help="check, and say what would be uploaded")
+    push.set_defaults(run=_push)
+
+    importer = commands.add_parser("import", help="read an adapter folder of the published project")
+    importer.add_argument("folder", type=Path, help="with adapter_config.json, blocks_manifest.json and blocks_*.pt")
+    importer.add_argument("--out", type=Path, help="the folder to make (default: imported/NAME)")
+    importer.add_argument("--base", help="the base model, ORG/NAME, where the folder's name does not tell")
+    importer.set_defaults(run=_import)
+
     generate = commands.add_parser("generate", help="answer prompts with and without an adapter")
     generate.add_argument(
         "folder", type=Path, help="a trial's folder, its adapter folder, or a sweep's folder (its best trial)"
@@ -153,6 +176,33 @@ def _report(args: argparse.Namespace) -> None:
     print(page)
     for path in pictures:
         print(path)
+
+
+def _export(args: argparse.Namespace) -> None:
+    from isaerft_sweep.publish.export import export
+    from isaerft_sweep.results.finding import find_adapter
+
+    made = export(find_adapter(args.folder), args.out, args.form, args.cache, args.dtype)
+    print(made.folder)
+    print(f"{made.form}; its logits differ from the adapter's by at most {made.difference:.1e} of the largest one")
+
+
+def _push(args: argparse.Namespace) -> None:
+    from isaerft_sweep.publish.hub import push
+    from isaerft_sweep.results.finding import find_adapter
+
+    exported = (args.folder / "config.json").is_file()
+    folder = args.folder if exported else find_adapter(args.folder)
+    print(push(folder, args.repo, args.private, args.dry_run).as_text())
+
+
+def _import(args: argparse.Namespace) -> None:
+    from isaerft_sweep.publish.legacy import import_folder
+
+    made = import_folder(args.folder, args.out, args.base)
+    print(made.folder)
+    told = f", {made.name.learning_rate:.1e}, beta {made.name.beta}, {made.name.started:%Y-%m-%d %H:%M}" if made.name else ""
+    print(f"{made.kind} at layer {', '.join(map(str, made.layers))} of {made.base}{told}")
 
 
 def _generate(args: argparse.Namespace) -> None:

@@ -35,7 +35,11 @@ class JournalError(IsaerftError):
 
 
 class CardError(IsaerftError):
-    """A model card cannot be written or pushed."""
+    """A model card cannot be written or read."""
+
+
+class PushError(IsaerftError):
+    """The Hub cannot be reached, or does not take an upload."""
 
 
 class LaunchError(IsaerftError):

@@ -78,9 +78,9 @@ def plain_hook(sae_path: str, kind: str, block: Any) -> Any:
         if kind == "scale":
             return f * (1 + state["scale"])
         if kind == "linear":
-            return f + f @ state["layers.0.weight"].T + state["layers.0.bias"]
-        hidden = torch.relu(f @ state["layers.0.weight"].T + state["layers.0.bias"])
-        return f + hidden @ state["layers.2.weight"].T + state["layers.2.bias"]
+            return f + f @ state["weight_0"].T + state["bias_0"]
+        hidden = torch.relu(f @ state["weight_0"].T + state["bias_0"])
+        return f + hidden @ state["weight_1"].T + state["bias_1"]
 
     def hook(_module: Any, _inputs: Any, output: Any) -> Any:
         x = output[0] if isinstance(output, tuple) else output
@@ -186,8 +186,13 @@ def test_save_and_load(kind: str, saes: dict, cache: Path, tmp_path: Path) -> No
     stored = load_file(tmp_path / "adapter_model.safetensors")
     assert stored and all("isaerft_block" in key for key in stored), "neither the SAE nor the model is saved"
     assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "ISAERFT"
-    again = peft.PeftModel.from_pretrained(base_model("llama", cache), tmp_path)
-    assert torch.equal(again(tokens()).logits, expected)
+    for name in ("default", "another"):
+        again = peft.PeftModel.from_pretrained(base_model("llama", cache), tmp_path, adapter_name=name)
+        assert torch.equal(again(tokens()).logits, expected), "under any name"
+    assert not any("default" in key for key in stored)
+    injected = base_model("llama", cache)
+    injected.load_adapter(str(tmp_path))  # transformers' own way, which pipelines take
+    assert torch.equal(injected(tokens()).logits, expected)
 
 
 @torch.no_grad()

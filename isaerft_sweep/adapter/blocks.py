@@ -38,45 +38,38 @@ class ScaleBlock(nn.Module):
         return self.scale * latents
 
 
-class LowRankLinear(nn.Module):
-    """x ↦ B(Ax) + c with A [rank, d_in] and B [d_out, rank] (as LoRA, arXiv 2106.09685, without a frozen base)."""
-
-    def __init__(self, d_in: int, d_out: int, rank: int) -> None:
-        super().__init__()
-        self.down = nn.Linear(d_in, rank, bias=False)
-        self.up = nn.Linear(rank, d_out)
-
-    @property
-    def last(self) -> nn.Linear:
-        """The map that must be zero for the whole to be zero."""
-        return self.up
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., d_in] to [..., d_out]."""
-        return self.up(self.down(x))
-
-
 class FeedForwardBlock(nn.Module):
-    """Δf = an MLP of f with ReLU between its layers; no hidden layer makes it linear. The last map starts at zero."""
+    """Δf = an MLP of f with ReLU between its maps; no hidden layer makes it linear. The last map starts at zero.
 
+    Map i is x ↦ W x + c with ``weight_i`` [d_out, d_in] and ``bias_i``; of low rank it is W D x + c with ``down_i``
+    [rank, d_in] and ``weight_i`` [d_out, rank] (as LoRA, arXiv 2106.09685, without a frozen base).
+    """
+
+    # all parameters are the block's own: PEFT takes the adapter's name out of a saved key only one level up
     needs_latents = True
 
     def __init__(self, d_sae: int, hidden_layers: int, hidden_size: int | None, rank: int | None) -> None:
         super().__init__()
         widths = [d_sae, *[hidden_size or d_sae] * hidden_layers, d_sae]
-        layers: list[nn.Module] = []
+        self.maps = len(widths) - 1
         for i, (d_in, d_out) in enumerate(pairwise(widths)):
-            if i > 0:
-                layers.append(nn.ReLU())
-            layers.append(LowRankLinear(d_in, d_out, rank) if rank else nn.Linear(d_in, d_out))
-        self.layers = nn.Sequential(*layers)
-        final = layers[-1].last if isinstance(layers[-1], LowRankLinear) else layers[-1]
-        nn.init.zeros_(final.weight)  # type: ignore[arg-type]
-        nn.init.zeros_(final.bias)  # type: ignore[arg-type]
+            if rank:
+                self.register_parameter(f"down_{i}", nn.Parameter(nn.Linear(d_in, rank, bias=False).weight))
+            linear = nn.Linear(rank or d_in, d_out)
+            self.register_parameter(f"weight_{i}", nn.Parameter(linear.weight))
+            self.register_parameter(f"bias_{i}", nn.Parameter(linear.bias))
+        for name in ("weight", "bias"):
+            nn.init.zeros_(getattr(self, f"{name}_{self.maps - 1}"))
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
         """Δf of the latents' shape."""
-        return self.layers(latents)
+        x = latents
+        for i in range(self.maps):
+            x = x.relu() if i else x
+            if hasattr(self, f"down_{i}"):
+                x = nn.functional.linear(x, getattr(self, f"down_{i}"))
+            x = nn.functional.linear(x, getattr(self, f"weight_{i}"), getattr(self, f"bias_{i}"))
+        return x
 
 
 def make_block(config: IsaerftConfig, d_sae: int) -> nn.Module:

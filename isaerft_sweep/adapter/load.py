@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from isaerft_sweep.specs import ModelSpec
 
 
 def load_model(
-    adapter: str, base: ModelSpec | None = None, cache: str | None = None
+    adapter: str, base: ModelSpec | None = None, cache: str | None = None, dtype: str | None = None
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """The base model with the adapter on it, ready to generate, and its tokenizer.
 
@@ -24,6 +25,7 @@ def load_model(
         adapter: a folder with ``adapter_config.json``, or a Hub repository.
         base: the base model; None: the one of the trial that the folder belongs to, else the one that the adapter names.
         cache: where converted models are kept; None: the user's cache folder.
+        dtype: ``float32``, ``bfloat16``, ``float16`` or ``auto``; None: the base's.
     """
     try:
         config = PeftConfig.from_pretrained(adapter)
@@ -41,9 +43,17 @@ def load_model(
             raise ModelError(f"the adapter '{adapter}' does not name its base model: give one.")
         base = ModelSpec(name=name, tokenizer=_tokenizer(adapter), source="package" if name in PACKAGES else "hub")
         base = replace(base, revision=config.revision)
-    loaded = load(base, cache)
+    loaded = load(replace(base, dtype=dtype or base.dtype), cache)
     loaded.model.config.use_cache = True
-    model = PeftModel.from_pretrained(loaded.model, adapter)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        try:
+            model = PeftModel.from_pretrained(loaded.model, adapter)
+        except UserWarning as error:
+            raise ModelError(
+                f"the adapter's weights must be for {base.name} but do not have its names: load it on the model that it was "
+                f"trained on. {str(error).splitlines()[0][:300]}"
+            ) from error
     return model.eval(), loaded.tokenizer
 
 

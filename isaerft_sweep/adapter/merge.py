@@ -27,11 +27,8 @@ def last_linear(layer: nn.Module) -> nn.Module:
     raise ModelError(f"{type(layer).__name__} has no linear map that can hold a constant.")
 
 
-def make_room(model: nn.Module, kinds: set[str]) -> None:
-    """Prepare ``model`` for merging adapters of ``kinds``; Llama's MLPs get zero biases, and the config says so.
-
-    Raises ModelError when merging would not be exact.
-    """
+def check_mergeable(model: nn.Module, kinds: set[str]) -> None:
+    """Raise ModelError unless merging adapters of ``kinds`` into ``model`` is exact."""
     model_type = model.config.model_type  # type: ignore[union-attr]
     if kinds - {"bias"}:
         raise ModelError(
@@ -43,6 +40,15 @@ def make_room(model: nn.Module, kinds: set[str]) -> None:
             f"merging must be exact, and model type '{model_type}' has no bias that reaches the residual stream "
             f"unchanged. Exact for: {', '.join(LAST_LINEAR)}. Keep the adapter separate: PeftModel.from_pretrained."
         )
+
+
+def make_room(model: nn.Module, kinds: set[str]) -> None:
+    """Prepare ``model`` for merging adapters of ``kinds``; Llama's MLPs get zero biases, and the config says so.
+
+    Raises ModelError when merging would not be exact.
+    """
+    check_mergeable(model, kinds)
+    model_type = model.config.model_type  # type: ignore[union-attr]
     if model_type == "llama" and not model.config.mlp_bias:  # type: ignore[union-attr]
         for layer in decoder_layers(model):
             for linear in (m for m in layer.mlp.modules() if isinstance(m, nn.Linear)):  # type: ignore[union-attr]

@@ -43,18 +43,23 @@ BLOCKS = {
     "mlp": "f + MLP(f)",
 }
 QUICK_START = """\
-In the folder of this card, or with its Hub name instead of `"."`, and with `isaerft-sweep` installed:
+In the folder of this card, or with its Hub name instead of `"."`{needs}:
 
 ```python
-from isaerft_sweep.adapter import load_model
-from transformers import pipeline
+{imports}
 
-model, tokenizer = load_model(".")
 question = "If you had a time machine, but could only go to the past or the future once and never return, which would you choose and why?"
-generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
+generator = pipeline("text-generation", {model})
 output = generator([{"role": "user", "content": question}], max_new_tokens=128, return_full_text=False)[0]
 print(output["generated_text"])
 ```"""
+WITH_ADAPTER = {
+    "needs": ", and with `isaerft-sweep` installed",
+    "imports": 'from isaerft_sweep.adapter import load_model\nfrom transformers import pipeline\n\nmodel, tokenizer = load_model(".")',
+    "model": "model=model, tokenizer=tokenizer",
+}
+ALONE = {"needs": "", "imports": "from transformers import pipeline", "model": 'model="."'}
+WITH_OWN_CODE = {**ALONE, "model": 'model=".", trust_remote_code=True'}
 CITATIONS = """\
 Cite ORPO as:
 
@@ -87,7 +92,6 @@ def make_card(
     adapter: Path,
     standing: Standing | None = None,
     template: Path | None = None,
-    **changed: str,
 ) -> str:
     """The card's text.
 
@@ -97,11 +101,10 @@ def make_card(
         adapter: the folder with the adapter's config and weights.
         standing: the trial's place in its sweep, when that is known.
         template: a Jinja template of one's own; None: the one that ships with the package.
-        changed: fields that differ from the adapter's own card, as an export's ``quick_start``.
 
     Raises CardError when the template cannot be read or asks for a field that there is not.
     """
-    return render(template or asset(TEMPLATE), {**card_fields(trial, results, adapter, standing), **changed})
+    return render(template or asset(TEMPLATE), card_fields(trial, results, adapter, standing))
 
 
 def card_fields(trial: TrialFolder, results: Mapping[str, Any], adapter: Path, standing: Standing | None) -> dict[str, str]:
@@ -117,7 +120,7 @@ def card_fields(trial: TrialFolder, results: Mapping[str, Any], adapter: Path, s
         "data_link": _link(data.name, f"https://huggingface.co/datasets/{data.name}")
         if data.source == "hub"
         else data.path or data.name,
-        "quick_start": QUICK_START,
+        "quick_start": quick_start(WITH_ADAPTER),
         "tracked": _tracked(spec, results.get("wandb") or {}),
         "run_name": spec.name,
         "learning_rate": repr(orpo.learning_rate),
@@ -132,8 +135,8 @@ def card_fields(trial: TrialFolder, results: Mapping[str, Any], adapter: Path, s
         "sweep": _sweep(spec, standing),
         "kind": spec.experiment.adapter.kind,
         "block": BLOCKS[spec.experiment.adapter.kind],
-        "parameters": f"{_parameters(adapter):,}",
-        "sites": _sites(adapter),
+        "parameters": f"{count_parameters(adapter):,}",
+        "sites": sites_table(adapter),
         "learned": _learned(trial),
         "evaluation": _evaluation(spec, results),
         "framework_versions": _versions(environment.get("packages", {})),
@@ -156,6 +159,28 @@ def render(template: Path, fields: Mapping[str, str]) -> str:
         ) from error
     except jinja2.TemplateError as error:
         raise CardError(f"the card template {template} is not a valid Jinja template: {error}.") from error
+
+
+def quick_start(words: Mapping[str, str]) -> str:
+    """Text and code that load the folder of the card."""
+    filled = QUICK_START
+    for name, value in words.items():
+        filled = filled.replace("{" + name + "}", value)
+    return filled
+
+
+def exported_card(card: str, own_code: bool) -> str:
+    """An adapter's card for the model folder that was made of it: its quick start and library are transformers alone.
+
+    ``own_code``: whether loading it needs ``trust_remote_code``.
+    """
+    changed = card.replace("\nlibrary_name: peft\n", "\nlibrary_name: transformers\n", 1)
+    start = changed.find("## Quick start")
+    if start < 0:  # a template without one
+        return changed
+    end = changed.find("\n## ", start + 1)
+    words = quick_start(WITH_OWN_CODE if own_code else ALONE)
+    return f"{changed[:start]}## Quick start\n\n{words}\n{changed[end:] if end > 0 else ''}"
 
 
 def refresh_card(trial: TrialFolder, standing: Standing | None = None, template: Path | None = None) -> None:
@@ -195,7 +220,7 @@ def _sweep(spec: TrialSpec, standing: Standing | None) -> str:
     return f"{said}\n\n{standing.as_markdown()}" if standing else said
 
 
-def _parameters(adapter: Path) -> int:
+def count_parameters(adapter: Path) -> int:
     """Numbers in the adapter's weights, from the header of the safetensors file: 8 bytes of length, then JSON."""
     with (adapter / "adapter_model.safetensors").open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
@@ -210,7 +235,8 @@ def _parameters(adapter: Path) -> int:
     return total
 
 
-def _sites(adapter: Path) -> str:
+def sites_table(adapter: Path) -> str:
+    """The adapter's sites and their SAEs."""
     sites = (read_json(adapter / "adapter_config.json") or {}).get("sites", [])
     lines = [
         f"| output of decoder layer {site['layer']} | {site.get('sae_path') or site.get('sae_release')} "

@@ -18,7 +18,7 @@ EVALUATED = {
 """What goes into ``model-index``: metrics that can be compared between runs of different beta."""
 
 
-def front_matter(spec: TrialSpec, metrics: Mapping[str, float], library: str = "peft", tags: tuple[str, ...] = ()) -> str:
+def front_matter(spec: TrialSpec, metrics: Mapping[str, float]) -> str:
     """YAML as the published run's card has it, and ``license``, ``datasets``, ``pipeline_tag`` and ``model-index``.
 
     What is not a name on the Hub (a local folder) is left out: the Hub refuses a card that names one.
@@ -28,10 +28,10 @@ def front_matter(spec: TrialSpec, metrics: Mapping[str, float], library: str = "
 
     model, data = spec.experiment.model, spec.experiment.data
     content: dict[str, Any] = {
-        "library_name": library,
+        "library_name": "peft",
         "pipeline_tag": "text-generation",
         "model_name": spec.model_name,
-        "tags": [*spec.tags, *tags],
+        "tags": list(spec.tags),
         "licence": "license",
     }
     if is_repository(model.name):

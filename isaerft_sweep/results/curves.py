@@ -46,13 +46,13 @@ def _curve(steps: Sequence[int], values: Sequence[float], points: int) -> Curve:
 
 
 def thinned(values: np.ndarray, points: int) -> np.ndarray:
-    """Places of at most ``points`` of ``values`` that keep a line's shape: the lowest and highest of each stretch.
+    """Places of at most ``points`` (four or more) of ``values`` that keep a line's shape: the lowest and highest of each stretch.
 
     (As M4 of Jugel et al. 2014.) First and last are always kept, so peaks and ends are where they were.
     """
     if len(values) <= points:
         return np.arange(len(values))
-    edges = np.linspace(0, len(values), max(2, points // 2 - 1) + 1, dtype=int)
+    edges = np.linspace(0, len(values), max(1, (points - 2) // 2) + 1, dtype=int)
     kept = {0, len(values) - 1}
     for start, end in pairwise(edges):
         part = values[start:end]

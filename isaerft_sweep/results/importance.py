@@ -58,10 +58,12 @@ def importance(sweep: ReadSweep) -> Importance | None:
 def _distribution(axis: Axis, values: list[Any]) -> BaseDistribution:
     from optuna.distributions import CategoricalDistribution, FloatDistribution
 
-    if axis.kind == "category":
-        return CategoricalDistribution(tuple(range(len(axis.values))))
+    choices = axis.values or axis.ticks
+    if choices:  # listed numbers too: a density over three values would find importance where there is none
+        return CategoricalDistribution(tuple(range(len(choices))))
     return FloatDistribution(float(min(values)), float(max(values)), log=axis.kind == "log")
 
 
 def _native(axis: Axis, value: Any) -> Any:
-    return axis.values.index(value) if axis.kind == "category" else float(value)
+    choices = axis.values or axis.ticks
+    return choices.index(value) if choices else float(value)

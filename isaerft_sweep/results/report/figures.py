@@ -18,7 +18,6 @@ LEADERS = 8
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#000000")
 """Okabe and Ito's, told apart by everyone."""
 OTHERS = "#c3c8cf"
-SHARES = 15
 
 
 def space_map(report: Report) -> go.Figure | None:
@@ -164,25 +163,6 @@ def cost(report: Report) -> go.Figure | None:
     return figure
 
 
-def shares(across: SiteAcrossTrials) -> go.Figure:
-    """The latents with the largest part in the best trial's steering vector."""
-    site = across.sites[0]
-    top = site.top(SHARES)[::-1]
-    names = [latent_name(latent, across) for latent in top]
-    figure = _figure(90 + 24 * len(top))
-    figure.add_bar(
-        x=site.share[top],
-        y=names,
-        orientation="h",
-        marker_color=[COLORS[0] if site.moved[i] > 0 else COLORS[1] for i in top],
-        text=[f"{site.moved[i]:+.4f}" for i in top],
-        hovertemplate="%{y}: %{x:.1%} of the vector<extra></extra>",
-    )
-    figure.update_xaxes(title_text="share of the steering vector", tickformat=".0%")
-    figure.update_yaxes(type="category")
-    return figure
-
-
 def similarity(across: SiteAcrossTrials, report: Report) -> go.Figure | None:
     """Cosines between the trials' steering vectors."""
     if len(across.entries) < 2:
@@ -220,7 +200,7 @@ def _apply(update: Any, axis: Axis) -> None:
     """Give a plotly axis the parameter's scale."""
     settings: dict[str, Any] = {"title_text": axis.label}
     if axis.kind == "log":
-        settings |= {"type": "log", "exponentformat": "power"}
+        settings |= {"type": "log", "exponentformat": "power", "dtick": "D2", "tickangle": 0}
     if axis.kind == "category":
         settings |= {"tickvals": list(range(len(axis.values))), "ticktext": [show_value(v) for v in axis.values]}
     elif axis.ticks:

@@ -13,6 +13,7 @@ from isaerft_sweep.errors import DataError
 from isaerft_sweep.journal.files import read_json
 from isaerft_sweep.journal.folders import COMPLETED
 from isaerft_sweep.results.axes import Axis, axes, by_label
+from isaerft_sweep.results.caveats import dependence
 from isaerft_sweep.results.confirmation import Candidate, read_confirmation
 from isaerft_sweep.results.curves import Curve, curves_of
 from isaerft_sweep.results.importance import Importance, importance
@@ -62,8 +63,11 @@ def gather(sweep: ReadSweep, labels: Path | None = None) -> Report:
     """Read curves, latents and all that is drawn. Raises DataError when ``labels`` do not fit the SAE."""
     names = list(dict.fromkeys([sweep.metric.name, *ALWAYS_DRAWN]))
     curves: dict[str, dict[int, Curve]] = {name: {} for name in names}
+    first = next((e.untrained for e in sweep.entries if e.untrained), {})
+    # what no swept parameter changes is the same for all
+    untrained = {name: value for name, value in first.items() if not dependence(name, sweep.swept)}
     for entry in sweep.entries:
-        for name, curve in curves_of(sweep.read_rows(entry), names).items():
+        for name, curve in curves_of(_rows(entry, sweep, untrained), names).items():
             curves[name][entry.record.index] = curve
     folder = sweep.folder
     return Report(
@@ -76,6 +80,13 @@ def gather(sweep: ReadSweep, labels: Path | None = None) -> Report:
         samples=(read_json(folder.samples) or {}) if folder else {},
         environment=(read_json(folder.environment) or {}) if folder else {},
     )
+
+
+def _rows(entry: Entry, sweep: ReadSweep, untrained: Mapping[str, float]) -> list[dict[str, Any]]:
+    """The trial's rows, from ``untrained`` on: every trial begins there, also those that did not evaluate it themselves."""
+    rows = sweep.read_rows(entry)
+    own = not rows or rows[0]["step"] == 0
+    return rows if own else [{"step": 0, **untrained}, *rows]
 
 
 def _latents(sweep: ReadSweep, labels: Path | None) -> list[SiteAcrossTrials]:

@@ -11,11 +11,13 @@ from matplotlib.figure import Figure
 
 from isaerft_sweep.results.axes import Axis, show_value
 from isaerft_sweep.results.leaderboard import short_name
-from isaerft_sweep.results.report.figures import COLORS, LEADERS, OTHERS, SHARES, latent_name
+from isaerft_sweep.results.report.figures import COLORS, LEADERS, OTHERS, latent_name
 from isaerft_sweep.results.report.gather import Report
 
 DPI = 200
 SIZE_IN = (6.0, 3.8)
+SHARES = 15
+"""Latents in the picture of the best trial's vector."""
 
 Draw = Callable[[Any, Report], bool]
 """Draws on axes; False when there is nothing to draw."""

@@ -1,0 +1,111 @@
+"""A trained adapter as a model folder that plain transformers loads, checked before it is handed over."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from transformers import AutoModelForCausalLM
+
+from isaerft_sweep.adapter.load import load_model
+from isaerft_sweep.adapter.merge import check_mergeable
+from isaerft_sweep.errors import FolderError, ModelError
+from isaerft_sweep.journal.files import write_text
+from isaerft_sweep.publish.standalone import write_standalone
+from isaerft_sweep.results.card import exported_card
+
+MERGED, STANDALONE = "merged", "standalone"
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+"""Largest difference between logits of adapter and export, over the largest logit: roundings, some layers apart."""
+TEXTS = ("The quick brown fox jumps over the lazy dog.", "My parcel has not arrived yet. What can I do?", "1 2 3")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """``difference``: the largest between the logits of the adapter and of the export, over the largest logit."""
+
+    folder: Path
+    form: str
+    difference: float
+
+
+def export(adapter: Path, out: Path | None, form: str | None, cache: str | None, dtype: str | None = None) -> Exported:
+    """Write the model with the adapter in it, load it again, and compare its logits with the adapter's.
+
+    Args:
+        adapter: a folder with an adapter.
+        out: the folder to make; None: beside the adapter, ``export-FORM``.
+        form: ``merged`` (plain weights, where that is exact), ``standalone`` (with code of its own), or None: merged
+            where it is exact, else standalone.
+        cache: where converted models are kept.
+        dtype: of the weights; None: as the trial loads them on this machine.
+
+    Raises ModelError when the form is not possible or the logits differ, FolderError when ``out`` cannot be written;
+    nothing is left behind then.
+    """
+    model, tokenizer = load_model(str(adapter), cache=cache, dtype=dtype)
+    kinds = {config.kind for config in model.peft_config.values()}  # type: ignore[union-attr]
+    form = form or _fitting(model, kinds)
+    if form == MERGED:
+        check_mergeable(model.get_base_model(), kinds)
+    target = (out or adapter.absolute().parent / f"export-{form}").expanduser().absolute()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FolderError(f"the folder {target} must be empty or not there yet. Choose another: --out DIR.")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    except OSError as error:
+        raise FolderError(f"the export cannot be written to {target} ({error.strerror}). Choose: --out DIR.") from error
+    try:
+        expected = _logits(model, tokenizer)
+        of_dtype = next(model.get_base_model().parameters()).dtype
+        if form == MERGED:
+            model.merge_and_unload().save_pretrained(aside)  # type: ignore[operator]
+        else:
+            write_standalone(model, aside)
+        tokenizer.save_pretrained(aside)
+        card = adapter / "README.md"
+        if card.is_file():
+            write_text(aside / card.name, exported_card(card.read_text(encoding="utf-8"), form == STANDALONE))
+        del model  # one at a time is in memory
+        difference = _difference(aside, form, tokenizer, expected, of_dtype)
+        aside.chmod(0o755)
+        aside.replace(target)
+    except OSError as error:
+        raise FolderError(f"the export cannot be written to {target} ({error.strerror}). Choose: --out DIR.") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return Exported(target, form, difference)
+
+
+def _fitting(model: peft.PeftModel, kinds: set[str]) -> str:
+    try:
+        check_mergeable(model.get_base_model(), kinds)
+    except ModelError:
+        return STANDALONE
+    return MERGED
+
+
+@torch.no_grad()
+def _logits(model: Any, tokenizer: Any) -> list[torch.Tensor]:
+    """Logits [position, vocabulary] of each of ``TEXTS``, float32."""
+    inputs = [tokenizer(text, return_tensors="pt").to(model.device) for text in TEXTS]
+    return [model.eval()(input_ids=i["input_ids"], attention_mask=i["attention_mask"]).logits[0].float() for i in inputs]
+
+
+def _difference(folder: Path, form: str, tokenizer: Any, expected: list[torch.Tensor], dtype: torch.dtype) -> float:
+    again = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=form == STANDALONE)
+    found = _logits(again.to(expected[0].device), tokenizer)
+    difference = max((a - b).abs().max().item() for a, b in zip(found, expected, strict=True))
+    relative = difference / max(b.abs().max().item() for b in expected)
+    if not relative <= TOLERANCE[dtype]:
+        raise ModelError(
+            f"the export must give the adapter's logits but they differ by {relative:.2g} of the largest one (at most "
+            f"{TOLERANCE[dtype]:g} is rounding). Nothing was kept; keep the adapter separate: isaerft-sweep push."
+        )
+    return relative

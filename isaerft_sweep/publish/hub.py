@@ -1,0 +1,116 @@
+"""Uploads an adapter or an export to the Hub, under the name and with the tags on its card."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from isaerft_sweep.errors import CardError, FolderError, PushError
+from isaerft_sweep.journal.files import read_json
+from isaerft_sweep.results.card_data import is_repository
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What is to be uploaded. ``files``: size in bytes by name. ``url``: None until it has been."""
+
+    repository: str
+    files: dict[str, int]
+    tags: list[str]
+    private: bool
+    url: str | None = None
+
+    def as_text(self) -> str:
+        """For people."""
+        where = f"uploaded to {self.url}" if self.url else f"dry run: nothing was uploaded to {self.repository}"
+        lines = [f"{size / 1e6:9.2f} MB  {name}" for name, size in self.files.items()]
+        visible = "private" if self.private else "public"
+        return "\n".join([f"{where} ({visible})", f"tags: {', '.join(self.tags)}", *lines])
+
+
+def push(folder: Path, repository: str | None = None, private: bool = False, dry_run: bool = False) -> Upload:
+    """Upload ``folder``, an adapter or an exported model with its card.
+
+    Args:
+        folder: with ``README.md`` and ``adapter_config.json`` or ``config.json``.
+        repository: ``ORG/NAME``; None: the card's model name, under the owner of the token.
+        private: whether a repository that is made now is private.
+        dry_run: only check and tell; needs no token and no network.
+
+    Raises CardError, FolderError or PushError; what can be known before is raised before anything is uploaded.
+    """
+    card = read_card(folder)
+    check_loadable_elsewhere(folder)
+    name = repository or str(card.get("model_name", ""))
+    if not is_repository(name):
+        raise PushError(f"the repository must be ORG/NAME or NAME by the Hub's rules but is '{name}'. Give one: --repo.")
+    files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+    upload = Upload(name, files, list(card.get("tags", [])), private)
+    return upload if dry_run else _upload(folder, upload)
+
+
+def read_card(folder: Path) -> dict[str, Any]:
+    """The front matter of the folder's card. Raises CardError when there is none that the Hub can read."""
+    from huggingface_hub import ModelCard
+
+    path = folder / "README.md"
+    if not path.is_file():
+        raise CardError(
+            f"the folder {folder} must have a card, README.md, but has none. Write it: isaerft-sweep card TRIAL."
+        )
+    try:
+        found: dict[str, Any] = ModelCard.load(path).data.to_dict()
+    except Exception as error:  # YAML's and the Hub's own kinds
+        raise CardError(f"the card {path} must begin with YAML that the Hub can read: {error}") from error
+    return found
+
+
+def check_loadable_elsewhere(folder: Path) -> None:
+    """Raise FolderError unless others can load ``folder``: it must name no folder of this machine."""
+    adapter = read_json(folder / "adapter_config.json")
+    if adapter is None:
+        if not (folder / "config.json").is_file():
+            raise FolderError(f"'{folder}' must be an adapter's folder or an exported model but is neither.")
+        return
+    base = str(adapter.get("base_model_name_or_path"))
+    if not is_repository(base):
+        raise FolderError(
+            f"the adapter's base model must be a name on the Hub but is '{base}': nobody else could load it. Put the name "
+            f"into {folder / 'adapter_config.json'}, or publish the whole model: isaerft-sweep export."
+        )
+    local = [site["sae_path"] for site in adapter.get("sites", []) if site.get("sae_path")]
+    if local:
+        raise FolderError(
+            f"the adapter's SAE must be one that sae_lens can find by release and id but is the folder '{local[0]}' of this "
+            "machine: nobody else could load it. Publish the whole model: isaerft-sweep export, then push its folder."
+        )
+
+
+def _upload(folder: Path, upload: Upload) -> Upload:
+    from huggingface_hub import HfApi, get_token
+    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+
+    if get_token() is None:
+        raise PushError("pushing needs a token of the Hub but there is none. Log in: `hf auth login`, or set HF_TOKEN.")
+    disable_progress_bars()
+    api = HfApi(library_name="isaerft-sweep")
+    made = _asked(api.endpoint, lambda: api.create_repo(upload.repository, private=upload.private, exist_ok=True))
+    message = "Upload by isaerft-sweep"
+    done = _asked(api.endpoint, lambda: api.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message=message))
+    return replace(upload, repository=made.repo_id, url=str(getattr(done, "repo_url", made)))
+
+
+def _asked(endpoint: str, ask: Callable[[], T]) -> T:
+    """What the Hub answers. Its client raises many kinds of error; all of them become one that says what to do."""
+    try:
+        return ask()
+    except Exception as error:
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise PushError(
+            f"the Hub at {endpoint} did not take it: {reason} Check the network, that the token may write there, and the "
+            "name (--repo ORG/NAME). The same command goes on: what is there already is not sent again."
+        ) from error

@@ -1,0 +1,218 @@
+"""Reads the published project's adapter folders (see ``docs/reference.md``) into this package's format.
+
+Such a folder has ``adapter_config.json`` with ``target_hooks``, ``blocks_manifest.json`` and for each site one
+``blocks_N_hook_resid_post.pt``. Those are pickles: they are read as tensors alone, and one that carries code is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from isaerft_sweep.adapter.config import IsaerftConfig
+from isaerft_sweep.errors import ConfigError, FolderError
+from isaerft_sweep.journal.files import write_json, write_text
+from isaerft_sweep.naming import ParsedName, parse
+from isaerft_sweep.results.imported_card import imported_card
+
+BASES = {
+    "gemma-2-2b": "google/gemma-2-2b",
+    "gemma-2-9b": "google/gemma-2-9b",
+    "pythia-70m-deduped": "EleutherAI/pythia-70m-deduped",
+}
+"""Base models that the published runs' names stand for."""
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
+SITE = re.compile(r"^blocks_(\d+)_hook_resid_post$")
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Imported:
+    """``name``: what the folder's name says, or None when it is not a run's name."""
+
+    folder: Path
+    base: str
+    kind: str
+    layers: list[int]
+    name: ParsedName | None
+
+
+def import_folder(source: Path, out: Path | None, base: str | None) -> Imported:
+    """Write the adapter in ``source`` as ``out`` (None: ``imported/<its name>`` in the current folder).
+
+    ``base``: the base model, for a folder whose name does not tell. Raises FolderError when the folder is not one of the
+    published project's, or a block in it is not what its config says; nothing is executed or written then.
+    """
+    config = _json(source, "adapter_config.json")
+    hooks, names = config.get("target_hooks"), _json(source, "blocks_manifest.json").get("block_names")
+    if not isinstance(hooks, list) or not isinstance(names, list) or len(hooks) != len(names) or not names:
+        raise FolderError(
+            f"{source}: adapter_config.json must have target_hooks and blocks_manifest.json as many block_names, but "
+            f"they have {hooks!r} and {names!r}. An adapter of this package needs no import."
+        )
+    layers = [_layer(source, name) for name in names]
+    blocks = [_block(source, name, config) for name in names]
+    forms = {(kind, settings["rank"], settings["hidden_size"], settings["hidden_layers"]) for kind, settings, _ in blocks}
+    if len(forms) != 1:
+        raise FolderError(f"{source}: all blocks must have one form but have {sorted(map(str, forms))}.")
+    kind, settings, _ = blocks[0]
+    named = _name(source)
+    base = base or config.get("base_model_name_or_path") or (BASES.get(named.model) if named else None)
+    if not base:
+        raise FolderError(f"{source} does not tell its base model. Give it: --base ORG/NAME, for example google/gemma-2-2b.")
+    sites = [{"layer": layer, "sae_release": hook[0], "sae_id": hook[1]} for layer, hook in zip(layers, hooks, strict=True)]
+    adapter = IsaerftConfig(sites=sites, kind=kind, base_model_name_or_path=base, inference_mode=True, **settings)
+    target = (out or Path("imported") / source.resolve().name).expanduser().absolute()
+    tensors = {
+        f"base_model.model.{_layers_name(base)}.{layer}.isaerft_block.{key}": tensor
+        for layer, (_, _, block) in zip(layers, blocks, strict=True)
+        for key, tensor in block.items()
+    }
+    _write(source, target, adapter, tensors, named)
+    return Imported(target, base, kind, layers, named)
+
+
+def _json(source: Path, name: str) -> dict[str, Any]:
+    try:
+        found = json.loads((source / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FolderError(
+            f"'{source}' must be a folder of the published project, with adapter_config.json, blocks_manifest.json and "
+            f"blocks_*.pt, but {name} cannot be read: {error}."
+        ) from error
+    if not isinstance(found, dict):
+        raise FolderError(f"{source / name} must hold a JSON object but holds {str(found)[:80]!r}.")
+    return found
+
+
+def _layer(source: Path, name: Any) -> int:
+    found = SITE.match(str(name))
+    if found is None:
+        raise FolderError(
+            f"{source}: a block must be named blocks_N_hook_resid_post (the output of decoder layer N) but got {name!r}."
+        )
+    return int(found[1])
+
+
+def _block(source: Path, name: str, config: Mapping[str, Any]) -> tuple[str, dict[str, Any], Tensors]:
+    """Kind, settings and tensors of one block, in this package's terms."""
+    state = _state(source / f"{name}.pt")
+    depth = config.get("depth")
+    if config.get("ia3"):
+        return "scale", _settings(), _renamed(source, name, state, {"scaling_factors": "scale"})
+    if depth == -1:
+        return "bias", _settings(), _renamed(source, name, state, {"sequential.0.bias": "bias"})
+    if not isinstance(depth, int) or depth < 0:
+        raise FolderError(f"{source}: depth must be -1 or more, or ia3 true, but got depth={depth!r}.")
+    return _feed_forward(source, name, state, depth)
+
+
+def _state(path: Path) -> Tensors:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise FolderError(
+            f"{path} must hold tensors alone but holds something else, perhaps code; it was not loaded. "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise FolderError(f"{path} cannot be read as a state dict: {str(error).splitlines()[0]}.") from error
+    tensors = isinstance(state, dict) and all(isinstance(t, torch.Tensor) for t in state.values())
+    if not tensors or not state:
+        raise FolderError(f"{path} must be a state dict (names to tensors) but is {type(state).__name__}.")
+    return {str(key): value.float() for key, value in state.items()}
+
+
+def _renamed(source: Path, name: str, state: Tensors, names: Mapping[str, str]) -> Tensors:
+    wanted = dict.fromkeys(names, 1)
+    if {key: tensor.dim() for key, tensor in state.items()} != wanted:
+        shapes = {key: list(tensor.shape) for key, tensor in state.items()}
+        raise FolderError(
+            f"{source / name}.pt must hold one vector named {', '.join(names)}, as its config says, but holds {shapes}."
+        )
+    return {names[key]: tensor for key, tensor in state.items()}
+
+
+def _feed_forward(source: Path, name: str, state: Tensors, depth: int) -> tuple[str, dict[str, Any], Tensors]:
+    """Linear maps with ReLU between, but none before the last one: there two maps are one of low rank.
+
+    W₂(W₁x + c₁) + c₂ = W₂W₁x + (W₂c₁ + c₂), a map of rank = the hidden size.
+    """
+    places = [2 * i if i < depth else max(0, 2 * depth - 1) for i in range(depth + 1)]
+    try:
+        maps = [(state.pop(f"sequential.{i}.weight"), state.pop(f"sequential.{i}.bias")) for i in places]
+    except KeyError as error:
+        raise FolderError(f"{source / name}.pt lacks {error}, which depth={depth} needs.") from error
+    if state:
+        raise FolderError(f"{source / name}.pt has tensors that depth={depth} does not explain: {', '.join(state)}.")
+    if depth == 0:
+        (weight, bias), *_ = maps
+        return "linear", _settings(), {"weight_0": weight, "bias_0": bias}
+    (inner, inner_bias), (outer, outer_bias) = maps[-2:]
+    bias = outer @ inner_bias + outer_bias
+    if depth == 1:
+        joined = {"down_0": inner, "weight_0": outer, "bias_0": bias}
+        return "linear", _settings(rank=inner.shape[0]), joined
+    tensors: Tensors = {}
+    for i, (weight, own_bias) in enumerate(maps[:-2]):
+        tensors |= {f"weight_{i}": weight, f"bias_{i}": own_bias}
+    tensors |= {f"weight_{depth - 1}": outer @ inner, f"bias_{depth - 1}": bias}
+    return "mlp", _settings(hidden_size=inner.shape[1], hidden_layers=depth - 1), tensors
+
+
+def _settings(rank: int | None = None, hidden_size: int | None = None, hidden_layers: int = 1) -> dict[str, Any]:
+    return {"rank": rank, "hidden_size": hidden_size, "hidden_layers": hidden_layers}
+
+
+def _name(source: Path) -> ParsedName | None:
+    try:
+        return parse(source.resolve().name)
+    except ConfigError:
+        return None
+
+
+def _layers_name(base: str) -> str:
+    """Where the decoder layers of ``base`` are, from its name alone: the weights are not needed for an import."""
+    return "gpt_neox.layers" if re.search("pythia|neox", base.lower()) else "model.layers"
+
+
+def _write(source: Path, target: Path, adapter: IsaerftConfig, tensors: Tensors, named: ParsedName | None) -> None:
+    if target.exists():
+        raise FolderError(f"the folder {target} must not be there yet. Choose another: --out DIR.")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    except OSError as error:
+        raise FolderError(f"{target} cannot be written ({error.strerror}). Choose another folder: --out DIR.") from error
+    try:
+        adapter.save_pretrained(str(aside))
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, aside / "adapter_model.safetensors")
+        for name in TOKENIZER_FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, aside / name)
+        if named:
+            facts = {"learning_rate": named.learning_rate, "beta": named.beta, "started": named.started.isoformat()}
+            write_json(aside / "imported.json", {"from": source.resolve().name, "model": named.model, **facts})
+        card = imported_card(aside, source.resolve().name, str(adapter.base_model_name_or_path), adapter.kind, named)
+        write_text(aside / "README.md", card)
+        aside.chmod(0o755)
+        aside.replace(target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
