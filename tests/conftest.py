@@ -42,6 +42,26 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
+@pytest.fixture(scope="session")
+def saes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A JumpReLU SAE (as Gemma Scope) and a TopK SAE whose decoder rescales, saved as sae_lens saves them."""
+    import torch
+    from sae_lens import JumpReLUSAE, JumpReLUSAEConfig, TopKSAE, TopKSAEConfig
+
+    torch.manual_seed(0)
+    jump = JumpReLUSAE(JumpReLUSAEConfig(d_in=64, d_sae=96))
+    topk = TopKSAE(TopKSAEConfig(d_in=64, d_sae=96, k=8, rescale_acts_by_decoder_norm=True))
+    folders = {}
+    for name, sae in (("jumprelu", jump), ("topk", topk)):
+        for parameter in sae.parameters():
+            parameter.data = torch.randn_like(parameter) / 6
+        if name == "jumprelu":
+            sae.threshold.data = torch.rand(96) * 0.3
+        folders[name] = str(tmp_path_factory.mktemp(name))
+        sae.save_model(folders[name])
+    return folders
+
+
 @pytest.fixture(autouse=True)
 def _cache_in_environment(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ISAERFT_CACHE", str(cache))

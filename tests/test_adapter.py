@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 from huggingface_hub import hf_hub_download
-from sae_lens import SAE, JumpReLUSAE, JumpReLUSAEConfig, TopKSAE, TopKSAEConfig
+from sae_lens import SAE, JumpReLUSAE
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -27,23 +27,6 @@ D_IN, D_SAE = random_model.HIDDEN, 96
 FAMILIES = ("llama", "gemma2", "gemma3_text", "qwen2", "qwen3", "gpt_neox")
 KINDS = ("bias", "scale", "linear", "mlp")
 TOLERANCE = {torch.float32: {"rtol": 1e-4, "atol": 2e-5}, torch.bfloat16: {"rtol": 5e-2, "atol": 5e-2}}
-
-
-@pytest.fixture(scope="session")
-def saes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A JumpReLU SAE (as Gemma Scope) and a TopK SAE whose decoder rescales, saved as sae_lens saves them."""
-    torch.manual_seed(0)
-    jump = JumpReLUSAE(JumpReLUSAEConfig(d_in=D_IN, d_sae=D_SAE))
-    topk = TopKSAE(TopKSAEConfig(d_in=D_IN, d_sae=D_SAE, k=8, rescale_acts_by_decoder_norm=True))
-    folders = {}
-    for name, sae in (("jumprelu", jump), ("topk", topk)):
-        for parameter in sae.parameters():
-            parameter.data = torch.randn_like(parameter) / 6
-        if name == "jumprelu":
-            sae.threshold.data = torch.rand(D_SAE) * 0.3
-        folders[name] = str(tmp_path_factory.mktemp(name))
-        sae.save_model(folders[name])
-    return folders
 
 
 def base_model(family: str, cache: Path, dtype: torch.dtype = torch.float32) -> Any:

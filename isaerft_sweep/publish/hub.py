@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from isaerft_sweep.errors import CardError, FolderError, PushError
 from isaerft_sweep.journal.files import read_json
 from isaerft_sweep.results.card_data import is_repository
+
+if TYPE_CHECKING:
+    from huggingface_hub import CardData
 
 T = TypeVar("T")
 
@@ -45,15 +48,15 @@ def push(folder: Path, repository: str | None = None, private: bool = False, dry
     """
     card = read_card(folder)
     check_loadable_elsewhere(folder)
-    name = repository or str(card.get("model_name", ""))
+    name = repository or str(card.get("model_name") or "")
     if not is_repository(name):
         raise PushError(f"the repository must be ORG/NAME or NAME by the Hub's rules but is '{name}'. Give one: --repo.")
     files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
-    upload = Upload(name, files, list(card.get("tags", [])), private)
+    upload = Upload(name, files, list(card.get("tags") or []), private)
     return upload if dry_run else _upload(folder, upload)
 
 
-def read_card(folder: Path) -> dict[str, Any]:
+def read_card(folder: Path) -> CardData:
     """The front matter of the folder's card. Raises CardError when there is none that the Hub can read."""
     from huggingface_hub import ModelCard
 
@@ -63,10 +66,9 @@ def read_card(folder: Path) -> dict[str, Any]:
             f"the folder {folder} must have a card, README.md, but has none. Write it: isaerft-sweep card TRIAL."
         )
     try:
-        found: dict[str, Any] = ModelCard.load(path).data.to_dict()
+        return ModelCard.load(path).data
     except Exception as error:  # YAML's and the Hub's own kinds
         raise CardError(f"the card {path} must begin with YAML that the Hub can read: {error}") from error
-    return found
 
 
 def check_loadable_elsewhere(folder: Path) -> None:

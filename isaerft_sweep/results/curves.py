@@ -46,9 +46,10 @@ def _curve(steps: Sequence[int], values: Sequence[float], points: int) -> Curve:
 
 
 def thinned(values: np.ndarray, points: int) -> np.ndarray:
-    """Places of at most ``points`` (four or more) of ``values`` that keep a line's shape: the lowest and highest of each stretch.
+    """Places of at most ``points`` of ``values`` that keep a line's shape: the lowest and highest of each stretch.
 
-    (As M4 of Jugel et al. 2014.) First and last are always kept, so peaks and ends are where they were.
+    (As M4 of Jugel et al. 2014.) First and last are always kept, so peaks and ends are where they were; ``points`` must
+    be 4 or more.
     """
     if len(values) <= points:
         return np.arange(len(values))
