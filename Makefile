@@ -8,7 +8,7 @@ READY = $(VENV)/.ready
 
 demo: $(READY)
 	$(BIN)/python -m isaerft_sweep.launch model=smollm2-135m data=builtin adapter=bias orpo=quick sweep=demo name=demo
-	$(BIN)/isaerft-sweep generate outputs/demo
+	$(BIN)/isaerft-sweep report outputs/demo --generate
 
 test: $(READY) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2

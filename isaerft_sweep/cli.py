@@ -167,11 +167,11 @@ def _read(args: argparse.Namespace) -> ReadSweep:
 
 def _report(args: argparse.Namespace) -> None:
     from isaerft_sweep.results.report.write import write_report
-    from isaerft_sweep.results.samples import PROMPTS, make_samples
+    from isaerft_sweep.results.samples import PROMPTS, as_text, make_samples
 
     sweep = _read(args)
     if args.generate or args.prompt:
-        make_samples(sweep, args.prompt or PROMPTS, args.max_new_tokens)
+        print(as_text(make_samples(sweep, args.prompt or PROMPTS, args.max_new_tokens)))
     page, pictures = write_report(sweep, args.out, args.labels)
     print(page)
     for path in pictures:
@@ -182,6 +182,7 @@ def _export(args: argparse.Namespace) -> None:
     from isaerft_sweep.publish.export import export
     from isaerft_sweep.results.finding import find_adapter
 
+    _quiet()
     made = export(find_adapter(args.folder), args.out, args.form, args.cache, args.dtype)
     print(made.folder)
     print(f"{made.form}; its logits differ from the adapter's by at most {made.difference:.1e} of the largest one")
@@ -210,12 +211,23 @@ def _generate(args: argparse.Namespace) -> None:
     from isaerft_sweep.results.samples import PROMPTS
 
     adapter = find_adapter(args.folder)
-    # PEFT asks transformers by an old name whether checkpointing is on; nothing that a reader of answers can act on
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     from isaerft_sweep.adapter.generate import compare
+
+    _quiet()
 
     for prompt, before, after in compare(str(adapter), args.prompt or PROMPTS, args.max_new_tokens, args.cache):
         print(f"\n> {prompt}\n\nwithout the adapter:\n{before}\n\nwith it:\n{after}", flush=True)
+
+
+def _quiet() -> None:
+    """No progress bars, and no warnings that a reader of the result cannot act on."""
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+    disable_progress_bar()
+    set_verbosity_error()
+    # PEFT asks transformers by an old name whether checkpointing is on
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    warnings.filterwarnings("ignore", category=UserWarning, module="sae_lens|peft")
 
 
 if __name__ == "__main__":

@@ -23,10 +23,13 @@ from isaerft_sweep.adapter import load_model
 from isaerft_sweep.cli import main
 from isaerft_sweep.errors import FolderError, ModelError
 from isaerft_sweep.journal.files import write_json
-from isaerft_sweep.journal.folders import TrialFolder
+from isaerft_sweep.journal.folders import SweepFolder, TrialFolder
+from isaerft_sweep.journal.journal import Journal
 from isaerft_sweep.models.loading import load
 from isaerft_sweep.plain import to_dict
 from isaerft_sweep.publish.export import export
+from isaerft_sweep.results.card import make_card, refresh_cards
+from isaerft_sweep.results.reading import read_sweep_folder
 from isaerft_sweep.trial.run import run_trial
 
 Made = Callable[..., TrialFolder]
@@ -294,6 +297,7 @@ def test_a_card_of_ones_own_template(trained: Any, tmp_path: Path, capsys: pytes
     template.write_text(capsys.readouterr().out.replace("# Model Card for", "# Lab notes on"))
     assert main(["card", str(folder.path), "--template", str(template)]) == 0
     assert "# Lab notes on" in folder.card.read_text() == (folder.adapter / "README.md").read_text()
+    assert not folder.card_digest.exists(), "it is the user's own: no later run of the sweep writes over it"
     before = folder.card.read_text()
     for content, words in (("{{ colour }}", "'colour' is undefined"), ("{% if %}", "not a valid Jinja template")):
         template.write_text(content)
@@ -302,6 +306,38 @@ def test_a_card_of_ones_own_template(trained: Any, tmp_path: Path, capsys: pytes
         assert words in said and (content != "{{ colour }}" or "Fields: base_model_link" in said)
     assert main(["card", str(folder.path), "--template", str(tmp_path / "none")]) == 2
     assert "cannot be read" in capsys.readouterr().err and folder.card.read_text() == before, "nothing is lost"
+
+
+def test_the_card_links_to_w_and_b(trained: Any) -> None:
+    folder = trained()
+    status = folder.read_status()
+    links = {"url": "https://wandb.ai/e/p/runs/r1", "sweep_url": "https://wandb.ai/e/p/sweeps/s1", "offline": False}
+    card = make_card(folder, {**status, "wandb": links}, folder.adapter)
+    assert "](https://wandb.ai/e/p/runs/r1)" in card and "wandb-github-badge" in card
+    assert "Its sweep: https://wandb.ai/e/p/sweeps/s1" in card
+    assert "Not tracked in W&B." in folder.card.read_text()
+
+
+def test_the_sweep_writes_the_card_again_but_not_over_anybodys_own(trained: Any, tmp_path: Path) -> None:
+    trial = trained()
+    sweep = SweepFolder(tmp_path / "sweep")
+    journal = Journal(sweep)
+    journal.write("sweep", sweep_id="s1", question="q", metric="eval/log_odds_chosen", goal="maximize")
+    journal.write("trial", index=0, name=trial.path.name, run_id="r0", params={"orpo.beta": 1.0}, unit={})
+    journal.write("end", index=0, state="completed", metric=0.1, message="", seconds=3600.0, given_up=False)
+    journal.close()
+    (sweep.path / "trials").mkdir()
+    trial.path.rename(sweep.trial("trained").path)
+    trial = sweep.trial("trained")
+    before = trial.card.read_text()
+    assert "device time | 0.00" in before and "completed trials" not in before
+    refresh_cards(read_sweep_folder(sweep.path))
+    after = trial.card.read_text()
+    assert "device time | 1.000 h" in after and "1 of 1 completed trials" in after
+    assert (trial.adapter / "README.md").read_text() == after
+    trial.card.write_text(after + "\nMy own words.\n")
+    refresh_cards(read_sweep_folder(sweep.path))
+    assert "My own words." in trial.card.read_text()
 
 
 def test_a_card_of_an_unfinished_trial(trial: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

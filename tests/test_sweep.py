@@ -96,8 +96,28 @@ def test_a_sweep_from_start_to_leaderboard(launch, tmp_path: Path) -> None:
     generated = subprocess.run(
         ["isaerft-sweep", "leaderboard", str(sweep)], capture_output=True, text=True, check=True, env=venv_path()
     )
-    assert Path(path.stdout.strip()).name in names or Path(path.stdout.strip()).is_dir()
+    assert Path(path.stdout.strip()).is_dir()
     assert "Best trial" in generated.stdout
+    cards = [p.read_text() for p in sweep.glob("trials/*/adapter/README.md")]
+    assert len(cards) == 4 and all("of 4 completed trials" in card for card in cards)
+    assert not [card for card in cards if "| eval/log_odds_chosen |  |" in card], "untrained values are every trial's"
+
+    command = [
+        "isaerft-sweep",
+        "report",
+        str(sweep),
+        "--generate",
+        "--prompt",
+        "Where is my order?",
+        "--max-new-tokens",
+        "5",
+    ]
+    report = subprocess.run(command, capture_output=True, text=True, check=False, env=venv_path())
+    assert report.returncode == 0, report.stderr
+    page = (sweep / "report.html").read_text()
+    samples = json.loads((sweep / "samples.json").read_text())
+    assert [c.split(" by ")[0] for c in samples["columns"]] == ["untrained", "best", "worst"]
+    assert len(samples["prompts"][0]["answers"]) == 3 and "Where is my order?" in page and "What was learned" in page
 
 
 def venv_path() -> dict[str, str]:

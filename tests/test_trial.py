@@ -244,6 +244,7 @@ def test_what_a_trial_leaves(trial: Made) -> None:
     environment = json.loads(folder.environment.read_text())
     assert {"torch", "trl", "peft", "isaerft-sweep"} <= set(environment["packages"])
     assert not folder.checkpoints.exists()
+    assert all(p.stat().st_mode & 0o044 == 0o044 for p in folder.adapter.iterdir()), "others on the cluster can read it"
 
 
 def test_the_card_has_all_that_the_published_card_has(trial: Made) -> None:

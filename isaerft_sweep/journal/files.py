@@ -59,6 +59,13 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
+def make_readable(folder: Path) -> None:
+    """Let everybody read the files in ``folder``: safetensors writes them for their owner alone."""
+    for path in folder.iterdir():
+        if path.is_file():
+            path.chmod(0o644)
+
+
 def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
     """``folder``, filled by ``make`` if it is not there yet.
 
@@ -72,6 +79,7 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
         aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         try:
             make(aside)
+            make_readable(aside)
             os.chmod(aside, 0o755)
             os.replace(aside, folder)
         except BaseException:

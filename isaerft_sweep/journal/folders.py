@@ -141,6 +141,11 @@ class TrialFolder:
         return self.path / "README.md"
 
     @property
+    def card_digest(self) -> Path:
+        """A hash of the card as this package wrote it: a card that has another is somebody's own work."""
+        return self.path / ".card.sha256"
+
+    @property
     def environment(self) -> Path:
         return self.path / "environment.json"
 

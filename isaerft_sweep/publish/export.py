@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from isaerft_sweep.adapter.load import load_model
 from isaerft_sweep.adapter.merge import check_mergeable
 from isaerft_sweep.errors import FolderError, ModelError
-from isaerft_sweep.journal.files import write_text
+from isaerft_sweep.journal.files import make_readable, write_text
 from isaerft_sweep.publish.standalone import write_standalone
 from isaerft_sweep.results.card import exported_card
 
@@ -74,6 +74,7 @@ def export(adapter: Path, out: Path | None, form: str | None, cache: str | None,
             write_text(aside / card.name, exported_card(card.read_text(encoding="utf-8"), form == STANDALONE))
         del model  # one at a time is in memory
         difference = _difference(aside, form, tokenizer, expected, of_dtype)
+        make_readable(aside)
         aside.chmod(0o755)
         aside.replace(target)
     except OSError as error:

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from isaerft_sweep.adapter.config import IsaerftConfig
 from isaerft_sweep.errors import ConfigError, FolderError
-from isaerft_sweep.journal.files import write_json, write_text
+from isaerft_sweep.journal.files import make_readable, write_json, write_text
 from isaerft_sweep.naming import ParsedName, parse
 from isaerft_sweep.results.imported_card import imported_card
 
@@ -212,6 +212,7 @@ def _write(source: Path, target: Path, adapter: IsaerftConfig, tensors: Tensors,
             write_json(aside / "imported.json", {"from": source.resolve().name, "model": named.model, **facts})
         card = imported_card(aside, source.resolve().name, str(adapter.base_model_name_or_path), adapter.kind, named)
         write_text(aside / "README.md", card)
+        make_readable(aside)
         aside.chmod(0o755)
         aside.replace(target)
     finally:

@@ -5,6 +5,7 @@ Written from the trial's folder alone: by the worker when the trial ends, and ag
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from isaerft_sweep.journal.folders import TrialFolder
 from isaerft_sweep.metrics import depends_on_beta
 from isaerft_sweep.resources import asset
 from isaerft_sweep.results.card_data import front_matter, is_repository
+from isaerft_sweep.results.card_words import ALONE, BLOCKS, CITATIONS, FRAMEWORKS, WITH_ADAPTER, WITH_OWN_CODE, quick_start
 from isaerft_sweep.results.latents import read_latents
 from isaerft_sweep.results.reading import ReadSweep
 from isaerft_sweep.results.standing import Standing, standings
@@ -26,64 +28,6 @@ TEMPLATE = "card.md.jinja"
 BADGE = "https://raw.githubusercontent.com/wandb/assets/main/wandb-github-badge-28.svg"
 SHOWN = ("eval/log_odds_chosen", "eval/rewards/accuracies", "eval/rewards/margins", "eval/nll_loss", "eval/loss")
 LATENTS = 10
-FRAMEWORKS = {
-    "trl": "TRL",
-    "transformers": "Transformers",
-    "torch": "PyTorch",
-    "datasets": "Datasets",
-    "tokenizers": "Tokenizers",
-    "peft": "PEFT",
-    "sae-lens": "SAELens",
-    "isaerft-sweep": "isaerft-sweep",
-}
-BLOCKS = {
-    "bias": "f + b",
-    "scale": "f · (1 + s)",
-    "linear": "f + Wf + c",
-    "mlp": "f + MLP(f)",
-}
-QUICK_START = """\
-In the folder of this card, or with its Hub name instead of `"."`{needs}:
-
-```python
-{imports}
-
-question = "If you had a time machine, but could only go to the past or the future once and never return, which would you choose and why?"
-generator = pipeline("text-generation", {model})
-output = generator([{"role": "user", "content": question}], max_new_tokens=128, return_full_text=False)[0]
-print(output["generated_text"])
-```"""
-WITH_ADAPTER = {
-    "needs": ", and with `isaerft-sweep` installed",
-    "imports": 'from isaerft_sweep.adapter import load_model\nfrom transformers import pipeline\n\nmodel, tokenizer = load_model(".")',
-    "model": "model=model, tokenizer=tokenizer",
-}
-ALONE = {"needs": "", "imports": "from transformers import pipeline", "model": 'model="."'}
-WITH_OWN_CODE = {**ALONE, "model": 'model=".", trust_remote_code=True'}
-CITATIONS = """\
-Cite ORPO as:
-
-```bibtex
-@article{hong2024orpo,
-    title        = {{ORPO: Monolithic Preference Optimization without Reference Model}},
-    author       = {Jiwoo Hong and Noah Lee and James Thorne},
-    year         = 2024,
-    eprint       = {arXiv:2403.07691}
-}
-```
-
-Cite TRL as:
-
-```bibtex
-@misc{vonwerra2022trl,
-    title        = {{TRL: Transformer Reinforcement Learning}},
-    author       = {Leandro von Werra and Younes Belkada and Lewis Tunstall and Edward Beeching and Tristan Thrush and Nathan Lambert and Shengyi Huang and Kashif Rasul and Quentin Gallou{\\'e}dec},
-    year         = 2020,
-    journal      = {GitHub repository},
-    publisher    = {GitHub},
-    howpublished = {\\url{https://github.com/huggingface/trl}}
-}
-```"""
 
 
 def make_card(
@@ -138,7 +82,7 @@ def card_fields(trial: TrialFolder, results: Mapping[str, Any], adapter: Path, s
         "parameters": f"{count_parameters(adapter):,}",
         "sites": sites_table(adapter),
         "learned": _learned(trial),
-        "evaluation": _evaluation(spec, results),
+        "evaluation": _evaluation(spec, results, standing),
         "framework_versions": _versions(environment.get("packages", {})),
         "citations": CITATIONS,
     }
@@ -161,14 +105,6 @@ def render(template: Path, fields: Mapping[str, str]) -> str:
         raise CardError(f"the card template {template} is not a valid Jinja template: {error}.") from error
 
 
-def quick_start(words: Mapping[str, str]) -> str:
-    """Text and code that load the folder of the card."""
-    filled = QUICK_START
-    for name, value in words.items():
-        filled = filled.replace("{" + name + "}", value)
-    return filled
-
-
 def exported_card(card: str, own_code: bool) -> str:
     """An adapter's card for the model folder that was made of it: its quick start and library are transformers alone.
 
@@ -183,18 +119,36 @@ def exported_card(card: str, own_code: bool) -> str:
     return f"{changed[:start]}## Quick start\n\n{words}\n{changed[end:] if end > 0 else ''}"
 
 
-def refresh_card(trial: TrialFolder, standing: Standing | None = None, template: Path | None = None) -> None:
-    """Write the card of a completed trial anew, into the trial's folder and its adapter's."""
-    text = make_card(trial, trial.read_status(), trial.adapter, standing, template)
-    for path in (trial.card, trial.adapter / "README.md"):
+def write_card(trial: TrialFolder, adapter: Path, text: str) -> None:
+    """Write the card into the trial's folder and its adapter's."""
+    for path in (trial.card, adapter / "README.md"):
         write_text(path, text)
+    write_text(trial.card_digest, _digest(text))
+
+
+def refresh_card(trial: TrialFolder, standing: Standing | None = None, template: Path | None = None) -> None:
+    """Write the card of a completed trial anew; one made with a template of one's own is not written over later."""
+    write_card(trial, trial.adapter, make_card(trial, trial.read_status(), trial.adapter, standing, template))
+    if template:
+        trial.card_digest.unlink()
 
 
 def refresh_cards(sweep: ReadSweep) -> None:
-    """Write every completed trial's card anew, with its place in the sweep."""
+    """Write every completed trial's card anew, with its place in the sweep; cards that people have changed are kept."""
     for entry, standing in standings(sweep):
-        if entry.folder and entry.folder.adapter.is_dir():
+        if entry.folder and entry.folder.adapter.is_dir() and _is_ours(entry.folder):
             refresh_card(entry.folder, standing)
+
+
+def _is_ours(trial: TrialFolder) -> bool:
+    try:
+        return trial.card_digest.read_text(encoding="utf-8") == _digest(trial.card.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return False
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _link(name: str, address: str) -> str:
@@ -266,8 +220,9 @@ def _learned(trial: TrialFolder) -> str:
     return "\n\n".join(parts)
 
 
-def _evaluation(spec: TrialSpec, results: Mapping[str, Any]) -> str:
-    metrics, untrained = results.get("metrics", {}), results.get("untrained", {})
+def _evaluation(spec: TrialSpec, results: Mapping[str, Any], standing: Standing | None) -> str:
+    metrics = results.get("metrics", {})
+    untrained = results.get("untrained") or (standing.untrained if standing else {})
     names = [spec.metric, *(name for name in SHOWN if name != spec.metric)]
     lines = [
         f"| {name}{' ¹' if depends_on_beta(name) else ''} | {_number(untrained.get(name))} | {_number(metrics[name])} |"

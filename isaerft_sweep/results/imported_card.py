@@ -8,7 +8,8 @@ from typing import Any
 import yaml
 
 from isaerft_sweep import naming
-from isaerft_sweep.results.card import BLOCKS, CITATIONS, WITH_ADAPTER, count_parameters, quick_start, sites_table
+from isaerft_sweep.results.card import count_parameters, sites_table
+from isaerft_sweep.results.card_words import BLOCKS, CITATIONS, WITH_ADAPTER, quick_start
 
 
 def imported_card(folder: Path, source: str, base: str, kind: str, named: naming.ParsedName | None) -> str:

@@ -16,6 +16,7 @@ from isaerft_sweep.errors import ConfigError, FolderError
 from isaerft_sweep.journal.folders import COMPLETED, SweepFolder, TrialFolder
 from isaerft_sweep.journal.journal import SweepRecord, TrialRecord, replay
 from isaerft_sweep.plain import from_mapping
+from isaerft_sweep.results.caveats import dependence
 from isaerft_sweep.results.statistics import interval, pair_values, probability_best
 from isaerft_sweep.search.distributions import Distribution
 from isaerft_sweep.search.sweep_file import Metric, read_metric_name, read_sweep
@@ -187,6 +188,12 @@ def _compare(sweep: ReadSweep) -> None:
     runs = [np.array([[table[pair] for pair in common]]) for table in tables]
     for entry, share in zip(leaders, probability_best(runs, sweep.metric.sign), strict=True):
         entry.probability_best = float(share)
+
+
+def shared_untrained(sweep: ReadSweep) -> dict[str, float]:
+    """The untrained model's metrics that are the same for all trials: no swept parameter changes them."""
+    first = next((entry.untrained for entry in sweep.entries if entry.untrained), {})
+    return {name: value for name, value in first.items() if not dependence(name, sweep.swept)}
 
 
 def trial_of(entry: Entry) -> TrialFolder:

@@ -45,6 +45,15 @@ def make_samples(sweep: ReadSweep, prompts: Sequence[str], max_new_tokens: int) 
     return samples
 
 
+def as_text(samples: Mapping[str, Any]) -> str:
+    """The answers for a terminal."""
+    lines = []
+    for row in samples["prompts"]:
+        lines.append(f"> {row['prompt']}\n")
+        lines += [f"{title}:\n{answer}\n" for title, answer in zip(samples["columns"], row["answers"], strict=True)]
+    return "\n".join(lines)
+
+
 def _title(word: str, entry: Entry, sweep: ReadSweep) -> str:
     words = by_label(entry.params, sweep.swept)
     return f"{word} by {sweep.metric.name}: trial {entry.record.index + 1}" + (f" ({words})" if words else "")

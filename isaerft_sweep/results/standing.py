@@ -6,14 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from isaerft_sweep.results.confirmation import Candidate, read_confirmation
-from isaerft_sweep.results.reading import Entry, ReadSweep
+from isaerft_sweep.results.reading import Entry, ReadSweep, shared_untrained
 from isaerft_sweep.search.distributions import Categorical, Constant, Distribution, Numeric
 from isaerft_sweep.search.sweep_file import Metric
 
 
 @dataclass(frozen=True)
 class Standing:
-    """What the sweep knows of one of its trials. ``seconds``: device time of all attempts."""
+    """What the sweep knows of one of its trials.
+
+    ``seconds``: device time of all attempts. ``untrained``: the untrained model's metrics, which one trial measured for
+    all; those that a swept parameter changes are left out.
+    """
 
     rank: int | None
     completed: int
@@ -22,6 +26,7 @@ class Standing:
     interval: tuple[float, float] | None
     probability_best: float | None
     seconds: float
+    untrained: Mapping[str, float] = field(default_factory=dict)
     space: Mapping[str, str] = field(default_factory=dict)
     seeds: Candidate | None = None
 
@@ -49,6 +54,7 @@ def standings(sweep: ReadSweep) -> list[tuple[Entry, Standing]]:
     """Every completed trial's standing."""
     ranked = [entry for entry in sweep.entries if entry.rank]
     space = {key: describe(distribution) for key, distribution in sweep.space.items()}
+    untrained = shared_untrained(sweep)
     again = {candidate.first.record.index: candidate for candidate in read_confirmation(sweep)}
     return [
         (
@@ -61,6 +67,7 @@ def standings(sweep: ReadSweep) -> list[tuple[Entry, Standing]]:
                 interval=entry.interval,
                 probability_best=entry.probability_best,
                 seconds=entry.record.seconds,
+                untrained=untrained,
                 space=space,
                 seeds=again.get(entry.record.index),
             ),

@@ -18,7 +18,7 @@ import torch
 
 from isaerft_sweep.environment import describe_environment
 from isaerft_sweep.errors import IsaerftError, TrialDiverged
-from isaerft_sweep.journal.files import write_json, write_text
+from isaerft_sweep.journal.files import make_readable, write_json
 from isaerft_sweep.journal.folders import (
     COMPLETED,
     DIVERGED,
@@ -31,7 +31,7 @@ from isaerft_sweep.journal.folders import (
 )
 from isaerft_sweep.models.loading import LoadedModel, load
 from isaerft_sweep.resources import cache_folder
-from isaerft_sweep.results.card import make_card
+from isaerft_sweep.results.card import make_card, write_card
 from isaerft_sweep.specs import TrialSpec
 from isaerft_sweep.tracking.run import open_run
 from isaerft_sweep.trial.data import load_pairs
@@ -152,9 +152,8 @@ def _save(
     # the embeddings are frozen; asked to look, PEFT would search the Hub for the base model's vocabulary
     model.save_pretrained(aside, save_embedding_layers=False)
     loaded.tokenizer.save_pretrained(aside)
-    card = make_card(folder, results, aside)
-    write_text(aside / "README.md", card)
-    write_text(folder.card, card)
+    write_card(folder, aside, make_card(folder, results, aside))
+    make_readable(aside)
     status.check()
     shutil.rmtree(folder.adapter, ignore_errors=True)
     os.replace(aside, folder.adapter)

@@ -13,12 +13,11 @@ from isaerft_sweep.errors import DataError
 from isaerft_sweep.journal.files import read_json
 from isaerft_sweep.journal.folders import COMPLETED
 from isaerft_sweep.results.axes import Axis, axes, by_label
-from isaerft_sweep.results.caveats import dependence
 from isaerft_sweep.results.confirmation import Candidate, read_confirmation
 from isaerft_sweep.results.curves import Curve, curves_of
 from isaerft_sweep.results.importance import Importance, importance
 from isaerft_sweep.results.latents import Agreement, SiteLatents, agreement, cosines, read_labels, read_latents
-from isaerft_sweep.results.reading import Entry, ReadSweep
+from isaerft_sweep.results.reading import Entry, ReadSweep, shared_untrained
 
 COMPARED = 30
 """Leaders whose steering vectors are compared with each other."""
@@ -63,9 +62,7 @@ def gather(sweep: ReadSweep, labels: Path | None = None) -> Report:
     """Read curves, latents and all that is drawn. Raises DataError when ``labels`` do not fit the SAE."""
     names = list(dict.fromkeys([sweep.metric.name, *ALWAYS_DRAWN]))
     curves: dict[str, dict[int, Curve]] = {name: {} for name in names}
-    first = next((e.untrained for e in sweep.entries if e.untrained), {})
-    # what no swept parameter changes is the same for all
-    untrained = {name: value for name, value in first.items() if not dependence(name, sweep.swept)}
+    untrained = shared_untrained(sweep)
     for entry in sweep.entries:
         for name, curve in curves_of(_rows(entry, sweep, untrained), names).items():
             curves[name][entry.record.index] = curve
