@@ -110,7 +110,10 @@ def run_trials(
             controller = SweepController(
                 journal, sampler, factory, dispatcher, experiment.launcher, trials, view, lambda: stop.count
             )
-            controller.run()
+            try:
+                controller.run()
+            finally:
+                dispatcher.close()
         return conclude(console, folder, journal, trials, stop.count > 0, show)
     finally:
         journal.close()
@@ -131,6 +134,15 @@ def count_trials(definition: SweepDefinition, sampler: Asked, existing: int) -> 
 
 def make_dispatcher(launcher: LauncherSpec, folder: SweepFolder) -> Dispatcher:
     """The place where trials run."""
+    inner = _make_inner(launcher, folder)
+    if not launcher.resident:
+        return inner
+    from isaerft_sweep.dispatch.resident import ResidentDispatcher
+
+    return ResidentDispatcher(inner, folder.workers)
+
+
+def _make_inner(launcher: LauncherSpec, folder: SweepFolder) -> Dispatcher:
     if launcher.kind == "slurm":
         from isaerft_sweep.dispatch.slurm import SlurmDispatcher
 

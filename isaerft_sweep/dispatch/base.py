@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from isaerft_sweep.dispatch.job import TrialJob
+from isaerft_sweep.dispatch.job import Job
 
 JobRef = Mapping[str, Any]
 """What finds a job again from another process: plain data, kept in the journal."""
@@ -22,7 +22,7 @@ class Dispatcher(ABC):
     """How many threads each trial may use; None: as many as its job has."""
 
     @abstractmethod
-    def submit(self, job: TrialJob) -> JobRef:
+    def submit(self, job: Job) -> JobRef:
         """Start a job, or queue it. Raises LaunchError."""
 
     @abstractmethod
@@ -40,6 +40,9 @@ class Dispatcher(ABC):
     @abstractmethod
     def log_tail(self, ref: JobRef, lines: int = 8) -> str:
         """The last lines that the job printed."""
+
+    def close(self) -> None:  # noqa: B027  (most have nothing to do)
+        """The sweep has ended: leave nothing running."""
 
 
 def tail(path: Path, lines: int) -> str:

@@ -7,6 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
+def prepare_process(threads: int | None, device: str | None) -> None:
+    """Settings that must come before torch is imported."""
+    if device is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = device
+    if threads:
+        # several trials on one machine must share its cores: spinning threads slow each other down tenfold
+        os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
 @dataclass(frozen=True)
 class TrialJob:
     """A picklable call of one attempt of one trial.
@@ -20,12 +30,7 @@ class TrialJob:
     device: str | None = None
 
     def __call__(self) -> str:
-        if self.device is not None:
-            os.environ["CUDA_VISIBLE_DEVICES"] = self.device
-        if self.threads:
-            # several trials on one machine must share its cores: spinning threads slow each other down tenfold
-            os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(self.threads)
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        prepare_process(self.threads, self.device)
         from isaerft_sweep.journal.folders import Superseded, TrialFolder
         from isaerft_sweep.trial.run import run_trial
 
@@ -34,3 +39,22 @@ class TrialJob:
         except Superseded as error:
             print(f"ended: {error}", flush=True)
             return "superseded"
+
+
+@dataclass(frozen=True)
+class WorkerJob:
+    """A picklable call of a worker that runs one trial after the other; ``folder`` is where it gets its tasks."""
+
+    folder: str
+    threads: int | None
+    device: str | None = None
+
+    def __call__(self) -> str:
+        prepare_process(self.threads, self.device)
+        from isaerft_sweep.journal.workers import WorkerFolder
+        from isaerft_sweep.trial.resident import serve_trials
+
+        return f"{serve_trials(WorkerFolder(Path(self.folder)))} trials"
+
+
+Job = TrialJob | WorkerJob

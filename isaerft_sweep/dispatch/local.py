@@ -15,7 +15,7 @@ from typing import Any
 import submitit
 
 from isaerft_sweep.dispatch.base import Dispatcher, JobRef, tail
-from isaerft_sweep.dispatch.job import TrialJob
+from isaerft_sweep.dispatch.job import Job
 from isaerft_sweep.dispatch.processes import descendants, is_running, start_time
 from isaerft_sweep.errors import LaunchError
 from isaerft_sweep.specs import LauncherSpec
@@ -34,7 +34,7 @@ class LocalDispatcher(Dispatcher):
         self._jobs: dict[int, submitit.Job[Any]] = {}
         self._device_of: dict[int, str] = {}
 
-    def submit(self, job: TrialJob) -> JobRef:
+    def submit(self, job: Job) -> JobRef:
         executor = submitit.LocalExecutor(folder=self.folder)
         device = self._free_device()
         executor.update_parameters(

@@ -11,7 +11,7 @@ from pathlib import Path
 import submitit
 
 from isaerft_sweep.dispatch.base import Dispatcher, JobRef, tail
-from isaerft_sweep.dispatch.job import TrialJob
+from isaerft_sweep.dispatch.job import Job
 from isaerft_sweep.errors import LaunchError
 from isaerft_sweep.specs import LauncherSpec
 
@@ -39,7 +39,7 @@ class SlurmDispatcher(Dispatcher):
         except (ValueError, TypeError) as error:
             raise LaunchError(f"launcher.slurm has a parameter that submitit does not know: {error}") from error
 
-    def submit(self, job: TrialJob) -> JobRef:
+    def submit(self, job: Job) -> JobRef:
         try:
             with outside_of_any_job():
                 return {"kind": "slurm", "id": self.executor.submit(job).job_id}

@@ -84,6 +84,11 @@ class SweepFolder:
         return self.path / "jobs"
 
     @property
+    def workers(self) -> Path:
+        """Where resident workers get their tasks; see ``journal/workers.py``."""
+        return self.path / "workers"
+
+    @property
     def names(self) -> Path:
         """Where names are reserved: shared by all sweeps of one output folder."""
         return self.path.parent / ".names"

@@ -33,7 +33,7 @@ class SiteLatents:
     @property
     def norm(self) -> float:
         """Length of the steering vector."""
-        return float(np.linalg.norm(self.vector))
+        return float(np.linalg.norm(self.vector.astype(float)))
 
     def top(self, count: int) -> list[int]:
         """The latents with the largest part in the steering vector, largest first; those that did not move are left out."""

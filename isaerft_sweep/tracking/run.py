@@ -73,6 +73,10 @@ class WandbRun(Run):
     def finish(self, summary: Mapping[str, Any], exit_code: int) -> None:
         self._shielded(lambda: self._run.summary.update(dict(summary)))
         self._shielded(lambda: self._run.finish(exit_code=exit_code))
+        import wandb
+
+        # wandb reads the environment once: without this the next run of this process would get this one's id
+        self._shielded(wandb.teardown)
 
     def _shielded(self, call: Callable[[], Any]) -> None:
         if self._lost:

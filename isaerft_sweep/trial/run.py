@@ -8,10 +8,10 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import peft
 import torch
@@ -30,22 +30,39 @@ from isaerft_sweep.journal.folders import (
     TrialFolder,
 )
 from isaerft_sweep.models.loading import LoadedModel, load
+from isaerft_sweep.plain import canonical_json, to_dict
 from isaerft_sweep.resources import cache_folder
 from isaerft_sweep.results.card import make_card, write_card
-from isaerft_sweep.specs import TrialSpec
+from isaerft_sweep.specs import Experiment, TrialSpec
 from isaerft_sweep.tracking.run import open_run
 from isaerft_sweep.trial.data import load_pairs
 from isaerft_sweep.trial.latents import learned, write_changes
 from isaerft_sweep.trial.recorder import Recorder
 from isaerft_sweep.trial.sparsity import sparsity_callbacks
 from isaerft_sweep.trial.trainer import TrialTrainer, attach_adapter, complete_checkpoints, make_trainer
-from isaerft_sweep.trial.trunk import only_above_site, sequences_of, stored_trunk
+from isaerft_sweep.trial.trunk import StoredTrunk, only_above_site, sequences_of, stored_trunk
 
+T = TypeVar("T")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
-def run_trial(folder: TrialFolder, attempt: int) -> str:
+class Shared:
+    """What the trials of one process have in common. This one keeps nothing: for a process of a single trial."""
+
+    def get(self, what: str, key: str, make: Callable[[], T]) -> T:
+        """What ``make`` gives; a worker that stays keeps it for the next trial that asks with the same ``key``."""
+        return make()
+
+    def give_back(self, model: peft.PeftModel) -> None:
+        """The trial has ended and needs its model no more."""
+
+
+def run_trial(
+    folder: TrialFolder, attempt: int, shared: Shared | None = None, stopping: dict[str, bool] | None = None
+) -> str:
     """Run or go on with the trial in ``folder``; returns its state, which is also in its status file.
+
+    ``shared``: what earlier trials of this process have loaded. ``stopping``: set by the caller's own ``stop_requests``.
 
     ``failed`` when an error ended it (the message is in the status), ``diverged`` when the loss did, ``stopped`` when a
     signal or the controller asked for it and a checkpoint lets it go on. Raises Superseded when it is not this
@@ -55,8 +72,8 @@ def run_trial(folder: TrialFolder, attempt: int) -> str:
     status = StatusWriter(folder, attempt)
     status.write(RUNNING, {"step": 0})
     try:
-        with stop_requests() as stopping:
-            return _run(folder, spec, status, stopping)
+        with stop_requests() if stopping is None else nullcontext(stopping) as asked:
+            return _run(folder, spec, status, asked, shared or Shared())
     except Superseded:
         raise
     except IsaerftError as error:
@@ -67,13 +84,32 @@ def run_trial(folder: TrialFolder, attempt: int) -> str:
         return _end(status, FAILED, {"message": f"{type(error).__name__}: {error}"[:2000]})
 
 
-def _run(folder: TrialFolder, spec: TrialSpec, status: StatusWriter, stopping: dict[str, bool]) -> str:
+def _run(folder: TrialFolder, spec: TrialSpec, status: StatusWriter, stopping: dict[str, bool], shared: Shared) -> str:
+    experiment = spec.experiment
+    key = canonical_json([to_dict(experiment.model), experiment.cache])
+    loaded = shared.get("model", key, lambda: load(experiment.model, experiment.cache))
+    model = attach_adapter(loaded, experiment.adapter, experiment.orpo.seed, experiment.model.revision)
+    try:
+        return _train(folder, spec, status, stopping, shared, loaded, model)
+    finally:
+        shared.give_back(model)
+
+
+def _train(
+    folder: TrialFolder,
+    spec: TrialSpec,
+    status: StatusWriter,
+    stopping: dict[str, bool],
+    shared: Shared,
+    loaded: LoadedModel,
+    model: peft.PeftModel,
+) -> str:
     started = time.monotonic()
     experiment = spec.experiment
-    loaded = load(experiment.model, experiment.cache)
-    pairs = load_pairs(experiment.data, loaded.tokenizer, experiment.orpo.max_length)
+    pairs = shared.get(
+        "pairs", data_key(experiment), lambda: load_pairs(experiment.data, loaded.tokenizer, experiment.orpo.max_length)
+    )
     print(pairs.summary, flush=True)
-    model = attach_adapter(loaded, experiment.adapter, experiment.orpo.seed, experiment.model.revision)
     write_json(folder.environment, describe_environment(torch_device=_device_name()))
     run = open_run(spec, folder.path / "wandb")
     recorder = Recorder(folder, experiment.orpo, status, run, spec.metric, lambda: stopping["asked"])
@@ -87,7 +123,7 @@ def _run(folder: TrialFolder, spec: TrialSpec, status: StatusWriter, stopping: d
     recorder.rewind(int(checkpoints[-1].name.split("-")[1]) if checkpoints else -1)
     trainer.tokens_seen = int(recorder.latest.get("train/num_tokens", 0))
     try:
-        with _reused_trunk(spec, model, trainer):
+        with _reused_trunk(spec, model, trainer, shared):
             trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
             changes = [] if recorder.stopped else learned(model, trainer.eval_dataset)
     except TrialDiverged as error:
@@ -110,7 +146,15 @@ def _run(folder: TrialFolder, spec: TrialSpec, status: StatusWriter, stopping: d
     return state
 
 
-def _reused_trunk(spec: TrialSpec, model: peft.PeftModel, trainer: TrialTrainer) -> AbstractContextManager[None]:
+def data_key(experiment: Experiment) -> str:
+    """Equal for experiments that read the same pairs as the same tokens."""
+    sections = [to_dict(experiment.model), experiment.cache, to_dict(experiment.data), experiment.orpo.max_length]
+    return canonical_json(sections)
+
+
+def _reused_trunk(
+    spec: TrialSpec, model: peft.PeftModel, trainer: TrialTrainer, shared: Shared
+) -> AbstractContextManager[None]:
     """The frozen layers below the site, run once per sweep and node, where their output fits the cache."""
     experiment = spec.experiment
     limit_gb, scratch = experiment.launcher.trunk_cache_gb, experiment.launcher.scratch
@@ -118,8 +162,13 @@ def _reused_trunk(spec: TrialSpec, model: peft.PeftModel, trainer: TrialTrainer)
         return nullcontext()
     folder = Path(scratch).expanduser() if scratch else cache_folder(experiment.cache) / "trunk"
     started = time.monotonic()
-    sequences = sequences_of(trainer.train_dataset, trainer.eval_dataset)
-    stored = stored_trunk(model, experiment.model, sequences, folder, limit_gb)
+    lowest = min(site.layer for site in experiment.adapter.sites)
+
+    def compute() -> StoredTrunk | None:
+        sequences = sequences_of(trainer.train_dataset, trainer.eval_dataset)
+        return stored_trunk(model, experiment.model, sequences, folder, limit_gb)
+
+    stored = shared.get("trunk", canonical_json([data_key(experiment), lowest, str(folder), limit_gb]), compute)
     if stored is None:
         print(
             f"the frozen layers' output would not fit launcher.trunk_cache_gb={limit_gb:g}: computed every time", flush=True

@@ -1,0 +1,111 @@
+"""A worker that runs one trial after the other: what they have in common is loaded once."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO, TypeVar
+
+import peft
+import torch
+
+from isaerft_sweep.journal.folders import COMPLETED, DIVERGED, STOPPED, Superseded, TrialFolder
+from isaerft_sweep.journal.workers import WorkerFolder
+from isaerft_sweep.trial.run import Shared, run_trial, stop_requests
+
+POLL_S = 0.05
+IDLE_S = 60.0
+"""A worker that is given nothing for so long ends: its controller has gone."""
+
+T = TypeVar("T")
+
+
+def serve_trials(folder: WorkerFolder, idle_s: float = IDLE_S) -> int:
+    """Run the tasks in ``folder`` until the last one; returns how many trials were run.
+
+    Ends after a trial that failed, since an error may have left anything behind, and when it is asked to stop.
+    """
+    shared, count, waited_s = KeptModel(), 0, 0.0
+    with stop_requests() as stopping:
+        while waited_s < idle_s and not stopping["asked"]:
+            task = folder.task()
+            if task is None or task.number <= folder.done()[0]:
+                time.sleep(POLL_S)
+                waited_s += POLL_S
+                continue
+            if task.trial is None:
+                break
+            state = _run(TrialFolder(Path(task.trial)), task.attempt, shared, stopping)
+            count, waited_s = count + 1, 0.0
+            ending = stopping["asked"] or state not in (COMPLETED, DIVERGED, STOPPED)
+            folder.note_done(task.number, ending)
+            if ending:
+                break
+            gc.collect()  # a trainer and its model refer to each other
+    return count
+
+
+def _run(trial: TrialFolder, attempt: int, shared: KeptModel, stopping: dict[str, bool]) -> str:
+    with logged_to(trial.log):
+        try:
+            return run_trial(trial, attempt, shared, stopping)
+        except Superseded as error:
+            print(f"ended: {error}", flush=True)
+            return "superseded"
+
+
+class KeptModel(Shared):
+    """Keeps the last model, its pairs and its stored activations for the next trial that asks for the same."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, tuple[str, Any]] = {}
+
+    def get(self, what: str, key: str, make: Callable[[], T]) -> T:
+        if self._kept.get(what, ("", None))[0] != key:
+            self._kept.pop(what, None)  # one at a time is in memory
+            self._kept[what] = (key, make())
+        found: T = self._kept[what][1]
+        return found
+
+    def give_back(self, model: peft.PeftModel) -> None:
+        """Take the adapter off again, so that the next trial finds the model as it was loaded."""
+        model.unload()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+class _Both:
+    """Writes to two streams."""
+
+    def __init__(self, first: TextIO, second: TextIO) -> None:
+        self._streams = (first, second)
+
+    def write(self, text: str) -> int:
+        for stream in self._streams:
+            stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        for stream in self._streams:
+            stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._streams[0], name)
+
+
+@contextmanager
+def logged_to(path: Path) -> Iterator[None]:
+    """While the block runs, what Python prints also goes to ``path``: the worker's own log holds many trials."""
+    before = sys.stdout, sys.stderr
+    with path.open("a", encoding="utf-8", buffering=1) as file:
+        sys.stdout, sys.stderr = _Both(sys.stdout, file), _Both(sys.stderr, file)  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            sys.stdout, sys.stderr = before
+            os.fsync(file.fileno())

@@ -1,0 +1,176 @@
+"""Workers that run many trials: the same numbers, one crash costs one trial, memory stays."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import TINY, events
+from test_sweep import ended_states, processes_of, start, statuses, stepping, wait_for
+
+from isaerft_sweep.journal.folders import TrialFolder
+from isaerft_sweep.journal.workers import WorkerFolder
+from isaerft_sweep.trial.resident import serve_trials
+from isaerft_sweep.trial.run import run_trial
+
+Made = Callable[..., TrialFolder]
+OFF = ("tracker=disabled",)
+
+
+def rows_of(folder: TrialFolder) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k != "time"} for row in folder.read_metrics()]
+
+
+def serve(folder: WorkerFolder, trials: list[TrialFolder]) -> int:
+    """Run a worker in this process, giving it ``trials`` one after the other, then the word to end."""
+
+    def controller() -> None:
+        for trial in trials:
+            number = folder.assign(str(trial.path), trial.current_attempt())
+            wait_for(lambda n=number: folder.done()[0] >= n)
+            if folder.done()[1]:
+                return
+        folder.assign(None)
+
+    thread = threading.Thread(target=controller)
+    thread.start()
+    count = serve_trials(folder, idle_s=20)
+    thread.join()
+    return count
+
+
+@pytest.mark.parametrize("trunk_gb", [0, 1])
+@pytest.mark.parametrize("kind", ["bias", "mlp"])
+def test_a_trial_has_the_same_numbers_after_others_in_one_process(
+    kind: str, trunk_gb: int, trial: Made, tmp_path: Path
+) -> None:
+    options = (*OFF, f"adapter={kind}", f"launcher.trunk_cache_gb={trunk_gb}", "orpo.learning_rate=0.1")
+    alone = trial(*options, name="alone")
+    assert run_trial(alone, 1) == "completed"
+    others = [
+        trial(*OFF, "adapter=scale", "orpo.seed=7", f"launcher.trunk_cache_gb={trunk_gb}", name="scale"),
+        trial(*options, "orpo.beta=2.0", name="beta"),
+        trial(*options, "model.architecture=gemma2", name="gemma"),
+    ]
+    last = trial(*options, name="last")
+    assert serve(WorkerFolder(tmp_path / "worker"), [*others, last]) == 4
+    assert rows_of(last) == rows_of(alone)
+    weights = [(t.adapter / "adapter_model.safetensors").read_bytes() for t in (alone, last)]
+    assert weights[0] == weights[1], "equal to the last bit"
+    assert "step 4/4" in last.log.read_text() and "step 4/4" in others[0].log.read_text(), "each trial has a log of its own"
+
+
+def test_the_model_and_the_data_are_loaded_once(trial: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import isaerft_sweep.trial.run as run
+
+    calls: Counter[str] = Counter()
+    for name in ("load", "load_pairs", "stored_trunk"):
+        original = getattr(run, name)
+
+        def counted(*args: Any, name: str = name, original: Any = original) -> Any:
+            calls[name] += 1
+            return original(*args)
+
+        monkeypatch.setattr(run, name, counted)
+    trials = [trial(*OFF, f"orpo.beta={i + 1}.0", name=f"t{i}") for i in range(3)]
+    assert serve(WorkerFolder(tmp_path / "worker"), trials) == 3
+    assert calls == {"load": 1, "load_pairs": 1, "stored_trunk": 1}
+    assert serve(WorkerFolder(tmp_path / "other"), [trial(*OFF, "data.eval_size=4", name="less")]) == 1
+    assert calls["load_pairs"] == 2
+
+
+def test_a_diverged_trial_leaves_the_model_as_it_was(trial: Made, tmp_path: Path) -> None:
+    half = (*OFF, "model.dtype=float16")
+    alone = trial(*half, name="alone")
+    assert run_trial(alone, 1) == "completed"
+    bad = trial(*half, "orpo.learning_rate=1.0e+6", "orpo.warmup_steps=0", name="bad")
+    after = trial(*half, name="after")
+    assert serve(WorkerFolder(tmp_path / "worker"), [bad, after]) == 2
+    assert bad.read_status()["state"] == "diverged" and rows_of(after) == rows_of(alone)
+
+
+def test_a_worker_ends_after_an_error_and_when_nobody_wants_it(trial: Made, tmp_path: Path) -> None:
+    broken = trial(*OFF, name="broken")
+    spec = json.loads(broken.spec.read_text())
+    spec["experiment"]["data"]["path"] = str(tmp_path / "nothing.jsonl")
+    spec["experiment"]["data"]["source"] = "files"
+    broken.spec.write_text(json.dumps(spec))
+    worker = WorkerFolder(tmp_path / "worker")
+    assert serve(worker, [broken, trial(*OFF, name="never")]) == 1
+    assert broken.read_status()["state"] == "failed" and worker.done() == (1, True)
+    assert serve_trials(WorkerFolder(tmp_path / "nobody"), idle_s=0.3) == 0
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_over_100_trials(trial: Made, tmp_path: Path) -> None:
+    shared = (
+        "orpo.max_steps=1",
+        "orpo.eval_untrained=never",
+        "data.train_size=4",
+        "data.eval_size=2",
+        "orpo.max_length=120",
+    )
+    process, sizes = psutil.Process(), []
+    trials = [trial(*OFF, *shared, f"orpo.learning_rate={0.001 * (i + 1)}", name=f"t{i}") for i in range(100)]
+
+    def controller() -> None:
+        for one in trials:
+            number = worker.assign(str(one.path), 1)
+            wait_for(lambda n=number: worker.done()[0] >= n)
+            sizes.append(process.memory_info().rss / 2**20)
+        worker.assign(None)
+
+    worker = WorkerFolder(tmp_path / "worker")
+    thread = threading.Thread(target=controller)
+    thread.start()
+    assert serve_trials(worker) == 100
+    thread.join()
+    assert all(one.read_status()["state"] == "completed" for one in trials)
+    # the first ones load code and fill caches; a trial that stayed would cost its model's or trainer's size each time
+    assert sizes[-1] - sizes[29] < 30, [round(s) for s in sizes[::10]]
+
+
+@pytest.mark.slow
+def test_one_worker_runs_a_whole_sweep_and_a_crash_costs_one_trial(tmp_path: Path) -> None:
+    sweep = tmp_path / "outputs" / "s"
+    options = (*TINY, "name=s", "sweep.run_cap=4", "orpo.max_steps=60", "orpo.checkpoint_every_steps=5")
+    controller = start(tmp_path, *options)
+    wait_for(lambda: (sweep / "journal.jsonl").exists() and ended_states(sweep)["completed"] == 1)
+    victim = wait_for(lambda: [s for s in stepping(sweep) if s["step"] > 10])[0]
+    os.kill(victim["pid"], signal.SIGKILL)
+    assert controller.wait(240) == 0, (tmp_path / "controller.out").read_text()
+    assert ended_states(sweep) == {"completed": 4, "failed": 1}
+    pids = {s["pid"] for s in statuses(sweep)}
+    assert len(pids) == 2 and victim["pid"] in pids, "two processes for four trials: a new one after the crash"
+    assert len(list((sweep / "workers").iterdir())) == 2
+    assert processes_of(tmp_path) == [], "the waiting worker was told to end"
+    runs = {p.name.rsplit("-", 1)[1] for p in sweep.glob("trials/*/wandb/wandb/offline-run-*")}
+    assert runs == {e["run_id"] for e in events(sweep) if e["event"] == "trial"}, "each trial has its own W&B run"
+
+
+@pytest.mark.slow
+def test_a_controller_that_comes_back_finds_the_worker_and_goes_on_with_it(tmp_path: Path) -> None:
+    sweep = tmp_path / "outputs" / "s"
+    options = (*TINY, "name=s", "sweep.run_cap=3", "orpo.max_steps=60", "tracker=disabled")
+    controller = start(tmp_path, *options)
+    wait_for(lambda: (sweep / "journal.jsonl").exists() and stepping(sweep))
+    controller.kill()
+    controller.wait()
+    assert start(tmp_path, *options).wait(240) == 0
+    assert len({s["pid"] for s in statuses(sweep)}) == 1 and ended_states(sweep) == {"completed": 3}
+    assert processes_of(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_without_residents_every_trial_has_a_process_of_its_own(launch, tmp_path: Path) -> None:
+    done = launch(*TINY, "name=s", "sweep.run_cap=2", "launcher.resident=false", "tracker=disabled")
+    assert done.returncode == 0, done.stderr
+    assert len({s["pid"] for s in statuses(tmp_path / "outputs" / "s")}) == 2
