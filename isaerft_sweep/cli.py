@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from isaerft_sweep import __version__
-from isaerft_sweep.errors import IsaerftError
+from isaerft_sweep.errors import FolderError, IsaerftError
 
 if TYPE_CHECKING:
     from isaerft_sweep.results.reading import ReadSweep
@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     confirm.set_defaults(run=_confirm)
 
     card = commands.add_parser("card", help="write a trial's model card anew, from a template of your own if you like")
-    card.add_argument("trial", type=Path, help="the folder of a finished trial, or of a sweep (its best trial)")
+    card.add_argument("trial", type=Path, nargs="?", help="the folder of a finished trial, or of a sweep (its best trial)")
     card.add_argument("--template", type=Path, help="a Jinja template; start from the one that --fields prints")
     card.add_argument("--fields", action="store_true", help="print the template in use instead")
     card.set_defaults(run=_card)
@@ -59,7 +59,14 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="write a page with everything about a sweep, and pictures for papers")
     _sweep_arguments(report)
     report.add_argument("--out", type=Path, help="the folder for report.html and figures/ (default: the sweep's)")
-    report.add_argument("--labels", type=Path, help="labels of the SAE's latents: .json or .csv")
+    report.add_argument(
+        "--labels",
+        type=_labels,
+        action="append",
+        default=[],
+        metavar="[LAYER=]FILE",
+        help="of the SAE's latents: .json or .csv",
+    )
     report.add_argument("--generate", action="store_true", help="load the model: answers of untrained, best and worst")
     _prompt_arguments(report)
     report.set_defaults(run=_report)
@@ -113,6 +120,11 @@ def _at_least_one(text: str) -> int:
     return int(text)
 
 
+def _labels(text: str) -> tuple[int | None, Path]:
+    layer, equals, path = text.partition("=")
+    return (int(layer), Path(path)) if equals and layer.isdecimal() else (None, Path(text))
+
+
 def _leaderboard(args: argparse.Namespace) -> None:
     from rich.console import Console
 
@@ -149,6 +161,8 @@ def _card(args: argparse.Namespace) -> None:
     if args.fields:
         print((args.template or asset(TEMPLATE)).read_text(encoding="utf-8"), end="")
         return
+    if args.trial is None:
+        raise FolderError("a trial's folder must be given, or --fields.")
     trial, standing = find_trial(args.trial)
     refresh_card(trial, standing, args.template)
     print(trial.card)
@@ -172,7 +186,7 @@ def _report(args: argparse.Namespace) -> None:
     sweep = _read(args)
     if args.generate or args.prompt:
         print(as_text(make_samples(sweep, args.prompt or PROMPTS, args.max_new_tokens)))
-    page, pictures = write_report(sweep, args.out, args.labels)
+    page, pictures = write_report(sweep, args.out, dict(args.labels))
     print(page)
     for path in pictures:
         print(path)
@@ -186,6 +200,7 @@ def _export(args: argparse.Namespace) -> None:
     made = export(find_adapter(args.folder), args.out, args.form, args.cache, args.dtype)
     print(made.folder)
     print(f"{made.form}; its logits differ from the adapter's by at most {made.difference:.1e} of the largest one")
+    print(f"of what the adapter changes {made.lost:.1e} is lost in rounding")
 
 
 def _push(args: argparse.Namespace) -> None:

@@ -112,6 +112,8 @@ class StandInHub:
         self.objects: dict[str, bytes] = {}
         self.cards: list[str] = []
         self.broken = False
+        self.existing: dict[str, bool] = {}
+        """Repositories, and whether they are private."""
 
     def answer(self, method: str, path: str, headers: Any, body: bytes) -> tuple[int, Any]:
         if path.startswith("/lfs/"):
@@ -123,9 +125,10 @@ class StandInHub:
             return 500, {"error": "out of order"}
         content = json.loads(body) if body and "/commit/" not in path else {}
         if path == "/api/repos/create":
-            self.created.append(content)
-            owner = content.get("organization") or "someone"
-            return 200, {"url": f"{self.address}/{owner}/{content['name']}", "id": f"{owner}/{content['name']}"}
+            return self._create(content)
+        name = path.removeprefix("/api/models/").removesuffix("/revision/main")
+        if method == "GET" and name in self.existing:
+            return 200, {"id": name, "modelId": name, "private": self.existing[name], "tags": [], "siblings": []}
         if path == "/api/validate-yaml":
             self.cards.append(content["content"])
             return 200, {"errors": [], "warnings": []}
@@ -148,6 +151,14 @@ class StandInHub:
         if "/commit/" in path:
             return 200, self._commit(path, body)
         return 404, {"error": f"nothing at {path}"}
+
+    def _create(self, content: dict[str, Any]) -> tuple[int, Any]:
+        self.created.append(content)
+        name = f"{content.get('organization') or 'someone'}/{content['name']}"
+        if name in self.existing:
+            return 409, {"error": "You already created this model repo", "url": f"{self.address}/{name}"}
+        self.existing[name] = content.get("visibility") == "private"
+        return 200, {"url": f"{self.address}/{name}", "id": name}
 
     def _commit(self, path: str, body: bytes) -> dict[str, Any]:
         for line in map(json.loads, body.decode().splitlines()):

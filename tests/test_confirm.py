@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY, events
+from test_honest_ranking import make_sweep
 
 from isaerft_sweep.cli import main
-from isaerft_sweep.controller.confirm import with_settings
+from isaerft_sweep.controller.confirm import find_leaders, point_with_seed, with_settings
 from isaerft_sweep.errors import ConfigError
 from isaerft_sweep.results.confirmation import read_confirmation
 from isaerft_sweep.results.reading import read_sweep_folder
@@ -55,6 +56,23 @@ def test_confirm_runs_new_seeds_of_the_leaders(launch, tmp_path: Path) -> None:
     assert len(list((folder / "trials").iterdir())) == 6
 
 
+def test_a_foreign_folder_of_that_name_is_not_the_confirmation(tmp_path: Path) -> None:
+    make_sweep(tmp_path / "s")
+    make_sweep(tmp_path / "s-confirm")
+    assert read_confirmation(read_sweep_folder(tmp_path / "s")) == []
+    assert main(["leaderboard", str(tmp_path / "s")]) == 0
+
+
+def test_leaders_that_differ_in_their_seed_alone_are_one(tmp_path: Path) -> None:
+    sweep = read_sweep_folder(make_sweep(tmp_path / "s").path)
+    for i, entry in enumerate(sweep.entries):
+        same = {"orpo.learning_rate": 0.01 * (i // 2), "orpo.beta": 0.1, "orpo.seed": i}
+        entry.record.point = Point(same)
+    leaders = find_leaders(sweep)
+    assert [entry.rank for entry in leaders] == [1, 3, 5], "the best of each"
+    assert point_with_seed(leaders[0], 9).params == {**leaders[0].params, "orpo.seed": 9}
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [(["--top", "0"], "--top must be at least 1"), (["--seeds", "-1"], "--seeds must be at least 1")],
@@ -67,7 +85,7 @@ def test_bad_numbers(arguments: list[str], words: str, tmp_path: Path, capsys: p
 def test_only_what_cannot_change_a_result_can_be_set(experiment) -> None:
     composed = experiment("model=tiny")
     assert with_settings(composed, ["launcher.slots=2", "tracker.mode=disabled"]).launcher.slots == 2
-    for bad in ("orpo.beta=1", "launcher", "launcher.=1", "launcher.slot=2", "launcher.slots=many"):
+    for bad in ("orpo.beta=1", "launcher", "launcher.=1", "launcher.slot=2", "launcher.slots=many", "launcher.slots=[1"):
         with pytest.raises(ConfigError):
             with_settings(composed, [bad])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,6 @@ from scipy import stats
 from trl.experimental.orpo import ORPOTrainer
 
 from isaerft_sweep.cli import main
-from isaerft_sweep.errors import FolderError
 from isaerft_sweep.journal.files import write_json, write_text
 from isaerft_sweep.journal.folders import SweepFolder
 from isaerft_sweep.journal.journal import Journal
@@ -91,9 +91,11 @@ def test_pair_values_are_trls() -> None:
 
 def test_the_interval_is_scipys() -> None:
     values = RNG.normal(1, 2, 60)
+    assert interval(values[:7]) is None, "so few tell nothing"
     theirs = stats.bootstrap((values,), np.mean, method="percentile", n_resamples=20_000, rng=1).confidence_interval
     assert interval(values) == pytest.approx((theirs.low, theirs.high), abs=0.06)
-    assert interval(np.ones(10)) == pytest.approx((1.0, 1.0))
+    # all pairs agree: Wilson's interval does not collapse. (1 + z²/2n ± z√(z²/4n²)) / (1 + z²/n) with z = 1.96, n = 10
+    assert interval(np.ones(10)) == pytest.approx((1 / (1 + 1.959964**2 / 10), 1.0), abs=1e-5)
 
 
 def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
@@ -114,6 +116,16 @@ def test_probability_best() -> None:
     # seeds that disagree make the best one uncertain
     unsure = np.stack([values + 1, values - 1])
     assert 0.15 < probability_best([unsure, values[None]])[0] < 0.85
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_luck_with_seeds_alone_is_rarely_called_certain(seeds: int) -> None:
+    """Three candidates that are equal but for the seeds' noise: one of them must not be the best with 95 % often."""
+    certain = 0
+    for _ in range(100):
+        runs = [np.repeat(RNG.normal(0, 1, (seeds, 1)), 20, axis=1) for _ in range(3)]
+        certain += probability_best(runs).max() >= 0.95
+    assert certain <= 8
 
 
 @pytest.mark.parametrize(
@@ -139,8 +151,9 @@ def test_what_a_metric_depends_on(metric: str, swept: list[str], words: str | No
 )
 def test_the_edge_of_a_continuous_parameter(value: float, u: float, words: str | None) -> None:
     space = {"orpo.learning_rate": Numeric("log_uniform_values", 1e-4, 1e-1)}
-    said = edges(space, Point({"orpo.learning_rate": value}, {"orpo.learning_rate": u}))
-    assert bool(said) == bool(words) and (words is None or words in said[0])
+    for unit in ({"orpo.learning_rate": u}, {}):  # a sweep of W&B tells values alone
+        said = edges(space, Point({"orpo.learning_rate": value}, unit))
+        assert bool(said) == bool(words) and (words is None or words in said[0])
 
 
 def test_the_edge_of_values() -> None:
@@ -196,8 +209,44 @@ def test_best_as_json_and_bad_metric(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_a_broken_file_of_a_trial_is_named(tmp_path: Path) -> None:
     folder = make_sweep(tmp_path / "s")
     folder.trial("run-tiny-2").status.write_text("{half")
-    with pytest.raises(FolderError, match=r"run-tiny-2.*is not JSON"):
-        read_sweep_folder(folder.path)
+    folder.trial("run-tiny-3").evaluation.write_text('{"trained": {"pairs": ["a"], "chosen": [-1], "rejected": []}}')
+    folder.definition.write_text("a: 1")
+    text = shown(folder)
+    assert text.count("unreadable") == 2 and "Trial 3: status.json or evaluation.json in" in text and "run-tiny-2" in text
+    assert [e.record.index for e in read_sweep_folder(folder.path).entries if e.rank] == [4, 1, 0], "the others are ranked"
+    assert "is not a valid sweep file any more" in text
+
+
+def test_a_metric_that_nobody_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_sweep(tmp_path / "s")
+    assert main(["best", str(folder.path), "--metric", "eval/logps/chosen"]) == 2
+    said = capsys.readouterr().err
+    assert "5 trials have completed but none has eval/logps/chosen" in said and "eval/log_odds_chosen" in said
+    assert "5 trials have completed but none has" in shown(folder, "eval/logps/chosen")
+
+
+@pytest.mark.parametrize(
+    "metric", ["eval/log_odds_chosen", "eval/rewards/margins", "eval/rewards/accuracies", "eval/nll_loss"]
+)
+@pytest.mark.parametrize("width", [40, 60, 80, 100])
+def test_no_number_is_cut_off(metric: str, width: int, tmp_path: Path) -> None:
+    sweep = read_sweep_folder(make_sweep(tmp_path / "s").path, metric)
+    console = Console(width=width, record=True, force_terminal=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
+    if width >= 60:
+        console.print(leaderboard.table(sweep, width=width))
+        assert "…" not in re.sub(r"\d … ", "", console.export_text())
+    pipe = Console(width=width, record=True, force_terminal=False, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
+    leaderboard.show(pipe, sweep)
+    line = next(row for row in pipe.export_text().splitlines() if row.strip().startswith("1 "))
+    assert line.rstrip().endswith("10 s"), "a pipe gets all columns"
+
+
+def test_an_interval_is_shown_with_the_digits_it_needs(tmp_path: Path) -> None:
+    entry = read_sweep_folder(make_sweep(tmp_path / "s").path).best()
+    entry.interval = (-0.0012, 0.0034)
+    assert leaderboard.show_interval(entry) == "-0.0012 … 0.0034"
+    entry.interval = (-0.1, 0.3)
+    assert leaderboard.show_interval(entry) == "-0.10 … 0.30"
 
 
 def test_a_trial_without_scores_is_ranked_without_an_interval(tmp_path: Path) -> None:

@@ -107,6 +107,7 @@ def test_every_form_computes_what_it_did(depth: int | None, saes: dict[str, str]
         depth=depth,
         ia3=depth is None,
         hidden_size=24 if depth else None,
+        target_hooks=[["a-release", "blocks.2.hook_resid_post"]],
     )
     folder = random_model.made_folder(ModelSpec(name="tiny", source="random", architecture="gemma2"), cache)
     made = import_folder(source, tmp_path / "new", str(folder))
@@ -170,6 +171,14 @@ def test_a_pickle_with_code_is_refused_and_not_executed(tmp_path: Path, capsys: 
         ({"blocks_20_hook_resid_post": random_state(2, 8, 4)}, {"depth": 1}, "lacks"),
         ({"blocks_20_hook_resid_post": {**random_state(0, 8, 4), "more": torch.zeros(1)}}, {"depth": 0}, "does not explain"),
         ({"blocks_20_hook_mlp_out": BIAS}, {}, "must be named blocks_N_hook_resid_post"),
+        ({"blocks_20_hook_resid_post": {"sequential.0.bias": torch.full((4,), float("nan"))}}, {}, "must hold finite numbers"),
+        ({"blocks_20_hook_resid_post": {**random_state(0, 8, 4), "sequential.0.weight": torch.zeros(8)}}, {"depth": 0}, "follow each other"),
+        ({"blocks_20_hook_resid_post": {**random_state(2, 8, 4), "sequential.2.weight": torch.zeros(5, 3)}}, {"depth": 2}, "follow each other"),
+        ({"blocks_20_hook_resid_post": BIAS}, {"target_hooks": ["gemma"]}, "must be [release, sae_id]"),
+        ({"blocks_20_hook_resid_post": BIAS}, {"target_hooks": [7]}, "must be [release, sae_id]"),
+        ({"blocks_20_hook_resid_post": BIAS}, {"target_hooks": [["res", ""]]}, "must be [release, sae_id]"),
+        ({"blocks_20_hook_resid_post": BIAS}, {"target_hooks": [["res", "layer_(5|20)/x"]]}, "hold the pattern"),
+        ({"blocks_5_hook_resid_post": BIAS}, {}, "must have an SAE of that layer"),
         ({"blocks_20_hook_resid_post": BIAS}, {"target_hooks": []}, "must have target_hooks"),
         ({"blocks_20_hook_resid_post": BIAS}, {"target_hooks": None, "sites": []}, "needs no import"),
     ],
@@ -191,7 +200,10 @@ def test_missing_and_broken_files(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(["import", str(source), "--out", str(tmp_path / "out"), "--base", "google/gemma-2-2b"]) == 0
     assert main(["import", str(source), "--out", str(tmp_path / "out"), "--base", "google/gemma-2-2b"]) == 2
     assert "must not be there yet" in capsys.readouterr().err
-    (source / "blocks_20_hook_resid_post.pt").write_bytes(b"PK\x03\x04 cut short")
+    for content in (b"", b"just text", b"PK\x03\x04 cut short"):
+        (source / "blocks_20_hook_resid_post.pt").write_bytes(content)
+        assert main(["import", str(source), "--out", str(tmp_path / "two"), "--base", "a/b"]) == 2
+        assert "blocks_20_hook_resid_post.pt" in capsys.readouterr().err
     assert main(["import", str(source), "--out", str(tmp_path / "two"), "--base", "a/b"]) == 2
     (source / "blocks_manifest.json").write_text("{half")
     assert main(["import", str(source), "--out", str(tmp_path / "two"), "--base", "a/b"]) == 2

@@ -15,6 +15,7 @@ from isaerft_sweep.adapter import load_model
 from isaerft_sweep.adapter.sae import load_sae
 from isaerft_sweep.errors import ConfigError
 from isaerft_sweep.journal.folders import TrialFolder
+from isaerft_sweep.results.statistics import pair_values
 from isaerft_sweep.trial.run import run_trial
 
 Made = Callable[..., TrialFolder]
@@ -37,6 +38,25 @@ def test_pair_scores_are_those_that_the_metrics_are_means_of(trial: Made) -> Non
     assert chosen.mean() == pytest.approx(metrics["eval/logps/chosen"], rel=1e-5)
     assert 0.7 * (chosen - rejected).mean() == pytest.approx(metrics["eval/rewards/margins"], rel=1e-4)
     assert found["trained"]["chosen"] != found["untrained"]["chosen"]
+
+
+@pytest.mark.parametrize("lean", [True, False])
+def test_an_evaluation_does_not_depend_on_its_batches(lean: bool, trial: Made) -> None:
+    """Seven pairs at once are TRL's own mean over pairs; in batches of three the last, short one must not count for more."""
+    found = []
+    for size in (7, 3):
+        folder = trial(
+            *OFF, "data.eval_size=7", f"orpo.eval_batch_size={size}", f"launcher.lean_logits={lean}", name=f"b{size}"
+        )
+        assert run_trial(folder, 1) == "completed"
+        metrics = folder.read_status()["metrics"]
+        scores = folder.read_evaluation()["trained"]
+        assert len(scores["pairs"]) == 7
+        for name in ("eval/log_odds_chosen", "eval/rewards/accuracies", "eval/rewards/margins", "eval/log_odds_ratio"):
+            values = pair_values(name, scores, 1.0)
+            assert values is not None and metrics[name] == pytest.approx(values.mean(), abs=1e-6), name
+        found.append({name: value for name, value in metrics.items() if name.startswith("eval/") and "logits" not in name})
+    assert len(found[0]) >= 10 and found[0] == pytest.approx(found[1], rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.parametrize("lean", [True, False])

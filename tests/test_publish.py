@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
 from stand_ins import StandInHub, served
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
@@ -187,8 +188,37 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(
     )
     with pytest.raises(ModelError, match="must give the adapter's logits"):
         export(folder.adapter, tmp_path / "out", None, None)
+    weights = load_file(folder.adapter / "adapter_model.safetensors")
+    # an adapter so weak that leaving it out passes for rounding
+    save_file({key: 1e-4 * tensor for key, tensor in weights.items()}, folder.adapter / "adapter_model.safetensors")
+    for dtype in ("float32", "bfloat16"):
+        with pytest.raises(ModelError, match=r"100% of what the adapter changes is lost"):
+            export(folder.adapter, tmp_path / "out", None, None, dtype)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["full", "trained"]
     assert main(["export", str(tmp_path)]) == 2 and "none of them" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("adapter_config.json", b'{"peft_type": "LORA", "r": 8, "target_modules": ["q_proj"]}', "must be of type ISAERFT"),
+        ("adapter_config.json", b'{"peft_type": "NOTHING"}', "that can be read"),
+        ("adapter_config.json", b"[]", "that can be read"),
+        ("adapter_config.json", b"{half", "that can be read"),
+        ("adapter_model.safetensors", b"cut short", "cannot be read"),
+    ],
+)
+def test_a_broken_or_foreign_adapter(
+    name: str, content: bytes, words: str, trained: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = trained()
+    (folder.adapter / name).write_bytes(content)
+    for command in (["export", str(folder.adapter)], ["generate", str(folder.adapter), "--prompt", "Hello"]):
+        assert main(command) == 2
+        said = capsys.readouterr().err
+        assert words in said and "Traceback" not in said, said
+    assert main(["push", str(folder.adapter), "--dry-run"]) == 2 if name == "adapter_config.json" else True
+    assert main(["card", str(folder.path)]) == 2 if name != "adapter_config.json" else True
 
 
 # ---------------------------------------------------------------- push
@@ -219,7 +249,11 @@ def test_push_uploads_everything_and_the_tags(publishable: TrialFolder) -> None:
     assert done.returncode == 0, done.stderr
     spec = publishable.read_spec()
     assert spec.model_name in done.stdout and "hf_secret" not in done.stdout + done.stderr
-    assert hub.created[0]["name"] == spec.model_name and hub.created[0]["visibility"] == "private", hub.created
+    assert (
+        "(private)" in done.stdout
+        and hub.created[0]["name"] == spec.model_name
+        and hub.created[0]["visibility"] == "private"
+    ), hub.created
     sent = {p.name for p in publishable.adapter.iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "README.md", "tokenizer.json"} <= sent == set(hub.files)
     for name, content in hub.files.items():
@@ -242,6 +276,18 @@ def test_what_can_go_wrong_with_a_push(publishable: TrialFolder) -> None:
                         (gone, "Check the network"), (offline, "did not take it")):  # fmt: skip
         assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert not hub.files
+
+
+@pytest.mark.slow
+def test_a_private_push_does_not_go_to_a_public_repository(publishable: TrialFolder) -> None:
+    hub = StandInHub("hf_secret")
+    hub.existing["lab/known"] = False
+    with served(hub) as address:
+        refused = push(publishable.path, "--repo", "lab/known", "--private", HF_ENDPOINT=address, HF_TOKEN="hf_secret")
+        assert not hub.files
+        done = push(publishable.path, "--repo", "lab/known", HF_ENDPOINT=address, HF_TOKEN="hf_secret")
+    assert refused.returncode == 2 and "is there already and public" in refused.stderr
+    assert done.returncode == 0 and "(public)" in done.stdout and hub.files
 
 
 def test_a_dry_run_needs_no_token_and_tells_all(publishable: TrialFolder, capsys: pytest.CaptureFixture[str]) -> None:
@@ -292,14 +338,20 @@ def test_the_card_is_valid_by_the_hubs_own_checks(trained: Any) -> None:
 
 def test_a_card_of_ones_own_template(trained: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = trained()
-    assert main(["card", str(folder.path), "--fields"]) == 0
+    assert main(["card"]) == 2 and "must be given" in capsys.readouterr().err
+    assert main(["card", "--fields"]) == 0
     template = tmp_path / "mine.jinja"
     template.write_text(capsys.readouterr().out.replace("# Model Card for", "# Lab notes on"))
     assert main(["card", str(folder.path), "--template", str(template)]) == 0
     assert "# Lab notes on" in folder.card.read_text() == (folder.adapter / "README.md").read_text()
     assert not folder.card_digest.exists(), "it is the user's own: no later run of the sweep writes over it"
     before = folder.card.read_text()
-    for content, words in (("{{ colour }}", "'colour' is undefined"), ("{% if %}", "not a valid Jinja template")):
+    for content, words in (
+        ("{{ colour }}", "'colour' is undefined"),
+        ("{% if %}", "not a valid Jinja template"),
+        ("{{ beta + 1 }}", "Every field is text"),
+        ("{% include 'other' %}", "cannot be filled"),
+    ):
         template.write_text(content)
         assert main(["card", str(folder.path), "--template", str(template)]) == 2
         said = capsys.readouterr().err
@@ -335,9 +387,10 @@ def test_the_sweep_writes_the_card_again_but_not_over_anybodys_own(trained: Any,
     after = trial.card.read_text()
     assert "device time | 1.000 h" in after and "1 of 1 completed trials" in after
     assert (trial.adapter / "README.md").read_text() == after
-    trial.card.write_text(after + "\nMy own words.\n")
-    refresh_cards(read_sweep_folder(sweep.path))
-    assert "My own words." in trial.card.read_text()
+    for path in (trial.adapter / "README.md", trial.card):
+        path.write_text(path.read_text() + "\nMy own words.\n")
+        refresh_cards(read_sweep_folder(sweep.path))
+        assert "My own words." in path.read_text()
 
 
 def test_a_card_of_an_unfinished_trial(trial: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -146,17 +147,16 @@ def test_importance_is_silent_where_nothing_can_be_said(tmp_path: Path) -> None:
     assert importance(read_sweep_folder(sweep_of(tmp_path / "one", SPACE, one, [0.1] * 20).path)) is None
 
 
-def add_latents(folder: SweepFolder, names: list[str], d_sae: int = 32, d_in: int = 8) -> None:
+def add_latents(folder: SweepFolder, names: list[str], layers: tuple[int, ...] = (2,), fingerprint: str = "") -> None:
     rng = np.random.default_rng(0)
     for name in names:
-        arrays = {f"2.{key}": rng.random(d_sae).astype("float32") for key in ("moved", "share", "before", "after")}
-        site = {"layer": 2, "d_sae": d_sae, "tokens": 100, "neuronpedia_id": "gemma-2-2b/2-gemmascope-res-16k"}
-        np.savez(
-            folder.trial(name).latents,
-            sites=json.dumps([site]),
-            **arrays,
-            **{"2.vector": rng.random(d_in).astype("float32")},
-        )
+        arrays, sites = {}, []
+        for n in layers:
+            arrays |= {f"{n}.{key}": rng.random(32).astype("float32") for key in ("moved", "share", "before", "after")}
+            arrays[f"{n}.vector"] = rng.random(8).astype("float32")
+            neuronpedia = f"gemma-2-2b/{n}-gemmascope-res-16k"
+            sites.append({"layer": n, "d_sae": 32, "tokens": 100, "neuronpedia_id": neuronpedia, "fingerprint": fingerprint})
+        np.savez(folder.trial(name).latents, sites=json.dumps(sites), **arrays)
 
 
 def rows_for(folder: SweepFolder, name: str, count: int) -> None:
@@ -219,11 +219,13 @@ def test_ranked_by_another_metric_it_says_so(full_sweep: SweepFolder) -> None:
 
 
 def test_answers_are_shown_as_text(full_sweep: SweepFolder) -> None:
-    samples = {"made": "today", "max_new_tokens": 9, "columns": ["untrained", "best"],
+    samples = {"made": "today", "max_new_tokens": 9, "trials": {"best": "run-tiny-7"}, "columns": ["untrained", "best"],
                "prompts": [{"prompt": "Hello?", "answers": ["<b>curt</b>", "Gladly."]}]}  # fmt: skip
     write_json(full_sweep.samples, samples)
     page = write_report(read_sweep_folder(full_sweep.path))[0].read_text()
-    assert "&lt;b&gt;curt" in page and "Gladly." in page and "Hello?" in page
+    assert "&lt;b&gt;curt" in page and "Gladly." in page and "Hello?" in page and "make the answers again" not in page
+    other = write_report(read_sweep_folder(full_sweep.path, "eval/rewards/margins"))[0].read_text()
+    assert "make the answers again" in other, "another trial is the best by that metric"
 
 
 def test_labels_are_shown_and_must_fit(full_sweep: SweepFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -236,10 +238,25 @@ def test_labels_are_shown_and_must_fit(full_sweep: SweepFolder, tmp_path: Path, 
     assert "must be for an SAE of 32 latents" in capsys.readouterr().err
     labels.write_text(json.dumps(["too", "few"]))
     with pytest.raises(DataError, match="must be for 32 latents"):
-        gather(read_sweep_folder(full_sweep.path), labels)
+        gather(read_sweep_folder(full_sweep.path), {None: labels})
     csv = tmp_path / "labels.csv"
     csv.write_text("latent,label\n3,third\n")
-    assert gather(read_sweep_folder(full_sweep.path), csv).latents[0].labels == {3: "third"}
+    assert gather(read_sweep_folder(full_sweep.path), {2: csv}).latents[0].labels == {3: "third"}
+    csv.write_bytes(b"\xef\xbb\xbflatent,label\n3,third\n")  # as Excel writes it
+    assert gather(read_sweep_folder(full_sweep.path), {None: csv}).latents[0].labels == {3: "third"}
+    assert main(["report", str(full_sweep.path), "--labels", f"5={csv}"]) == 2
+    assert "must be for a layer" in capsys.readouterr().err
+    add_latents(full_sweep, ["run-tiny-1"], layers=(2, 4))
+    with pytest.raises(DataError, match="LAYER=FILE"):
+        gather(read_sweep_folder(full_sweep.path), {None: csv})
+    found = gather(read_sweep_folder(full_sweep.path), {4: csv}).latents
+    assert [across.labels for across in found] == [{}, {3: "third"}]
+
+
+def test_latents_of_different_saes_are_not_compared(full_sweep: SweepFolder) -> None:
+    add_latents(full_sweep, ["run-tiny-1", "run-tiny-2"], fingerprint="other")
+    sizes = sorted(len(across.entries) for across in gather(read_sweep_folder(full_sweep.path)).latents)
+    assert sizes == [2, 6]
 
 
 def test_a_sweep_without_any_result_has_a_page_too(tmp_path: Path) -> None:
@@ -270,9 +287,35 @@ def test_half_written_trials_and_foreign_folders(
     assert main(["report", str(tmp_path)]) == 2
     assert "must be a sweep's folder" in capsys.readouterr().err
     full_sweep.trial("run-tiny-3").latents.write_bytes(b"PK\x03\x04 cut short")
-    assert main(["report", str(full_sweep.path)]) == 2
-    said = capsys.readouterr().err
-    assert "run-tiny-3" in said and "Delete it" in said and "Traceback" not in said
+    full_sweep.trial("run-tiny-4").metrics.write_text('{"step": 1}\n{"train/loss": 2.0}\nno json\n')
+    full_sweep.trial("run-tiny-5").status.write_text('{"metrics": null, "state":')
+    full_sweep.samples.write_text("{half")
+    full_sweep.environment.write_text('{"host": "here"}')
+    assert main(["report", str(full_sweep.path)]) == 0
+    page = (full_sweep.path / "report.html").read_text()
+    for name in ("run-tiny-3", "run-tiny-4", "run-tiny-5", "samples.json", "environment.json"):
+        assert re.search(f"{name}.*cannot be read|cannot be read from .*{name}", page), name
+    assert "7 completed" not in page.split("unreadable")[0].split("trials")[0] and "1 unreadable" in page
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [None, 10, 50],
+        ["cosine", None, "linear"],
+        [[{"layer": 1}], [{"layer": 2}], [{"layer": 1}, {"layer": 2}]],
+        [True, False, True],
+    ],
+    ids=["none", "names", "sites", "booleans"],
+)
+def test_odd_parameters_are_drawn(values: list[Any], tmp_path: Path) -> None:
+    points = [{"orpo.learning_rate": 1e-4 * (i + 1), "adapter.top_k": values[i % 3]} for i in range(9)]
+    points[4].pop("adapter.top_k")  # W&B's runs may lack a parameter
+    folder = sweep_of(tmp_path / "s", SPACE, points, [0.1 * i for i in range(9)])
+    page, pictures = write_report(read_sweep_folder(folder.path))
+    assert "figure-map" in page.read_text() and "space.png" in {p.name for p in pictures}
+    found = axis("adapter.top_k", read_sweep_folder(folder.path))
+    assert found.kind == "category" and (values[1] != 10 or found.values == (None, 10, 50))
 
 
 def test_without_the_extra_the_error_names_it(full_sweep: SweepFolder) -> None:

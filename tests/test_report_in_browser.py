@@ -43,7 +43,7 @@ def browser(tmp_path: Path) -> Iterator[Any]:
 
 
 def test_the_page_draws_everything_without_a_network(full_sweep: SweepFolder, browser: Any) -> None:  # noqa: F811
-    samples = {"made": "today", "max_new_tokens": 9, "columns": ["untrained", "best"],
+    samples = {"made": "today", "max_new_tokens": 9, "trials": {"best": "run-tiny-7"}, "columns": ["untrained", "best"],
                "prompts": [{"prompt": "Hello?", "answers": ["Curt.", "Gladly."]}]}  # fmt: skip
     write_json(full_sweep.samples, samples)
     page, _ = write_report(read_sweep_folder(full_sweep.path))

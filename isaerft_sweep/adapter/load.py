@@ -7,8 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
+from isaerft_sweep.adapter.config import IsaerftConfig
 from isaerft_sweep.errors import ModelError
 from isaerft_sweep.journal.folders import TrialFolder
 from isaerft_sweep.models.gguf_package import PACKAGES
@@ -29,11 +31,13 @@ def load_model(
     """
     try:
         config = PeftConfig.from_pretrained(adapter)
-    except ValueError as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ModelError(
             f"an adapter must be a folder or Hub repository with adapter_config.json, but '{adapter}' has none "
             "that can be read. Give the folder `adapter` of a finished trial."
         ) from error
+    if not isinstance(config, IsaerftConfig):
+        raise ModelError(f"the adapter '{adapter}' must be of type ISAERFT but is of type {config.peft_type}.")
     name = config.base_model_name_or_path
     trial = TrialFolder(Path(adapter).absolute().parent)
     if base is None and trial.spec.is_file() and Path(adapter).name == trial.adapter.name:
@@ -49,6 +53,8 @@ def load_model(
         warnings.filterwarnings("error", message="Found missing adapter keys")
         try:
             model = PeftModel.from_pretrained(loaded.model, adapter)
+        except SafetensorError as error:
+            raise ModelError(f"the weights of the adapter '{adapter}' cannot be read: {error}.") from error
         except UserWarning as error:
             raise ModelError(
                 f"the adapter's weights must be for {base.name} but do not have its names: load it on the model that it was "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,21 +45,22 @@ def confirm(path: Path, metric: str | None, top: int, seeds: int, settings: Sequ
     assert sweep.folder is not None
     if sweep.experiment is None:
         raise FolderError(f"{sweep.folder.config} must hold the sweep's config, but it is not there or was changed by hand.")
-    leaders = [entry for entry in sweep.entries if entry.rank][:top]
+    leaders = find_leaders(sweep)[:top]
     if not leaders:
         sweep.best()  # raises
     target = confirmation.confirm_folder(sweep.folder)
     experiment = with_settings(sweep.experiment, settings)
     experiment = dataclasses.replace(experiment, output=str(target.path.parent), name=target.path.name)
     asked = _check_unchanged(sweep)
-    points = [point_with_seed(entry, sweep.experiment, s) for s in range(1, seeds + 1) for entry in leaders]
+    used = max(int(entry.params.get(confirmation.SEED, experiment.orpo.seed)) for entry in sweep.entries)
+    points = [point_with_seed(entry, used + step) for step in range(1, seeds + 1) for entry in leaders]
     code = run_trials(
         experiment,
         SweepDefinition("given points", sweep.metric, {}, raw={}),
         GivenPoints(points),
         target,
         _overrides(leaders[0]),
-        asked=hashlib.sha256(f"confirm {asked}".encode()).hexdigest()[:12],
+        asked=confirmation.confirm_question(asked),
         show=False,
     )
     sweep = read_sweep_folder(path, metric)
@@ -69,10 +69,18 @@ def confirm(path: Path, metric: str | None, top: int, seeds: int, settings: Sequ
     return code
 
 
-def point_with_seed(entry: Entry, experiment: Experiment, step: int) -> Point:
-    """The entry's point with the seed ``step`` above its own."""
-    seed = int(entry.params.get(confirmation.SEED, experiment.orpo.seed))
-    return Point({**entry.params, confirmation.SEED: seed + step}, dict(entry.record.point.unit))
+def find_leaders(sweep: ReadSweep) -> list[Entry]:
+    """The ranked trials, best first; of those that differ in their seed alone the best one."""
+    found: dict[str, Entry] = {}
+    for entry in sweep.entries:
+        if entry.rank:
+            found.setdefault(confirmation.without_seed(entry.params), entry)
+    return list(found.values())
+
+
+def point_with_seed(entry: Entry, seed: int) -> Point:
+    """The entry's point with another seed."""
+    return Point({**entry.params, confirmation.SEED: seed}, dict(entry.record.point.unit))
 
 
 def show(console: Console, sweep: ReadSweep) -> None:
@@ -98,7 +106,11 @@ def with_settings(experiment: Experiment, settings: Sequence[str]) -> Experiment
                 f"got '{text}'."
             )
         spec = getattr(changed, section)
-        updated = from_mapping(type(spec), {**to_dict(spec), name: yaml.safe_load(value)}, section)
+        try:
+            parsed = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{key} must be a YAML value but got '{value}'.") from error
+        updated = from_mapping(type(spec), {**to_dict(spec), name: parsed}, section)
         changed = dataclasses.replace(changed, **{section: updated})
     return changed  # type: ignore[no-any-return]
 

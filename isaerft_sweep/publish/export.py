@@ -16,22 +16,29 @@ from isaerft_sweep.adapter.load import load_model
 from isaerft_sweep.adapter.merge import check_mergeable
 from isaerft_sweep.errors import FolderError, ModelError
 from isaerft_sweep.journal.files import make_readable, write_text
+from isaerft_sweep.models.loading import device
 from isaerft_sweep.publish.standalone import write_standalone
 from isaerft_sweep.results.card import exported_card
 
 MERGED, STANDALONE = "merged", "standalone"
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 """Largest difference between logits of adapter and export, over the largest logit: roundings, some layers apart."""
+LOST = 0.5
+"""How much of what the adapter changes may be lost, over all logits in the root mean square. Without the adapter it is 1."""
 TEXTS = ("The quick brown fox jumps over the lazy dog.", "My parcel has not arrived yet. What can I do?", "1 2 3")
 
 
 @dataclass(frozen=True)
 class Exported:
-    """``difference``: the largest between the logits of the adapter and of the export, over the largest logit."""
+    """``difference``: the largest between the logits of the adapter and of the export, over the largest logit.
+
+    ``lost``: the share of the adapter's own change of the logits that the export lacks (root mean square).
+    """
 
     folder: Path
     form: str
     difference: float
+    lost: float
 
 
 def export(adapter: Path, out: Path | None, form: str | None, cache: str | None, dtype: str | None = None) -> Exported:
@@ -63,6 +70,8 @@ def export(adapter: Path, out: Path | None, form: str | None, cache: str | None,
         raise FolderError(f"the export cannot be written to {target} ({error.strerror}). Choose: --out DIR.") from error
     try:
         expected = _logits(model, tokenizer)
+        with model.disable_adapter():
+            without = _logits(model, tokenizer)
         of_dtype = next(model.get_base_model().parameters()).dtype
         if form == MERGED:
             model.merge_and_unload().save_pretrained(aside)  # type: ignore[operator]
@@ -73,7 +82,7 @@ def export(adapter: Path, out: Path | None, form: str | None, cache: str | None,
         if card.is_file():
             write_text(aside / card.name, exported_card(card.read_text(encoding="utf-8"), form == STANDALONE))
         del model  # one at a time is in memory
-        difference = _difference(aside, form, tokenizer, expected, of_dtype)
+        difference, lost = _compare(aside, form, tokenizer, expected, without, of_dtype)
         make_readable(aside)
         aside.chmod(0o755)
         aside.replace(target)
@@ -81,7 +90,7 @@ def export(adapter: Path, out: Path | None, form: str | None, cache: str | None,
         raise FolderError(f"the export cannot be written to {target} ({error.strerror}). Choose: --out DIR.") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return Exported(target, form, difference)
+    return Exported(target, form, difference, lost)
 
 
 def _fitting(model: peft.PeftModel, kinds: set[str]) -> str:
@@ -93,20 +102,29 @@ def _fitting(model: peft.PeftModel, kinds: set[str]) -> str:
 
 
 @torch.no_grad()
-def _logits(model: Any, tokenizer: Any) -> list[torch.Tensor]:
-    """Logits [position, vocabulary] of each of ``TEXTS``, float32."""
+def _logits(model: Any, tokenizer: Any) -> torch.Tensor:
+    """Logits of all positions of ``TEXTS`` [positions, vocabulary], float32."""
     inputs = [tokenizer(text, return_tensors="pt").to(model.device) for text in TEXTS]
-    return [model.eval()(input_ids=i["input_ids"], attention_mask=i["attention_mask"]).logits[0].float() for i in inputs]
+    found = [model.eval()(input_ids=i["input_ids"], attention_mask=i["attention_mask"]).logits[0] for i in inputs]
+    return torch.cat(found).float().cpu()
 
 
-def _difference(folder: Path, form: str, tokenizer: Any, expected: list[torch.Tensor], dtype: torch.dtype) -> float:
+def _compare(
+    folder: Path, form: str, tokenizer: Any, expected: torch.Tensor, without: torch.Tensor, dtype: torch.dtype
+) -> tuple[float, float]:
+    """The export's difference and what it has lost; raises ModelError when either is too much.
+
+    The second catches an adapter whose whole effect is as small as the roundings that the first allows.
+    """
     again = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=form == STANDALONE)
-    found = _logits(again.to(expected[0].device), tokenizer)
-    difference = max((a - b).abs().max().item() for a, b in zip(found, expected, strict=True))
-    relative = difference / max(b.abs().max().item() for b in expected)
-    if not relative <= TOLERANCE[dtype]:
+    found = _logits(again.to(device()), tokenizer)
+    difference = ((found - expected).abs().max() / expected.abs().max()).item()
+    effect = (expected - without).norm().item()
+    lost = (found - expected).norm().item() / effect if effect else 0.0
+    if not (difference <= TOLERANCE[dtype] and lost <= LOST):
         raise ModelError(
-            f"the export must give the adapter's logits but they differ by {relative:.2g} of the largest one (at most "
-            f"{TOLERANCE[dtype]:g} is rounding). Nothing was kept; keep the adapter separate: isaerft-sweep push."
+            f"the export must give the adapter's logits but they differ by {difference:.2g} of the largest one (at most "
+            f"{TOLERANCE[dtype]:g} is rounding), and {lost:.0%} of what the adapter changes is lost. Nothing was kept. Try "
+            "--dtype float32 or --standalone, or keep the adapter separate: isaerft-sweep push."
         )
-    return relative
+    return difference, lost

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from isaerft_sweep.errors import CardError, FolderError, PushError
 from isaerft_sweep.journal.files import read_json
-from isaerft_sweep.results.card_data import is_repository
+from isaerft_sweep.results.card_data import is_name, is_repository
 
 if TYPE_CHECKING:
     from huggingface_hub import CardData
@@ -49,7 +49,7 @@ def push(folder: Path, repository: str | None = None, private: bool = False, dry
     card = read_card(folder)
     check_loadable_elsewhere(folder)
     name = repository or str(card.get("model_name") or "")
-    if not is_repository(name):
+    if not is_name(name):
         raise PushError(f"the repository must be ORG/NAME or NAME by the Hub's rules but is '{name}'. Give one: --repo.")
     files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
     upload = Upload(name, files, list(card.get("tags") or []), private)
@@ -71,20 +71,34 @@ def read_card(folder: Path) -> CardData:
         raise CardError(f"the card {path} must begin with YAML that the Hub can read: {error}") from error
 
 
+def read_adapter_config(folder: Path) -> dict[str, Any] | None:
+    """``adapter_config.json``, checked as far as it is read here; None when there is none."""
+    path = folder / "adapter_config.json"
+    try:
+        found = read_json(path)
+    except ValueError as error:
+        raise FolderError(f"{path} must be JSON but is not: {error}.") from error
+    if found is None:
+        return None
+    if not isinstance(found, dict) or not all(isinstance(site, dict) for site in found.get("sites") or []):
+        raise FolderError(f"{path} must be an object with a list of sites but holds {str(found)[:80]!r}.")
+    return found
+
+
 def check_loadable_elsewhere(folder: Path) -> None:
     """Raise FolderError unless others can load ``folder``: it must name no folder of this machine."""
-    adapter = read_json(folder / "adapter_config.json")
+    adapter = read_adapter_config(folder)
     if adapter is None:
         if not (folder / "config.json").is_file():
             raise FolderError(f"'{folder}' must be an adapter's folder or an exported model but is neither.")
         return
-    base = str(adapter.get("base_model_name_or_path"))
+    base = str(adapter.get("base_model_name_or_path") or "")
     if not is_repository(base):
         raise FolderError(
             f"the adapter's base model must be a name on the Hub but is '{base}': nobody else could load it. Put the name "
             f"into {folder / 'adapter_config.json'}, or publish the whole model: isaerft-sweep export."
         )
-    local = [site["sae_path"] for site in adapter.get("sites", []) if site.get("sae_path")]
+    local = [site["sae_path"] for site in adapter.get("sites") or [] if site.get("sae_path")]
     if local:
         raise FolderError(
             f"the adapter's SAE must be one that sae_lens can find by release and id but is the folder '{local[0]}' of this "
@@ -101,9 +115,12 @@ def _upload(folder: Path, upload: Upload) -> Upload:
     disable_progress_bars()
     api = HfApi(library_name="isaerft-sweep")
     made = _asked(api.endpoint, lambda: api.create_repo(upload.repository, private=upload.private, exist_ok=True))
+    private = bool(_asked(api.endpoint, lambda: api.repo_info(made.repo_id)).private)
+    if upload.private and not private:
+        raise PushError(f"{made.repo_id} is there already and public. Nothing was uploaded. Choose another name: --repo.")
     message = "Upload by isaerft-sweep"
     done = _asked(api.endpoint, lambda: api.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message=message))
-    return replace(upload, repository=made.repo_id, url=str(getattr(done, "repo_url", made)))
+    return replace(upload, repository=made.repo_id, private=private, url=str(getattr(done, "repo_url", made)))
 
 
 def _asked(endpoint: str, ask: Callable[[], T]) -> T:

@@ -68,16 +68,16 @@ def import_folder(source: Path, out: Path | None, base: str | None) -> Imported:
             f"they have {hooks!r} and {names!r}. An adapter of this package needs no import."
         )
     layers = [_layer(source, name) for name in names]
+    sites = [_site(source, layer, hook) for layer, hook in zip(layers, hooks, strict=True)]
     blocks = [_block(source, name, config) for name in names]
     forms = {(kind, settings["rank"], settings["hidden_size"], settings["hidden_layers"]) for kind, settings, _ in blocks}
     if len(forms) != 1:
         raise FolderError(f"{source}: all blocks must have one form but have {sorted(map(str, forms))}.")
     kind, settings, _ = blocks[0]
     named = _name(source)
-    base = base or config.get("base_model_name_or_path") or (BASES.get(named.model) if named else None)
+    base = base or str(config.get("base_model_name_or_path") or "") or (BASES.get(named.model) if named else None)
     if not base:
         raise FolderError(f"{source} does not tell its base model. Give it: --base ORG/NAME, for example google/gemma-2-2b.")
-    sites = [{"layer": layer, "sae_release": hook[0], "sae_id": hook[1]} for layer, hook in zip(layers, hooks, strict=True)]
     adapter = IsaerftConfig(sites=sites, kind=kind, base_model_name_or_path=base, inference_mode=True, **settings)
     target = (out or Path("imported") / source.resolve().name).expanduser().absolute()
     tensors = {
@@ -111,6 +111,21 @@ def _layer(source: Path, name: Any) -> int:
     return int(found[1])
 
 
+def _site(source: Path, layer: int, hook: Any) -> dict[str, Any]:
+    """The site of one hook. The published project took patterns too and found several SAEs; a folder does not say which."""
+    if not isinstance(hook, list) or len(hook) != 2 or not all(isinstance(part, str) and part for part in hook):
+        raise FolderError(f"{source}: each of target_hooks must be [release, sae_id] but one is {hook!r}.")
+    if set("".join(hook)) & set("*|()[]?+^$\\"):
+        raise FolderError(f"{source}: target_hooks must name one SAE but hold the pattern {hook!r}. Put its name there.")
+    named = re.search(r"(?:layer_|blocks\.)(\d+)(?!\d)", hook[1])
+    if named and int(named[1]) != layer:
+        raise FolderError(
+            f"{source}: the block of layer {layer} must have an SAE of that layer but target_hooks, in the order of "
+            f"block_names, give it {hook[1]!r}. Mend the order in adapter_config.json."
+        )
+    return {"layer": layer, "sae_release": hook[0], "sae_id": hook[1]}
+
+
 def _block(source: Path, name: str, config: Mapping[str, Any]) -> tuple[str, dict[str, Any], Tensors]:
     """Kind, settings and tensors of one block, in this package's terms."""
     state = _state(source / f"{name}.pt")
@@ -130,13 +145,17 @@ def _state(path: Path) -> Tensors:
     except pickle.UnpicklingError as error:
         raise FolderError(
             f"{path} must hold tensors alone but holds something else, perhaps code; it was not loaded. "
-            f"{str(error).splitlines()[0]}"
+            f"{(str(error) or 'It is not a file of torch.save.').splitlines()[0]}"
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise FolderError(f"{path} cannot be read as a state dict: {str(error).splitlines()[0]}.") from error
+    except (OSError, RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError) as error:
+        reason = (str(error) or "the file is cut short").splitlines()[0]
+        raise FolderError(f"{path} cannot be read as a state dict ({type(error).__name__}: {reason}).") from error
     tensors = isinstance(state, dict) and all(isinstance(t, torch.Tensor) for t in state.values())
     if not tensors or not state:
         raise FolderError(f"{path} must be a state dict (names to tensors) but is {type(state).__name__}.")
+    bad = [key for key, value in state.items() if not torch.isfinite(value.float()).all()]
+    if bad:
+        raise FolderError(f"{path} must hold finite numbers but {bad[0]} has NaN or infinity.")
     return {str(key): value.float() for key, value in state.items()}
 
 
@@ -162,6 +181,7 @@ def _feed_forward(source: Path, name: str, state: Tensors, depth: int) -> tuple[
         raise FolderError(f"{source / name}.pt lacks {error}, which depth={depth} needs.") from error
     if state:
         raise FolderError(f"{source / name}.pt has tensors that depth={depth} does not explain: {', '.join(state)}.")
+    _check_shapes(source, name, maps)
     if depth == 0:
         (weight, bias), *_ = maps
         return "linear", _settings(), {"weight_0": weight, "bias_0": bias}
@@ -175,6 +195,19 @@ def _feed_forward(source: Path, name: str, state: Tensors, depth: int) -> tuple[
         tensors |= {f"weight_{i}": weight, f"bias_{i}": own_bias}
     tensors |= {f"weight_{depth - 1}": outer @ inner, f"bias_{depth - 1}": bias}
     return "mlp", _settings(hidden_size=inner.shape[1], hidden_layers=depth - 1), tensors
+
+
+def _check_shapes(source: Path, name: str, maps: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Raise FolderError unless each map takes what the one before gives, and the last gives what the first takes."""
+    shapes = [(list(weight.shape), list(bias.shape)) for weight, bias in maps]
+    fits = all(len(weight) == 2 and bias == weight[:1] for weight, bias in shapes)
+    if fits:
+        widths = [shapes[0][0][1], *(weight[0] for weight, _ in shapes)]
+        fits = widths[0] == widths[-1] and all(shape[0][1] == width for shape, width in zip(shapes, widths, strict=False))
+    if not fits:
+        raise FolderError(
+            f"{source / name}.pt must hold maps that follow each other, from d_sae to d_sae, but has the shapes {shapes}."
+        )
 
 
 def _settings(rank: int | None = None, hidden_size: int | None = None, hidden_layers: int = 1) -> dict[str, Any]:

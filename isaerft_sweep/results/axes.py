@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from isaerft_sweep.plain import canonical_json
 from isaerft_sweep.results.reading import ReadSweep
 from isaerft_sweep.search.distributions import Categorical, Distribution, Numeric
 
@@ -50,12 +51,14 @@ def axes(sweep: ReadSweep) -> list[Axis]:
 
 def axis(key: str, sweep: ReadSweep) -> Axis:
     """The axis of one swept parameter, from its distribution, or from its values where that is not known."""
-    found = list(dict.fromkeys(entry.params[key] for entry in sweep.entries if key in entry.params))
-    if any(isinstance(value, (str, bool)) or value is None for value in found):
-        return Axis(key, "category", tuple(sorted(found, key=str)))
+    found = list({canonical_json(e.params[key]): e.params[key] for e in sweep.entries if key in e.params}.values())
+    numbers = [value for value in found if isinstance(value, (int, float)) and not isinstance(value, bool)]
+    if len(numbers) < len(found):
+        others = sorted((value for value in found if value not in numbers), key=canonical_json)
+        return Axis(key, "category", (*others, *sorted(numbers)))
     distribution = sweep.space.get(key)
     listed = _listed(distribution)
-    ticks = tuple(sorted(float(v) for v in listed)) if 0 < len(listed) <= 12 else ()
+    ticks = tuple(sorted(float(v) for v in listed)) if len(listed) <= 12 and set(found) <= set(listed) else ()
     return Axis(key, _scale(distribution, found), ticks=ticks)
 
 
@@ -73,7 +76,7 @@ def _scale(distribution: Distribution | None, found: Sequence[float]) -> str:
 
 def show_value(value: Any) -> str:
     """A parameter's value for a table or a tick."""
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return f"{value:.3g}" if isinstance(value, float) else str(value)[:60]
 
 
 def by_label(params: Mapping[str, Any], keys: Sequence[str]) -> str:

@@ -95,14 +95,18 @@ def render(template: Path, fields: Mapping[str, str]) -> str:
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     try:
         return environment.from_string(template.read_text(encoding="utf-8")).render(fields)
-    except OSError as error:
-        raise CardError(f"the card template {template} cannot be read: {error.strerror}.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise CardError(f"the card template {template} cannot be read: {error}.") from error
     except jinja2.UndefinedError as error:
         raise CardError(
             f"the card template {template} asks for a field that there is not: {error.message}. Fields: {', '.join(sorted(fields))}."
         ) from error
     except jinja2.TemplateError as error:
         raise CardError(f"the card template {template} is not a valid Jinja template: {error}.") from error
+    except Exception as error:  # an expression in the template: any kind
+        raise CardError(
+            f"the card template {template} cannot be filled: {type(error).__name__}: {error}. Every field is text."
+        ) from error
 
 
 def exported_card(card: str, own_code: bool) -> str:
@@ -141,9 +145,11 @@ def refresh_cards(sweep: ReadSweep) -> None:
 
 
 def _is_ours(trial: TrialFolder) -> bool:
+    """Whether both cards are as this package wrote them."""
     try:
-        return trial.card_digest.read_text(encoding="utf-8") == _digest(trial.card.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        cards = {_digest(path.read_text(encoding="utf-8")) for path in (trial.card, trial.adapter / "README.md")}
+        return cards == {trial.card_digest.read_text(encoding="utf-8")}
+    except (FileNotFoundError, UnicodeDecodeError):
         return False
 
 
@@ -176,9 +182,15 @@ def _sweep(spec: TrialSpec, standing: Standing | None) -> str:
 
 def count_parameters(adapter: Path) -> int:
     """Numbers in the adapter's weights, from the header of the safetensors file: 8 bytes of length, then JSON."""
-    with (adapter / "adapter_model.safetensors").open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
+    path = adapter / "adapter_model.safetensors"
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > path.stat().st_size:
+                raise ValueError("it is cut short")
+            header = json.loads(file.read(length))
+    except (OSError, struct.error, ValueError) as error:
+        raise CardError(f"{path} must hold the adapter's weights but cannot be read: {error}.") from error
     total = 0
     for name, tensor in header.items():
         if name != "__metadata__":

@@ -61,6 +61,11 @@ def front_matter(spec: TrialSpec, metrics: Mapping[str, float]) -> str:
 
 def is_repository(name: str) -> bool:
     """Whether ``name`` can be a repository on the Hub, and is not a folder of this machine."""
+    return is_name(name) and not Path(name).exists()
+
+
+def is_name(name: str) -> bool:
+    """Whether the Hub takes ``name`` for a repository: ``NAME`` or ``ORG/NAME``."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
@@ -68,4 +73,4 @@ def is_repository(name: str) -> bool:
         validate_repo_id(name)
     except HFValidationError:
         return False
-    return not Path(name).exists()
+    return True

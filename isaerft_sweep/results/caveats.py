@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from isaerft_sweep.metrics import depends_on_beta
-from isaerft_sweep.search.distributions import Categorical, Constant, Distribution
+from isaerft_sweep.search.distributions import Constant, Distribution, Numeric
 from isaerft_sweep.search.sampler import Point
 
 EDGE = 0.05
@@ -51,6 +51,7 @@ def _side(distribution: Distribution | None, value: object, u: float | None) -> 
         if len(numbers) < max(3, len(choices)):  # one of two is always at an end
             return None
         return {min(numbers): "the smallest value", max(numbers): "the largest value"}.get(value)  # type: ignore[call-overload]
-    if isinstance(distribution, Categorical) or u is None:
+    if not isinstance(distribution, Numeric) or not isinstance(value, (int, float)):
         return None
+    u = distribution.place(value) if u is None else u  # W&B keeps values alone
     return "at the lower end" if u <= EDGE else "at the upper end" if u >= 1 - EDGE else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ class Candidate:
     """A leader of the first sweep and what came of it with new seeds.
 
     ``values``: the metric by seed; the first run is not among them, since it was picked for its luck too.
-    ``probability_best``: None until every candidate has the same number of seeds, at least one.
+    ``probability_best``: None until every candidate has the same number of seeds, at least two.
     """
 
     first: Entry
@@ -48,6 +49,11 @@ def confirm_folder(sweep: SweepFolder) -> SweepFolder:
     return SweepFolder(sweep.path.with_name(f"{sweep.path.name}-confirm"))
 
 
+def confirm_question(question: str) -> str:
+    """What the second sweep asks, made of what the first one asks."""
+    return hashlib.sha256(f"confirm {question}".encode()).hexdigest()[:12]
+
+
 def without_seed(params: Mapping[str, Any]) -> str:
     """Equal for points that differ only in their seed."""
     return canonical_json({key: value for key, value in params.items() if key != SEED})
@@ -58,6 +64,8 @@ def read_confirmation(sweep: ReadSweep) -> list[Candidate]:
     if sweep.folder is None or not confirm_folder(sweep.folder).journal.is_file():
         return []
     again = read_sweep_folder(confirm_folder(sweep.folder).path, sweep.metric.name)
+    if again.question != confirm_question(sweep.question):
+        return []  # another sweep that happens to have this name
     found: dict[str, Candidate] = {}
     by_point = {without_seed(entry.params): entry for entry in reversed(sweep.entries) if entry.rank}
     for entry in again.entries:
@@ -76,8 +84,11 @@ def read_confirmation(sweep: ReadSweep) -> list[Candidate]:
 
 
 def _compare(candidates: list[Candidate], sign: int) -> None:
-    """Fill in the probabilities: pairs and seeds are drawn again; seeds alone for a metric without values per pair."""
-    if len(candidates) < 2 or len({len(c.values) for c in candidates}) != 1:
+    """Fill in the probabilities: pairs and seeds are drawn again; seeds alone for a metric without values per pair.
+
+    One seed tells nothing of how much the seed matters.
+    """
+    if len(candidates) < 2 or len({len(c.values) for c in candidates}) != 1 or len(candidates[0].values) < 2:
         return
     if all(len(c.pairs) == len(c.values) for c in candidates):
         scored = [pairs for c in candidates for pairs in c.pairs.values()]
@@ -120,5 +131,7 @@ def summary(candidates: list[Candidate]) -> str:
     seeds = "1 new seed" if len(best.values) == 1 else f"{len(best.values)} new seeds"
     said = f"With {seeds} trial {best.first.record.index + 1} has the best mean"
     if best.probability_best is not None:
-        said += f"; it is the best with probability {best.probability_best:.0%} when seeds and pairs are drawn again"
+        said += f"; it comes out first in {best.probability_best:.0%} of the cases when seeds and pairs are drawn again"
+    elif len(candidates) > 1 and len(best.values) < 2:
+        said += "; how sure that is takes two or more: --seeds"
     return said + ". The first run is not counted: it was picked for its luck too."

@@ -20,6 +20,7 @@ STATES = {"finished": COMPLETED, "killed": "stopped", "preempting": "stopped", "
 """W&B's states of a run in our words; the others are the same."""
 
 T = TypeVar("T")
+_MISSING = object()
 
 
 def read_wandb_sweep(path: str, metric: str | None = None) -> ReadSweep:
@@ -86,7 +87,7 @@ def _space(config: Mapping[str, Any]) -> Mapping[str, Distribution]:
 def _entry(index: int, run: Any, sweep: Mapping[str, Any]) -> Entry:
     config, summary = dict(run.config), _plain(run.summary)
     swept = _names(sweep.get("parameters") or {})
-    params = {key: value for key in swept if (value := _at(config, key)) is not None}
+    params = {key: value for key in swept if (value := _at(config, key)) is not _MISSING}
     metrics = {k: float(v) for k, v in summary.items() if k.startswith(("eval/", "train/")) and _is_number(v)}
     runtime = summary.get("_runtime", 0)
     record = TrialRecord(index, run.name, run.id, Point(params), state=STATES.get(run.state, run.state))
@@ -109,12 +110,12 @@ def _names(parameters: Mapping[str, Any], prefix: str = "") -> list[str]:
 
 
 def _at(config: Mapping[str, Any], key: str) -> Any:
-    """``config[key]`` or, for ``orpo.beta``, ``config["orpo"]["beta"]``."""
+    """``config[key]`` or, for ``orpo.beta``, ``config["orpo"]["beta"]``; ``_MISSING`` when there is neither."""
     if key in config:
         return config[key]
     found: Any = config
     for part in key.split("."):
-        found = found.get(part) if isinstance(found, Mapping) else None
+        found = found.get(part, _MISSING) if isinstance(found, Mapping) else _MISSING
     return found
 
 

@@ -24,6 +24,7 @@ class SiteLatents:
     d_sae: int
     tokens: int
     neuronpedia_id: str | None
+    fingerprint: str
     moved: np.ndarray
     vector: np.ndarray
     share: np.ndarray
@@ -58,6 +59,7 @@ def read_latents(path: Path) -> list[SiteLatents]:
                     d_sae=site["d_sae"],
                     tokens=site["tokens"],
                     neuronpedia_id=site.get("neuronpedia_id"),
+                    fingerprint=site.get("fingerprint", ""),
                     **{name: arrays[f"{site['layer']}.{name}"] for name in names},
                 )
                 for site in json.loads(str(arrays["sites"]))
@@ -109,7 +111,7 @@ def read_labels(path: Path, d_sae: int) -> dict[int, str]:
     form = "a .json object {latent: label}, a .json list of labels, or a .csv with columns latent and label"
     try:
         if path.suffix == ".csv":
-            with path.open(encoding="utf-8", newline="") as file:
+            with path.open(encoding="utf-8-sig", newline="") as file:
                 found = {int(row["latent"]): row["label"] for row in csv.DictReader(file)}
         else:
             raw = json.loads(path.read_text(encoding="utf-8"))

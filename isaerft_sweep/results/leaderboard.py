@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import shlex
 from pathlib import Path
 from typing import Any
@@ -26,33 +27,53 @@ def columns(metric: Metric) -> list[str]:
     return list(dict.fromkeys([metric.name, *ALWAYS_SHOWN]))
 
 
-def table(sweep: ReadSweep, rows: int = 20) -> Table:
-    """The leaderboard for a terminal, with the untrained model's row to compare with."""
-    metric, entries = sweep.metric, sweep.entries
-    title = f"Leaderboard: {metric.name}, {metric.goal}"
-    # one space between columns: the whole must fit into 80 columns
-    shown = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 0, 0, 1))
-    first, *others = (short_name(name) for name in columns(metric))
-    for name in ("rank", "trial", "lr", "beta", first, "95 %", "best", *others, "time"):
-        shown.add_column(name, justify="right", no_wrap=True, min_width=len("untrained") if name == "trial" else None)
-    for entry in entries[:rows]:
-        value, *rest = (number(entry.metrics.get(name)) if entry.rank else "" for name in columns(metric))
-        shown.add_row(
+def table(sweep: ReadSweep, rows: int = 20, width: int | None = None) -> Table:
+    """The leaderboard for a terminal, with the untrained model's row to compare with.
+
+    ``width``: columns of the terminal; what others say too is left out until the table fits, since a number that is cut off
+    is a wrong number. None: all columns.
+    """
+    extra = columns(sweep.metric)[1:]
+    choices = [(extra[:n], True, True) for n in range(len(extra), -1, -1)] + [([], False, True), ([], False, False)]
+    for some, with_best, with_time in choices:
+        shown = _table(sweep, rows, some, with_best, with_time)
+        if width is None or needed_width(shown) <= width:
+            break
+    return shown
+
+
+def needed_width(shown: Table) -> int:
+    """Columns that the table takes when nothing is cut off."""
+    return Console(width=1000).measure(shown).maximum
+
+
+def _table(sweep: ReadSweep, rows: int, extra: list[str], with_best: bool, with_time: bool) -> Table:
+    name = sweep.metric.name
+    shown = Table(title=f"Leaderboard: {name}, {sweep.metric.goal}", title_justify="left", title_style="bold", box=None,
+                  padding=(0, 0, 0, 1))  # fmt: skip
+    headers = ["rank", "trial", "lr", "beta", short_name(name), "95 %"]
+    headers += [*(["best"] if with_best else []), *(short_name(n) for n in extra), *(["time"] if with_time else [])]
+    for header in headers:
+        shown.add_column(header, justify="right", no_wrap=True)
+    for entry in sweep.entries[:rows]:
+        cells = [
             str(entry.rank or "–"),
             str(entry.record.index + 1),
             show_lr(entry.params),
             show_beta(entry.params["orpo.beta"]) if "orpo.beta" in entry.params else "",
-            value,
+            number(entry.metrics.get(name)) if entry.rank else "",
             show_interval(entry),
-            "" if entry.probability_best is None else f"{entry.probability_best:.0%}",
-            *rest,
-            f"{entry.record.seconds:.0f} s" if entry.rank else entry.record.state,
-            style="bold green" if entry.rank == 1 else "",
-        )
-    untrained = next((e.untrained for e in entries if e.untrained), None)
+        ]
+        chance = "" if entry.probability_best is None else f"{entry.probability_best:.0%}"
+        cells += [chance] if with_best else []
+        cells += [number(entry.metrics.get(n)) if entry.rank else "" for n in extra]
+        cells += [f"{entry.record.seconds:.0f} s" if entry.rank else entry.state] if with_time else []
+        shown.add_row(*cells, style="bold green" if entry.rank == 1 else "")
+    untrained = next((e.untrained for e in sweep.entries if e.untrained), None)
     if untrained:
-        value, *rest = (number(untrained.get(name)) for name in columns(metric))
-        shown.add_row("", "untrained", "", "", value, "", "", *rest, "", style="dim")
+        cells = ["", "untrained", "", "", number(untrained.get(name)), "", *([""] if with_best else [])]
+        cells += [number(untrained.get(n)) for n in extra]
+        shown.add_row(*cells, *([""] if with_time else []), style="dim")
     return shown
 
 
@@ -73,16 +94,21 @@ def show_lr(params: Any) -> str:
 
 
 def show_interval(entry: Entry) -> str:
-    """``0.02 … 0.23``; empty when there is none."""
-    return f"{entry.interval[0]:.2f} … {entry.interval[1]:.2f}" if entry.rank and entry.interval else ""
+    """``0.02 … 0.23``, with as many digits as its width needs; empty when there is none."""
+    if not entry.rank or not entry.interval:
+        return ""
+    low, high = entry.interval
+    digits = min(6, max(2, 1 - math.floor(math.log10(high - low)))) if high > low else 2
+    return f"{low:.{digits}f} … {high:.{digits}f}"
 
 
 def caveats(sweep: ReadSweep) -> list[str]:
     """What a reader must know to trust the winner."""
+    said = [*sweep.problems, *(f"Trial {e.record.index + 1}: {e.problem}" for e in sweep.entries if e.problem)]
     best = next((e for e in sweep.entries if e.rank == 1), None)
     if best is None:
-        return []
-    said = dependence(sweep.metric.name, sweep.swept)
+        return said
+    said += dependence(sweep.metric.name, sweep.swept)
     said += edges(sweep.space, best.record.point)
     if best.probability_best is not None:
         pairs = len(best.scores["trained"]["pairs"])
@@ -97,7 +123,8 @@ def notes(sweep: ReadSweep) -> list[Text]:
     """The caveats and the command that uses the winner."""
     best = next((e for e in sweep.entries if e.rank == 1), None)
     if best is None:
-        return [Text("No trial completed.", style="red")]
+        reasons = [Text(text, style="yellow") for text in caveats(sweep)]
+        return [*reasons, Text(f"No winner: {sweep.why_unranked()}", style="red")]
     said = [Text(text, style="dim" if text.startswith("95 %") else "yellow") for text in caveats(sweep)]
     if best.folder:
         said.append(Text(f"Best trial: {best.folder.path}"))
@@ -109,7 +136,10 @@ def notes(sweep: ReadSweep) -> list[Text]:
 
 def show(console: Console, sweep: ReadSweep) -> None:
     """Print the leaderboard and its notes."""
-    console.print(table(sweep))
+    shown = table(sweep, width=console.width if console.is_terminal else None)
+    if not console.is_terminal:  # a pipe or a log has no width of its own
+        console.width = max(console.width, needed_width(shown))
+    console.print(shown)
     console.print(*notes(sweep), sep="\n", soft_wrap=True)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from isaerft_sweep.errors import ConfigError, FolderError
+from isaerft_sweep.errors import ConfigError, FolderError, SpaceError
 from isaerft_sweep.journal.folders import COMPLETED, SweepFolder, TrialFolder
 from isaerft_sweep.journal.journal import SweepRecord, TrialRecord, replay
 from isaerft_sweep.plain import from_mapping
@@ -22,6 +22,7 @@ from isaerft_sweep.search.distributions import Distribution
 from isaerft_sweep.search.sweep_file import Metric, read_metric_name, read_sweep
 from isaerft_sweep.specs import Experiment
 
+UNREADABLE = "unreadable"
 SCORED = 200
 """Leaders whose probability of being best is computed; the others' is nil or nearly so."""
 
@@ -30,7 +31,8 @@ SCORED = 200
 class Entry:
     """One trial, with its rank by the metric asked for; ``rank`` is None when it did not complete.
 
-    ``state``: the journal's, or while a job is under way the worker's own word.
+    ``state``: the journal's, or while a job is under way the worker's own word. ``problem``: why what the trial has left
+    cannot be read, else empty.
     ``scores``: every held-out pair's, as ``TrialFolder.read_evaluation`` gives them. ``interval``: 95 % bootstrap interval
     of the metric over held-out pairs. ``probability_best``: how often it is the best when the pairs are drawn again.
     """
@@ -44,6 +46,7 @@ class Entry:
     interval: tuple[float, float] | None = None
     probability_best: float | None = None
     state: str = ""
+    problem: str = ""
 
     @property
     def params(self) -> Mapping[str, Any]:
@@ -67,7 +70,8 @@ class ReadSweep:
     """A sweep's trials, ranked. ``own`` is the metric that the sweep itself optimises, ``metric`` the one it is ranked by.
 
     ``space``: the swept parameters' distributions, empty when they are not known. ``experiment``: the composed config.
-    ``source``: the sweep's folder or address. ``read_rows`` gives a trial's logged rows.
+    ``source``: the sweep's folder or address. ``read_rows`` gives a trial's logged rows. ``problems``: what else could not
+    be read, for people.
     """
 
     name: str
@@ -79,14 +83,27 @@ class ReadSweep:
     experiment: Experiment | None = None
     folder: SweepFolder | None = None
     sweep_id: str = ""
+    question: str = ""
+    problems: list[str] = field(default_factory=list)
     read_rows: Callable[[Entry], list[dict[str, Any]]] = lambda _: []
 
     def best(self) -> Entry:
         """The winner. Raises FolderError when no trial has completed yet."""
         found = next((entry for entry in self.entries if entry.rank == 1), None)
         if found is None:
-            raise FolderError(f"the sweep {self.source} has no completed trial yet. Run its command again to go on.")
+            raise FolderError(f"the sweep {self.source} has no winner: {self.why_unranked()}")
         return found
+
+    def why_unranked(self) -> str:
+        """Why no trial has a rank."""
+        completed = [entry for entry in self.entries if entry.record.state == COMPLETED]
+        if not completed:
+            return "no trial has completed yet. Run its command again to go on."
+        logged = sorted({name for entry in completed for name in entry.metrics if name.startswith("eval/")})
+        return (
+            f"{len(completed)} trials have completed but none has {self.metric.name}. Rank by another with --metric: "
+            f"{', '.join(logged) or 'none was logged'}."
+        )
 
     @property
     def swept(self) -> list[str]:
@@ -121,23 +138,35 @@ def read_sweep_folder(path: Path, metric: str | None = None) -> ReadSweep:
         experiment=_experiment(folder),
         folder=folder,
         sweep_id=record.sweep_id,
+        question=record.question,
         read_rows=lambda entry: entry.folder.read_metrics() if entry.folder else [],
     )
+    if not sweep.space and folder.definition.is_file() and folder.definition.read_bytes().strip() not in (b"", b"{}"):
+        sweep.problems.append(
+            f"{folder.definition} is not a valid sweep file any more: the edges of the space are not known."
+        )
     rank(sweep)
     return sweep
 
 
 def _entry(record: TrialRecord, sweep: SweepFolder) -> Entry:
+    """The trial as its folder tells. One that cannot be read is shown as such, and does not hide the others."""
     folder = sweep.trial(record.name)
     try:
         status, scores = folder.read_status(), folder.read_evaluation()
-    except ValueError as error:
-        raise FolderError(
-            f"a file of the trial in {folder.path} is not JSON ({error}). It was changed by hand or its disk is broken: "
-            "restore it, or delete it, and the trial is shown without its results."
-        ) from error
-    state = status.get("state", record.state) if record.state == "queued" else record.state
-    return Entry(record, status.get("metrics", {}), status.get("untrained", {}), scores, folder, state=state)
+        state = status.get("state", record.state) if record.state == "queued" else record.state
+        metrics = {name: float(value) for name, value in (status.get("metrics") or {}).items()}
+        untrained = {name: float(value) for name, value in (status.get("untrained") or {}).items()}
+        for found in scores.values():
+            if not len(found["pairs"]) == len(found["chosen"]) == len(found["rejected"]):
+                raise ValueError("evaluation.json must have as many scores as pairs")
+        return Entry(record, metrics, untrained, scores, folder, state=state)
+    except (ValueError, TypeError, AttributeError, KeyError, OSError) as error:
+        problem = (
+            f"status.json or evaluation.json in {folder.path} cannot be read ({type(error).__name__}: {error}). It was "
+            "changed by hand or its disk is broken: restore it."
+        )
+        return Entry(record, {}, {}, folder=folder, state=UNREADABLE, problem=problem)
 
 
 def _space(folder: SweepFolder) -> Mapping[str, Distribution]:
@@ -145,7 +174,7 @@ def _space(folder: SweepFolder) -> Mapping[str, Distribution]:
     try:
         raw = yaml.safe_load(folder.definition.read_text(encoding="utf-8"))
         return read_sweep(raw).parameters if raw else {}
-    except (OSError, yaml.YAMLError, ConfigError):
+    except (OSError, yaml.YAMLError, ConfigError, SpaceError):
         return {}  # it is written for people: a report must not fail for it
 
 

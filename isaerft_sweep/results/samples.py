@@ -38,11 +38,18 @@ def make_samples(sweep: ReadSweep, prompts: Sequence[str], max_new_tokens: int) 
     samples = {
         "made": time.strftime("%Y-%m-%d %H:%M"),
         "max_new_tokens": max_new_tokens,
+        "trials": {word: entry.record.name for word, entry in shown.items()},
         "columns": ["untrained", *(_title(word, entry, sweep) for word, entry in shown.items())],
         "prompts": [{"prompt": row[0], "answers": row[1:]} for row in _ask(request)],
     }
     write_json(sweep.folder.samples, samples)
     return samples
+
+
+def stale(samples: Mapping[str, Any], sweep: ReadSweep) -> bool:
+    """Whether another trial is the best by now, or by this metric, than the one that answered."""
+    best = next((entry for entry in sweep.entries if entry.rank == 1), None)
+    return best is not None and samples.get("trials", {}).get("best") != best.record.name
 
 
 def as_text(samples: Mapping[str, Any]) -> str:

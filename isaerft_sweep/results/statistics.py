@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 RESAMPLES = 2000
+LEAST_PAIRS = 8
 CHUNK = 2_000_000
 """Numbers held at a time."""
 
@@ -41,15 +42,26 @@ def _log_odds(logp: np.ndarray) -> np.ndarray:
     return logp - np.log(-np.expm1(logp))
 
 
-def interval(values: np.ndarray, confidence: float = 0.95, seed: int = 0) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of ``values`` [pairs] (Efron 1979)."""
+def interval(values: np.ndarray, confidence: float = 0.95, seed: int = 0) -> tuple[float, float] | None:
+    """Interval of the mean of ``values`` [pairs]; None for fewer than ``LEAST_PAIRS``, which tell nothing.
+
+    Percentile bootstrap (Efron 1979); for shares of yes and no Wilson's score interval (1927), which does not collapse when
+    all pairs agree.
+    """
+    if len(values) < LEAST_PAIRS:
+        return None
+    if np.isin(values, (0.0, 1.0)).all():
+        from scipy.stats import binomtest
+
+        found = binomtest(int(values.sum()), len(values)).proportion_ci(confidence, method="wilson")
+        return float(found.low), float(found.high)
     means = np.concatenate([weights @ values for weights in _weights(len(values), seed)])
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 
 
 def probability_best(runs: Sequence[np.ndarray], sign: int = 1, seed: int = 0) -> np.ndarray:
-    """How often each candidate has the best mean when pairs, and each candidate's seeds, are drawn again.
+    """How often each candidate has the best mean when pairs and seeds are drawn again.
 
     Args:
         runs: for each candidate its values [seeds, pairs]; the same pairs in the same order for all of them, since a pair
@@ -57,22 +69,31 @@ def probability_best(runs: Sequence[np.ndarray], sign: int = 1, seed: int = 0) -
         sign: +1 when more is better, −1 when less is.
         seed: of the resampling.
 
+    Pairs are drawn by bootstrap. The mean over few seeds is drawn from Student's t with seeds − 1 degrees of freedom around
+    what was found: three values drawn again from themselves would seem surer than they are.
+
     Returns shares [candidates] that sum to 1; ties are divided.
     """
     rng = np.random.default_rng([seed, 1])
     shares, total = np.zeros(len(runs)), 0
     for weights in _weights(runs[0].shape[1], seed):
-        count = len(weights)
-        means = np.empty((count, len(runs)))
+        means = np.empty((len(weights), len(runs)))
         for i, values in enumerate(runs):
-            drawn = rng.integers(len(values), size=(count, len(values)))
-            per_seed = weights @ values.T
-            means[:, i] = sign * np.take_along_axis(per_seed, drawn, axis=1).mean(axis=1)
+            means[:, i] = sign * ((weights @ values.T).mean(axis=1) + _seed_noise(values, len(weights), rng))
         # equal up to the rounding of a sum of many terms
         best = means >= means.max(axis=1, keepdims=True) - 1e-12
         shares += (best / best.sum(axis=1, keepdims=True)).sum(axis=0)
-        total += count
+        total += len(weights)
     return shares / total
+
+
+def _seed_noise(values: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray | float:
+    """What else the mean over other seeds may have been, ``count`` times."""
+    seeds = len(values)
+    if seeds < 2:
+        return 0.0
+    spread = values.mean(axis=1).std(ddof=1) / np.sqrt(seeds)
+    return spread * rng.standard_t(seeds - 1, size=count)
 
 
 def _weights(pairs: int, seed: int) -> Iterator[np.ndarray]:

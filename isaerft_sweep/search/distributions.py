@@ -67,6 +67,14 @@ class Numeric:
             return self._at_step(self._clip_steps(round(value / self.q)))
         return round(value) if self.integer else float(value)
 
+    def place(self, value: float) -> float:
+        """The cumulative probability at ``value``: the u of ``at`` before rounding, by bisection."""
+        low, high = 0.0, 1.0
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if INVERSE[self.family](middle, self.a, self.b) < value else (low, middle)
+        return high
+
     @property
     def family(self) -> str:
         return self.kind.removeprefix("q_")

@@ -105,7 +105,12 @@ def _change(index: int, layer: IsaerftLayer, before: torch.Tensor, after: torch.
     share = moved * (decoder @ vector) / vector.dot(vector).clamp_min(torch.finfo(torch.float32).tiny)
     arrays = [moved, vector, share, (latents > 0).float().mean(0), (sae.encode(after) > 0).float().mean(0)]
     metadata = sae.sae.cfg.metadata
-    facts = {"tokens": len(before), "d_sae": decoder.shape[0], "neuronpedia_id": metadata.get("neuronpedia_id")}
+    facts = {
+        "tokens": len(before),
+        "d_sae": decoder.shape[0],
+        "neuronpedia_id": metadata.get("neuronpedia_id"),
+        "fingerprint": sae.fingerprint,
+    }
     return SiteChange(index, facts, *(a.cpu().numpy() for a in arrays))
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, set_seed
@@ -34,13 +35,16 @@ class TrialTrainer(ORPOTrainer):
     """ORPOTrainer whose checkpoints say that they are whole, and which computes only the logits that its loss reads.
 
     It also counts the tokens trained on (``num_tokens`` in the log: those of prompt and answer of both sides, padding left
-    out) and hands every evaluated pair's scores to ``note_scores``.
+    out) and hands every evaluated pair's scores to ``note_scores``. TRL averages an evaluation over its batches, so that the
+    pairs of a short last batch count for more; here every pair counts the same (every token, for the NLL).
     """
 
     lean_logits = True
     tokens_seen = 0
     note_scores: Callable[[int, PairScores], None] | None = None
     _scores: PairScores | None = None
+    _batch_sizes: list[tuple[int, int]]
+    """Pairs, and tokens that the NLL reads, of each evaluated batch."""
 
     def concatenated_forward(self, model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, ...]:
         """As ORPOTrainer's; see ``_lean_forward`` for what differs."""
@@ -50,17 +54,29 @@ class TrialTrainer(ORPOTrainer):
             self.tokens_seen += int(batch["chosen_attention_mask"].sum() + batch["rejected_attention_mask"].sum())
         elif self._scores is not None:
             self._scores.add(pair_keys(batch), outputs[0].tolist(), outputs[1].tolist())
+            mask = batch["chosen_attention_mask"]
+            self._batch_sizes.append((len(mask), int(mask[:, 1:].sum())))
         return outputs
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        self._scores = PairScores()
+        self._scores, self._batch_sizes = PairScores(), []
         try:
             output = super().evaluation_loop(*args, **kwargs)
+            self._weigh(output.metrics)
             if self.note_scores is not None:
                 self.note_scores(self.state.global_step, self._scores)
         finally:
             self._scores = None
         return output
+
+    def _weigh(self, metrics: dict[str, float]) -> None:
+        """Replace what TRL has stored of each batch by the mean over all pairs or tokens."""
+        stored = self._stored_metrics["eval"]
+        pairs, tokens = zip(*self._batch_sizes, strict=True)
+        for key, values in stored.items():
+            stored[key] = [float(np.average(values, weights=tokens if key == "eval_nll_loss" else pairs))]
+        # arXiv 2403.07691, equation 6
+        metrics["eval_loss"] = stored["eval_nll_loss"][0] - self.beta * stored["eval_log_odds_ratio"][0]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:

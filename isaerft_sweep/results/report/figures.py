@@ -27,7 +27,7 @@ def space_map(report: Report) -> go.Figure | None:
     x, y = report.axes[0], (report.axes[1] if len(report.axes) > 1 else None)
     metric = report.sweep.metric.name
     figure = _figure(460)
-    drawn = [e for e in report.completed if _has(e, x, y)]
+    drawn = [e for e in report.completed if has(e, x, y)]
     values = [e.value(metric) or 0.0 for e in drawn]
     best_first = list(reversed(range(len(drawn))))  # the best are drawn last, on top
     figure.add_scatter(
@@ -48,7 +48,7 @@ def space_map(report: Report) -> go.Figure | None:
         text=[f"{report.label(drawn[i])}<br>{metric} {values[i]:.4f}" for i in best_first],
         hoverinfo="text",
     )
-    lost = [e for e in report.sweep.entries if e.state in ("failed", "diverged") and _has(e, x, y)]
+    lost = [e for e in report.sweep.entries if e.state in ("failed", "diverged") and has(e, x, y)]
     if lost and y:
         figure.add_scatter(
             x=[x.place(e.params[x.key]) for e in lost],
@@ -101,7 +101,8 @@ def curves(report: Report, metric: str) -> go.Figure:
 
 def parallel(report: Report) -> go.Figure | None:
     """Parallel coordinates: every completed trial a line through its parameters and metrics."""
-    entries, metric = report.completed, report.sweep.metric.name
+    metric = report.sweep.metric.name
+    entries = [e for e in report.completed if has(e, *report.axes)]
     if not report.axes or len(entries) < 2:
         return None
     dimensions = [_dimension(axis, entries) for axis in report.axes]
@@ -192,7 +193,8 @@ def _figure(height: int) -> go.Figure:
     return figure
 
 
-def _has(entry: Entry, *wanted: Axis | None) -> bool:
+def has(entry: Entry, *wanted: Axis | None) -> bool:
+    """Whether the trial has all these parameters: those of W&B may lack some."""
     return all(axis is None or axis.key in entry.params for axis in wanted)
 
 

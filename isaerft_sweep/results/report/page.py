@@ -17,6 +17,7 @@ from isaerft_sweep.results.leaderboard import caveats, columns, number, short_na
 from isaerft_sweep.results.reading import Entry
 from isaerft_sweep.results.report import figures
 from isaerft_sweep.results.report.gather import COMPARED, Report, SiteAcrossTrials
+from isaerft_sweep.results.samples import stale
 from isaerft_sweep.results.standing import describe
 
 TEMPLATE = "report.html.jinja"
@@ -52,6 +53,7 @@ def render(report: Report) -> str:
         costs=costs(report),
         latents=[latents(report, across, i) for i, across in enumerate(report.latents)],
         samples=report.samples,
+        stale=bool(report.samples) and stale(report.samples, report.sweep),
         space={key: describe(distribution) for key, distribution in report.sweep.space.items()},
         environment=report.environment,
     )  # fmt: skip

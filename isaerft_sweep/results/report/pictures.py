@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from isaerft_sweep.results.axes import Axis, show_value
 from isaerft_sweep.results.leaderboard import short_name
-from isaerft_sweep.results.report.figures import COLORS, LEADERS, OTHERS, latent_name
+from isaerft_sweep.results.report.figures import COLORS, LEADERS, OTHERS, has, latent_name
 from isaerft_sweep.results.report.gather import Report
 
 DPI = 200
@@ -42,14 +42,16 @@ def _map(ax: Any, report: Report) -> bool:
     if not report.axes or not report.completed:
         return False
     x, y = report.axes[0], (report.axes[1] if len(report.axes) > 1 else None)
-    metric, entries = report.sweep.metric.name, report.completed[::-1]
+    metric, entries = report.sweep.metric.name, [e for e in report.completed[::-1] if has(e, x, y)]
+    if not entries:
+        return False
     values = [e.value(metric) for e in entries]
     colormap = "viridis" if report.sweep.metric.goal == "maximize" else "viridis_r"
     across = [x.place(e.params[x.key]) for e in entries]
     up = [y.place(e.params[y.key]) for e in entries] if y else values
     points = ax.scatter(across, up, c=values, cmap=colormap, s=60, edgecolors="#444", linewidths=0.6, zorder=3)
     ax.scatter(across[-1:], up[-1:], s=220, facecolors="none", edgecolors="black", linewidths=1.4, zorder=4, label="best")
-    lost = [e for e in report.sweep.entries if e.state in ("failed", "diverged") and x.key in e.params]
+    lost = [e for e in report.sweep.entries if e.state in ("failed", "diverged") and has(e, x, y)]
     if lost and y:
         places = [x.place(e.params[x.key]) for e in lost], [y.place(e.params[y.key]) for e in lost]
         ax.scatter(*places, marker="x", c="#c0392b", s=50, label="failed or diverged")

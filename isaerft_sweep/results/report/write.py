@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from isaerft_sweep.errors import FolderError
 from isaerft_sweep.journal.files import write_text
+from isaerft_sweep.results.leaderboard import write_csv
 from isaerft_sweep.results.reading import ReadSweep
 
 
-def write_report(sweep: ReadSweep, out: Path | None = None, labels: Path | None = None) -> tuple[Path, list[Path]]:
+def write_report(
+    sweep: ReadSweep, out: Path | None = None, labels: Mapping[int | None, Path] | None = None
+) -> tuple[Path, list[Path]]:
     """Write the page and the pictures; returns their paths.
 
     Args:
         sweep: running or ended.
         out: the folder for both; None: the sweep's own, or for a sweep of W&B ``report-NAME`` in the current folder.
-        labels: a file of labels for the SAE's latents; see ``results/latents.py``.
+        labels: files of labels for the SAE's latents, by layer; see ``gather``.
 
     Raises FolderError when plotly or matplotlib are not installed or the folder cannot be written.
     """
@@ -35,6 +39,7 @@ def write_report(sweep: ReadSweep, out: Path | None = None, labels: Path | None 
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "report.html", page)
         pictures = write_pictures(report, folder / "figures")
+        write_csv(sweep, folder / "leaderboard.csv")
     except OSError as error:
         raise FolderError(
             f"the report cannot be written to {folder} ({error.strerror}). Choose another: --out DIR."
