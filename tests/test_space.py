@@ -130,7 +130,7 @@ def test_mistakes_in_a_parameter_name_key_value_and_right_form(block: object, sa
         ({"metric": {"name": "eval/loss", "goal": "min"}}, "goal must be one of minimize, maximize"),
         ({"run_cap": 0}, "run_cap must be a whole number of at least 1"),
         ({"run_cap": "3"}, "run_cap must be a whole number"),
-        ({"early_terminate": {"type": "median"}}, "must be hyperband"),
+        ({"early_terminate": {"type": "envelope"}}, "must be hyperband"),
         ({"early_terminate": {"type": "hyperband"}}, "either min_iter, or max_iter and s"),
         ({"parameters": {}}, "parameters must be a mapping"),
         ({"parameters": {"lr": {"value": 1}}}, "must be a config key but got 'lr'"),

@@ -63,6 +63,11 @@ def to_definition(sweep: SweepSpec, experiment: Experiment) -> SweepDefinition:
         point = {"orpo.learning_rate": Constant(experiment.orpo.learning_rate), "orpo.beta": Constant(experiment.orpo.beta)}
         return SweepDefinition("grid", Metric("eval/log_odds_chosen", "maximize"), point, run_cap=1)
     definition = read_sweep_file(Path(sweep.file).expanduser())
+    if definition.early_terminate and not definition.metric.name.startswith("eval/"):
+        raise ConfigError(
+            f"early_terminate must go with a metric of evaluations (eval/…) but got {definition.metric.name}: that of a "
+            "single training batch is mostly noise."
+        )
     definition = replace(definition, method=sweep.method or definition.method, run_cap=sweep.run_cap or definition.run_cap)
     if definition.method == "grid":
         check_grid(definition.parameters)

@@ -10,12 +10,19 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from isaerft_sweep.journal.folders import COMPLETED, RUNNING
+from isaerft_sweep.journal.folders import COMPLETED, PRUNED, RUNNING
 from isaerft_sweep.journal.journal import TrialRecord
 from isaerft_sweep.naming import show_beta
 from isaerft_sweep.results.leaderboard import short_name
 
-COLORS = {"running": "cyan", "completed": "green", "failed": "red", "diverged": "yellow", "stopped": "yellow"}
+COLORS = {
+    "running": "cyan",
+    "completed": "green",
+    "failed": "red",
+    "diverged": "yellow",
+    "stopped": "yellow",
+    "pruned": "dim",
+}
 SHOWN_ROWS = 30
 
 
@@ -47,7 +54,7 @@ class Progress:
             what += f", attempt {record.attempt}"
         if record.metric is not None:
             what += f", {self.metric} {record.metric:.4f}, {record.seconds:.0f} s"
-        if record.message and record.state not in (COMPLETED, "queued"):
+        if record.message and record.state not in (COMPLETED, PRUNED, "queued"):
             what += f": {record.message}"
             what += "" if record.ended or record.state == "stopped" else "\n  it will be tried again"
         self.console.print(Text(what, style=COLORS.get(record.state, "")), soft_wrap=True)

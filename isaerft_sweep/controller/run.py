@@ -13,6 +13,7 @@ import yaml
 from rich.console import Console
 
 from isaerft_sweep.config.boundary import to_definition
+from isaerft_sweep.controller.early import EarlyStopping
 from isaerft_sweep.controller.preflight import check_disk, check_trial_needs
 from isaerft_sweep.controller.progress import Progress
 from isaerft_sweep.controller.question import open_journal, question, sweep_folder
@@ -27,6 +28,7 @@ from isaerft_sweep.plain import to_dict
 from isaerft_sweep.results import leaderboard
 from isaerft_sweep.results.card import refresh_cards
 from isaerft_sweep.results.reading import read_sweep_folder
+from isaerft_sweep.search.pruning import make_pruner, rungs
 from isaerft_sweep.search.sampler import Asked, Sampler
 from isaerft_sweep.search.sweep_file import SweepDefinition
 from isaerft_sweep.specs import Experiment, LauncherSpec
@@ -95,7 +97,7 @@ def run_trials(
     try:
         trials = count_trials(definition, sampler, len(journal.record.trials))
         ended = sum(record.ended and not record.given_up for record in journal.record.trials.values())
-        console.print(introduction(folder, definition, sampler, trials, ended), soft_wrap=True)
+        console.print(introduction(folder, experiment, definition, sampler, trials, ended), soft_wrap=True)
         if ended < trials:
             console.print("checking model, SAE and data; the first time may download or convert the model", style="dim")
             print_facts(console, check_trial_needs(experiment))
@@ -107,8 +109,9 @@ def run_trials(
         with stop.on_signals(), Progress(console, definition.metric.name, trials) as view:
             factory = TrialFactory(experiment, definition, folder, journal.record.sweep_id, git_commit(), overrides)
             dispatcher = make_dispatcher(experiment.launcher, folder)
+            early = make_early_stopping(experiment, definition)
             controller = SweepController(
-                journal, sampler, factory, dispatcher, experiment.launcher, trials, view, lambda: stop.count
+                journal, sampler, factory, dispatcher, experiment.launcher, trials, view, lambda: stop.count, early
             )
             try:
                 controller.run()
@@ -123,6 +126,17 @@ def make_sampler(experiment: Experiment, definition: SweepDefinition) -> Sampler
     """The sampler of the definition's method."""
     sweep = experiment.sweep
     return Sampler(definition.parameters, definition.method, sweep.seed, definition.metric.sign, sweep.repeats)
+
+
+def make_early_stopping(experiment: Experiment, definition: SweepDefinition) -> EarlyStopping | None:
+    """What the sweep file's ``early_terminate`` asks for."""
+    pruner = make_pruner(definition.early_terminate, evaluations_per_trial(experiment))
+    return EarlyStopping(pruner, definition.metric.sign) if pruner else None
+
+
+def evaluations_per_trial(experiment: Experiment) -> int:
+    """How often a trial is evaluated after its first step."""
+    return math.ceil(1 / experiment.orpo.eval_fraction - 1e-9)
 
 
 def count_trials(definition: SweepDefinition, sampler: Asked, existing: int) -> int:
@@ -159,14 +173,29 @@ def write_question(experiment: Experiment, definition: SweepDefinition, folder: 
     write_json(folder.environment, describe_environment())
 
 
-def introduction(folder: SweepFolder, definition: SweepDefinition, sampler: Asked, trials: int, ended: int) -> str:
-    """What is about to happen, in two lines."""
+def introduction(
+    folder: SweepFolder, experiment: Experiment, definition: SweepDefinition, sampler: Asked, trials: int, ended: int
+) -> str:
+    """What is about to happen, in two or three lines."""
     size = "" if sampler.size == math.inf else f" of {sampler.size:g} points"
     done = f", {ended} already ended" if ended else ""
-    early = (
-        "\nearly_terminate is read and checked, but trials are not stopped early yet." if definition.early_terminate else ""
-    )
+    early = early_words(experiment, definition)
     return f"sweep  {folder.path}\n       {trials} trials{size}, method {definition.method}{done}{early}"
+
+
+def early_words(experiment: Experiment, definition: SweepDefinition) -> str:
+    """What early stopping will do, in a line."""
+    asked, evaluations = definition.early_terminate, evaluations_per_trial(experiment)
+    if asked is None:
+        return ""
+    places = (
+        rungs(asked, evaluations)
+        if asked["type"] == "hyperband"
+        else [n for n in [int(asked["min_iter"])] if n < evaluations]
+    )
+    if not places:
+        return f"\n       early_terminate stops nothing: a trial has {evaluations} evaluations. More: orpo.eval_fraction=0.1"
+    return f"\n       stopped early ({asked['type']}) after evaluation {', '.join(map(str, places))} of {evaluations}"
 
 
 def print_facts(console: Console, facts: dict[str, Any]) -> None:

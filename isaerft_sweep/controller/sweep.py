@@ -7,11 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from isaerft_sweep.controller.early import EarlyStopping
 from isaerft_sweep.controller.trials import TrialFactory
 from isaerft_sweep.dispatch.base import Dispatcher
 from isaerft_sweep.dispatch.job import TrialJob
 from isaerft_sweep.errors import LaunchError
-from isaerft_sweep.journal.folders import COMPLETED, FAILED, FINAL, STOPPED
+from isaerft_sweep.journal.folders import COMPLETED, FAILED, FINAL, PRUNED, RUNNING, STOPPED
 from isaerft_sweep.journal.journal import Journal, TrialRecord
 from isaerft_sweep.search.sampler import Asked
 from isaerft_sweep.specs import LauncherSpec
@@ -55,9 +56,10 @@ class SweepController:
         trials: int,
         view: View,
         stopping: Callable[[], int],
+        early: EarlyStopping | None = None,
     ) -> None:
         self.journal, self.sampler, self.factory, self.dispatcher = journal, sampler, factory, dispatcher
-        self.launcher, self.trials, self.view, self.stopping = launcher, trials, view, stopping
+        self.launcher, self.trials, self.view, self.stopping, self.early = launcher, trials, view, stopping, early
         self.records = journal.record.trials
         self.active: dict[int, TrialRecord] = {}
         self.waiting: list[TrialRecord] = []
@@ -90,6 +92,8 @@ class SweepController:
             self.sampler.restore(record.point)
             if record.given_up:  # whoever gives the command again has mended what made it fail
                 record.given_up, record.failures = False, 0
+            if self.early and record.attempt:
+                self.early.note(record.index, self.factory.folder.trial(record.name).read_status())
             if record.ended:
                 self._count_ended(record)
             elif record.job is not None:
@@ -100,10 +104,18 @@ class SweepController:
     def _fill(self) -> bool:
         """Use the free slots; False when nothing is left to do."""
         while len(self.active) < self.dispatcher.slots and not self.hopeless:
-            record = self.waiting.pop(0) if self.waiting else self._new_trial()
+            record = self._revived() or (self.waiting.pop(0) if self.waiting else self._new_trial())
             if record is None or not self._dispatch(record):
                 break
         return bool(self.active)
+
+    def _revived(self) -> TrialRecord | None:
+        """A trial that was stopped early and has turned out to be worth going on with."""
+        if self.early is None:
+            return None
+        pruned = [i for i, record in self.records.items() if record.state == PRUNED and record not in self.waiting]
+        index = self.early.revived(pruned)
+        return None if index is None else self.records[index]
 
     def _new_trial(self) -> TrialRecord | None:
         if self.exhausted or len(self.records) >= self.trials:
@@ -148,6 +160,8 @@ class SweepController:
             elif self._overdue(status):
                 assert record.job is not None
                 self.dispatcher.kill(record.job)
+            elif self.early and status.get("state") == RUNNING and self.early.stops(record.index, status):
+                self.factory.folder.trial(record.name).ask_to_stop(PRUNED)
 
     def _read_status(self, record: TrialRecord) -> dict[str, Any]:
         """The worker's last word in this attempt."""
@@ -161,10 +175,12 @@ class SweepController:
         """Whether a living worker has hung: over but not gone, or silent for too long."""
         if not status:
             return False
-        limit_s = ENDING_S if status["state"] in (*FINAL, STOPPED, FAILED) else self.launcher.heartbeat_s
+        limit_s = ENDING_S if status["state"] in (*FINAL, PRUNED, STOPPED, FAILED) else self.launcher.heartbeat_s
         return bool(time.time() - status["heartbeat"] > limit_s)
 
     def _settle(self, record: TrialRecord, status: dict[str, Any]) -> None:
+        if self.early:
+            self.early.note(record.index, status)
         ending = self._judge(record, status)
         failures = record.failures + (ending.state == FAILED)
         given_up = ending.state == FAILED and (not ending.can_retry or failures > self.launcher.max_retries)
@@ -194,8 +210,8 @@ class SweepController:
         """What came of an attempt whose job is gone, from the worker's last word alone."""
         state, message = status.get("state"), str(status.get("message", ""))
         seconds = float(status.get("ended", status.get("heartbeat", 0)) - status.get("started", 0)) if status else 0.0
-        if state == COMPLETED:
-            return Ending(COMPLETED, status.get("metric"), message, seconds, False)
+        if state in (COMPLETED, PRUNED):
+            return Ending(str(state), status.get("metric"), message, seconds, False)
         if state in FINAL or state == STOPPED:
             return Ending(str(state), None, message, seconds, True)
         if record.index in self._told_to_stop:

@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from isaerft_sweep.errors import IsaerftError
-from isaerft_sweep.journal.files import read_json, read_rows, write_json
+from isaerft_sweep.journal.files import read_json, read_rows, write_json, write_text
 from isaerft_sweep.plain import to_dict
 from isaerft_sweep.specs import TrialSpec
 
 RUNNING, COMPLETED, DIVERGED, FAILED, STOPPED = "running", "completed", "diverged", "failed", "stopped"
+PRUNED = "pruned"
+"""Stopped early by the sweep, with a checkpoint: over, unless the sweep revives it."""
 FINAL = (COMPLETED, DIVERGED)
 """States that are never run again; ``failed`` and ``stopped`` are, within bounds."""
 
@@ -184,9 +186,16 @@ class TrialFolder:
     def current_attempt(self) -> int:
         return int((read_json(self.attempt) or {"attempt": 0})["attempt"])
 
-    def ask_to_stop(self) -> None:
-        """Ask the worker, wherever it runs, to checkpoint and end after its present step."""
-        self.stop.touch()
+    def ask_to_stop(self, state: str = STOPPED) -> None:
+        """Ask the worker, wherever it runs, to checkpoint and end after its present step, in ``state``."""
+        write_text(self.stop, state)
+
+    def stop_asked(self) -> str | None:
+        """The state in which the worker shall end; None when it shall not."""
+        try:
+            return self.stop.read_text(encoding="utf-8") or STOPPED
+        except FileNotFoundError:
+            return None
 
     def read_status(self) -> dict[str, Any]:
         """The worker's last word; empty before its first."""

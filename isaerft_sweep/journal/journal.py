@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from isaerft_sweep.errors import FolderError, JournalError
-from isaerft_sweep.journal.folders import FINAL, SweepFolder
+from isaerft_sweep.journal.folders import FINAL, PRUNED, SweepFolder
 from isaerft_sweep.search.sampler import Point
 
 
@@ -40,8 +40,8 @@ class TrialRecord:
 
     @property
     def ended(self) -> bool:
-        """Whether this trial will not be run again."""
-        return self.state in FINAL or self.given_up
+        """Whether this trial will not be run again, as far as is known: one that was stopped early may be revived."""
+        return self.state in (*FINAL, PRUNED) or self.given_up
 
 
 @dataclass

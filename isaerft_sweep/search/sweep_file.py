@@ -22,7 +22,8 @@ TOP_KEYS = (
     "program", "command", "method", "metric", "parameters", "early_terminate", "run_cap", "name", "description",
     "project", "entity", "settings",
 )  # fmt: skip
-EARLY_KEYS = ("type", "min_iter", "max_iter", "eta", "s", "strict")
+EARLY_KEYS = {"hyperband": ("type", "min_iter", "max_iter", "eta", "s", "strict"), "median": ("type", "min_iter")}
+"""Of ``early_terminate``, by its type. W&B has hyperband alone."""
 
 
 @dataclass(frozen=True)
@@ -156,13 +157,18 @@ def _read_early_terminate(raw: Any) -> Mapping[str, Any] | None:
     if raw is None:
         return None
     form = "early_terminate: {type: hyperband, min_iter: 3}"
-    if not isinstance(raw, Mapping) or raw.get("type") != "hyperband":
-        raise SpaceError(f"early_terminate.type must be hyperband but got {raw!r}. Right form: {form}.")
+    if not isinstance(raw, Mapping) or raw.get("type") not in EARLY_KEYS:
+        raise SpaceError(f"early_terminate.type must be hyperband or median but got {raw!r}. Right form: {form}.")
+    keys = EARLY_KEYS[raw["type"]]
     for key, value in raw.items():
-        if key not in EARLY_KEYS:
-            raise SpaceError(f"early_terminate has an unknown key '{key}'." + suggest(str(key), EARLY_KEYS))
+        if key not in keys:
+            raise SpaceError(f"early_terminate has an unknown key '{key}'." + suggest(str(key), keys))
         if key in ("min_iter", "max_iter", "s", "eta") and (isinstance(value, bool) or not _positive(value)):
             raise SpaceError(f"early_terminate.{key} must be a number above 0 but got {value!r}.")
+    if not raw.get("eta", 3) > 1:
+        raise SpaceError(f"early_terminate.eta must be above 1 but got {raw['eta']}.")
+    if raw["type"] == "median" and "min_iter" not in raw:
+        raise SpaceError(f"early_terminate must have min_iter but got {dict(raw)}. {form.replace('hyperband', 'median')}.")
     if ("min_iter" in raw) == ("max_iter" in raw and "s" in raw):
         raise SpaceError(f"early_terminate must have either min_iter, or max_iter and s, but got {dict(raw)}. {form}.")
     return dict(raw)

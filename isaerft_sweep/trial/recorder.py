@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from isaerft_sweep.errors import TrialDiverged
 from isaerft_sweep.journal.files import write_text
-from isaerft_sweep.journal.folders import RUNNING, PairScores, StatusWriter, TrialFolder
+from isaerft_sweep.journal.folders import RUNNING, STOPPED, PairScores, StatusWriter, TrialFolder
 from isaerft_sweep.metrics import wandb_name
 from isaerft_sweep.specs import OrpoSpec
 from isaerft_sweep.tracking.run import Run
@@ -35,7 +35,10 @@ class Recorder(TrainerCallback):
         self.stopping = stopping
         self.latest: dict[str, float] = {}
         self.untrained: dict[str, float] = {}
-        self.stopped = False
+        self.evaluations: list[float] = []
+        """The trial's metric at each evaluation: what early stopping looks at."""
+        self.stopped: str | None = None
+        """The state in which the trial was asked to end."""
         self._first_loss: float | None = None
         self._last_checkpoint_s = time.monotonic()
 
@@ -69,8 +72,13 @@ class Recorder(TrainerCallback):
         self.run.log(metrics, state.global_step)
         self._remember(row)
         self._check(metrics, state.global_step)
-        facts = {"step": state.global_step, "max_steps": state.max_steps, "loss": self.latest.get("train/loss")}
-        self.status.write(RUNNING, {**facts, "metric": self.latest.get(self.metric)}, force=False)
+        facts: dict[str, Any] = {
+            "step": state.global_step,
+            "max_steps": state.max_steps,
+            "loss": self.latest.get("train/loss"),
+        }
+        facts |= {"metric": self.latest.get(self.metric), "evaluations": self.evaluations}
+        self.status.write(RUNNING, facts, force=self.metric in metrics)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.status.check()
@@ -78,7 +86,7 @@ class Recorder(TrainerCallback):
         if last:
             control.should_evaluate = True
         elif self.stopping() or self.folder.stop.exists():
-            self.stopped = True
+            self.stopped = STOPPED if self.stopping() else self.folder.stop_asked()
             control.should_save = control.should_training_stop = True
         due_s = time.monotonic() - self._last_checkpoint_s >= self.spec.checkpoint_every_min * 60
         if not last and (due_s or state.global_step % self.spec.checkpoint_every_steps == 0):
@@ -93,6 +101,8 @@ class Recorder(TrainerCallback):
     def _remember(self, row: dict[str, float]) -> None:
         metrics = {k: v for k, v in row.items() if k not in ("step", "time")}
         self.latest.update(metrics)
+        if self.metric in metrics and row["step"] > 0:
+            self.evaluations.append(metrics[self.metric])
         if row["step"] == 0:
             self.untrained.update({k: v for k, v in metrics.items() if k.startswith("eval/")})
         if self._first_loss is None:

@@ -14,7 +14,7 @@ from typing import Any, TextIO, TypeVar
 import peft
 import torch
 
-from isaerft_sweep.journal.folders import COMPLETED, DIVERGED, STOPPED, Superseded, TrialFolder
+from isaerft_sweep.journal.folders import COMPLETED, DIVERGED, PRUNED, STOPPED, Superseded, TrialFolder
 from isaerft_sweep.journal.workers import WorkerFolder
 from isaerft_sweep.trial.run import Shared, run_trial, stop_requests
 
@@ -42,7 +42,7 @@ def serve_trials(folder: WorkerFolder, idle_s: float = IDLE_S) -> int:
                 break
             state = _run(TrialFolder(Path(task.trial)), task.attempt, shared, stopping)
             count, waited_s = count + 1, 0.0
-            ending = stopping["asked"] or state not in (COMPLETED, DIVERGED, STOPPED)
+            ending = stopping["asked"] or state not in (COMPLETED, DIVERGED, STOPPED, PRUNED)
             folder.note_done(task.number, ending)
             if ending:
                 break

@@ -23,6 +23,7 @@ from isaerft_sweep.journal.folders import (
     COMPLETED,
     DIVERGED,
     FAILED,
+    PRUNED,
     RUNNING,
     STOPPED,
     StatusWriter,
@@ -65,8 +66,8 @@ def run_trial(
     ``shared``: what earlier trials of this process have loaded. ``stopping``: set by the caller's own ``stop_requests``.
 
     ``failed`` when an error ended it (the message is in the status), ``diverged`` when the loss did, ``stopped`` when a
-    signal or the controller asked for it and a checkpoint lets it go on. Raises Superseded when it is not this
-    attempt's turn any more.
+    signal or the controller asked for it and a checkpoint lets it go on, ``pruned`` when the sweep has no more use for it.
+    Raises Superseded when it is not this attempt's turn any more.
     """
     spec = folder.read_spec()
     status = StatusWriter(folder, attempt)
@@ -133,6 +134,9 @@ def _train(
     except BaseException:
         run.finish({"state": FAILED}, exit_code=1)
         raise
+    if recorder.stopped == PRUNED:
+        run.finish({**recorder.latest, "state": PRUNED}, exit_code=0)
+        return _end(status, PRUNED, {"message": "stopped early; its checkpoint is kept", **_results(recorder, started)})
     if recorder.stopped:
         run.finish({"state": STOPPED}, exit_code=1)
         return _end(status, STOPPED, {"message": "asked to stop; a checkpoint was written"})

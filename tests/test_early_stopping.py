@@ -1,0 +1,153 @@
+"""Early stopping in whole sweeps: who stops keeps a checkpoint, who turns out to be good comes back, a restart knows it all."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import TINY, events
+
+from isaerft_sweep.config.boundary import to_definition
+from isaerft_sweep.controller.early import EarlyStopping
+from isaerft_sweep.controller.run import early_words, evaluations_per_trial
+from isaerft_sweep.controller.sweep import SweepController
+from isaerft_sweep.controller.trials import TrialFactory
+from isaerft_sweep.dispatch.base import Dispatcher, JobRef
+from isaerft_sweep.dispatch.job import Job, TrialJob
+from isaerft_sweep.errors import ConfigError
+from isaerft_sweep.journal.folders import COMPLETED, PRUNED, RUNNING, StatusWriter, SweepFolder, TrialFolder
+from isaerft_sweep.journal.journal import Journal
+from isaerft_sweep.search.pruning import SuccessiveHalving
+from isaerft_sweep.search.sampler import GivenPoints, Point
+from isaerft_sweep.search.sweep_file import Metric, SweepDefinition
+
+FILE = """\
+method: grid
+metric: {name: eval/nll_loss, goal: minimize}
+early_terminate: {type: hyperband, min_iter: 2, eta: 2}
+parameters: {orpo.learning_rate: {values: [0.3, 0.2, 1.0e-5, 2.0e-5]}}
+"""
+
+
+@pytest.mark.slow
+def test_poor_trials_are_stopped_and_keep_a_checkpoint(launch, tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text(FILE)
+    options = (*TINY, "name=s", "sweep=none", "sweep.file=s.yaml", "orpo.max_steps=400", "orpo.eval_fraction=0.05")
+    done = launch(*options)
+    assert done.returncode == 0, done.stderr
+    assert "stopped early (hyperband) after evaluation 2, 4, 8, 16 of 20" in done.stdout
+    sweep = tmp_path / "outputs" / "s"
+    ended = {e["index"]: e for e in events(sweep) if e["event"] == "end"}
+    assert ended[0]["state"] == "completed", "the first one has nobody to lose against"
+    assert ended[2]["state"] == ended[3]["state"] == "pruned"
+    names = {e["index"]: e["name"] for e in events(sweep) if e["event"] == "trial"}
+    for index in (2, 3):
+        folder = TrialFolder(sweep / "trials" / names[index])
+        status = folder.read_status()
+        assert status["state"] == "pruned" and 40 <= status["step"] < 400 and len(status["evaluations"]) >= 2
+        assert list(folder.checkpoints.glob("checkpoint-*/.complete")), "it can be revived"
+        assert [f.name for f in folder.path.glob("wandb/wandb/offline-run-*")]
+    rows = {row["trial"]: row for row in csv.DictReader((sweep / "leaderboard.csv").open())}
+    assert rows[names[0]]["rank"] in ("1", "2") and rows[names[2]]["rank"] == "" and rows[names[2]]["state"] == "pruned"
+    before = events(sweep)
+    again = launch(*options)
+    assert again.returncode == 0 and events(sweep) == before, "what was stopped early stays so"
+
+
+class Scripted(Dispatcher):
+    """Stands in for processes: every poll, each trial evaluates once more and does what it was asked to."""
+
+    slots, threads = 1, None
+
+    def __init__(self, curves: dict[float, list[float]]) -> None:
+        self.curves, self.jobs = curves, {}
+        self.order: list[float] = []
+
+    def submit(self, job: Job) -> JobRef:
+        assert isinstance(job, TrialJob)
+        folder = TrialFolder(Path(job.folder))
+        beta = folder.read_spec().experiment.orpo.beta
+        self.order.append(beta)
+        known = len(folder.read_status().get("evaluations", ()))
+        self.jobs[job.folder] = [folder, StatusWriter(folder, job.attempt), beta, known]
+        return {"folder": job.folder}
+
+    def alive(self, refs: Iterable[JobRef]) -> list[bool]:
+        return [self._step(ref["folder"]) for ref in refs]
+
+    def _step(self, name: str) -> bool:
+        folder, writer, beta, count = self.jobs[name]
+        curve = self.curves[beta]
+        if folder.stop_asked() == PRUNED or count == len(curve):
+            state = COMPLETED if count == len(curve) else PRUNED
+            writer.write(state, {"metric": curve[count - 1], "evaluations": curve[:count], "ended": 1.0})
+            return False
+        self.jobs[name][3] = count + 1
+        writer.write(RUNNING, {"evaluations": curve[: count + 1], "metric": curve[count]})
+        return True
+
+    def cancel(self, ref: JobRef) -> None: ...
+
+    def kill(self, ref: JobRef) -> None: ...
+
+    def log_tail(self, ref: JobRef, lines: int = 8) -> str:
+        return ""
+
+
+class Silent:
+    def update(self, *_: Any) -> None: ...
+
+    def event(self, *_: Any) -> None: ...
+
+
+def run(path: Path, experiment: Any, curves: dict[float, list[float]], trials: int) -> tuple[Scripted, Journal]:
+    folder = SweepFolder(path)
+    journal = Journal(folder)
+    if not journal.record.sweep_id:
+        journal.write("sweep", sweep_id="s1", question="q", metric="eval/log_odds_chosen", goal="maximize")
+    composed = experiment("model=tiny", "launcher.poll_s=0.001")
+    definition = SweepDefinition("given", Metric("eval/log_odds_chosen", "maximize"), {})
+    factory = TrialFactory(composed, definition, folder, "s1", None)
+    dispatcher = Scripted(curves)
+    early = EarlyStopping(SuccessiveHalving([1, 3], 3), sign=1)
+    sampler = GivenPoints([Point({"orpo.beta": beta}) for beta in curves][:trials])
+    SweepController(journal, sampler, factory, dispatcher, composed.launcher, trials, Silent(), lambda: 0, early).run()
+    return dispatcher, journal
+
+
+def test_a_trial_stopped_too_early_comes_back_where_it_was(experiment: Any, tmp_path: Path) -> None:
+    # 0.3 is the second best of three and is stopped at the first rung; the later ones are worse, so it comes back
+    first = {0.1: [0.5] * 6, 0.2: [0.4] * 6, 0.3: [0.45, 0.5, 0.6, 0.6, 0.6, 0.6]}
+    more = {0.4: [0.1] * 6, 0.5: [0.2] * 6, 0.6: [0.1] * 6}
+    dispatcher, journal = run(tmp_path / "s", experiment, {**first, **more}, trials=6)
+    states = {r.point.params["orpo.beta"]: r.state for r in journal.record.trials.values()}
+    assert states[0.1] == states[0.3] == "completed" and {states[b] for b in (0.4, 0.5, 0.6)} == {"pruned"}
+    assert dispatcher.order.count(0.3) == 2, "stopped once, revived once"
+    trial = next(r for r in journal.record.trials.values() if r.point.params["orpo.beta"] == 0.3)
+    assert trial.attempt == 2 and len(SweepFolder(tmp_path / "s").trial(trial.name).read_status()["evaluations"]) == 6
+    journal.close()
+
+
+def test_a_controller_that_comes_back_remembers_the_curves(experiment: Any, tmp_path: Path) -> None:
+    curves = {0.1: [0.5] * 6, 0.2: [0.4] * 6, 0.3: [0.45] * 6, 0.4: [0.1] * 6, 0.5: [0.2] * 6, 0.6: [0.1] * 6}
+    _, journal = run(tmp_path / "s", experiment, curves, trials=4)
+    assert sum(r.state == "pruned" for r in journal.record.trials.values()) == 2
+    journal.close()
+    dispatcher, journal = run(tmp_path / "s", experiment, curves, trials=6)
+    assert dispatcher.order == [0.5, 0.6, 0.3], "two new trials, then the one that they have shown to be good"
+    journal.close()
+
+
+def test_what_is_said_and_refused(experiment: Any, tmp_path: Path) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text(FILE)
+    composed = experiment("model=tiny", "sweep=none", f"sweep.file={path}", "orpo.eval_fraction=1.0")
+    assert evaluations_per_trial(composed) == 1
+    assert "stops nothing" in early_words(composed, to_definition(composed.sweep, composed))
+    path.write_text(FILE.replace("eval/nll_loss", "train/loss"))
+    with pytest.raises(ConfigError, match="a metric of evaluations"):
+        to_definition(composed.sweep, composed)
+    assert [evaluations_per_trial(experiment(f"orpo.eval_fraction={f}")) for f in (0.2, 0.3, 0.1)] == [5, 4, 10]
