@@ -1,15 +1,17 @@
 """The demo sweep's trials as a user would run them today, and with each level of reuse switched on in turn.
 
-    python benchmarks/throughput.py [--trials 2] [--steps 8] [--repeats 3]
+    python benchmarks/throughput.py [--trials 8] [--steps 24] [--repeats 3] [--only "(i)" "resident"]
 
-Each row runs the same trials (same model, data, seed, steps, learning rates) one after another, each in a process of its
-own, and reports processor seconds, wall seconds, largest resident memory and the final metrics:
+Each row runs the same trials (same model, data, seed, steps, learning rates) one after another and reports processor
+seconds, of the training steps alone too (forward and backward), wall seconds, largest resident memory and the metrics:
 
     (i)   TRL's ORPOTrainer, the adapter as a forward hook with SAE encode, decode and error term
     (ii)  the same with the bias as x + b @ W_dec
-    ours  a trial with neither level; with the reused trunk; with lean logits; with both
+    ours  a trial without reuse; with lean logits and groups of near length; with the reused trunk; with both; and with both
+          in one resident worker for all trials
 
-The frozen layers' output is made once per sweep; its cost is part of the first trial of each repeat.
+All but the last have a process for each trial. The frozen layers' output is made once per sweep; its cost is part of the
+first trial.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ LEVELS = {
     "ours, lean logits": ("ours", {"launcher.trunk_cache_gb": "0", "launcher.lean_logits": "true"}),
     "ours, reused trunk": ("ours", {"launcher.trunk_cache_gb": "8", "launcher.lean_logits": "false"}),
     "ours, both": ("ours", {"launcher.trunk_cache_gb": "8", "launcher.lean_logits": "true"}),
+    "ours, both, resident worker": ("resident", {"launcher.trunk_cache_gb": "8", "launcher.lean_logits": "true"}),
 }
 RATES = (0.2, 0.1, 0.05, 0.3, 0.15, 0.07, 0.25, 0.04)
 
@@ -113,14 +116,28 @@ def run_plain(experiment: Any, folder: Path, vector: bool) -> dict[str, float]:
         eval_dataset=pairs.evaluation,
         processing_class=loaded.tokenizer,
     )
-    started = time.process_time()
     trainer.train()
-    seconds = time.process_time() - started
     found = trainer.evaluate()
-    return {"log_odds": found["eval_log_odds_chosen"], "nll": found["eval_nll_loss"], "train_cpu_s": seconds}
+    return {"log_odds": found["eval_log_odds_chosen"], "nll": found["eval_nll_loss"]}
 
 
-def run_ours(experiment: Any, folder: Path) -> dict[str, float]:
+def count_step_seconds() -> list[float]:
+    """From now on every training step's processor seconds are added to the list that this returns."""
+    from transformers import Trainer
+
+    spent, original = [], Trainer.training_step
+
+    def timed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        started = time.process_time()
+        loss = original(self, *args, **kwargs)
+        spent.append(time.process_time() - started)
+        return loss
+
+    Trainer.training_step = timed  # type: ignore[method-assign]
+    return spent
+
+
+def run_ours(experiment: Any, folder: Path, shared: Any) -> dict[str, float]:
     """One trial of this package."""
     from datetime import datetime
 
@@ -136,21 +153,32 @@ def run_ours(experiment: Any, folder: Path) -> dict[str, float]:
     trial.begin_attempt(1)
     from isaerft_sweep.trial.run import run_trial
 
-    assert run_trial(trial, 1) == "completed", trial.read_status()
+    assert run_trial(trial, 1, shared) == "completed", trial.read_status()
     metrics = trial.read_status()["metrics"]
     return {"log_odds": metrics["eval/log_odds_chosen"], "nll": metrics["eval/nll_loss"]}
 
 
-def child(kind: str, overrides: list[str], folder: Path) -> None:
-    """Run one trial in this process and print what it found and cost."""
+def child(kind: str, rates: list[str], overrides: list[str], folder: Path) -> None:
+    """Run the trials of ``rates`` in this process and print what the first one found and what all cost."""
     started = time.perf_counter()
-    experiment = compose_experiment(overrides)
-    found = run_ours(experiment, folder) if kind == "ours" else run_plain(experiment, folder, kind == "vector")
+    steps, results = count_step_seconds(), []
+    if kind == "resident":
+        from isaerft_sweep.trial.resident import KeptModel
+
+        kept = KeptModel()
+    for rate in rates:
+        experiment = compose_experiment([f"orpo.learning_rate={rate}", *overrides])
+        if kind in ("ours", "resident"):
+            results.append(run_ours(experiment, folder, kept if kind == "resident" else None))
+        else:
+            results.append(run_plain(experiment, folder, kind == "vector"))
+    found = results[0]
     used = resource.getrusage(resource.RUSAGE_SELF)
     cost = {
         "cpu_s": used.ru_utime + used.ru_stime,
         "wall_s": time.perf_counter() - started,
         "mem_gib": used.ru_maxrss / 2**20,
+        "step_s": sum(steps),
     }
     print(json.dumps({**found, **cost}))
 
@@ -158,17 +186,17 @@ def child(kind: str, overrides: list[str], folder: Path) -> None:
 def run_level(kind: str, options: dict[str, str], args: argparse.Namespace) -> dict[str, float]:
     """All trials of one level, one process each; sums of their costs."""
     trials = []
+    rates = [str(rate) for rate in RATES[: args.trials]]
     with tempfile.TemporaryDirectory() as scratch:
-        for rate in RATES[: args.trials]:
+        for together in [rates] if kind == "resident" else [[rate] for rate in rates]:
             overrides = [
-                f"orpo.learning_rate={rate}",
                 f"orpo.max_steps={args.steps}",
                 f"data.train_size={args.steps * 4}",
                 "orpo.eval_untrained=never",
                 f"launcher.scratch={scratch}/trunk",
                 *(f"{k}={v}" for k, v in options.items()),
             ]
-            command = [sys.executable, __file__, "--child", kind, scratch, *overrides]
+            command = [sys.executable, __file__, "--child", kind, scratch, ",".join(together), *overrides]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise SystemExit(done.stderr[-3000:])
@@ -177,6 +205,7 @@ def run_level(kind: str, options: dict[str, str], args: argparse.Namespace) -> d
         "cpu_s": sum(t["cpu_s"] for t in trials),
         "wall_s": sum(t["wall_s"] for t in trials),
         "mem_gib": max(t["mem_gib"] for t in trials),
+        "step_s": sum(t["step_s"] for t in trials) / (args.trials * args.steps),
         "log_odds": trials[0]["log_odds"],
         "nll": trials[0]["nll"],
     }
@@ -185,29 +214,33 @@ def run_level(kind: str, options: dict[str, str], args: argparse.Namespace) -> d
 def main() -> None:
     """Run every level ``--repeats`` times, interleaved, and print medians and ratios."""
     if sys.argv[1:2] == ["--child"]:
-        child(sys.argv[2], sys.argv[4:], Path(sys.argv[3]))
+        child(sys.argv[2], sys.argv[4].split(","), sys.argv[5:], Path(sys.argv[3]))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--trials", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", nargs="*", default=[""], help="levels whose name holds one of these words")
     args = parser.parse_args()
-    results: dict[str, list[dict[str, float]]] = {name: [] for name in LEVELS}
+    levels = {name: level for name, level in LEVELS.items() if any(word in name for word in args.only)}
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in levels}
     for _ in range(args.repeats):
-        for name, (kind, options) in LEVELS.items():
+        for name, (kind, options) in levels.items():
             results[name].append(run_level(kind, options, args))
     machine = f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}"
     title = f"{args.trials} trials of {args.steps} steps, {machine}, float32"
     table = Table(title=title)
-    for column in ("", "processor s", "ratio", "wall s", "peak GiB", "log odds", "NLL"):
+    for column in ("", "processor s", "ratio", "a step", "ratio", "wall s", "peak GiB", "log odds", "NLL"):
         table.add_column(column, justify="left" if not column else "right")
-    first = statistics.median(r["cpu_s"] for r in next(iter(results.values())))
+    first = {key: statistics.median(r[key] for r in next(iter(results.values()))) for key in ("cpu_s", "step_s")}
     for name, runs in results.items():
         middle = {key: statistics.median(r[key] for r in runs) for key in runs[0]}
         table.add_row(
             name,
             f"{middle['cpu_s']:.1f}",
-            f"{first / middle['cpu_s']:.2f}×",
+            f"{first['cpu_s'] / middle['cpu_s']:.2f}×",
+            f"{middle['step_s']:.2f}",
+            f"{first['step_s'] / middle['step_s']:.2f}×",
             f"{middle['wall_s']:.1f}",
             f"{middle['mem_gib']:.2f}",
             f"{middle['log_odds']:.4f}",

@@ -184,6 +184,10 @@ def full_sweep(tmp_path: Path) -> SweepFolder:
         journal.write("trial", index=i, name=f"run-lost-{i}", run_id=f"r{i}", params=params, unit={})
         journal.write("end", index=i, state=state, metric=None, message=message, seconds=7.0, given_up=state == "failed")
     journal.write(
+        "trial", index=11, name="run-poor", run_id="r11", params={"orpo.learning_rate": 0.002, "orpo.beta": 0.2}, unit={}
+    )
+    journal.write("end", index=11, state="pruned", metric=0.0, message="", seconds=3.0, given_up=False)
+    journal.write(
         "trial", index=10, name="run-now", run_id="r10", params={"orpo.learning_rate": 0.01, "orpo.beta": 0.1}, unit={}
     )
     journal.write("dispatch", index=10, attempt=1, job={})
@@ -203,7 +207,7 @@ def test_the_page_shows_all_of_a_sweep_that_still_runs(full_sweep: SweepFolder, 
     assert pictures == {"space.png", "curves.png", "importance.png", "latents.png", "similarity.png"}
     assert all(Path(line).read_bytes().startswith(b"\x89PNG") for line in printed[1:])
     for wanted in (
-        "8 completed, 1 diverged, 1 failed, 1 running", "held-out pairs", "Try a smaller learning rate", "of 4,803 points are drawn", "PED-ANOVA",
+        "8 completed, 1 diverged, 1 failed, 1 pruned, 1 running", "stopped early", "held-out pairs", "Try a smaller learning rate", "of 4,803 points are drawn", "PED-ANOVA",
         "neuronpedia.org/gemma-2-2b/2-gemmascope-res-16k/", "log_uniform_values from 0.0001 to 0.1", "report", "--generate",
     ):  # fmt: skip
         assert wanted in page, wanted

@@ -63,7 +63,7 @@ def test_the_page_draws_everything_without_a_network(full_sweep: SweepFolder, br
         assert figure.size["height"] > 100 and figure.size["width"] > 600, figure.get_attribute("id")
 
     points = browser.find_elements(By.CSS_SELECTOR, "#figure-map .scatterlayer .point")
-    assert len(points) == 10, "eight completed trials, one diverged, one failed"
+    assert len(points) == 11, "eight completed trials, one stopped early, one diverged, one failed"
     ticks = [e.text for e in browser.find_elements(By.CSS_SELECTOR, "#figure-map .yaxislayer-above text")]
     assert ticks == ["0.1", "0.2", "0.4"]
     lines = browser.find_elements(By.CSS_SELECTOR, "#figure-curve-0 .scatterlayer .js-line")

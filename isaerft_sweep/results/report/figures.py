@@ -18,6 +18,11 @@ LEADERS = 8
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#000000")
 """Okabe and Ito's, told apart by everyone."""
 OTHERS = "#c3c8cf"
+UNRANKED = (
+    ("stopped early", ("pruned",), "circle-open", "#8a929c"),
+    ("failed or diverged", ("failed", "diverged"), "x", "#c0392b"),
+)
+"""Trials without a rank on the map: their name, states, symbol and colour."""
 
 
 def space_map(report: Report) -> go.Figure | None:
@@ -48,17 +53,18 @@ def space_map(report: Report) -> go.Figure | None:
         text=[f"{report.label(drawn[i])}<br>{metric} {values[i]:.4f}" for i in best_first],
         hoverinfo="text",
     )
-    lost = [e for e in report.sweep.entries if e.state in ("failed", "diverged") and has(e, x, y)]
-    if lost and y:
-        figure.add_scatter(
-            x=[x.place(e.params[x.key]) for e in lost],
-            y=[y.place(e.params[y.key]) for e in lost],
-            mode="markers",
-            name="failed or diverged",
-            marker={"size": 12, "symbol": "x", "color": "#c0392b"},
-            text=[f"{report.label(e)}<br>{e.state}" for e in lost],
-            hoverinfo="text",
-        )
+    for name, states, symbol, color in UNRANKED:
+        others = [e for e in report.sweep.entries if e.state in states and has(e, x, y)]
+        if others and y:
+            figure.add_scatter(
+                x=[x.place(e.params[x.key]) for e in others],
+                y=[y.place(e.params[y.key]) for e in others],
+                mode="markers",
+                name=name,
+                marker={"size": 11, "symbol": symbol, "color": color},
+                text=[f"{report.label(e)}<br>{e.state}" for e in others],
+                hoverinfo="text",
+            )
     _apply(figure.update_xaxes, x)
     if y:
         _apply(figure.update_yaxes, y)

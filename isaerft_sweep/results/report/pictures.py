@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from isaerft_sweep.results.axes import Axis, show_value
 from isaerft_sweep.results.leaderboard import short_name
-from isaerft_sweep.results.report.figures import COLORS, LEADERS, OTHERS, has, latent_name
+from isaerft_sweep.results.report.figures import COLORS, LEADERS, OTHERS, UNRANKED, has, latent_name
 from isaerft_sweep.results.report.gather import Report
 
 DPI = 200
@@ -51,10 +51,11 @@ def _map(ax: Any, report: Report) -> bool:
     up = [y.place(e.params[y.key]) for e in entries] if y else values
     points = ax.scatter(across, up, c=values, cmap=colormap, s=60, edgecolors="#444", linewidths=0.6, zorder=3)
     ax.scatter(across[-1:], up[-1:], s=220, facecolors="none", edgecolors="black", linewidths=1.4, zorder=4, label="best")
-    lost = [e for e in report.sweep.entries if e.state in ("failed", "diverged") and has(e, x, y)]
-    if lost and y:
-        places = [x.place(e.params[x.key]) for e in lost], [y.place(e.params[y.key]) for e in lost]
-        ax.scatter(*places, marker="x", c="#c0392b", s=50, label="failed or diverged")
+    for name, states, symbol, color in UNRANKED:
+        others = [e for e in report.sweep.entries if e.state in states and has(e, x, y)]
+        if others and y:
+            places = [x.place(e.params[x.key]) for e in others], [y.place(e.params[y.key]) for e in others]
+            ax.scatter(*places, marker="x" if symbol == "x" else "1", c=color, s=50, label=name)
     ax.figure.colorbar(points, ax=ax, label=short_name(metric))
     _scale(ax.xaxis, ax.set_xscale, ax.set_xlabel, x)
     if y:

@@ -1,0 +1,170 @@
+"""A sweep of 10,000 trials on 1,000 workers, simulated: how long do workers wait for the controller, and is a trial lost?
+
+    python benchmarks/scale.py [--trials 10000] [--workers 1000]
+
+Controller, sampler, journal (with fsync) and trial folders are real; only the workers are not. Time is the controller's own
+real time plus its sleeps, which are not slept. Trials take as long as measured ones (log-normal around a median), and two
+in a hundred die without a word, as on a lost node. A worker counts as idle from its trial's end until it is given the next
+one, as long as there is one to give.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import math
+import platform
+import random
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from rich.console import Console
+from rich.table import Table
+
+from isaerft_sweep.config.boundary import to_definition, to_experiment
+from isaerft_sweep.config.schema import register
+from isaerft_sweep.controller.question import open_journal, sweep_folder
+from isaerft_sweep.controller.run import make_sampler
+from isaerft_sweep.controller.sweep import SweepController
+from isaerft_sweep.controller.trials import TrialFactory
+from isaerft_sweep.dispatch.base import Dispatcher, JobRef
+from isaerft_sweep.dispatch.job import Job, TrialJob
+from isaerft_sweep.journal.folders import COMPLETED, StatusWriter, TrialFolder
+from isaerft_sweep.resources import folder
+
+SPREAD = 0.3
+"""Standard deviation of the logarithm of a trial's duration."""
+DEATHS = 0.02
+
+
+class SimulatedWorkers(Dispatcher):
+    """Stands in for processes on many machines, with a clock of its own."""
+
+    threads = None
+
+    def __init__(self, workers: int, median_s: float, poll_s: float) -> None:
+        self.slots, self.median_s, self.poll_s = workers, median_s, poll_s
+        self.random = random.Random(0)
+        self.started, self.own_s, self.polls = time.perf_counter(), 0.0, 0
+        self.running: dict[int, tuple[float, TrialJob]] = {}
+        self.ends: list[tuple[float, int]] = []
+        self.free: list[float] = [0.0] * workers
+        self.idle_s = self.busy_s = 0.0
+        self.runs: Counter[str] = Counter()
+        self.number = 0
+
+    def now(self) -> float:
+        """Seconds since the start: the controller's real time, without this stand-in's own, and its sleeps."""
+        return time.perf_counter() - self.started - self.own_s + self.polls * self.poll_s
+
+    def submit(self, job: Job) -> JobRef:
+        assert isinstance(job, TrialJob)
+        now = self.now()
+        if self.number >= self.slots:  # the first trials of all workers start together, before anybody could be faster
+            self.idle_s += max(0.0, now - heapq.heappop(self.free))
+        else:
+            heapq.heappop(self.free)
+        duration = self.median_s * math.exp(self.random.gauss(0, SPREAD))
+        self.number += 1
+        self.busy_s += duration
+        self.running[self.number] = (now + duration, job)
+        return {"number": self.number}
+
+    def alive(self, refs: Iterable[JobRef]) -> list[bool]:
+        self.polls += 1
+        now, begun = self.now(), time.perf_counter()
+        found = [self._alive(ref["number"], now) for ref in refs]
+        self.own_s += time.perf_counter() - begun
+        return found
+
+    def _alive(self, number: int, now: float) -> bool:
+        end, job = self.running[number]
+        if now < end:
+            return True
+        del self.running[number]
+        heapq.heappush(self.free, end)
+        if self.random.random() >= DEATHS:
+            self.runs[job.folder] += 1
+            StatusWriter(TrialFolder(Path(job.folder)), job.attempt).write(COMPLETED, {"metric": 0.5, "ended": time.time()})
+        return False
+
+    def cancel(self, ref: JobRef) -> None: ...
+
+    def kill(self, ref: JobRef) -> None: ...
+
+    def log_tail(self, ref: JobRef, lines: int = 8) -> str:
+        return ""
+
+
+class Silent:
+    """Shows nothing."""
+
+    def update(self, *_: Any) -> None: ...
+
+    def event(self, *_: Any) -> None: ...
+
+
+def simulate(trials: int, workers: int, median_s: float, output: str) -> dict[str, float]:
+    """One sweep; shares, counts and seconds."""
+    with initialize_config_dir(str(folder("conf")), version_base="1.3"):
+        asked = ["model=tiny", "sweep=reference-bayes", "sweep.method=random", f"sweep.run_cap={trials}", f"output={output}"]
+        experiment = to_experiment(compose("config", [*asked, "name=s", "launcher.poll_s=0.000001"]))
+    definition = to_definition(experiment.sweep, experiment)
+    where = sweep_folder(experiment, definition)
+    journal = open_journal(where, "q")
+    journal.write("sweep", sweep_id="s", question="q", metric=definition.metric.name, goal=definition.metric.goal)
+    factory = TrialFactory(experiment, definition, where, "s", None)
+    sampler = make_sampler(experiment, definition)
+    sampler.ask()  # scipy's import is paid before the clock runs
+    sampler = make_sampler(experiment, definition)
+    pool = SimulatedWorkers(workers, median_s, poll_s=0.5)
+    controller = SweepController(journal, sampler, factory, pool, experiment.launcher, trials, Silent(), lambda: 0)
+    cpu = time.process_time()
+    controller.run()
+    cpu = time.process_time() - cpu
+    journal.close()
+    states = Counter(record.state for record in journal.record.trials.values())
+    return {
+        "idle": pool.idle_s / (pool.idle_s + pool.busy_s),
+        "hours": pool.now() / 3600,
+        "completed": states[COMPLETED],
+        "lost": trials - states[COMPLETED] - sum(r.given_up for r in journal.record.trials.values()),
+        "doubled": sum(count > 1 for count in pool.runs.values()),
+        "deaths": pool.number - sum(pool.runs.values()),
+        "cpu_ms": cpu / trials * 1e3,
+    }
+
+
+def main() -> None:
+    """Simulate short and long trials and print one table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=10_000)
+    parser.add_argument("--workers", type=int, default=1_000)
+    parser.add_argument("--median-s", type=float, nargs="*", default=[60.0, 1500.0], help="of a trial's duration")
+    args = parser.parse_args()
+    register()
+    title = f"{args.trials:,} trials on {args.workers:,} simulated workers, {platform.processor() or platform.machine()}"
+    table = Table(title=title)
+    columns = ("median trial s", "idle", "sweep h", "completed", "deaths", "lost", "doubled", "controller ms/trial")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for median_s in args.median_s:
+        with tempfile.TemporaryDirectory() as output:
+            found = simulate(args.trials, args.workers, median_s, output)
+        table.add_row(
+            f"{median_s:g}",
+            f"{found['idle']:.2%}",
+            f"{found['hours']:.2f}",
+            *(f"{found[key]:,}" for key in ("completed", "deaths", "lost", "doubled")),
+            f"{found['cpu_ms']:.1f}",
+        )
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()
