@@ -27,8 +27,9 @@ SWEEP = {
         ({"type": "hyperband", "min_iter": 3, "eta": 2}, 27, [3, 6, 12, 24]),
         ({"type": "hyperband", "max_iter": 27, "s": 2}, 27, [3, 9]),
         ({"type": "hyperband", "max_iter": 81, "s": 3}, 20, [3, 9]),
-        ({"type": "hyperband", "min_iter": 1, "eta": 1.5}, 5, [1, 2, 3, 4]),
+        ({"type": "hyperband", "min_iter": 1, "eta": 1.5}, 5, [1, 2, 3]),
         ({"type": "hyperband", "min_iter": 5}, 5, []),
+        ({"type": "hyperband", "max_iter": 20, "s": 9}, 20, [2, 6]),
     ],
 )
 def test_rungs_are_w_and_bs_brackets(early: dict, evaluations: int, expected: list[int]) -> None:
@@ -36,13 +37,15 @@ def test_rungs_are_w_and_bs_brackets(early: dict, evaluations: int, expected: li
 
 
 def test_a_trial_goes_on_when_it_is_among_the_best_third() -> None:
-    asha = SuccessiveHalving([1, 3], eta=3)
+    asha = SuccessiveHalving([1, 3], eta=3, strict=True)
     assert not asha.stops(0, {0: [-5.0]}), "nobody to compare with"
     assert not asha.stops(1, {0: [0.1], 1: [-9.0]}), "until eta have come, everybody goes on"
     curves = {0: [0.1], 1: [0.2], 2: [0.3]}
     assert [asha.stops(i, curves) for i in curves] == [True, True, False]
     assert not asha.stops(0, {**curves, 0: [0.1, 0.0]}, since=1), "it decides at rungs alone"
     assert asha.stops(0, {**curves, 0: [0.1, 0.0]}, since=0), "also when it is looked at a little late"
+    assert SuccessiveHalving([2], 3, strict=True).stops(0, {0: [0.9, 0.1], 1: [0.2, 0.2], 2: [0.3, 0.3]})
+    assert not SuccessiveHalving([2], 3).stops(0, {0: [0.9, 0.1], 1: [0.2, 0.2], 2: [0.3, 0.3]}), "its best counts"
     later = {0: [0.1, 0.5, 0.9], 1: [0.2, 0.5, 1.0], 2: [0.3, 0.4, 0.8]}
     assert [asha.stops(i, later) for i in later] == [True, False, True], "the third evaluation decides, not the first"
 
@@ -71,7 +74,7 @@ def test_the_median_rule() -> None:
 @settings(max_examples=60, deadline=None)
 def test_the_best_at_every_rung_is_never_lost(curves: list[list[float]], eta: int) -> None:
     """Run one after the other as a controller would; whoever is best at a rung is never stopped there, or comes back."""
-    asha = SuccessiveHalving([1, 3], eta)
+    asha = SuccessiveHalving([1, 3], eta, strict=True)
     seen: dict[int, list[float]] = {}
     stopped: set[int] = set()
 

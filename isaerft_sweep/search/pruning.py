@@ -33,18 +33,19 @@ class SuccessiveHalving(Pruner):
 
     A rung is a number of evaluations. A trial that reaches one goes on when it is among the best 1/eta of all that have
     reached it so far; until eta trials have, everybody goes on. As more arrive, a stopped trial may turn out to be among
-    the best 1/eta: it is revived.
+    the best 1/eta: it is revived. ``strict`` as W&B has it: a trial is judged by its value at the rung, else by its best one
+    up to there.
     """
 
-    def __init__(self, rungs: Sequence[int], eta: float) -> None:
-        self.rungs, self.eta = sorted(set(rungs)), eta
+    def __init__(self, rungs: Sequence[int], eta: float, strict: bool = False) -> None:
+        self.rungs, self.eta, self.strict = sorted(set(rungs)), eta, strict
 
     def stops(self, index: int, curves: Curves, since: int = 0) -> bool:
         rung = self._rung(index, curves)
         if rung is None or rung <= since:
             return False
         threshold = self._threshold(rung, curves)
-        return threshold is not None and curves[index][rung - 1] < threshold
+        return threshold is not None and self._judged(curves[index], rung) < threshold
 
     def revived(self, stopped: Iterable[int], curves: Curves) -> int | None:
         at_rung: dict[int, list[int]] = {}
@@ -54,10 +55,14 @@ class SuccessiveHalving(Pruner):
                 at_rung.setdefault(rung, []).append(index)
         for rung in sorted(at_rung, reverse=True):  # those that have come furthest first
             threshold = self._threshold(rung, curves)
-            index = max(at_rung[rung], key=lambda i: curves[i][rung - 1])
-            if threshold is not None and curves[index][rung - 1] >= threshold:
-                return index
+            best = max(at_rung[rung], key=lambda i: self._judged(curves[i], rung))
+            if threshold is not None and self._judged(curves[best], rung) >= threshold:
+                return best
         return None
+
+    def _judged(self, curve: Sequence[float], rung: int) -> float:
+        """By what a trial is judged at a rung."""
+        return curve[rung - 1] if self.strict else max(curve[:rung])
 
     def _rung(self, index: int, curves: Curves) -> int | None:
         """The highest rung that the trial has reached."""
@@ -94,13 +99,14 @@ def make_pruner(early_terminate: Mapping[str, Any] | None, evaluations: int) -> 
     """The pruner of a sweep file's ``early_terminate``, for trials of ``evaluations`` evaluations each.
 
     ``hyperband`` as W&B defines its brackets: with ``min_iter`` at min_iter · eta^k, with ``max_iter`` and ``s`` at
-    max_iter / eta^k for k = 1 … s. The last evaluation is no rung: nothing would be saved.
+    max_iter / eta^k for k = 1 … s, rounded down. The last evaluation is no rung: nothing would be saved.
     """
     if early_terminate is None:
         return None
     if early_terminate["type"] == "median":
         return MedianRule(int(early_terminate["min_iter"]))
-    return SuccessiveHalving(rungs(early_terminate, evaluations), float(early_terminate.get("eta", 3)))
+    eta, strict = float(early_terminate.get("eta", 3)), bool(early_terminate.get("strict", False))
+    return SuccessiveHalving(rungs(early_terminate, evaluations), eta, strict)
 
 
 def rungs(early_terminate: Mapping[str, Any], evaluations: int) -> list[int]:
@@ -109,8 +115,8 @@ def rungs(early_terminate: Mapping[str, Any], evaluations: int) -> list[int]:
     if "min_iter" in early_terminate:
         found, rung = [], float(early_terminate["min_iter"])
         while rung < evaluations:
-            found.append(math.ceil(rung))
+            found.append(int(rung))
             rung *= eta
     else:
-        found = [math.ceil(early_terminate["max_iter"] / eta**k) for k in range(1, int(early_terminate["s"]) + 1)]
+        found = [int(early_terminate["max_iter"] / eta**k) for k in range(1, int(early_terminate["s"]) + 1)]
     return sorted({rung for rung in found if 0 < rung < evaluations})
