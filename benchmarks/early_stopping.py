@@ -109,7 +109,7 @@ def record(trials: int) -> None:
         "tracker=disabled",
     ]
     with initialize_config_dir(str(folder("conf")), version_base="1.3"):
-        experiment = to_experiment(compose("config", [*evaluated, "tracker=disabled"]))
+        experiment = to_experiment(compose("config", settings))
     definition = to_definition(experiment.sweep, experiment)
     sampler, kept, found = Sampler(definition.parameters, "random"), KeptModel(), []
     with tempfile.TemporaryDirectory() as output:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,7 @@ def run(path: Path, experiment: Any, curves: dict[float, list[float]], trials: i
     definition = SweepDefinition("given", Metric("eval/log_odds_chosen", "maximize"), {})
     factory = TrialFactory(composed, definition, folder, "s1", None)
     dispatcher = Scripted(curves)
-    early = EarlyStopping(SuccessiveHalving([1, 3], 3), sign=1)
+    early = EarlyStopping(SuccessiveHalving([1, 3], 3), 1, 6)
     sampler = GivenPoints([Point({"orpo.beta": beta}) for beta in curves][:trials])
     SweepController(journal, sampler, factory, dispatcher, composed.launcher, trials, Silent(), lambda: 0, early).run()
     return dispatcher, journal
@@ -139,6 +140,27 @@ def test_a_controller_that_comes_back_remembers_the_curves(experiment: Any, tmp_
     dispatcher, journal = run(tmp_path / "s", experiment, curves, trials=6)
     assert dispatcher.order == [0.5, 0.6, 0.3], "two new trials, then the one that they have shown to be good"
     journal.close()
+
+
+def test_a_diverged_trial_is_the_worst_one_at_every_rung() -> None:
+    early = EarlyStopping(SuccessiveHalving([1, 3], 3), -1, 6)
+    early.note(0, {"state": "diverged", "evaluations": [float("nan")]})
+    early.note(1, {"state": "diverged", "evaluations": []})
+    assert early.curves == {0: [-math.inf] * 6, 1: [-math.inf] * 6}
+    assert not early.stops(2, {"evaluations": [3.0]}), "better than those that diverged"
+    assert early.stops(3, {"evaluations": [4.0]}) and not early.stops(3, {"evaluations": [4.0]}), "judged once"
+    early.forget(3)
+    assert early.stops(3, {"evaluations": [4.0]}), "its worker died before it could stop: judged again"
+    assert early.revived([3]) is None
+
+
+def test_the_sampler_hears_of_a_trial_once(experiment: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[float, float | None]] = []
+    monkeypatch.setattr(GivenPoints, "tell", lambda self, point, value: told.append((point.params["orpo.beta"], value)))
+    first = {0.1: [0.5] * 6, 0.2: [0.4] * 6, 0.3: [0.45, 0.5, 0.6, 0.6, 0.6, 0.7]}
+    _, journal = run(tmp_path / "s", experiment, {**first, 0.4: [0.1] * 6, 0.5: [0.2] * 6, 0.6: [0.1] * 6}, trials=6)
+    journal.close()
+    assert sorted(told) == [(0.1, 0.5), (0.2, 0.4), (0.3, 0.7)], "the last value of those that ran to their end"
 
 
 def test_what_is_said_and_refused(experiment: Any, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,14 @@ import pytest
 from conftest import TINY, events
 from test_sweep import ended_states, processes_of, start, statuses, stepping, wait_for
 
-from isaerft_sweep.journal.folders import TrialFolder
-from isaerft_sweep.journal.workers import WorkerFolder
-from isaerft_sweep.trial.resident import serve_trials
+from isaerft_sweep.dispatch.base import Dispatcher, JobRef
+from isaerft_sweep.dispatch.job import TrialJob, WorkerJob
+from isaerft_sweep.dispatch.resident import ResidentDispatcher
+from isaerft_sweep.journal.folders import PRUNED, TrialFolder
+from isaerft_sweep.journal.workers import Task, WorkerFolder
+from isaerft_sweep.trial.resident import KeptModel, serve_trials
 from isaerft_sweep.trial.run import run_trial
+from isaerft_sweep.trial.trainer import TrialTrainer
 
 Made = Callable[..., TrialFolder]
 OFF = ("tracker=disabled",)
@@ -29,20 +33,30 @@ def rows_of(folder: TrialFolder) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k != "time"} for row in folder.read_metrics()]
 
 
-def serve(folder: WorkerFolder, trials: list[TrialFolder]) -> int:
+def serve(folder: WorkerFolder, trials: list[TrialFolder], watch: list[bool] | None = None) -> int:
     """Run a worker in this process, giving it ``trials`` one after the other, then the word to end."""
 
     def controller() -> None:
         for trial in trials:
-            number = folder.assign(str(trial.path), trial.current_attempt())
+            number = folder.claim(Task(str(trial.path), trial.current_attempt()))
             wait_for(lambda n=number: folder.done()[0] >= n)
             if folder.done()[1]:
                 return
-        folder.assign(None)
+        folder.claim(Task(None))
 
     thread = threading.Thread(target=controller)
     thread.start()
-    count = serve_trials(folder, idle_s=20)
+    with pytest.MonkeyPatch.context() as patch:
+        original = KeptModel.give_back
+
+        def give_back(self: KeptModel, model: Any) -> None:
+            base = model.get_base_model()
+            original(self, model)
+            if watch is not None:
+                watch.append(base.training or base.is_gradient_checkpointing)
+
+        patch.setattr(KeptModel, "give_back", give_back)
+        count = serve_trials(folder, idle_s=20)
     thread.join()
     return count
 
@@ -72,6 +86,9 @@ def test_the_model_and_the_data_are_loaded_once(trial: Made, tmp_path: Path, mon
     import isaerft_sweep.trial.run as run
 
     calls: Counter[str] = Counter()
+    rows: list[int] = []
+    tokenise = TrialTrainer.tokenize_row
+    monkeypatch.setattr(TrialTrainer, "tokenize_row", lambda self, *a, **k: rows.append(1) or tokenise(self, *a, **k))
     for name in ("load", "load_pairs", "stored_trunk"):
         original = getattr(run, name)
 
@@ -83,6 +100,7 @@ def test_the_model_and_the_data_are_loaded_once(trial: Made, tmp_path: Path, mon
     trials = [trial(*OFF, f"orpo.beta={i + 1}.0", name=f"t{i}") for i in range(3)]
     assert serve(WorkerFolder(tmp_path / "worker"), trials) == 3
     assert calls == {"load": 1, "load_pairs": 1, "stored_trunk": 1}
+    assert len(rows) == 24 + 8, "TRL tokenised every pair once for three trials"
     assert serve(WorkerFolder(tmp_path / "other"), [trial(*OFF, "data.eval_size=4", name="less")]) == 1
     assert calls["load_pairs"] == 2
 
@@ -97,6 +115,98 @@ def test_a_diverged_trial_leaves_the_model_as_it_was(trial: Made, tmp_path: Path
     assert bad.read_status()["state"] == "diverged" and rows_of(after) == rows_of(alone)
 
 
+def test_what_a_stopped_trial_had_switched_on_is_switched_off_again(trial: Made, tmp_path: Path) -> None:
+    options = (*OFF, "orpo.learning_rate=0.1", "data.eval_size=6")
+    alone = trial(*options, name="alone")
+    assert run_trial(alone, 1) == "completed"
+    stopped = trial(*OFF, "orpo.gradient_checkpointing=true", name="stopped")
+    stopped.ask_to_stop(PRUNED)
+    after = trial(*options, f"launcher.scratch={tmp_path / 'trunk'}", name="after")
+    kept: list[bool] = []
+    assert serve(WorkerFolder(tmp_path / "worker"), [stopped, after], watch=kept) == 2
+    assert stopped.read_status()["state"] == "pruned" and rows_of(after) == rows_of(alone)
+    assert kept == [False, False], "evaluation mode, no checkpointing"
+
+
+def test_a_worker_that_is_started_again_does_not_repeat_what_is_done(trial: Made, tmp_path: Path) -> None:
+    done = trial(*OFF, name="done")
+    assert run_trial(done, 1) == "completed"
+    before, worker = done.status.read_text(), WorkerFolder(tmp_path / "worker")
+    assert serve(worker, [done]) == 1 and worker.done()[0] == 2
+    assert done.status.read_text() == before
+
+
+class FakeJobs(Dispatcher):
+    """Stands in for processes: jobs live until they are told otherwise."""
+
+    slots, threads = 2, None
+
+    def __init__(self) -> None:
+        self.started: list[WorkerJob] = []
+        self.dead: set[int] = set()
+        self.killed: list[int] = []
+
+    def submit(self, job: Any) -> JobRef:
+        self.started.append(job)
+        return {"number": len(self.started) - 1}
+
+    def alive(self, refs: Iterable[JobRef]) -> list[bool]:
+        return [ref["number"] not in self.dead for ref in refs]
+
+    def cancel(self, ref: JobRef) -> None: ...
+
+    def kill(self, ref: JobRef) -> None:
+        self.killed.append(ref["number"])
+
+    def log_tail(self, ref: JobRef, lines: int = 8) -> str:
+        return ""
+
+    def worker(self, number: int) -> WorkerFolder:
+        return WorkerFolder(Path(self.started[number].folder))
+
+
+def test_the_dispatcher_and_its_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("isaerft_sweep.dispatch.resident.CLOSING_S", 0.3)
+    jobs = FakeJobs()
+    pool = ResidentDispatcher(jobs, tmp_path / "workers", 0.05)
+    first = pool.submit(TrialJob("a", 1, None))
+    assert pool.alive([first]) == [True] and jobs.worker(0).task(1) == Task("a", 1)
+    jobs.worker(0).note_done(1, ending=False)
+    assert pool.alive([first]) == [False]
+    second = pool.submit(TrialJob("b", 1, None))
+    assert second["task"] == 2 and len(jobs.started) == 1, "the waiting worker gets it"
+    third = pool.submit(TrialJob("c", 1, None))
+    assert third["task"] == 1 and len(jobs.started) == 2, "it is busy: another one starts"
+    jobs.worker(0).note_done(2, ending=True)
+    assert pool.alive([second, third]) == [True, True], "one that ends keeps its slot until it has gone"
+    jobs.dead.add(0)
+    assert pool.alive([second, third]) == [False, True]
+    # the second worker waits, then decides to end just before it would be given a trial
+    jobs.worker(1).note_done(1, ending=False)
+    assert pool.alive([third]) == [False]
+    assert jobs.worker(1).claim(Task(None)) == 2
+    fourth = pool.submit(TrialJob("d", 1, None))
+    assert fourth["task"] == 1 and len(jobs.started) == 3, "nothing is given to a worker that ends"
+
+    # another controller: the one that is busy is found again, nobody gives it more, and the one that waits ends
+    jobs.worker(2).note_done(1, ending=False)
+    assert pool.alive([fourth]) == [False]
+    fifth = pool.submit(TrialJob("e", 1, None))
+    waiting = pool.submit(TrialJob("f", 1, None))
+    jobs.worker(3).note_done(1, ending=False)
+    other = ResidentDispatcher(jobs, tmp_path / "workers", 0.05)
+    assert jobs.worker(3).task(2) == Task(None) and waiting["worker"] != fifth["worker"]
+    assert other.alive([fifth]) == [True]
+    sixth = other.submit(TrialJob("g", 1, None))
+    assert sixth["worker"] not in (fifth["worker"], waiting["worker"])
+    other.close()
+    assert jobs.killed == [], "busy workers go on: the next controller adopts them"
+    jobs.worker(2).note_done(2, ending=False)
+    assert other.alive([fifth]) == [False]
+    other.close()
+    assert jobs.worker(2).task(3) == Task(None) and jobs.killed == [2], "one that does not end is killed"
+
+
 def test_a_worker_ends_after_an_error_and_when_nobody_wants_it(trial: Made, tmp_path: Path) -> None:
     broken = trial(*OFF, name="broken")
     spec = json.loads(broken.spec.read_text())
@@ -106,7 +216,9 @@ def test_a_worker_ends_after_an_error_and_when_nobody_wants_it(trial: Made, tmp_
     worker = WorkerFolder(tmp_path / "worker")
     assert serve(worker, [broken, trial(*OFF, name="never")]) == 1
     assert broken.read_status()["state"] == "failed" and worker.done() == (1, True)
-    assert serve_trials(WorkerFolder(tmp_path / "nobody"), idle_s=0.3) == 0
+    nobody = WorkerFolder(tmp_path / "nobody")
+    assert serve_trials(nobody, idle_s=0.3) == 0
+    assert nobody.done() == (1, True)
 
 
 @pytest.mark.slow
@@ -123,10 +235,10 @@ def test_memory_does_not_grow_over_100_trials(trial: Made, tmp_path: Path) -> No
 
     def controller() -> None:
         for one in trials:
-            number = worker.assign(str(one.path), 1)
+            number = worker.claim(Task(str(one.path), 1))
             wait_for(lambda n=number: worker.done()[0] >= n)
             sizes.append(process.memory_info().rss / 2**20)
-        worker.assign(None)
+        worker.claim(Task(None))
 
     worker = WorkerFolder(tmp_path / "worker")
     thread = threading.Thread(target=controller)

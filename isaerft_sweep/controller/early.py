@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from isaerft_sweep.journal.folders import DIVERGED
 from isaerft_sweep.search.pruning import Pruner
 
 
 class EarlyStopping:
     """Curves come from the workers' status files, so a controller that comes back has them again."""
 
-    def __init__(self, pruner: Pruner, sign: int) -> None:
-        self.pruner, self.sign = pruner, sign
+    def __init__(self, pruner: Pruner, sign: int, evaluations: int) -> None:
+        self.pruner, self.sign, self.evaluations = pruner, sign, evaluations
         self.curves: dict[int, list[float]] = {}
         self._asked: dict[int, int] = {}
         self._news = False
 
     def note(self, index: int, status: Mapping[str, Any]) -> None:
-        """Take in what a worker says of its trial's evaluations."""
+        """Take in what a worker says of its trial's evaluations. A trial that diverges is the worst from there on."""
         values = [self.sign * float(value) for value in status.get("evaluations", ())]
+        values = [value if math.isfinite(value) else -math.inf for value in values]
+        if status.get("state") == DIVERGED:
+            values += [-math.inf] * (self.evaluations - len(values))
         if len(values) > len(self.curves.get(index, ())):
             self.curves[index] = values
             self._news = True
@@ -32,6 +37,10 @@ class EarlyStopping:
             return False
         self._asked[index] = count
         return self.pruner.stops(index, self.curves, since)
+
+    def forget(self, index: int) -> None:
+        """An attempt has ended before a decision about it was carried out: the next one is judged again."""
+        self._asked.pop(index, None)
 
     def revived(self, pruned: Iterable[int]) -> int | None:
         """The stopped trial to go on with, if any; asked again only after something was evaluated."""

@@ -131,7 +131,7 @@ def make_sampler(experiment: Experiment, definition: SweepDefinition) -> Sampler
 def make_early_stopping(experiment: Experiment, definition: SweepDefinition) -> EarlyStopping | None:
     """What the sweep file's ``early_terminate`` asks for."""
     pruner = make_pruner(definition.early_terminate, evaluations_per_trial(experiment))
-    return EarlyStopping(pruner, definition.metric.sign) if pruner else None
+    return EarlyStopping(pruner, definition.metric.sign, evaluations_per_trial(experiment)) if pruner else None
 
 
 def evaluations_per_trial(experiment: Experiment) -> int:
@@ -153,7 +153,7 @@ def make_dispatcher(launcher: LauncherSpec, folder: SweepFolder) -> Dispatcher:
         return inner
     from isaerft_sweep.dispatch.resident import ResidentDispatcher
 
-    return ResidentDispatcher(inner, folder.workers)
+    return ResidentDispatcher(inner, folder.workers, launcher.poll_s)
 
 
 def _make_inner(launcher: LauncherSpec, folder: SweepFolder) -> Dispatcher:

@@ -183,6 +183,8 @@ class SweepController:
             self.early.note(record.index, status)
         ending = self._judge(record, status)
         failures = record.failures + (ending.state == FAILED)
+        if self.early and ending.state != PRUNED:
+            self.early.forget(record.index)
         given_up = ending.state == FAILED and (not ending.can_retry or failures > self.launcher.max_retries)
         self.journal.write(
             "end",
@@ -202,7 +204,8 @@ class SweepController:
         self.view.event(record)
 
     def _count_ended(self, record: TrialRecord) -> None:
-        self.sampler.tell(record.point, record.metric)
+        if record.state != PRUNED:  # it may come back; until then it counts as pending, which is to say as bad
+            self.sampler.tell(record.point, record.metric)
         self._completed += record.state == COMPLETED
         self._given_up += record.given_up
 

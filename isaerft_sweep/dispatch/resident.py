@@ -10,7 +10,7 @@ from pathlib import Path
 
 from isaerft_sweep.dispatch.base import Dispatcher, JobRef
 from isaerft_sweep.dispatch.job import Job, TrialJob, WorkerJob
-from isaerft_sweep.journal.workers import WorkerFolder
+from isaerft_sweep.journal.workers import Task, WorkerFolder
 
 CLOSING_S = 30.0
 """How long an idle worker may take to end when it is told to."""
@@ -27,27 +27,35 @@ class ResidentDispatcher(Dispatcher):
     """Gives trials to workers that wait, and starts a worker when none does.
 
     A crash costs the trial that its worker was running; the next one gets a new worker. A reference names worker and task,
-    so that another controller finds both again.
+    so that another controller finds both again; workers that waited for a controller that has gone are told to end.
     """
 
-    def __init__(self, inner: Dispatcher, folder: Path) -> None:
-        self.inner, self.folder = inner, folder
+    def __init__(self, inner: Dispatcher, folder: Path, poll_s: float) -> None:
+        self.inner, self.folder, self.poll_s = inner, folder, poll_s
         self.slots, self.threads = inner.slots, inner.threads
         self._workers: dict[str, _Worker] = {}
         self._busy: set[str] = set()
+        for old in folder.iterdir() if folder.is_dir() else ():
+            if not WorkerFolder(old).done()[1]:
+                WorkerFolder(old).claim(Task(None))  # in vain where a trial is being run: that one will be adopted
 
     def submit(self, job: Job) -> JobRef:
         assert isinstance(job, TrialJob)
-        worker = self._idle()
-        if worker is None:
-            name = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
-            worker = _Worker(WorkerFolder(self.folder / name), {})
-            number = worker.folder.assign(job.folder, job.attempt)  # before it starts, so that it never waits
-            worker.job = self.inner.submit(WorkerJob(str(worker.folder.path), self.threads))
-            self._workers[name] = worker
-        else:
-            number = worker.folder.assign(job.folder, job.attempt)
-        name = worker.folder.path.name
+        task = Task(job.folder, job.attempt)
+        for name, worker in self._waiting().items():
+            number = worker.folder.claim(task)
+            if number is not None:
+                return self._given(name, worker, number)
+            del self._workers[name]  # it ends, or does something that this controller does not know of
+        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+        folder = WorkerFolder(self.folder / name)
+        number = folder.claim(task)  # before the worker starts, so that it never waits
+        assert number is not None
+        worker = _Worker(folder, self.inner.submit(WorkerJob(str(folder.path), self.threads)))
+        self._workers[name] = worker
+        return self._given(name, worker, number)
+
+    def _given(self, name: str, worker: _Worker, number: int) -> JobRef:
         self._busy.add(name)
         return {"kind": "resident", "worker": name, "task": number, "job": dict(worker.job)}
 
@@ -55,13 +63,16 @@ class ResidentDispatcher(Dispatcher):
         asked = list(refs)
         found = []
         for ref, living in zip(asked, self.inner.alive([ref["job"] for ref in asked]), strict=True):
-            worker = self._known(ref)
-            done, ending = worker.folder.done()
+            name = ref["worker"]
+            if name not in self._workers:  # of a controller that has gone
+                self._workers[name] = _Worker(WorkerFolder(self.folder / name), ref["job"])
+                self._busy.add(name)
+            done, ending = self._workers[name].folder.done()
             over = done >= ref["task"]
             if over or not living:
-                self._busy.discard(ref["worker"])
+                self._busy.discard(name)
             if not living or ending:
-                self._workers.pop(ref["worker"], None)
+                del self._workers[name]
             # a worker that ends keeps its slot until its process is gone
             found.append(living and (ending or not over))
         return found
@@ -76,32 +87,24 @@ class ResidentDispatcher(Dispatcher):
         return self.inner.log_tail(ref["job"], lines)
 
     def close(self) -> None:
-        """End the workers that wait; one that does not listen is killed."""
-        waiting = list(self._workers.values())
+        """End the workers that wait; one that does not listen is killed. Busy ones go on: they will be adopted."""
+        waiting = list(self._waiting().values())
         for worker in waiting:
-            worker.folder.assign(None)
-        end = time.monotonic() + CLOSING_S
+            worker.folder.claim(Task(None))
+        end = time.monotonic() + max(CLOSING_S, 2 * self.poll_s)
         while waiting and time.monotonic() < end:
+            time.sleep(min(self.poll_s, 0.2) if self.poll_s < 1 else self.poll_s)
             alive = self.inner.alive([worker.job for worker in waiting])
             waiting = [worker for worker, living in zip(waiting, alive, strict=True) if living]
-            time.sleep(0.05)
         for worker in waiting:
             self.inner.kill(worker.job)
-        self._workers.clear()
         self.inner.close()
 
-    def _idle(self) -> _Worker | None:
-        free = [worker for name, worker in self._workers.items() if name not in self._busy]
-        for worker, living in zip(free, self.inner.alive([worker.job for worker in free]), strict=True):
-            if living and not worker.folder.done()[1]:
-                return worker
-            self._workers.pop(worker.folder.path.name, None)
-        return None
-
-    def _known(self, ref: JobRef) -> _Worker:
-        """The reference's worker, also one that another controller has started."""
-        name = ref["worker"]
-        if name not in self._workers:
-            self._workers[name] = _Worker(WorkerFolder(self.folder / name), ref["job"])
-            self._busy.add(name)
-        return self._workers[name]
+    def _waiting(self) -> dict[str, _Worker]:
+        """The workers that wait for a task."""
+        free = {name: worker for name, worker in self._workers.items() if name not in self._busy}
+        alive = self.inner.alive([worker.job for worker in free.values()])
+        for name, living in zip(list(free), alive, strict=True):
+            if not living:
+                del free[name], self._workers[name]
+        return free

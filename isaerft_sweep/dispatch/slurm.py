@@ -1,4 +1,4 @@
-"""Trials as SLURM jobs, through submitit's SLURM executor."""
+"""Workers and trials as SLURM jobs, through submitit's SLURM executor."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OVER = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMO
 
 
 class SlurmDispatcher(Dispatcher):
-    """One SLURM job per trial; jobs outlive the controller and are found again by their id."""
+    """One SLURM job per worker or trial; jobs outlive the controller and are found again by their id."""
 
     def __init__(self, spec: LauncherSpec, folder: Path) -> None:
         self.folder = folder

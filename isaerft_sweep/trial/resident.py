@@ -15,12 +15,15 @@ import peft
 import torch
 
 from isaerft_sweep.journal.folders import COMPLETED, DIVERGED, PRUNED, STOPPED, Superseded, TrialFolder
-from isaerft_sweep.journal.workers import WorkerFolder
+from isaerft_sweep.journal.workers import Task, WorkerFolder
 from isaerft_sweep.trial.run import Shared, run_trial, stop_requests
+from isaerft_sweep.trial.trainer import resolve_optimizer
 
 POLL_S = 0.05
 IDLE_S = 60.0
 """A worker that is given nothing for so long ends: its controller has gone."""
+
+OVER = (COMPLETED, DIVERGED, PRUNED)
 
 T = TypeVar("T")
 
@@ -28,35 +31,48 @@ T = TypeVar("T")
 def serve_trials(folder: WorkerFolder, idle_s: float = IDLE_S) -> int:
     """Run the tasks in ``folder`` until the last one; returns how many trials were run.
 
-    Ends after a trial that failed, since an error may have left anything behind, and when it is asked to stop.
+    Ends after a trial that failed, since an error may have left anything behind, when it is asked to stop, and when nobody
+    has given it anything for ``idle_s``.
     """
     shared, count, waited_s = KeptModel(), 0, 0.0
+    number = folder.done()[0] + 1
     with stop_requests() as stopping:
-        while waited_s < idle_s and not stopping["asked"]:
-            task = folder.task()
-            if task is None or task.number <= folder.done()[0]:
+        while True:
+            task = folder.task(number)
+            if task is None and (stopping["asked"] or waited_s >= idle_s):
+                folder.claim(Task(None))  # or a trial has come at the last moment: then that is next
+                task = folder.task(number)
+            if task is None:
                 time.sleep(POLL_S)
                 waited_s += POLL_S
                 continue
             if task.trial is None:
-                break
-            state = _run(TrialFolder(Path(task.trial)), task.attempt, shared, stopping)
+                folder.note_done(number, ending=True)
+                return count
+            ending = _run(TrialFolder(Path(task.trial)), task.attempt, shared, stopping)
             count, waited_s = count + 1, 0.0
-            ending = stopping["asked"] or state not in (COMPLETED, DIVERGED, STOPPED, PRUNED)
-            folder.note_done(task.number, ending)
-            if ending:
-                break
+            folder.note_done(number, ending or stopping["asked"])
+            if ending or stopping["asked"]:
+                return count
+            number += 1
             gc.collect()  # a trainer and its model refer to each other
-    return count
 
 
-def _run(trial: TrialFolder, attempt: int, shared: KeptModel, stopping: dict[str, bool]) -> str:
+def _run(trial: TrialFolder, attempt: int, shared: KeptModel, stopping: dict[str, bool]) -> bool:
+    """Run one attempt; whether the worker should end after it."""
+    status = trial.read_status()
+    if status.get("attempt") == attempt and status.get("state") in OVER:
+        return False  # a scheduler that started this worker again does not know that the trial has ended
     with logged_to(trial.log):
         try:
-            return run_trial(trial, attempt, shared, stopping)
+            state = run_trial(trial, attempt, shared, stopping)
         except Superseded as error:
             print(f"ended: {error}", flush=True)
-            return "superseded"
+            return True
+    orpo, adapter = trial.read_spec().experiment.orpo, trial.read_spec().experiment.adapter
+    # bitsandbytes never gives the paged state of large parameters back
+    paged = resolve_optimizer(orpo.optimizer).startswith("paged") and adapter.kind in ("linear", "mlp")
+    return paged or state not in (*OVER, STOPPED)
 
 
 class KeptModel(Shared):
@@ -74,7 +90,9 @@ class KeptModel(Shared):
 
     def give_back(self, model: peft.PeftModel) -> None:
         """Take the adapter off again, so that the next trial finds the model as it was loaded."""
-        model.unload()
+        base: Any = model.unload()
+        base.eval()
+        base.gradient_checkpointing_disable()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

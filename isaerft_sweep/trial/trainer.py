@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import peft
 import torch
+from datasets import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, set_seed
 from transformers.training_args import OptimizerNames
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
@@ -187,8 +188,12 @@ def make_trainer(
     folder: Path,
     eval_first: bool,
     callbacks: list[TrainerCallback],
+    tokenised: tuple[Dataset, Dataset] | None = None,
 ) -> TrialTrainer:
-    """The trainer of one trial. ``folder`` receives the checkpoints."""
+    """The trainer of one trial. ``folder`` receives the checkpoints.
+
+    ``tokenised``: the data sets of an earlier trainer over the same pairs, which are used as they are.
+    """
     cuda = torch.cuda.is_available()
     steps = total_steps(spec, len(pairs.train))
     args = ORPOConfig(
@@ -231,13 +236,19 @@ def make_trainer(
     trainer = TrialTrainer(
         model=model,
         args=args,
-        train_dataset=pairs.train,
-        eval_dataset=pairs.evaluation,
+        train_dataset=_as_it_is(tokenised[0]) if tokenised else pairs.train,
+        eval_dataset=_as_it_is(tokenised[1]) if tokenised else pairs.evaluation,
         processing_class=loaded.tokenizer,
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)  # the recorder prints a line per step
     return trainer
+
+
+def _as_it_is(data: Dataset) -> Dataset:
+    """A tokenised data set that ORPOTrainer does not tokenise again: all that it does to its data goes through ``map``."""
+    data.map = lambda *_args, **_kwargs: data
+    return data
 
 
 def resolve_optimizer(name: str) -> str:

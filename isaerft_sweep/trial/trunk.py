@@ -188,6 +188,7 @@ def _compute(
     model: peft.PeftModel, layers: nn.ModuleList, site: int, sequences: list[list[int]], total: int, folder: Path
 ) -> None:
     base, caught = model.get_base_model(), {}
+    base.eval()  # what is stored must not hold anybody's dropout
 
     def catch(_module: nn.Module, _inputs: Any, output: Any) -> None:
         caught["hidden"] = output[0] if isinstance(output, tuple) else output
