@@ -199,7 +199,7 @@ def test_missing_and_broken_files(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "--base ORG/NAME" in capsys.readouterr().err
     assert main(["import", str(source), "--out", str(tmp_path / "out"), "--base", "google/gemma-2-2b"]) == 0
     assert main(["import", str(source), "--out", str(tmp_path / "out"), "--base", "google/gemma-2-2b"]) == 2
-    assert "must not be there yet" in capsys.readouterr().err
+    assert "must be empty or not there yet" in capsys.readouterr().err
     for content in (b"", b"just text", b"PK\x03\x04 cut short"):
         (source / "blocks_20_hook_resid_post.pt").write_bytes(content)
         assert main(["import", str(source), "--out", str(tmp_path / "two"), "--base", "a/b"]) == 2

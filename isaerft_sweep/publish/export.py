@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from isaerft_sweep.adapter.load import load_model
 from isaerft_sweep.adapter.merge import check_mergeable
-from isaerft_sweep.errors import FolderError, ModelError
-from isaerft_sweep.journal.files import make_readable, write_text
+from isaerft_sweep.errors import ModelError
+from isaerft_sweep.journal.files import write_text
 from isaerft_sweep.models.loading import device
+from isaerft_sweep.publish.folders import new_folder
 from isaerft_sweep.publish.standalone import write_standalone
 from isaerft_sweep.results.card import exported_card
 
@@ -61,18 +60,11 @@ def export(adapter: Path, out: Path | None, form: str | None, cache: str | None,
     if form == MERGED:
         check_mergeable(model.get_base_model(), kinds)
     target = (out or adapter.absolute().parent / f"export-{form}").expanduser().absolute()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FolderError(f"the folder {target} must be empty or not there yet. Choose another: --out DIR.")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    except OSError as error:
-        raise FolderError(f"the export cannot be written to {target} ({error.strerror}). Choose: --out DIR.") from error
-    try:
-        expected = _logits(model, tokenizer)
-        with model.disable_adapter():
-            without = _logits(model, tokenizer)
-        of_dtype = next(model.get_base_model().parameters()).dtype
+    expected = _logits(model, tokenizer)
+    with model.disable_adapter():
+        without = _logits(model, tokenizer)
+    of_dtype = next(model.get_base_model().parameters()).dtype
+    with new_folder(target) as aside:
         if form == MERGED:
             model.merge_and_unload().save_pretrained(aside)  # type: ignore[operator]
         else:
@@ -83,13 +75,6 @@ def export(adapter: Path, out: Path | None, form: str | None, cache: str | None,
             write_text(aside / card.name, exported_card(card.read_text(encoding="utf-8"), form == STANDALONE))
         del model  # one at a time is in memory
         difference, lost = _compare(aside, form, tokenizer, expected, without, of_dtype)
-        make_readable(aside)
-        aside.chmod(0o755)
-        aside.replace(target)
-    except OSError as error:
-        raise FolderError(f"the export cannot be written to {target} ({error.strerror}). Choose: --out DIR.") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return Exported(target, form, difference, lost)
 
 

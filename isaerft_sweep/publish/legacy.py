@@ -10,7 +10,6 @@ import json
 import pickle
 import re
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +20,9 @@ from safetensors.torch import save_file
 
 from isaerft_sweep.adapter.config import IsaerftConfig
 from isaerft_sweep.errors import ConfigError, FolderError
-from isaerft_sweep.journal.files import make_readable, write_json, write_text
+from isaerft_sweep.journal.files import write_json, write_text
 from isaerft_sweep.naming import ParsedName, parse
+from isaerft_sweep.publish.folders import new_folder
 from isaerft_sweep.results.imported_card import imported_card
 
 BASES = {
@@ -227,14 +227,7 @@ def _layers_name(base: str) -> str:
 
 
 def _write(source: Path, target: Path, adapter: IsaerftConfig, tensors: Tensors, named: ParsedName | None) -> None:
-    if target.exists():
-        raise FolderError(f"the folder {target} must not be there yet. Choose another: --out DIR.")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    except OSError as error:
-        raise FolderError(f"{target} cannot be written ({error.strerror}). Choose another folder: --out DIR.") from error
-    try:
+    with new_folder(target) as aside:
         adapter.save_pretrained(str(aside))
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, aside / "adapter_model.safetensors")
         for name in TOKENIZER_FILES:
@@ -245,8 +238,3 @@ def _write(source: Path, target: Path, adapter: IsaerftConfig, tensors: Tensors,
             write_json(aside / "imported.json", {"from": source.resolve().name, "model": named.model, **facts})
         card = imported_card(aside, source.resolve().name, str(adapter.base_model_name_or_path), adapter.kind, named)
         write_text(aside / "README.md", card)
-        make_readable(aside)
-        aside.chmod(0o755)
-        aside.replace(target)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
