@@ -15,7 +15,7 @@ test: $(READY) lint
 
 # the tests that take seconds, for use while working
 fast: $(READY)
-	$(BIN)/python -m pytest -q -m "not slow" -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n 2
 
 lint: $(READY)
 	$(BIN)/ruff check .

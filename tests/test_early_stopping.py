@@ -36,7 +36,7 @@ parameters: {orpo.learning_rate: {values: [0.3, 0.2, 1.0e-5, 2.0e-5]}}
 @pytest.mark.slow
 def test_poor_trials_are_stopped_and_keep_a_checkpoint(launch, tmp_path: Path) -> None:
     (tmp_path / "s.yaml").write_text(FILE)
-    options = (*TINY, "name=s", "sweep=none", "sweep.file=s.yaml", "orpo.max_steps=400", "orpo.eval_fraction=0.05")
+    options = (*TINY, "name=s", "sweep=none", "sweep.file=s.yaml", "orpo.max_steps=160", "orpo.eval_fraction=0.05")
     done = launch(*options)
     assert done.returncode == 0, done.stderr
     assert "stopped early (hyperband) after evaluation 2, 4, 8, 16 of 20" in done.stdout
@@ -48,7 +48,7 @@ def test_poor_trials_are_stopped_and_keep_a_checkpoint(launch, tmp_path: Path) -
     for index in (2, 3):
         folder = TrialFolder(sweep / "trials" / names[index])
         status = folder.read_status()
-        assert status["state"] == "pruned" and 40 <= status["step"] < 400 and len(status["evaluations"]) >= 2
+        assert status["state"] == "pruned" and 16 <= status["step"] < 160 and len(status["evaluations"]) >= 2
         assert list(folder.checkpoints.glob("checkpoint-*/.complete")), "it can be revived"
         assert [f.name for f in folder.path.glob("wandb/wandb/offline-run-*")]
     rows = {row["trial"]: row for row in csv.DictReader((sweep / "leaderboard.csv").open())}

@@ -78,6 +78,7 @@ def test_a_sweep_that_is_not_there(name: str, wandb_api: StandInWandb, capsys: p
     assert name.removeprefix("wandb:") in said and "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_w_and_b_that_does_not_answer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)

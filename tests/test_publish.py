@@ -33,6 +33,7 @@ from isaerft_sweep.results.card import make_card, refresh_cards
 from isaerft_sweep.results.reading import read_sweep_folder
 from isaerft_sweep.trial.run import run_trial
 
+pytestmark = pytest.mark.slow  # nearly all of them train a trial first
 Made = Callable[..., TrialFolder]
 FORMS = {"llama": "merged", "gemma2": "standalone"}
 IDS = torch.arange(6, 40)[None]
@@ -74,7 +75,6 @@ with torch.no_grad():
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("family", "form"), FORMS.items())
 def test_an_export_gives_the_trials_logits_without_this_package(
     family: str, form: str, trained: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -241,7 +241,6 @@ def push(folder: Path, *arguments: str, **environment: str) -> subprocess.Comple
     return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.slow
 def test_push_uploads_everything_and_the_tags(publishable: TrialFolder) -> None:
     hub = StandInHub("hf_secret")
     with served(hub) as address:
@@ -262,7 +261,6 @@ def test_push_uploads_everything_and_the_tags(publishable: TrialFolder) -> None:
     assert front["tags"] == list(spec.tags) and set(spec.tags) >= {"generated_from_trainer", "isaerft", "lr_0.3", "beta_1.0"}
 
 
-@pytest.mark.slow
 def test_what_can_go_wrong_with_a_push(publishable: TrialFolder) -> None:
     hub = StandInHub("hf_secret")
     with served(hub) as address:
@@ -278,7 +276,6 @@ def test_what_can_go_wrong_with_a_push(publishable: TrialFolder) -> None:
     assert not hub.files
 
 
-@pytest.mark.slow
 def test_a_private_push_does_not_go_to_a_public_repository(publishable: TrialFolder) -> None:
     hub = StandInHub("hf_secret")
     hub.existing["lab/known"] = False

@@ -65,11 +65,17 @@ class _TokenLogps(torch.autograd.Function):
             with torch.set_grad_enabled(wanted):
                 leaf = hidden[part].detach().requires_grad_(wanted)
                 logits = head(leaf).float()
-                found = logits.gather(-1, targets[part, None])[:, 0] - logits.logsumexp(-1)
-            logps[part], means[part] = found.detach(), logits.detach().mean(-1)
+            values, target = logits.detach(), targets[part, None]
+            norms = values.logsumexp(-1, keepdim=True)
+            logps[part] = values.gather(-1, target)[:, 0] - norms[:, 0]
+            means[part] = values.mean(-1)
             if slopes is not None:
-                # a token's log-probability depends on its own hidden state alone, so the sum's gradient is each one's
-                slopes[part] = torch.autograd.grad(found, leaf, torch.ones_like(found))[0]
+                # the gradient of log p(target) is 1(target) − softmax, written over the logits: each further array of their
+                # size costs as much time as the arithmetic. A token's log-probability depends on its own state alone, so
+                # the gradient of the sum is each one's own
+                values.sub_(norms).exp_().neg_()
+                values.scatter_add_(-1, target, torch.ones_like(norms))
+                slopes[part] = torch.autograd.grad(logits, leaf, values)[0]
         if slopes is not None:
             ctx.save_for_backward(slopes)
         ctx.mark_non_differentiable(means)
