@@ -122,7 +122,8 @@ def simulate(trials: int, workers: int, median_s: float, output: str) -> dict[st
     sampler = make_sampler(experiment, definition)
     sampler.ask()  # scipy's import is paid before the clock runs
     sampler = make_sampler(experiment, definition)
-    pool = SimulatedWorkers(workers, median_s, poll_s=0.5)
+    # as the launchers do: half a second on one machine, five seconds on a cluster
+    pool = SimulatedWorkers(workers, median_s, poll_s=0.5 if median_s < 300 else 5.0)
     controller = SweepController(journal, sampler, factory, pool, experiment.launcher, trials, Silent(), lambda: 0)
     cpu = time.process_time()
     controller.run()

@@ -30,8 +30,8 @@ from isaerft_sweep.trial.trunk import sequence_key
 COMPLETE = ".complete"
 """Written into a checkpoint last: one without it was cut short by a crash and is ignored."""
 KEPT_CHECKPOINTS = 2
-CALL_TOKENS = {True: 16, False: 4096}
-"""What one more forward pass costs, in tokens: little on a processor, much on a GPU, for which a wide batch is no work."""
+CALL_FLOPS = {"cpu": 2e9, "cuda": 2e12}
+"""What a device computes in the time that one more forward pass costs whatever its size: some milliseconds."""
 OPTIMIZERS = tuple(member.value for member in OptimizerNames)
 
 
@@ -127,7 +127,8 @@ def read_states(decoder: Any, ids: torch.Tensor, mask: torch.Tensor, read: torch
     Sequences of near length run together, each group padded to its own longest: TRL pads all to the longest of the batch,
     at the end, and what a sequence computes does not depend on it.
     """
-    groups = length_groups(mask.sum(1).tolist(), CALL_TOKENS[ids.device.type == "cpu"])
+    per_token = 2 * sum(parameter.numel() for parameter in decoder.parameters())
+    groups = length_groups(mask.sum(1).tolist(), int(CALL_FLOPS.get(ids.device.type, CALL_FLOPS["cuda"]) / per_token))
     states, places = [], []
     numbers = torch.arange(read.numel(), device=ids.device).view_as(read)
     for rows in groups:
