@@ -32,7 +32,10 @@ class WorkerFolder:
 
     def claim(self, task: Task) -> int | None:
         """Make ``task`` the worker's next one; its number, or None when somebody else was first: the worker is not free."""
-        number = self.done()[0] + 1
+        done, ending = self.done()
+        if ending:
+            return None
+        number = done + 1
         self.path.mkdir(parents=True, exist_ok=True)
         handle, aside = tempfile.mkstemp(dir=self.path, prefix=".task.")
         try:
