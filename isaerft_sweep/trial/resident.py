@@ -35,7 +35,10 @@ def serve_trials(folder: WorkerFolder, idle_s: float = IDLE_S) -> int:
     has given it anything for ``idle_s``.
     """
     shared, count, waited_s = KeptModel(), 0, 0.0
-    number = folder.done()[0] + 1
+    done, ended = folder.done()
+    if ended:  # a scheduler has started a worker again that was over
+        return 0
+    number = done + 1
     with stop_requests() as stopping:
         while True:
             task = folder.task(number)
