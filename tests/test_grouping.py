@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from isaerft_sweep.models import random_model
 from isaerft_sweep.specs import ModelSpec
 from isaerft_sweep.trial.grouping import length_groups
-from isaerft_sweep.trial.trainer import read_states
+from isaerft_sweep.trial.trainer import CALL_FLOPS, read_states
 
 
 def cost(groups: list[list[int]], lengths: list[int], call: int) -> int:
@@ -58,11 +58,11 @@ def test_the_states_and_gradients_are_those_of_the_padded_batch(family: str, cac
         (found * direction).sum().backward()
         return found.detach(), weight.grad.clone()
 
-    monkeypatch.setattr("isaerft_sweep.trial.trainer.CALL_FLOPS", {"cpu": 1e15})
+    monkeypatch.setitem(CALL_FLOPS, "cpu", 1e15)
     whole = run()
     expected = decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1][read]
     assert torch.equal(whole[0], expected)
-    monkeypatch.setattr("isaerft_sweep.trial.trainer.CALL_FLOPS", {"cpu": 1e6})
+    monkeypatch.setitem(CALL_FLOPS, "cpu", 1e6)
     grouped = run()
     torch.testing.assert_close(grouped[0], whole[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(grouped[1], whole[1], rtol=1e-4, atol=1e-5 * whole[1].abs().max().item())
