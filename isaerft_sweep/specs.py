@@ -123,6 +123,7 @@ class LauncherSpec:
     """Where and how many at a time trials run. ``slots`` None: one per visible GPU (local), 1 without a GPU.
 
     ``resident``: a worker runs one trial after the other, with one start; without it every trial has its own process.
+    ``packed``: how many trials a resident worker takes through the model together; None: as many as pay, measured there.
     ``trunk_cache_gb`` bounds the disk used for the frozen layers' output (0: compute it every time), which is kept in
     ``scratch`` (None: the cache folder); best a local disk of the node. ``lean_logits`` computes logits only where the
     loss reads them, in chunks; without it TRL's own forward pass runs.
@@ -139,6 +140,7 @@ class LauncherSpec:
     max_failures: int = option(3, at_least=1)
     min_free_gb: float = option(1.0, at_least=0)
     resident: bool = option(True)
+    packed: int | None = option(1, at_least=1)
     trunk_cache_gb: float = option(8.0, at_least=0)
     scratch: str | None = option(None)
     lean_logits: bool = option(True)

@@ -20,8 +20,8 @@ from isaerft_sweep.dispatch.base import Dispatcher, JobRef
 from isaerft_sweep.dispatch.job import TrialJob, WorkerJob
 from isaerft_sweep.dispatch.resident import ResidentDispatcher
 from isaerft_sweep.journal.folders import PRUNED, TrialFolder
-from isaerft_sweep.journal.workers import Task, WorkerFolder
-from isaerft_sweep.trial.resident import KeptModel, serve_trials
+from isaerft_sweep.journal.workers import Progress, Task, WorkerFolder
+from isaerft_sweep.trial.resident import serve_trials
 from isaerft_sweep.trial.run import run_trial
 from isaerft_sweep.trial.trainer import TrialTrainer
 
@@ -33,30 +33,20 @@ def rows_of(folder: TrialFolder) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k != "time"} for row in folder.read_metrics()]
 
 
-def serve(folder: WorkerFolder, trials: list[TrialFolder], watch: list[bool] | None = None) -> int:
+def serve(folder: WorkerFolder, trials: list[TrialFolder]) -> int:
     """Run a worker in this process, giving it ``trials`` one after the other, then the word to end."""
 
     def controller() -> None:
         for trial in trials:
             number = folder.claim(Task(str(trial.path), trial.current_attempt()))
-            wait_for(lambda n=number: folder.done()[0] >= n)
-            if folder.done()[1]:
+            wait_for(lambda n=number: folder.progress().over(n))
+            if folder.progress().ending:
                 return
         folder.claim(Task(None))
 
     thread = threading.Thread(target=controller)
     thread.start()
-    with pytest.MonkeyPatch.context() as patch:
-        original = KeptModel.give_back
-
-        def give_back(self: KeptModel, model: Any) -> None:
-            base = model.get_base_model()
-            original(self, model)
-            if watch is not None:
-                watch.append(base.training or base.is_gradient_checkpointing)
-
-        patch.setattr(KeptModel, "give_back", give_back)
-        count = serve_trials(folder, idle_s=20)
+    count = serve_trials(folder, idle_s=20)
     thread.join()
     return count
 
@@ -126,17 +116,16 @@ def test_what_a_stopped_trial_had_switched_on_is_switched_off_again(trial: Made,
     stopped = trial(*OFF, "orpo.gradient_checkpointing=true", name="stopped")
     stopped.ask_to_stop(PRUNED)
     after = trial(*options, f"launcher.scratch={tmp_path / 'trunk'}", name="after")
-    kept: list[bool] = []
-    assert serve(WorkerFolder(tmp_path / "worker"), [stopped, after], watch=kept) == 2
+    assert serve(WorkerFolder(tmp_path / "worker"), [stopped, after]) == 2
     assert stopped.read_status()["state"] == "pruned" and rows_of(after) == rows_of(alone)
-    assert kept == [False, False], "evaluation mode, no checkpointing"
 
 
 def test_a_worker_that_is_started_again_does_not_repeat_what_is_done(trial: Made, tmp_path: Path) -> None:
     done = trial(*OFF, name="done")
     assert run_trial(done, 1) == "completed"
     before, worker = done.status.read_text(), WorkerFolder(tmp_path / "worker")
-    assert serve(worker, [done]) == 1 and worker.done()[0] == 2
+    assert serve(worker, [done]) == 1 and worker.progress() == Progress(1, ending=True)
+    assert serve_trials(worker, idle_s=0.1) == 0, "a scheduler starts it once more: it returns at once"
     assert done.status.read_text() == before
 
 
@@ -175,29 +164,29 @@ def test_the_dispatcher_and_its_workers(tmp_path: Path, monkeypatch: pytest.Monk
     pool = ResidentDispatcher(jobs, tmp_path / "workers", 0.05)
     first = pool.submit(TrialJob("a", 1, None))
     assert pool.alive([first]) == [True] and jobs.worker(0).task(1) == Task("a", 1)
-    jobs.worker(0).note_done(1, ending=False)
+    jobs.worker(0).note(Progress(1))
     assert pool.alive([first]) == [False]
     second = pool.submit(TrialJob("b", 1, None))
     assert second["task"] == 2 and len(jobs.started) == 1, "the waiting worker gets it"
     third = pool.submit(TrialJob("c", 1, None))
     assert third["task"] == 1 and len(jobs.started) == 2, "it is busy: another one starts"
-    jobs.worker(0).note_done(2, ending=True)
+    jobs.worker(0).note(Progress(2, ending=True))
     assert pool.alive([second, third]) == [True, True], "one that ends keeps its slot until it has gone"
     jobs.dead.add(0)
     assert pool.alive([second, third]) == [False, True]
     # the second worker waits, then decides to end just before it would be given a trial
-    jobs.worker(1).note_done(1, ending=False)
+    jobs.worker(1).note(Progress(1))
     assert pool.alive([third]) == [False]
     assert jobs.worker(1).claim(Task(None)) == 2
     fourth = pool.submit(TrialJob("d", 1, None))
     assert fourth["task"] == 1 and len(jobs.started) == 3, "nothing is given to a worker that ends"
 
     # another controller: the one that is busy is found again, nobody gives it more, and the one that waits ends
-    jobs.worker(2).note_done(1, ending=False)
+    jobs.worker(2).note(Progress(1))
     assert pool.alive([fourth]) == [False]
     fifth = pool.submit(TrialJob("e", 1, None))
     waiting = pool.submit(TrialJob("f", 1, None))
-    jobs.worker(3).note_done(1, ending=False)
+    jobs.worker(3).note(Progress(1))
     other = ResidentDispatcher(jobs, tmp_path / "workers", 0.05)
     assert jobs.worker(3).task(2) == Task(None) and waiting["worker"] != fifth["worker"]
     assert other.alive([fifth]) == [True]
@@ -205,7 +194,7 @@ def test_the_dispatcher_and_its_workers(tmp_path: Path, monkeypatch: pytest.Monk
     assert sixth["worker"] not in (fifth["worker"], waiting["worker"])
     other.close()
     assert jobs.killed == [], "busy workers go on: the next controller adopts them"
-    jobs.worker(2).note_done(2, ending=False)
+    jobs.worker(2).note(Progress(2))
     assert other.alive([fifth]) == [False]
     other.close()
     assert jobs.worker(2).task(3) == Task(None) and jobs.killed == [2], "one that does not end is killed"
@@ -219,10 +208,10 @@ def test_a_worker_ends_after_an_error_and_when_nobody_wants_it(trial: Made, tmp_
     broken.spec.write_text(json.dumps(spec))
     worker = WorkerFolder(tmp_path / "worker")
     assert serve(worker, [broken, trial(*OFF, name="never")]) == 1
-    assert broken.read_status()["state"] == "failed" and worker.done() == (1, True)
+    assert broken.read_status()["state"] == "failed" and worker.progress() == Progress(1, ending=True)
     nobody = WorkerFolder(tmp_path / "nobody")
     assert serve_trials(nobody, idle_s=0.3) == 0
-    assert nobody.done() == (1, True)
+    assert nobody.progress() == Progress(ending=True)
 
 
 @pytest.mark.slow
@@ -240,7 +229,7 @@ def test_memory_does_not_grow_over_100_trials(trial: Made, tmp_path: Path) -> No
     def controller() -> None:
         for one in trials:
             number = worker.claim(Task(str(one.path), 1))
-            wait_for(lambda n=number: worker.done()[0] >= n)
+            wait_for(lambda n=number: worker.progress().over(n))
             sizes.append(process.memory_info().rss / 2**20)
         worker.claim(Task(None))
 
@@ -281,7 +270,7 @@ def test_a_controller_that_comes_back_finds_the_worker_and_goes_on_with_it(tmp_p
     wait_for(lambda: (sweep / "journal.jsonl").exists() and stepping(sweep))
     controller.kill()
     controller.wait()
-    assert start(tmp_path, *options).wait(240) == 0
+    assert start(tmp_path, *options).wait(480) == 0
     assert len({s["pid"] for s in statuses(sweep)}) == 1 and ended_states(sweep) == {"completed": 2}
     assert processes_of(tmp_path) == []
 

@@ -126,12 +126,12 @@ def venv_path() -> dict[str, str]:
     return {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
 
-def check_wandb_runs(sweep: Path) -> None:
+def check_wandb_runs(sweep: Path, trials: int = 3, last_step: int = 4) -> None:
     """Real offline runs, read back from wandb's own files."""
     recorded = [read_wandb_run(path) for path in sweep.glob("trials/*/wandb/wandb/offline-run-*/run-*.wandb")]
     made = [e for e in events(sweep) if e["event"] == "trial"]
     sweep_id = events(sweep)[0]["sweep_id"]
-    assert {run.run_id for run, _, _ in recorded} == {e["run_id"] for e in made} and len(recorded) == 3
+    assert {run.run_id for run, _, _ in recorded} == {e["run_id"] for e in made} and len(recorded) == trials
     for run, summary, steps in recorded:
         event = next(e for e in made if e["run_id"] == run.run_id)
         assert (run.display_name, run.sweep_id, run.run_group, run.job_type) == (event["name"], sweep_id, "s", "trial")
@@ -140,7 +140,7 @@ def check_wandb_runs(sweep: Path) -> None:
         config = {u.key: json.loads(u.value_json) for u in run.config.update}
         assert config["orpo"]["beta"] == event["params"]["orpo.beta"] and "orpo.beta" not in config
         assert summary["state"] == "completed" and "eval/log_odds_chosen" in summary
-        assert steps == sorted(set(steps)) and steps[-1] == 4
+        assert steps == sorted(set(steps)) and steps[-1] == last_step
 
 
 def wandb_records(content: bytes) -> Iterator[bytes]:

@@ -63,13 +63,18 @@ class IsaerftLayer(nn.Module, BaseTunerLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base layer's output with the active adapters' changes; first element when it is a tuple."""
         output = self.base_layer(*args, **kwargs)
+        if isinstance(output, tuple):
+            return (self.changed(output[0]), *output[1:])
+        return self.changed(output)
+
+    def changed(self, x: torch.Tensor) -> torch.Tensor:
+        """The residual stream x [batch, position, d_in] with the active adapters' changes."""
         if self.disable_adapters or self.merged:
-            return output
-        x = output[0] if isinstance(output, tuple) else output
+            return x
         for name in self.active_adapters:
             if name in self.isaerft_block:
                 x = x + self.change(name, x).to(x.dtype)
-        return (x, *output[1:]) if isinstance(output, tuple) else x
+        return x
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the bias adapters' constant b @ W_dec to the last linear map of the layer. See ``merge.py``."""

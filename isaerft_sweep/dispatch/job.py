@@ -43,18 +43,19 @@ class TrialJob:
 
 @dataclass(frozen=True)
 class WorkerJob:
-    """A picklable call of a worker that runs one trial after the other; ``folder`` is where it gets its tasks."""
+    """A picklable call of a worker that runs many trials, ``packed`` at a time; ``folder`` is where it gets its tasks."""
 
     folder: str
     threads: int | None
     device: str | None = None
+    packed: int | None = 1
 
     def __call__(self) -> str:
         prepare_process(self.threads, self.device)
         from isaerft_sweep.journal.workers import WorkerFolder
         from isaerft_sweep.trial.resident import serve_trials
 
-        return f"{serve_trials(WorkerFolder(Path(self.folder)))} trials"
+        return f"{serve_trials(WorkerFolder(Path(self.folder)), packed=self.packed)} trials"
 
 
 Job = TrialJob | WorkerJob

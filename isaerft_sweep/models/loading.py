@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -71,6 +72,12 @@ def load(spec: ModelSpec, cache: str | None) -> LoadedModel:
     # cards and adapters must name the model that people know, not this machine's folder
     model.config._name_or_path = model.name_or_path = spec.name
     return LoadedModel(model.to(device()).eval(), load_tokenizer(spec, cache))
+
+
+def sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of the model's modules over the same parameters and buffers: what is put on the copy leaves ``model`` alone."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def _dtype(spec: ModelSpec) -> torch.dtype:

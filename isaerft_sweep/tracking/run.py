@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping
@@ -44,11 +43,10 @@ class WandbRun(Run):
         if self._offline:
             for older in folder.glob("wandb/offline-run-*"):  # the new one gets all that was logged: see replay
                 shutil.rmtree(older, ignore_errors=True)
-        # within a sweep wandb takes these from the environment alone and ignores the arguments of init
-        os.environ.update(WANDB_SWEEP_ID=spec.sweep_id, WANDB_RUN_ID=spec.run_id, WANDB_PROJECT=tracker.project)
-        if tracker.entity:
-            os.environ["WANDB_ENTITY"] = tracker.entity
         self._run = wandb.init(
+            id=spec.run_id,
+            project=tracker.project,
+            entity=tracker.entity,
             name=spec.name,
             group=spec.sweep_name,
             job_type="trial",
@@ -57,7 +55,9 @@ class WandbRun(Run):
             dir=str(folder),
             mode="online" if tracker.mode == "wandb" else "offline",
             resume="allow" if tracker.mode == "wandb" else None,
-            settings=wandb.Settings(console="off", silent=True, x_disable_stats=True),
+            reinit="create_new",  # trials of one process may run at the same time
+            # not by the environment: wandb reads that once per process
+            settings=wandb.Settings(console="off", silent=True, x_disable_stats=True, sweep_id=spec.sweep_id),
         )
         self.url = self._run.url if tracker.mode == "wandb" else None
         self.sweep_url = self._run.sweep_url if tracker.mode == "wandb" else None
@@ -73,10 +73,6 @@ class WandbRun(Run):
     def finish(self, summary: Mapping[str, Any], exit_code: int) -> None:
         self._shielded(lambda: self._run.summary.update(dict(summary)))
         self._shielded(lambda: self._run.finish(exit_code=exit_code))
-        import wandb
-
-        # wandb reads the environment once: without this the next run of this process would get this one's id
-        self._shielded(wandb.teardown)
 
     def _shielded(self, call: Callable[[], Any]) -> None:
         if self._lost:

@@ -1,4 +1,4 @@
-"""A worker that runs one trial after the other: what they have in common is loaded once."""
+"""A worker that runs one trial after the other, or some together: what they have in common is loaded once."""
 
 from __future__ import annotations
 
@@ -8,16 +8,22 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
-import peft
 import torch
+from transformers import PreTrainedModel
 
-from isaerft_sweep.journal.folders import COMPLETED, DIVERGED, PRUNED, STOPPED, Superseded, TrialFolder
-from isaerft_sweep.journal.workers import Task, WorkerFolder
-from isaerft_sweep.trial.run import Shared, run_trial, stop_requests
+from isaerft_sweep.journal.folders import COMPLETED, DIVERGED, PRUNED, STOPPED, StatusWriter, Superseded, TrialFolder
+from isaerft_sweep.journal.workers import Progress, Task, WorkerFolder
+from isaerft_sweep.specs import Experiment
+from isaerft_sweep.trial.joint import JointModel
+from isaerft_sweep.trial.run import Shared, run_trial, stop_requests, trunk_key
+from isaerft_sweep.trial.seats import Seat, best_size, run_passes
 from isaerft_sweep.trial.trainer import resolve_optimizer
+from isaerft_sweep.trial.trunk import StoredTrunk
 
 POLL_S = 0.05
 IDLE_S = 60.0
@@ -28,54 +34,149 @@ OVER = (COMPLETED, DIVERGED, PRUNED)
 T = TypeVar("T")
 
 
-def serve_trials(folder: WorkerFolder, idle_s: float = IDLE_S) -> int:
+def serve_trials(folder: WorkerFolder, idle_s: float = IDLE_S, packed: int | None = 1) -> int:
     """Run the tasks in ``folder`` until the last one; returns how many trials were run.
 
     Ends after a trial that failed, since an error may have left anything behind, when it is asked to stop, and when nobody
-    has given it anything for ``idle_s``.
+    has given it anything for ``idle_s``. ``packed``: how many trials advance together; None: as many as pay, measured.
     """
-    shared, count, waited_s = KeptModel(), 0, 0.0
-    done, ended = folder.done()
-    if ended:  # a scheduler has started a worker again that was over
+    if folder.progress().ending:  # a scheduler has started a worker again that was over
         return 0
-    number = done + 1
     with stop_requests() as stopping:
-        while True:
-            task = folder.task(number)
-            if task is None and (stopping["asked"] or waited_s >= idle_s):
-                folder.claim(Task(None))  # or a trial has come at the last moment: then that is next
-                task = folder.task(number)
-            if task is None:
+        return _Worker(folder, idle_s, packed, stopping).serve()
+
+
+class _Worker:
+    """The trials that run now, each in its seat, and what they share."""
+
+    def __init__(self, folder: WorkerFolder, idle_s: float, packed: int | None, stopping: dict[str, bool]) -> None:
+        self.folder, self.idle_s, self.room, self.stopping = folder, idle_s, packed, stopping
+        self.kept = KeptModel()
+        self.seats: dict[int, Seat] = {}
+        self.progress, self.number, self.count = folder.progress(), 0, 0
+        self.closed = False
+        self._pack: str | None = None
+        self._joint: tuple[PreTrainedModel, int, JointModel] | None = None
+
+    def serve(self) -> int:
+        idle_since = time.monotonic()
+        while not self.closed or self.seats:
+            if self.stopping["asked"] and not self.closed:
+                self._close()
+            self._sit_down()
+            if self.seats:
+                self._advance()
+                idle_since = time.monotonic()
+            elif not self.closed:
                 time.sleep(POLL_S)
-                waited_s += POLL_S
-                continue
+                if time.monotonic() - idle_since > self.idle_s:
+                    self.folder.claim(Task(None))  # or a trial has come at the last moment: then that is next
+        self._note(self.progress)
+        return self.count
+
+    def _sit_down(self) -> None:
+        """Begin the tasks that there is room for; one that cannot share a pass with those at hand waits for them."""
+        while not self.closed and len(self.seats) < (self.room or 1):
+            number = self._next()
+            task = self.folder.task(number)
+            if task is None:
+                return
             if task.trial is None:
-                folder.note_done(number, ending=True)
-                return count
-            ending = _run(TrialFolder(Path(task.trial)), task.attempt, shared, stopping)
-            count, waited_s = count + 1, 0.0
-            folder.note_done(number, ending or stopping["asked"])
-            if ending or stopping["asked"]:
-                return count
+                self.closed = True
+                return
+            trial = TrialFolder(Path(task.trial))
+            pack = pack_key(trial.read_spec().experiment)
+            if self.seats and (pack is None or pack != self._pack):
+                return
+            self.number, self._pack = number, pack
+            self.seats[number] = Seat(partial(self._run, trial, task.attempt))
+
+    def _next(self) -> int:
+        """The number of the first task that has not begun."""
+        number = max(self.number, self.progress.upto) + 1
+        while self.progress.over(number):
             number += 1
-            gc.collect()  # a trainer and its model refer to each other
+        return number
+
+    def _advance(self) -> None:
+        """Let every trial go on to its next pass, then run the passes of all."""
+        for number, seat in list(self.seats.items()):
+            spoiled = seat.go_on()
+            if spoiled is not None:
+                del self.seats[number], seat
+                self.count += 1
+                self.progress = self.progress.with_over(number)
+                if spoiled and not self.closed:
+                    self._close()
+                self._note(self.progress)
+                gc.collect()  # a trainer and its model refer to each other
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+        if not self.seats:
+            return
+        waiting = list(self.seats.values())
+        joint = self._joint_model(waiting[0])
+        if self.room is None and waiting[0].wanted is not None and waiting[0].trains:
+            self.room = best_size(joint, waiting[0])
+            self.folder.note_room(self.room)
+        run_passes(joint, waiting)
+
+    def _run(self, trial: TrialFolder, attempt: int, seat: Seat) -> bool:
+        """Run one attempt; whether the worker should end after it."""
+        status = trial.read_status()
+        if status.get("attempt") == attempt and status.get("state") in OVER:
+            return False  # a scheduler that started this worker again does not know that the trial has ended
+        with logged_to(trial.log):
+            try:
+                state = run_trial(trial, attempt, _SharedInSeat(self.kept, seat), self.stopping)
+            except Superseded as error:
+                print(f"ended: {error}", flush=True)
+                return True
+        experiment = trial.read_spec().experiment
+        # bitsandbytes never gives the paged state of large parameters back
+        paged = resolve_optimizer(experiment.orpo.optimizer).startswith("paged")
+        return (paged and experiment.adapter.kind in ("linear", "mlp")) or state not in (*OVER, STOPPED)
+
+    def _close(self) -> None:
+        """Take no further task; one that was given at the last moment goes back as it came."""
+        self.closed = True
+        while self.folder.claim(Task(None), room=None) is None:
+            number = self._next()
+            task = self.folder.task(number)
+            if task is None or task.trial is None:
+                return
+            StatusWriter(TrialFolder(Path(task.trial)), task.attempt).write(STOPPED, {"message": "its worker ended before"})
+            self.number, self.progress = number, self.progress.with_over(number)
+
+    def _note(self, progress: Progress) -> None:
+        self.folder.note(replace(progress, ending=self.closed))
+
+    def _joint_model(self, seat: Seat) -> JointModel:
+        assert seat.base is not None
+        if self._joint is None or self._joint[0] is not seat.base or self._joint[1] != seat.site:
+            self._joint = seat.base, seat.site, JointModel(seat.base, seat.site)
+        return self._joint[2]
 
 
-def _run(trial: TrialFolder, attempt: int, shared: KeptModel, stopping: dict[str, bool]) -> bool:
-    """Run one attempt; whether the worker should end after it."""
-    status = trial.read_status()
-    if status.get("attempt") == attempt and status.get("state") in OVER:
-        return False  # a scheduler that started this worker again does not know that the trial has ended
-    with logged_to(trial.log):
-        try:
-            state = run_trial(trial, attempt, shared, stopping)
-        except Superseded as error:
-            print(f"ended: {error}", flush=True)
-            return True
-    orpo, adapter = trial.read_spec().experiment.orpo, trial.read_spec().experiment.adapter
-    # bitsandbytes never gives the paged state of large parameters back
-    paged = resolve_optimizer(orpo.optimizer).startswith("paged") and adapter.kind in ("linear", "mlp")
-    return paged or state not in (*OVER, STOPPED)
+def pack_key(experiment: Experiment) -> str | None:
+    """Equal for experiments that can go through the model together; None for one that goes alone."""
+    if not experiment.launcher.lean_logits or experiment.orpo.gradient_checkpointing:
+        return None
+    return trunk_key(experiment)
+
+
+class _SharedInSeat(Shared):
+    """What a trial in a seat has in common with others, and its way through the model."""
+
+    def __init__(self, kept: KeptModel, seat: Seat) -> None:
+        self.kept, self.seat = kept, seat
+
+    def get(self, what: str, key: str, make: Callable[[], T]) -> T:
+        return self.kept.get(what, key, make)
+
+    def passes(self, base: PreTrainedModel, stored: StoredTrunk | None) -> Seat:
+        self.seat.base, self.seat.stored = base, stored
+        return self.seat
 
 
 class KeptModel(Shared):
@@ -90,14 +191,6 @@ class KeptModel(Shared):
             self._kept[what] = (key, make())
         found: T = self._kept[what][1]
         return found
-
-    def give_back(self, model: peft.PeftModel) -> None:
-        """Take the adapter off again, so that the next trial finds the model as it was loaded."""
-        base: Any = model.unload()
-        base.eval()
-        base.gradient_checkpointing_disable()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
 
 class _Both:

@@ -9,12 +9,14 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import peft
 import torch
+from transformers import PreTrainedModel
 
 from isaerft_sweep.environment import describe_environment
 from isaerft_sweep.errors import IsaerftError, TrialDiverged
@@ -30,7 +32,7 @@ from isaerft_sweep.journal.folders import (
     Superseded,
     TrialFolder,
 )
-from isaerft_sweep.models.loading import LoadedModel, load
+from isaerft_sweep.models.loading import LoadedModel, load, sharing_weights
 from isaerft_sweep.plain import canonical_json, to_dict
 from isaerft_sweep.resources import cache_folder
 from isaerft_sweep.results.card import make_card, write_card
@@ -38,6 +40,7 @@ from isaerft_sweep.specs import Experiment, TrialSpec
 from isaerft_sweep.tracking.run import open_run
 from isaerft_sweep.trial.data import load_pairs
 from isaerft_sweep.trial.latents import learned, write_changes
+from isaerft_sweep.trial.passes import Passes
 from isaerft_sweep.trial.recorder import Recorder
 from isaerft_sweep.trial.sparsity import sparsity_callbacks
 from isaerft_sweep.trial.trainer import TrialTrainer, attach_adapter, complete_checkpoints, make_trainer
@@ -54,8 +57,9 @@ class Shared:
         """What ``make`` gives; a worker that stays keeps it for the next trial that asks with the same ``key``."""
         return make()
 
-    def give_back(self, model: peft.PeftModel) -> None:
-        """The trial has ended and needs its model no more."""
+    def passes(self, base: PreTrainedModel, stored: StoredTrunk | None) -> Passes:
+        """How the trial's trainer gets through the model: ``base`` without adapter, ``stored`` its frozen layers' output."""
+        return Passes()
 
 
 def run_trial(
@@ -89,11 +93,10 @@ def _run(folder: TrialFolder, spec: TrialSpec, status: StatusWriter, stopping: d
     experiment = spec.experiment
     key = canonical_json([to_dict(experiment.model), experiment.cache])
     loaded = shared.get("model", key, lambda: load(experiment.model, experiment.cache))
-    model = attach_adapter(loaded, experiment.adapter, experiment.orpo.seed, experiment.model.revision)
-    try:
-        return _train(folder, spec, status, stopping, shared, loaded, model)
-    finally:
-        shared.give_back(model)
+    # on a copy over the same weights: whatever becomes of this trial, the next one finds the model as it was loaded
+    own = replace(loaded, model=sharing_weights(loaded.model))
+    model = attach_adapter(own, experiment.adapter, experiment.orpo.seed, experiment.model.revision)
+    return _train(folder, spec, status, stopping, shared, loaded, model)
 
 
 def _train(
@@ -127,7 +130,8 @@ def _train(
     recorder.rewind(int(checkpoints[-1].name.split("-")[1]) if checkpoints else -1)
     trainer.tokens_seen = int(recorder.latest.get("train/num_tokens", 0))
     try:
-        with _reused_trunk(spec, model, trainer, shared):
+        with _reused_trunk(spec, model, trainer, shared) as stored:
+            trainer.passes = shared.passes(loaded.model, stored)
             trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
             changes = [] if recorder.stopped else learned(model, trainer.eval_dataset)
     except TrialDiverged as error:
@@ -159,30 +163,39 @@ def data_key(experiment: Experiment) -> str:
     return canonical_json(sections)
 
 
+def trunk_key(experiment: Experiment) -> str:
+    """Equal for experiments that can use the same stored output of the frozen layers."""
+    launcher, lowest = experiment.launcher, min(site.layer for site in experiment.adapter.sites)
+    return canonical_json([data_key(experiment), lowest, launcher.scratch, launcher.trunk_cache_gb])
+
+
+@contextmanager
 def _reused_trunk(
     spec: TrialSpec, model: peft.PeftModel, trainer: TrialTrainer, shared: Shared
-) -> AbstractContextManager[None]:
+) -> Iterator[StoredTrunk | None]:
     """The frozen layers below the site, run once per sweep and node, where their output fits the cache."""
     experiment = spec.experiment
     limit_gb, scratch = experiment.launcher.trunk_cache_gb, experiment.launcher.scratch
     if limit_gb == 0:
-        return nullcontext()
+        yield None
+        return
     folder = Path(scratch).expanduser() if scratch else cache_folder(experiment.cache) / "trunk"
     started = time.monotonic()
-    lowest = min(site.layer for site in experiment.adapter.sites)
 
     def compute() -> StoredTrunk | None:
         sequences = sequences_of(trainer.train_dataset, trainer.eval_dataset)
         return stored_trunk(model, experiment.model, sequences, folder, limit_gb)
 
-    stored = shared.get("trunk", canonical_json([data_key(experiment), lowest, str(folder), limit_gb]), compute)
+    stored = shared.get("trunk", trunk_key(experiment), compute)
     if stored is None:
         print(
             f"the frozen layers' output would not fit launcher.trunk_cache_gb={limit_gb:g}: computed every time", flush=True
         )
-        return nullcontext()
+        yield None
+        return
     print(f"frozen layers' output of {len(stored.values)} tokens ready after {time.monotonic() - started:.1f} s", flush=True)
-    return only_above_site(model, stored)
+    with only_above_site(model, stored):
+        yield stored
 
 
 def _results(recorder: Recorder, started: float) -> dict[str, Any]:

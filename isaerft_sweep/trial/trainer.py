@@ -23,15 +23,12 @@ from isaerft_sweep.models.loading import LoadedModel
 from isaerft_sweep.plain import to_dict
 from isaerft_sweep.specs import AdapterSpec, OrpoSpec
 from isaerft_sweep.trial.data import Pairs
-from isaerft_sweep.trial.grouping import length_groups
-from isaerft_sweep.trial.token_logps import model_head, token_logps
+from isaerft_sweep.trial.passes import Batch, Passes
 from isaerft_sweep.trial.trunk import sequence_key
 
 COMPLETE = ".complete"
 """Written into a checkpoint last: one without it was cut short by a crash and is ignored."""
 KEPT_CHECKPOINTS = 2
-CALL_FLOPS = {"cpu": 2e9, "cuda": 2e12}
-"""What a device computes in the time that one more forward pass costs whatever its size: some milliseconds."""
 OPTIMIZERS = tuple(member.value for member in OptimizerNames)
 
 
@@ -44,6 +41,7 @@ class TrialTrainer(ORPOTrainer):
     """
 
     lean_logits = True
+    passes = Passes()
     tokens_seen = 0
     note_scores: Callable[[int, PairScores], None] | None = None
     _scores: PairScores | None = None
@@ -61,6 +59,11 @@ class TrialTrainer(ORPOTrainer):
             mask = batch["chosen_attention_mask"]
             self._batch_sizes.append((len(mask), int(mask[:, 1:].sum())))
         return outputs
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self.passes.backward()
+        return loss
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._scores, self._batch_sizes = PairScores(), []
@@ -97,12 +100,10 @@ class TrialTrainer(ORPOTrainer):
         ids, mask = joined["concatenated_input_ids"], joined["concatenated_attention_mask"]
         chosen = batch["chosen_labels"].shape[0]
         base = self.accelerator.unwrap_model(model).get_base_model()
-        decoder = getattr(base, base.base_model_prefix)
         answer = joined["concatenated_labels"][:, 1:] != -100
         read = answer.clone()
         read[:chosen] = mask[:chosen, 1:].bool()
-        hidden = read_states(decoder, ids, mask, read)
-        logps, logits = token_logps(hidden, ids[:, 1:][read], model_head(base), base.config.vocab_size)
+        logps, logits = self.passes.forward(base, Batch(ids, mask, read))
         table = torch.zeros(read.shape, device=logps.device).index_put(read.nonzero(as_tuple=True), logps)
         nll = -table[:chosen].sum() / read[:chosen].sum()
         means = (table * answer).sum(-1) / answer.sum(-1)
@@ -119,25 +120,6 @@ class TrialTrainer(ORPOTrainer):
         (folder / f"checkpoint-{self.state.global_step}" / COMPLETE).touch()
         for old in complete_checkpoints(folder)[:-KEPT_CHECKPOINTS]:
             shutil.rmtree(old, ignore_errors=True)
-
-
-def read_states(decoder: Any, ids: torch.Tensor, mask: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
-    """Hidden states [n, hidden] of the positions in ``read`` [batch, position − 1], row by row.
-
-    Sequences of near length run together, each group padded to its own longest: TRL pads all to the longest of the batch,
-    at the end, and what a sequence computes does not depend on it.
-    """
-    per_token = 2 * sum(parameter.numel() for parameter in decoder.parameters())
-    groups = length_groups(mask.sum(1).tolist(), int(CALL_FLOPS.get(ids.device.type, CALL_FLOPS["cuda"]) / per_token))
-    states, places = [], []
-    numbers = torch.arange(read.numel(), device=ids.device).view_as(read)
-    for rows in groups:
-        width = int(mask[rows].sum(1).max())
-        hidden = decoder(input_ids=ids[rows, :width], attention_mask=mask[rows, :width], use_cache=False).last_hidden_state
-        wanted = read[rows, : width - 1]
-        states.append(hidden[:, :-1][wanted])
-        places.append(numbers[rows, : width - 1][wanted])
-    return torch.cat(states)[torch.cat(places).argsort()]
 
 
 def pair_keys(batch: dict[str, Any]) -> list[str]:

@@ -184,36 +184,45 @@ def _batches(sequences: list[list[int]]) -> Iterator[list[list[int]]]:
 
 
 @torch.no_grad()
+def stream_at(base: nn.Module, layer: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The residual stream [sequence, position, hidden] that ``layer`` of ``base`` gives out; what is above is not run."""
+    caught: list[torch.Tensor] = []
+
+    def catch(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        caught.append(output[0] if isinstance(output, tuple) else output)
+        raise _Reached
+
+    handle = layer.register_forward_hook(catch)
+    try:
+        with suppress(_Reached):
+            base(input_ids=ids, attention_mask=mask, use_cache=False)
+    finally:
+        handle.remove()
+    return caught[0]
+
+
+@torch.no_grad()
 def _compute(
     model: peft.PeftModel, layers: nn.ModuleList, site: int, sequences: list[list[int]], total: int, folder: Path
 ) -> None:
-    base, caught = model.get_base_model(), {}
+    base = model.get_base_model()
     base.eval()  # what is stored must not hold anybody's dropout
-
-    def catch(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        caught["hidden"] = output[0] if isinstance(output, tuple) else output
-        raise _Reached
-
     first = next(model.parameters())
     hidden, stored = model.get_input_embeddings().weight.shape[-1], _STORED[first.dtype]
     values = np.lib.format.open_memmap(folder / "values.npy", mode="w+", dtype=stored, shape=(total, hidden))
-    handle, at, digest = _site_layer(layers, site).base_layer.register_forward_hook(catch), 0, hashlib.sha256()
-    try:
-        for batch in _batches(sequences):
-            width = max(len(s) for s in batch)
-            ids = torch.tensor([s + [0] * (width - len(s)) for s in batch], device=first.device)
-            mask = torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in batch], device=first.device)
-            with suppress(_Reached):
-                base(input_ids=ids, attention_mask=mask, use_cache=False)
-            for row, sequence in zip(caught["hidden"].cpu(), batch, strict=True):
-                kept = row[: len(sequence)].contiguous()
-                values[at : at + len(sequence)] = (
-                    kept.view(torch.uint16).numpy() if first.dtype == torch.bfloat16 else kept.numpy()
-                )
-                digest.update(values[at : at + len(sequence)].tobytes())
-                at += len(sequence)
-    finally:
-        handle.remove()
+    at, digest = 0, hashlib.sha256()
+    for batch in _batches(sequences):
+        width = max(len(s) for s in batch)
+        ids = torch.tensor([s + [0] * (width - len(s)) for s in batch], device=first.device)
+        mask = torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in batch], device=first.device)
+        stream = stream_at(base, _site_layer(layers, site).base_layer, ids, mask)
+        for row, sequence in zip(stream.cpu(), batch, strict=True):
+            kept = row[: len(sequence)].contiguous()
+            values[at : at + len(sequence)] = (
+                kept.view(torch.uint16).numpy() if first.dtype == torch.bfloat16 else kept.numpy()
+            )
+            digest.update(values[at : at + len(sequence)].tobytes())
+            at += len(sequence)
     values.flush()
     write_json(folder / "digest.json", {"sha256": digest.hexdigest(), "tokens": total})
 

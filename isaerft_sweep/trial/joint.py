@@ -1,0 +1,149 @@
+"""Several trials' batches through one model in one pass, each with its own adapter.
+
+The rows of all trials lie one below the other. The frozen layers up to the site run once for sequences that several trials
+have in common (or not at all, where their output is stored); above the site every trial's rows get its own block's change
+at its own sites, and everything frozen, head included, runs over all rows at once. Larger matrices are what makes it faster,
+on devices that a single small batch leaves idle.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from isaerft_sweep.adapter.architecture import decoder_layers
+from isaerft_sweep.adapter.layer import IsaerftLayer
+from isaerft_sweep.models.loading import sharing_weights
+from isaerft_sweep.trial.passes import Batch, token_numbers
+from isaerft_sweep.trial.trunk import Inject, Pass, StoredTrunk, lowest_site, sequence_key, stream_at
+
+ENOUGH = 0.95
+"""A larger pack must take less than this share of the time per trial to be worth it."""
+LARGEST = 16
+
+
+@dataclass(frozen=True)
+class Part:
+    """One trial's part of a pass: its own model, which carries its adapter, its batch, and the stored trunk if any."""
+
+    model: PreTrainedModel
+    batch: Batch
+    stored: StoredTrunk | None
+
+
+class JointModel:
+    """A model that runs parts of several trials at once; the trials' sites must begin at the same layer."""
+
+    def __init__(self, model: PreTrainedModel, site: int) -> None:
+        self._whole, self._model, self._inject = model, sharing_weights(model), Inject()
+        self._site_layer = decoder_layers(model)[site]
+        layers = decoder_layers(self._model)
+        for i in range(site):
+            layers[i] = Pass()
+        layers[site] = self._inject
+        for i in range(site, len(layers)):
+            layers[i].register_forward_hook(partial(self._add_changes, i))
+        self._present: list[tuple[nn.ModuleList, slice]] = []
+        """The layers of each trial in the present call of the decoder, and its rows."""
+
+    def forward(self, parts: Sequence[Part]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """For every part what ``Passes.forward`` gives."""
+        if len(parts) == 1:
+            return [token_numbers(parts[0].model, parts[0].batch)]
+        batch = _joined([part.batch for part in parts])
+        hidden = self._at_site(parts, batch)
+        owners = [n for n, part in enumerate(parts) for _ in range(len(part.batch.ids))]
+        layers = [decoder_layers(part.model) for part in parts]
+
+        def prepare(rows: list[int], width: int) -> None:
+            self._inject.hidden = hidden[rows, :width]
+            present = [owners[row] for row in rows]  # rows are in order, so every trial's are neighbours
+            starts = [i for i in range(len(rows)) if i == 0 or present[i] != present[i - 1]]
+            ends = [*starts[1:], len(rows)]
+            self._present = [(layers[present[a]], slice(a, b)) for a, b in zip(starts, ends, strict=True)]
+
+        logps, means = token_numbers(self._model, batch, prepare)
+        counts = [int(part.batch.read.sum()) for part in parts]
+        return list(zip(logps.split(counts), means.split(counts), strict=True))
+
+    def _at_site(self, parts: Sequence[Part], batch: Batch) -> torch.Tensor:
+        """What the site's own layer gives out for all rows [row, position, hidden]: stored, or computed once a sequence."""
+        keys = [sequence_key(ids[kept].tolist()) for ids, kept in zip(batch.ids.cpu(), batch.mask.cpu().bool(), strict=True)]
+        first = {key: row for row, key in reversed(list(enumerate(keys)))}
+        rows = sorted(first.values())
+        ids, mask = batch.ids[rows], batch.mask[rows]
+        stored = parts[0].stored.batch(ids, mask, ids.device) if parts[0].stored else None
+        if stored is None:
+            stored = stream_at(self._whole, self._site_layer, ids, mask)
+        place = {row: i for i, row in enumerate(rows)}
+        return stored[[place[first[key]] for key in keys]]
+
+    def _add_changes(self, number: int, _layer: nn.Module, _args: Any, output: Any) -> Any:
+        """A hook on every layer from the site on: the trials' own changes of their rows."""
+        x = output[0] if isinstance(output, tuple) else output
+        owned = [(layers[number], rows) for layers, rows in self._present]
+        if not any(isinstance(layer, IsaerftLayer) for layer, _ in owned):
+            return None
+        x = torch.cat([layer.changed(x[rows]) if isinstance(layer, IsaerftLayer) else x[rows] for layer, rows in owned])
+        return (x, *output[1:]) if isinstance(output, tuple) else x
+
+
+def site_of(model: PreTrainedModel) -> int:
+    """The lowest layer of the model that has an adapter."""
+    return lowest_site(decoder_layers(model))
+
+
+def measured(joint: JointModel, part: Part, largest: int = LARGEST) -> tuple[int, dict[int, float]]:
+    """How many trials should go together on this device, and seconds per trial and step for each number tried.
+
+    Tries 1, 2, 4 … copies of ``part``, forward and backward, until one more doubling does not pay or does not fit.
+    """
+    parameters = [p for p in part.model.parameters() if p.requires_grad]
+    before = [None if p.grad is None else p.grad.clone() for p in parameters]
+    seconds: dict[int, float] = {}
+    number, best = 1, 1
+    while number <= largest:
+        try:
+            seconds[number] = min(_step_seconds(joint, [part] * number) for _ in range(2)) / number
+        except torch.cuda.OutOfMemoryError:
+            break
+        if number > 1 and seconds[number] > ENOUGH * seconds[best]:
+            break
+        number, best = number * 2, number
+    for parameter, gradient in zip(parameters, before, strict=True):
+        parameter.grad = gradient
+    return best, seconds
+
+
+def _step_seconds(joint: JointModel, parts: list[Part]) -> float:
+    _synchronize()
+    started = time.perf_counter()
+    torch.autograd.backward([logps.sum() for logps, _ in joint.forward(parts)])
+    _synchronize()
+    return time.perf_counter() - started
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _joined(batches: Sequence[Batch]) -> Batch:
+    """All rows, padded to the longest."""
+    width = max(batch.ids.shape[1] for batch in batches)
+
+    def padded(tensor: torch.Tensor, to: int) -> torch.Tensor:
+        return nn.functional.pad(tensor, (0, to - tensor.shape[1]))
+
+    return Batch(
+        torch.cat([padded(batch.ids, width) for batch in batches]),
+        torch.cat([padded(batch.mask, width) for batch in batches]),
+        torch.cat([padded(batch.read, width - 1) for batch in batches]),
+    )

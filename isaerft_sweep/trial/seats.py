@@ -1,0 +1,139 @@
+"""Trials that advance together: each runs as if alone until it wants to go through the model; then all go at once.
+
+A trial is a greenlet in its seat: TRL's trainer, the recorder and everything else are the code of a trial alone. Its
+forward pass is handed to the pack, which waits until every trial wants one; likewise the backward pass. Trials sit down and
+get up between passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from greenlet import getcurrent, greenlet
+from transformers import PreTrainedModel
+
+from isaerft_sweep.trial.joint import JointModel, Part, measured, site_of
+from isaerft_sweep.trial.passes import Batch, Passes
+from isaerft_sweep.trial.process_state import ProcessState
+from isaerft_sweep.trial.trunk import StoredTrunk
+
+Numbers = tuple[torch.Tensor, torch.Tensor]
+
+
+class Seat(Passes):
+    """One trial of a pack. ``run`` is the whole trial; it is given the seat, for its trainer's ``passes``."""
+
+    base: PreTrainedModel | None = None
+    """The model without any adapter, which all trials of the pack share."""
+    stored: StoredTrunk | None = None
+    """The frozen layers' output, where the trial uses it."""
+
+    def __init__(self, run: Callable[[Seat], bool]) -> None:
+        self._greenlet = greenlet(lambda: run(self))
+        self._state = ProcessState.now()
+        self._answer: Numbers | Exception | None = None
+        self.wanted: Part | None = None
+        """The forward pass that the trial waits for; None: the backward pass of the last one."""
+        self.site = 0
+        """The lowest layer that has the trial's adapter."""
+        self.trains = False
+        self.numbers: torch.Tensor | None = None
+        """Log-probabilities of the last forward pass, with the graph that leads to the trial's parameters."""
+        self.read: torch.Tensor | None = None
+        """The same numbers as the trial got them; its loss leaves its gradient there."""
+
+    def go_on(self) -> bool | None:
+        """Run the trial until it waits for a pass; what ``run`` returned when it is over, else None."""
+        outer = ProcessState.now()
+        self._state.put()
+        try:
+            ended = self._greenlet.switch()
+        finally:
+            self._state = ProcessState.now()
+            outer.put()
+        return bool(ended) if self._greenlet.dead else None
+
+    def forward(self, model: PreTrainedModel, batch: Batch) -> Numbers:
+        self.site = site_of(model)
+        self.wanted, self.trains = Part(model, batch, self.stored), torch.is_grad_enabled()
+        self._wait()
+        answer, self._answer = self._answer, None
+        if isinstance(answer, Exception):
+            raise answer
+        assert answer is not None
+        return answer
+
+    def backward(self) -> None:
+        self.wanted = None
+        self._wait()
+        if isinstance(self._answer, Exception):
+            raise self._answer
+
+    def answer(self, logps: torch.Tensor, means: torch.Tensor) -> None:
+        """Hand the trial its numbers, cut off from the graph."""
+        self.numbers = logps if self.trains else None
+        self.read = logps.detach().requires_grad_(self.trains)
+        self._answer = self.read, means.detach()
+
+    def fail(self, error: Exception) -> None:
+        """Let the pass fail where the trial asked for it."""
+        self._answer = error
+
+    def _wait(self) -> None:
+        parent = getcurrent().parent
+        assert parent is not None
+        parent.switch()
+
+
+def run_passes(joint: JointModel, seats: Sequence[Seat]) -> None:
+    """Give every seat the pass that it waits for."""
+    training = [seat for seat in seats if seat.wanted is not None and seat.trains]
+    evaluating = [seat for seat in seats if seat.wanted is not None and not seat.trains]
+    _backward([seat for seat in seats if seat.wanted is None])
+    _forward(joint, training)
+    with torch.no_grad():
+        _forward(joint, evaluating)
+
+
+def _forward(joint: JointModel, seats: Sequence[Seat]) -> None:
+    """One pass for all; in halves where it does not fit into the device's memory, and an error to whom it belongs."""
+    if not seats:
+        return
+    try:
+        found = joint.forward([seat.wanted for seat in seats if seat.wanted is not None])
+    except Exception as error:
+        if len(seats) == 1:
+            seats[0].fail(error)
+            return
+        if not isinstance(error, torch.cuda.OutOfMemoryError):
+            print(f"a pass of {len(seats)} trials failed ({error}); run in halves", flush=True)
+        del error
+        torch.cuda.empty_cache()
+        _forward(joint, seats[: len(seats) // 2])
+        _forward(joint, seats[len(seats) // 2 :])
+        return
+    for seat, (logps, means) in zip(seats, found, strict=True):
+        seat.answer(logps, means)
+
+
+def _backward(seats: Sequence[Seat]) -> None:
+    if not seats:
+        return
+    pairs = [(seat.numbers, seat.read.grad) for seat in seats if seat.numbers is not None and seat.read is not None]
+    try:
+        torch.autograd.backward([numbers for numbers, _ in pairs], [gradient for _, gradient in pairs])
+    except Exception as error:
+        for seat in seats:
+            seat.fail(error)
+    for seat in seats:
+        seat.numbers = None
+
+
+def best_size(joint: JointModel, seat: Seat) -> int:
+    """How many trials pay on this device, measured with the batch that the seat waits for."""
+    assert seat.wanted is not None
+    best, seconds = measured(joint, seat.wanted)
+    words = ", ".join(f"{number}: {each:.3f}" for number, each in seconds.items())
+    print(f"{best} trials at a time pay here (seconds per trial and step by number of trials: {words})", flush=True)
+    return best

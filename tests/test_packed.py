@@ -1,0 +1,231 @@
+"""Trials that advance together: the numbers of trials alone, each with its own end, and none harmed by another's."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY
+from safetensors.torch import load_file
+from test_sweep import check_wandb_runs, ended_states, processes_of, start, stepping, wait_for
+
+from isaerft_sweep.adapter.architecture import decoder_layers
+from isaerft_sweep.adapter.layer import IsaerftLayer
+from isaerft_sweep.journal.folders import PRUNED, TrialFolder
+from isaerft_sweep.journal.workers import Progress, Task, WorkerFolder
+from isaerft_sweep.trial import joint, resident
+from isaerft_sweep.trial.joint import JointModel
+from isaerft_sweep.trial.resident import serve_trials
+from isaerft_sweep.trial.run import run_trial
+
+Made = Callable[..., TrialFolder]
+OFF = ("tracker=disabled", "orpo.learning_rate=0.1")
+FAMILIES = ["llama", "gemma2", "gemma3_text", "qwen2", "qwen3", "gpt_neox"]
+
+
+def rows_of(folder: TrialFolder) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k != "time"} for row in folder.read_metrics()]
+
+
+def assert_near(found: TrialFolder, expected: TrialFolder, bound: float = 2e-4) -> None:
+    """Every number of every step and evaluation, and the adapter, within ``bound`` (absolute and relative)."""
+    rows = rows_of(found), rows_of(expected)
+    assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]]
+    for mine, alone in zip(*rows, strict=True):
+        assert mine == pytest.approx(alone, rel=bound, abs=bound)
+    weights = [load_file(folder.adapter / "adapter_model.safetensors") for folder in (found, expected)]
+    assert weights[0].keys() == weights[1].keys()
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(tensor, weights[1][name], atol=0.02 * 0.1, rtol=bound)  # of a learning rate of 0.1
+
+
+def pack(folder: WorkerFolder, trials: list[TrialFolder], packed: int | None, sizes: list[int] | None = None) -> int:
+    """Give a worker in this process all ``trials`` at once and the word to end; how many trials each pass had."""
+    for trial in trials:
+        assert folder.claim(Task(str(trial.path), trial.current_attempt()), room=None)
+    folder.claim(Task(None), room=None)
+    with pytest.MonkeyPatch.context() as patch:
+        forward = JointModel.forward
+
+        def counted(self: JointModel, parts: Any) -> Any:
+            if sizes is not None:
+                sizes.append(len(parts))
+            return forward(self, parts)
+
+        patch.setattr(JointModel, "forward", counted)
+        return serve_trials(folder, packed=packed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trunk_gb", [0, 1])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_trials_have_the_numbers_of_trials_alone(family: str, trunk_gb: int, trial: Made, tmp_path: Path) -> None:
+    shared = (*OFF, f"model.architecture={family}", f"launcher.trunk_cache_gb={trunk_gb}", "orpo.eval_fraction=0.5")
+    settings = [
+        ("orpo.beta=2.0",),
+        ("orpo.beta=0.1", "orpo.seed=7", "orpo.gradient_accumulation=2"),
+        ("adapter=scale", "orpo.eval_fraction=1", "orpo.batch_size=2"),
+        ("adapter=mlp", "adapter.hidden_size=8", "orpo.max_steps=2", "orpo.eval_untrained=always"),
+    ]
+    alone = [trial(*shared, *own, name=f"alone{i}") for i, own in enumerate(settings)]
+    together = [trial(*shared, *own, name=f"packed{i}") for i, own in enumerate(settings)]
+    for one in alone:
+        assert run_trial(one, 1) == "completed"
+    sizes: list[int] = []
+    assert pack(WorkerFolder(tmp_path / "worker"), together, 4, sizes) == 4
+    assert 4 in sizes, "they went together"
+    for mine, expected in zip(together, alone, strict=True):
+        assert_near(mine, expected)
+
+
+@pytest.mark.slow
+def test_one_trial_in_a_pack_has_the_same_bits_as_alone(trial: Made, tmp_path: Path) -> None:
+    alone, packed = (trial(*OFF, "adapter=mlp", "adapter.hidden_size=8", name=name) for name in ("alone", "packed"))
+    assert run_trial(alone, 1) == "completed"
+    assert pack(WorkerFolder(tmp_path / "worker"), [packed], 3) == 1
+    assert rows_of(packed) == rows_of(alone)
+    weights = [(t.adapter / "adapter_model.safetensors").read_bytes() for t in (alone, packed)]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.slow
+def test_trials_join_and_leave_between_steps(trial: Made, tmp_path: Path) -> None:
+    short, long, late = (
+        trial(*OFF, f"orpo.max_steps={steps}", name=name) for name, steps in (("short", 2), ("long", 30), ("late", 3))
+    )
+    alone = [trial(*OFF, f"orpo.max_steps={steps}", name=f"alone{steps}") for steps in (2, 30, 3)]
+    folder = WorkerFolder(tmp_path / "worker")
+    first = [folder.claim(Task(str(t.path), 1), room=2) for t in (short, long)]
+    assert first == [1, 2] and folder.claim(Task(str(late.path), 1), room=2) is None, "no room yet"
+
+    def controller() -> None:
+        wait_for(lambda: folder.progress().over(1))
+        assert not folder.progress().over(2) and folder.claim(Task(str(late.path), 1), room=2) == 3
+        wait_for(lambda: folder.progress().over(3))
+        assert not folder.progress().over(2), "it came later and left earlier"
+        wait_for(lambda: folder.progress().over(2))
+        folder.claim(Task(None))
+
+    thread = threading.Thread(target=controller)
+    thread.start()
+    assert serve_trials(folder, packed=2) == 3
+    thread.join()
+    for mine, expected in zip((short, long, late), alone, strict=True):
+        assert run_trial(expected, 1) == "completed"
+        assert_near(mine, expected, 2e-3)
+    assert folder.progress() == Progress(3, ending=True)
+
+
+@pytest.mark.slow
+def test_what_becomes_of_one_trial_leaves_the_others_alone(trial: Made, tmp_path: Path) -> None:
+    settings = OFF
+    fine, alone = trial(*settings, name="fine"), trial(*settings, name="alone")
+    assert run_trial(alone, 1) == "completed"
+    pruned = trial(*settings, "orpo.beta=0.5", name="pruned")
+    pruned.ask_to_stop(PRUNED)
+    diverging = trial(*settings, "orpo.learning_rate=1.0e+3", "orpo.diverged_loss_factor=1.001", name="diverging")
+    other_data = trial(*settings, "data.eval_size=4", name="other")
+    checkpointing = trial(*settings, "orpo.gradient_checkpointing=true", name="checkpointing")
+    trials = [pruned, fine, diverging, other_data, checkpointing]
+    sizes: list[int] = []
+    assert pack(WorkerFolder(tmp_path / "worker"), trials, 3, sizes) == 5
+    states = [t.read_status()["state"] for t in trials]
+    assert states == ["pruned", "completed", "diverged", "completed", "completed"]
+    assert max(sizes) == 3, "those with other data, or a pass of their own kind, came afterwards"
+    assert_near(fine, alone)
+    pruned.begin_attempt(2)
+    assert run_trial(pruned, 2) == "completed", "it goes on from its checkpoint, alone"
+    expected = trial(*settings, "orpo.beta=0.5", name="expected")
+    assert run_trial(expected, 1) == "completed"
+    assert_near(pruned, expected)
+
+
+@pytest.mark.slow
+def test_an_error_in_a_pass_belongs_to_one_trial(trial: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good, bad, never = (trial(*OFF, f"orpo.beta={beta}", name=name) for name, beta in (("a", 1.0), ("b", 2.0), ("c", 3.0)))
+    original = IsaerftLayer.changed
+
+    def changed(self: IsaerftLayer, x: torch.Tensor) -> torch.Tensor:
+        if getattr(self, "broken", False):
+            raise RuntimeError("this adapter is broken")
+        return original(self, x)
+
+    make = resident._Worker._joint_model
+
+    def breaking(self: Any, seat: Any) -> Any:
+        if len(self.seats) == 2 and self.seats[2].wanted is not None:
+            decoder_layers(self.seats[2].wanted.model)[seat.site].broken = True
+        return make(self, seat)
+
+    monkeypatch.setattr(IsaerftLayer, "changed", changed)
+    monkeypatch.setattr(resident._Worker, "_joint_model", breaking)
+    folder = WorkerFolder(tmp_path / "worker")
+    assert pack(folder, [good, bad, never], 2) == 2
+    assert good.read_status()["state"] == "completed"
+    assert bad.read_status()["state"] == "failed" and "this adapter is broken" in bad.read_status()["message"]
+    assert never.read_status()["state"] == "stopped", "handed back: the worker ends after an error"
+    assert folder.progress() == Progress(3, ending=True)
+
+
+@pytest.mark.slow
+def test_a_pack_that_does_not_fit_into_memory_goes_in_halves(
+    trial: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = JointModel.forward
+
+    def small(self: JointModel, parts: Any) -> Any:
+        if len(parts) > 1:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory (a stand-in: there is no GPU here)")
+        return forward(self, parts)
+
+    monkeypatch.setattr(JointModel, "forward", small)
+    trials = [trial(*OFF, f"orpo.beta={i + 1}.0", name=f"t{i}") for i in range(3)]
+    assert pack(WorkerFolder(tmp_path / "worker"), trials, 3) == 3
+    assert {t.read_status()["state"] for t in trials} == {"completed"}
+
+
+@pytest.mark.slow
+def test_the_size_of_a_pack_is_measured(trial: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The times are made up; that they are taken, and nothing but them is changed by it, is not."""
+    times = {1: 1.0, 2: 1.2, 4: 1.9, 8: 3.7}
+    tried: list[int] = []
+    step = joint._step_seconds
+
+    def timed(model: JointModel, parts: list[Any]) -> float:
+        tried.append(len(parts))
+        step(model, parts)
+        return times[len(parts)]
+
+    monkeypatch.setattr(joint, "_step_seconds", timed)
+    folder = WorkerFolder(tmp_path / "worker")
+    trials = [trial(*OFF, "orpo.gradient_accumulation=2", f"orpo.beta={i + 1}.0", name=f"t{i}") for i in range(4)]
+    alone = trial(*OFF, "orpo.gradient_accumulation=2", "orpo.beta=1.0", name="alone")
+    assert run_trial(alone, 1) == "completed"
+    sizes: list[int] = []
+    assert pack(folder, trials, None, sizes) == 4
+    assert folder.room() == 4 and sorted(set(tried)) == [1, 2, 4, 8], "8 take 0.46 s each, 4 took 0.48"
+    assert "4 trials at a time pay here" in trials[0].log.read_text() or sizes.count(4) > 4
+    assert_near(trials[0], alone)
+
+
+@pytest.mark.slow
+def test_a_packed_sweep_and_a_crash_in_it(tmp_path: Path) -> None:
+    sweep = tmp_path / "outputs" / "s"
+    options = (*TINY, "name=s", "sweep.run_cap=4", "launcher.packed=2", "orpo.max_steps=60", "orpo.checkpoint_every_steps=5")
+    controller = start(tmp_path, *options)
+    both = wait_for(lambda: found if len(found := [s for s in stepping(sweep) if s["step"] > 10]) == 2 else None)
+    assert both[0]["pid"] == both[1]["pid"], "two trials in one process"
+    os.kill(both[0]["pid"], signal.SIGKILL)
+    assert controller.wait(240) == 0, (tmp_path / "controller.out").read_text()
+    assert ended_states(sweep) == {"completed": 4, "failed": 2}
+    assert processes_of(tmp_path) == []
+    for folder in sweep.glob("trials/*"):
+        steps = [row["step"] for row in rows_of(TrialFolder(folder)) if "train/loss" in row]
+        assert steps == list(range(1, 61)), "every step once"
+    check_wandb_runs(sweep, trials=4, last_step=60)
