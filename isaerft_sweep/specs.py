@@ -126,7 +126,7 @@ class LauncherSpec:
     ``packed``: how many trials a resident worker takes through the model together; None: as many as pay, measured there.
     ``trunk_cache_gb`` bounds the disk used for the frozen layers' output (0: compute it every time), which is kept in
     ``scratch`` (None: the cache folder); best a local disk of the node. ``lean_logits`` computes logits only where the
-    loss reads them, in chunks; without it TRL's own forward pass runs.
+    loss reads them, in chunks; without it TRL's own forward pass runs. ``share_prompts``: a pair's prompt is computed once.
     """
 
     kind: str = option("local", choices=("local", "slurm"))
@@ -144,6 +144,7 @@ class LauncherSpec:
     trunk_cache_gb: float = option(8.0, at_least=0)
     scratch: str | None = option(None)
     lean_logits: bool = option(True)
+    share_prompts: bool = option(True)
     slurm: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 from isaerft_sweep.models import random_model
 from isaerft_sweep.specs import ModelSpec
 from isaerft_sweep.trial.grouping import length_groups
-from isaerft_sweep.trial.passes import CALL_FLOPS, Batch, read_states
+from isaerft_sweep.trial.layout import Batch, alone
+from isaerft_sweep.trial.passes import CALL_FLOPS, read_states
 
 
 def cost(groups: list[list[int]], lengths: list[int], call: int) -> int:
@@ -54,7 +55,8 @@ def test_the_states_and_gradients_are_those_of_the_padded_batch(family: str, cac
 
     def run() -> tuple[torch.Tensor, torch.Tensor]:
         weight.grad = None
-        found = read_states(decoder, Batch(ids, mask, read))
+        batch = Batch(ids, mask, read, ())
+        found = read_states(model, batch, alone(batch))
         (found * direction).sum().backward()
         return found.detach(), weight.grad.clone()
 

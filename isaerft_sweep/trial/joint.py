@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -21,8 +22,9 @@ from transformers import PreTrainedModel
 from isaerft_sweep.adapter.architecture import decoder_layers
 from isaerft_sweep.adapter.layer import IsaerftLayer
 from isaerft_sweep.models.loading import sharing_weights
-from isaerft_sweep.trial.passes import Batch, token_numbers
-from isaerft_sweep.trial.trunk import Inject, Pass, StoredTrunk, lowest_site, sequence_key, stream_at
+from isaerft_sweep.trial.layout import Batch
+from isaerft_sweep.trial.passes import Passes, make_layout, token_numbers
+from isaerft_sweep.trial.trunk import Inject, Pass, lowest_site, sequence_key, stream_at
 
 ENOUGH = 0.95
 """A larger pack must take less than this share of the time per trial to be worth it."""
@@ -31,11 +33,11 @@ LARGEST = 16
 
 @dataclass(frozen=True)
 class Part:
-    """One trial's part of a pass: its own model, which carries its adapter, its batch, and the stored trunk if any."""
+    """One trial's part of a pass: its own model, which carries its adapter, its batch, and how it would go alone."""
 
     model: PreTrainedModel
     batch: Batch
-    stored: StoredTrunk | None
+    passes: Passes
 
 
 class JointModel:
@@ -56,20 +58,22 @@ class JointModel:
     def forward(self, parts: Sequence[Part]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """For every part what ``Passes.forward`` gives."""
         if len(parts) == 1:
-            return [token_numbers(parts[0].model, parts[0].batch)]
+            return [parts[0].passes.forward(parts[0].model, parts[0].batch)]
         batch = _joined([part.batch for part in parts])
-        hidden = self._at_site(parts, batch)
-        owners = [n for n, part in enumerate(parts) for _ in range(len(part.batch.ids))]
+        layout = make_layout(batch, parts[0].passes.share_prompts)
+        hidden = layout.arranged(self._at_site(parts, batch), batch.mask)
+        owner = torch.empty(len(layout.ids), dtype=torch.long)
+        owner[layout.row[:, 0].cpu()] = torch.tensor([n for n, part in enumerate(parts) for _ in part.batch.ids])
         layers = [decoder_layers(part.model) for part in parts]
 
         def prepare(rows: list[int], width: int) -> None:
             self._inject.hidden = hidden[rows, :width]
-            present = [owners[row] for row in rows]  # rows are in order, so every trial's are neighbours
+            present = owner[rows].tolist()  # rows are in order, so every trial's are neighbours
             starts = [i for i in range(len(rows)) if i == 0 or present[i] != present[i - 1]]
             ends = [*starts[1:], len(rows)]
             self._present = [(layers[present[a]], slice(a, b)) for a, b in zip(starts, ends, strict=True)]
 
-        logps, means = token_numbers(self._model, batch, prepare)
+        logps, means = token_numbers(self._model, batch, layout, prepare)
         counts = [int(part.batch.read.sum()) for part in parts]
         return list(zip(logps.split(counts), means.split(counts), strict=True))
 
@@ -79,11 +83,10 @@ class JointModel:
         first = {key: row for row, key in reversed(list(enumerate(keys)))}
         rows = sorted(first.values())
         ids, mask = batch.ids[rows], batch.mask[rows]
-        stored = parts[0].stored.batch(ids, mask, ids.device) if parts[0].stored else None
-        if stored is None:
-            stored = stream_at(self._whole, self._site_layer, ids, mask)
+        above = parts[0].passes.above
+        stream = above.hidden(ids, mask) if above else stream_at(self._whole, self._site_layer, ids, mask)
         place = {row: i for i, row in enumerate(rows)}
-        return stored[[place[first[key]] for key in keys]]
+        return stream[[place[first[key]] for key in keys]]
 
     def _add_changes(self, number: int, _layer: nn.Module, _args: Any, output: Any) -> Any:
         """A hook on every layer from the site on: the trials' own changes of their rows."""
@@ -142,8 +145,10 @@ def _joined(batches: Sequence[Batch]) -> Batch:
     def padded(tensor: torch.Tensor, to: int) -> torch.Tensor:
         return nn.functional.pad(tensor, (0, to - tensor.shape[1]))
 
+    starts = accumulate((len(batch.ids) for batch in batches), initial=0)
     return Batch(
         torch.cat([padded(batch.ids, width) for batch in batches]),
         torch.cat([padded(batch.mask, width) for batch in batches]),
         torch.cat([padded(batch.read, width - 1) for batch in batches]),
+        tuple((start + a, start + b) for start, batch in zip(starts, batches, strict=False) for a, b in batch.pairs),
     )

@@ -20,10 +20,10 @@ from isaerft_sweep.journal.folders import COMPLETED, DIVERGED, PRUNED, STOPPED, 
 from isaerft_sweep.journal.workers import Progress, Task, WorkerFolder
 from isaerft_sweep.specs import Experiment
 from isaerft_sweep.trial.joint import JointModel
+from isaerft_sweep.trial.passes import Passes
 from isaerft_sweep.trial.run import Shared, run_trial, stop_requests, trunk_key
 from isaerft_sweep.trial.seats import Seat, best_size, run_passes
 from isaerft_sweep.trial.trainer import resolve_optimizer
-from isaerft_sweep.trial.trunk import StoredTrunk
 
 POLL_S = 0.05
 IDLE_S = 60.0
@@ -174,8 +174,8 @@ class _SharedInSeat(Shared):
     def get(self, what: str, key: str, make: Callable[[], T]) -> T:
         return self.kept.get(what, key, make)
 
-    def passes(self, base: PreTrainedModel, stored: StoredTrunk | None) -> Seat:
-        self.seat.base, self.seat.stored = base, stored
+    def passes(self, base: PreTrainedModel, own: Passes) -> Seat:
+        self.seat.base, self.seat.own = base, own
         return self.seat
 
 

@@ -40,11 +40,12 @@ from isaerft_sweep.specs import Experiment, TrialSpec
 from isaerft_sweep.tracking.run import open_run
 from isaerft_sweep.trial.data import load_pairs
 from isaerft_sweep.trial.latents import learned, write_changes
+from isaerft_sweep.trial.layout import why_not_shared
 from isaerft_sweep.trial.passes import Passes
 from isaerft_sweep.trial.recorder import Recorder
 from isaerft_sweep.trial.sparsity import sparsity_callbacks
 from isaerft_sweep.trial.trainer import TrialTrainer, attach_adapter, complete_checkpoints, make_trainer
-from isaerft_sweep.trial.trunk import StoredTrunk, only_above_site, sequences_of, stored_trunk
+from isaerft_sweep.trial.trunk import AboveSite, StoredTrunk, only_above_site, sequences_of, stored_trunk
 
 T = TypeVar("T")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
@@ -57,9 +58,9 @@ class Shared:
         """What ``make`` gives; a worker that stays keeps it for the next trial that asks with the same ``key``."""
         return make()
 
-    def passes(self, base: PreTrainedModel, stored: StoredTrunk | None) -> Passes:
-        """How the trial's trainer gets through the model: ``base`` without adapter, ``stored`` its frozen layers' output."""
-        return Passes()
+    def passes(self, base: PreTrainedModel, own: Passes) -> Passes:
+        """How the trial's trainer gets through the model; ``own``: how it would alone. ``base``: the model as loaded."""
+        return own
 
 
 def run_trial(
@@ -130,8 +131,8 @@ def _train(
     recorder.rewind(int(checkpoints[-1].name.split("-")[1]) if checkpoints else -1)
     trainer.tokens_seen = int(recorder.latest.get("train/num_tokens", 0))
     try:
-        with _reused_trunk(spec, model, trainer, shared) as stored:
-            trainer.passes = shared.passes(loaded.model, stored)
+        with _reused_trunk(spec, model, trainer, shared) as above:
+            trainer.passes = shared.passes(loaded.model, Passes(above, _shares_prompts(experiment, loaded, shared)))
             trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
             changes = [] if recorder.stopped else learned(model, trainer.eval_dataset)
     except TrialDiverged as error:
@@ -172,7 +173,7 @@ def trunk_key(experiment: Experiment) -> str:
 @contextmanager
 def _reused_trunk(
     spec: TrialSpec, model: peft.PeftModel, trainer: TrialTrainer, shared: Shared
-) -> Iterator[StoredTrunk | None]:
+) -> Iterator[AboveSite | None]:
     """The frozen layers below the site, run once per sweep and node, where their output fits the cache."""
     experiment = spec.experiment
     limit_gb, scratch = experiment.launcher.trunk_cache_gb, experiment.launcher.scratch
@@ -194,8 +195,22 @@ def _reused_trunk(
         yield None
         return
     print(f"frozen layers' output of {len(stored.values)} tokens ready after {time.monotonic() - started:.1f} s", flush=True)
-    with only_above_site(model, stored):
-        yield stored
+    with only_above_site(model, stored) as above:
+        yield above
+
+
+def _shares_prompts(experiment: Experiment, loaded: LoadedModel, shared: Shared) -> bool:
+    """Whether the two answers of a pair lie behind one prompt."""
+    if not experiment.launcher.share_prompts:
+        return False
+
+    def ask() -> bool:
+        why_not = why_not_shared(loaded.model)
+        if why_not:
+            print(f"every answer is computed with a prompt of its own: {why_not}", flush=True)
+        return why_not is None
+
+    return shared.get("prompts", canonical_json(to_dict(experiment.model)), ask)
 
 
 def _results(recorder: Recorder, started: float) -> dict[str, Any]:

@@ -14,9 +14,9 @@ from greenlet import getcurrent, greenlet
 from transformers import PreTrainedModel
 
 from isaerft_sweep.trial.joint import JointModel, Part, measured, site_of
-from isaerft_sweep.trial.passes import Batch, Passes
+from isaerft_sweep.trial.layout import Batch
+from isaerft_sweep.trial.passes import Passes
 from isaerft_sweep.trial.process_state import ProcessState
-from isaerft_sweep.trial.trunk import StoredTrunk
 
 Numbers = tuple[torch.Tensor, torch.Tensor]
 
@@ -26,10 +26,11 @@ class Seat(Passes):
 
     base: PreTrainedModel | None = None
     """The model without any adapter, which all trials of the pack share."""
-    stored: StoredTrunk | None = None
-    """The frozen layers' output, where the trial uses it."""
+    own = Passes()
+    """How the trial goes through the model when nobody goes with it."""
 
     def __init__(self, run: Callable[[Seat], bool]) -> None:
+        super().__init__()
         self._greenlet = greenlet(lambda: run(self))
         self._state = ProcessState.now()
         self._answer: Numbers | Exception | None = None
@@ -56,7 +57,7 @@ class Seat(Passes):
 
     def forward(self, model: PreTrainedModel, batch: Batch) -> Numbers:
         self.site = site_of(model)
-        self.wanted, self.trains = Part(model, batch, self.stored), torch.is_grad_enabled()
+        self.wanted, self.trains = Part(model, batch, self.own), torch.is_grad_enabled()
         self._wait()
         answer, self._answer = self._answer, None
         if isinstance(answer, Exception):

@@ -23,7 +23,8 @@ from isaerft_sweep.models.loading import LoadedModel
 from isaerft_sweep.plain import to_dict
 from isaerft_sweep.specs import AdapterSpec, OrpoSpec
 from isaerft_sweep.trial.data import Pairs
-from isaerft_sweep.trial.passes import Batch, Passes
+from isaerft_sweep.trial.layout import Batch
+from isaerft_sweep.trial.passes import Passes
 from isaerft_sweep.trial.trunk import sequence_key
 
 COMPLETE = ".complete"
@@ -103,7 +104,7 @@ class TrialTrainer(ORPOTrainer):
         answer = joined["concatenated_labels"][:, 1:] != -100
         read = answer.clone()
         read[:chosen] = mask[:chosen, 1:].bool()
-        logps, logits = self.passes.forward(base, Batch(ids, mask, read))
+        logps, logits = self.passes.forward(base, Batch(ids, mask, read, tuple((i, i + chosen) for i in range(chosen))))
         table = torch.zeros(read.shape, device=logps.device).index_put(read.nonzero(as_tuple=True), logps)
         nll = -table[:chosen].sum() / read[:chosen].sum()
         means = (table * answer).sum(-1) / answer.sum(-1)

@@ -49,7 +49,7 @@ class Pass(nn.Module):
 
 
 class Inject(nn.Module):
-    """The site's own layer: gives out the stored residual stream [batch, position, hidden] of the present batch."""
+    """The site's own layer: gives out the stored residual stream [row, position, hidden] of the present call."""
 
     hidden: torch.Tensor | None = None
 
@@ -249,8 +249,35 @@ def _places(sequences: list[list[int]]) -> dict[str, tuple[int, int]]:
     return places
 
 
+class AboveSite:
+    """What hands out stored values in the place of the layers up to the site."""
+
+    def __init__(self, stored: StoredTrunk, device: torch.device) -> None:
+        self.stored, self.device, self.inject = stored, device, Inject()
+        self._given: torch.Tensor | None = None
+
+    def hidden(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """The residual stream [sequence, position, hidden] for ids and mask [sequence, position]."""
+        found = self.stored.batch(ids, mask, self.device)
+        if found is None:
+            raise IsaerftError(
+                "a batch holds a token sequence whose activations were not stored; set launcher.trunk_cache_gb=0."
+            )
+        return found
+
+    def give(self, hidden: torch.Tensor) -> None:
+        """What to hand out in the next call, in the order of its rows; without it the call's ids and mask decide."""
+        self._given = hidden
+
+    def before_call(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A hook on the decoder."""
+        ids = args[0] if args else kwargs["input_ids"]
+        given, self._given = self._given, None
+        self.inject.hidden = self.hidden(ids, kwargs["attention_mask"]) if given is None else given
+
+
 @contextmanager
-def only_above_site(model: peft.PeftModel, stored: StoredTrunk) -> Iterator[None]:
+def only_above_site(model: peft.PeftModel, stored: StoredTrunk) -> Iterator[AboveSite]:
     """While the block runs, the model's layers up to the site hand out stored values instead of computing them.
 
     The layers keep their places and names, so that saving and loading the adapter work meanwhile.
@@ -260,23 +287,13 @@ def only_above_site(model: peft.PeftModel, stored: StoredTrunk) -> Iterator[None
     site = lowest_site(layers)
     wrapped, below = _site_layer(layers, site), list(layers[:site])
     own = wrapped.base_layer
-    device = next(own.parameters()).device
-    inject = Inject()
-
-    def hand_out(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ids = args[0] if args else kwargs["input_ids"]
-        inject.hidden = stored.batch(ids, kwargs["attention_mask"], device)
-        if inject.hidden is None:
-            raise IsaerftError(
-                "a batch holds a token sequence whose activations were not stored; set launcher.trunk_cache_gb=0."
-            )
-
-    handle = getattr(base, base.base_model_prefix).register_forward_pre_hook(hand_out, with_kwargs=True)
+    above = AboveSite(stored, next(own.parameters()).device)
+    handle = getattr(base, base.base_model_prefix).register_forward_pre_hook(above.before_call, with_kwargs=True)
     for i in range(site):
         layers[i] = Pass()
-    wrapped.base_layer = inject
+    wrapped.base_layer = above.inject
     try:
-        yield
+        yield above
     finally:
         handle.remove()
         wrapped.base_layer = own
