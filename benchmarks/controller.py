@@ -14,7 +14,6 @@ import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from hydra import compose, initialize_config_dir
 from rich.console import Console
@@ -24,7 +23,7 @@ from isaerft_sweep.config.boundary import to_definition, to_experiment
 from isaerft_sweep.config.schema import register
 from isaerft_sweep.controller.question import open_journal, question, sweep_folder
 from isaerft_sweep.controller.run import make_sampler
-from isaerft_sweep.controller.sweep import SweepController
+from isaerft_sweep.controller.sweep import Silent, SweepController
 from isaerft_sweep.controller.trials import TrialFactory, new_sweep_id
 from isaerft_sweep.dispatch.base import Dispatcher, JobRef
 from isaerft_sweep.dispatch.job import TrialJob
@@ -51,14 +50,6 @@ class InstantDispatcher(Dispatcher):
 
     def log_tail(self, ref: JobRef, lines: int = 8) -> str:
         return ""
-
-
-class Silent:
-    """Shows nothing."""
-
-    def update(self, *_: Any) -> None: ...
-
-    def event(self, *_: Any) -> None: ...
 
 
 def measure(trials: int, method: str, output: str) -> tuple[float, float]:

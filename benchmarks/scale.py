@@ -20,7 +20,6 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from hydra import compose, initialize_config_dir
 from rich.console import Console
@@ -30,7 +29,7 @@ from isaerft_sweep.config.boundary import to_definition, to_experiment
 from isaerft_sweep.config.schema import register
 from isaerft_sweep.controller.question import open_journal, sweep_folder
 from isaerft_sweep.controller.run import make_sampler
-from isaerft_sweep.controller.sweep import SweepController
+from isaerft_sweep.controller.sweep import Silent, SweepController
 from isaerft_sweep.controller.trials import TrialFactory
 from isaerft_sweep.dispatch.base import Dispatcher, JobRef
 from isaerft_sweep.dispatch.job import Job, TrialJob
@@ -99,14 +98,6 @@ class SimulatedWorkers(Dispatcher):
 
     def log_tail(self, ref: JobRef, lines: int = 8) -> str:
         return ""
-
-
-class Silent:
-    """Shows nothing."""
-
-    def update(self, *_: Any) -> None: ...
-
-    def event(self, *_: Any) -> None: ...
 
 
 def simulate(trials: int, workers: int, median_s: float, output: str) -> dict[str, float]:

@@ -7,11 +7,12 @@ seconds, of the training steps alone too (forward and backward), wall seconds, l
 
     (i)   TRL's ORPOTrainer, the adapter as a forward hook with SAE encode, decode and error term
     (ii)  the same with the bias as x + b @ W_dec
-    ours  a trial without reuse; with lean logits and groups of near length; with the reused trunk; with both; and with both
-          in one resident worker for all trials
+    ours  a trial without reuse; with lean logits and groups of near length; with the reused trunk; with both; with shared
+          prompts too; all of it in one resident worker for all trials; in that worker 2 and 4 trials at a time; and the
+          whole command with early stopping (4 evaluations a trial, ASHA from the first, eta 3)
 
-All but the last have a process for each trial. The frozen layers' output is made once per sweep; its cost is part of the
-first trial.
+Up to the resident worker every trial has a process of its own. The frozen layers' output is made once per sweep; its cost
+is part of the first trial. The metrics are the best trial's, which all rows should agree on.
 """
 
 from __future__ import annotations
@@ -32,14 +33,21 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+OFF = {"launcher.trunk_cache_gb": "0", "launcher.lean_logits": "false", "launcher.share_prompts": "false"}
+LEAN, TRUNK, PROMPTS = {"launcher.lean_logits": "true"}, {"launcher.trunk_cache_gb": "8"}, {"launcher.share_prompts": "true"}
+ALL = {**LEAN, **TRUNK, **PROMPTS}
 LEVELS = {
     "(i) TRL, hook with encode and decode": ("hook", {}),
     "(ii) TRL, x + b @ W_dec": ("vector", {}),
-    "ours, no reuse": ("ours", {"launcher.trunk_cache_gb": "0", "launcher.lean_logits": "false"}),
-    "ours, lean logits": ("ours", {"launcher.trunk_cache_gb": "0", "launcher.lean_logits": "true"}),
-    "ours, reused trunk": ("ours", {"launcher.trunk_cache_gb": "8", "launcher.lean_logits": "false"}),
-    "ours, both": ("ours", {"launcher.trunk_cache_gb": "8", "launcher.lean_logits": "true"}),
-    "ours, both, resident worker": ("resident", {"launcher.trunk_cache_gb": "8", "launcher.lean_logits": "true"}),
+    "ours, no reuse": ("ours", OFF),
+    "ours, lean logits": ("ours", {**OFF, **LEAN}),
+    "ours, reused trunk": ("ours", {**OFF, **TRUNK}),
+    "ours, both": ("ours", {**OFF, **LEAN, **TRUNK}),
+    "ours, and shared prompts": ("ours", ALL),
+    "ours, all, resident worker": ("resident", ALL),
+    "ours, all, 2 trials at a time": ("packed 2", ALL),
+    "ours, all, 4 trials at a time": ("packed 4", ALL),
+    "ours, all, early stopping": ("sweep", {**ALL, "orpo.eval_fraction": "0.25"}),
 }
 RATES = (0.2, 0.1, 0.05, 0.3, 0.15, 0.07, 0.25, 0.04)
 
@@ -137,50 +145,105 @@ def count_step_seconds() -> list[float]:
     return spent
 
 
-def run_ours(experiment: Any, folder: Path, shared: Any) -> dict[str, float]:
-    """One trial of this package."""
-    from datetime import datetime
-
+def make_trial(experiment: Any, folder: Path, sweep: str) -> Any:
+    """The folder of a trial that is ready to run."""
     from isaerft_sweep.controller.trials import TrialFactory
     from isaerft_sweep.journal.folders import SweepFolder
     from isaerft_sweep.search.sampler import Point
     from isaerft_sweep.search.sweep_file import Metric, SweepDefinition
 
     definition = SweepDefinition("grid", Metric("eval/log_odds_chosen", "maximize"), {})
-    factory = TrialFactory(experiment, definition, SweepFolder(folder / datetime.now().strftime("%H%M%S%f")), "bench", None)
+    factory = TrialFactory(experiment, definition, SweepFolder(folder / sweep), "bench", None)
     spec = factory.make(0, Point({}))
     trial = factory.folder.trial(spec.name)
     trial.begin_attempt(1)
-    from isaerft_sweep.trial.run import run_trial
+    return trial
 
-    assert run_trial(trial, 1, shared) == "completed", trial.read_status()
+
+def metrics_of(trial: Any) -> dict[str, float]:
+    """What a trial that has completed found."""
+    assert trial.read_status()["state"] == "completed", trial.read_status()
     metrics = trial.read_status()["metrics"]
     return {"log_odds": metrics["eval/log_odds_chosen"], "nll": metrics["eval/nll_loss"]}
 
 
+def run_ours(experiment: Any, folder: Path, sweep: str, shared: Any) -> dict[str, float]:
+    """One trial of this package."""
+    from isaerft_sweep.trial.run import run_trial
+
+    trial = make_trial(experiment, folder, sweep)
+    run_trial(trial, 1, shared)
+    return metrics_of(trial)
+
+
+def run_packed(rates: list[str], overrides: list[str], folder: Path, packed: int) -> list[dict[str, float]]:
+    """All trials in one worker, ``packed`` at a time."""
+    from isaerft_sweep.journal.workers import Task, WorkerFolder
+    from isaerft_sweep.trial.resident import serve_trials
+
+    worker, trials = WorkerFolder(folder / "worker"), []
+    for number, rate in enumerate(rates):
+        trials.append(make_trial(compose_experiment([f"orpo.learning_rate={rate}", *overrides]), folder, f"s{number}"))
+        worker.claim(Task(str(trials[-1].path), 1), room=None)
+    worker.claim(Task(None), room=None)
+    serve_trials(worker, packed=packed)
+    return [metrics_of(trial) for trial in trials]
+
+
+def run_sweep(rates: list[str], overrides: list[str], folder: Path) -> list[dict[str, float]]:
+    """The whole command, controller included, with early stopping."""
+    import yaml
+
+    definition = {
+        "method": "grid",
+        "metric": {"name": "eval/log_odds_chosen", "goal": "maximize"},
+        "parameters": {"orpo.learning_rate": {"values": [float(rate) for rate in rates]}},
+        "early_terminate": {"type": "hyperband", "min_iter": 1, "eta": 3},
+    }
+    (folder / "sweep.yaml").write_text(yaml.safe_dump(definition), encoding="utf-8")
+    command = [sys.executable, "-m", "isaerft_sweep.launch", "sweep=none", f"sweep.file={folder}/sweep.yaml", "name=s"]
+    subprocess.run([*command, f"output={folder}", "tracker=disabled", *overrides], check=True, stdout=subprocess.DEVNULL)
+    from isaerft_sweep.journal.folders import COMPLETED, TrialFolder
+
+    trials = [TrialFolder(path) for path in sorted((folder / "s" / "trials").iterdir())]
+    return [metrics_of(trial) for trial in trials if trial.read_status()["state"] == COMPLETED]
+
+
 def child(kind: str, rates: list[str], overrides: list[str], folder: Path) -> None:
-    """Run the trials of ``rates`` in this process and print what the first one found and what all cost."""
+    """Run the trials of ``rates`` and print what the best one found and what all cost."""
     started = time.perf_counter()
-    steps, results = count_step_seconds(), []
+    steps: list[float] = []
+    if kind == "sweep":
+        results = run_sweep(rates, overrides, folder)
+    elif kind.startswith("packed"):
+        results = run_packed(rates, overrides, folder, int(kind.split()[1]))
+    else:
+        steps = count_step_seconds()
+        results = run_each(kind, rates, overrides, folder)
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    cost = {
+        "cpu_s": sum(u.ru_utime + u.ru_stime for u in used),
+        "wall_s": time.perf_counter() - started,
+        "mem_gib": max(u.ru_maxrss for u in used) / 2**20,
+        "step_s": sum(steps),
+    }
+    print(json.dumps({**max(results, key=lambda found: found["log_odds"]), **cost}))
+
+
+def run_each(kind: str, rates: list[str], overrides: list[str], folder: Path) -> list[dict[str, float]]:
+    """The trials one after the other in this process."""
+    results, kept = [], None
     if kind == "resident":
         from isaerft_sweep.trial.resident import KeptModel
 
         kept = KeptModel()
-    for rate in rates:
+    for number, rate in enumerate(rates):
         experiment = compose_experiment([f"orpo.learning_rate={rate}", *overrides])
         if kind in ("ours", "resident"):
-            results.append(run_ours(experiment, folder, kept if kind == "resident" else None))
+            results.append(run_ours(experiment, folder, f"s{number}", kept))
         else:
             results.append(run_plain(experiment, folder, kind == "vector"))
-    found = results[0]
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    cost = {
-        "cpu_s": used.ru_utime + used.ru_stime,
-        "wall_s": time.perf_counter() - started,
-        "mem_gib": used.ru_maxrss / 2**20,
-        "step_s": sum(steps),
-    }
-    print(json.dumps({**found, **cost}))
+    return results
 
 
 def run_level(kind: str, options: dict[str, str], args: argparse.Namespace) -> dict[str, float]:
@@ -188,7 +251,7 @@ def run_level(kind: str, options: dict[str, str], args: argparse.Namespace) -> d
     trials = []
     rates = [str(rate) for rate in RATES[: args.trials]]
     with tempfile.TemporaryDirectory() as scratch:
-        for together in [rates] if kind == "resident" else [[rate] for rate in rates]:
+        for together in [[rate] for rate in rates] if kind in ("hook", "vector", "ours") else [rates]:
             overrides = [
                 f"orpo.max_steps={args.steps}",
                 f"data.train_size={args.steps * 4}",
@@ -206,8 +269,7 @@ def run_level(kind: str, options: dict[str, str], args: argparse.Namespace) -> d
         "wall_s": sum(t["wall_s"] for t in trials),
         "mem_gib": max(t["mem_gib"] for t in trials),
         "step_s": sum(t["step_s"] for t in trials) / (args.trials * args.steps),
-        "log_odds": trials[0]["log_odds"],
-        "nll": trials[0]["nll"],
+        **{key: max(trials, key=lambda t: t["log_odds"])[key] for key in ("log_odds", "nll")},
     }
 
 
@@ -239,8 +301,8 @@ def main() -> None:
             name,
             f"{middle['cpu_s']:.1f}",
             f"{first['cpu_s'] / middle['cpu_s']:.2f}×",
-            f"{middle['step_s']:.2f}",
-            f"{first['step_s'] / middle['step_s']:.2f}×",
+            f"{middle['step_s']:.2f}" if middle["step_s"] else "",
+            f"{first['step_s'] / middle['step_s']:.2f}×" if middle["step_s"] else "",
             f"{middle['wall_s']:.1f}",
             f"{middle['mem_gib']:.2f}",
             f"{middle['log_odds']:.4f}",

@@ -127,6 +127,7 @@ class LauncherSpec:
     ``trunk_cache_gb`` bounds the disk used for the frozen layers' output (0: compute it every time), which is kept in
     ``scratch`` (None: the cache folder); best a local disk of the node. ``lean_logits`` computes logits only where the
     loss reads them, in chunks; without it TRL's own forward pass runs. ``share_prompts``: a pair's prompt is computed once.
+    ``compile``: torch.compile on the decoder layers from the lowest site on; costs a minute or more at the start.
     """
 
     kind: str = option("local", choices=("local", "slurm"))
@@ -145,6 +146,7 @@ class LauncherSpec:
     scratch: str | None = option(None)
     lean_logits: bool = option(True)
     share_prompts: bool = option(True)
+    compile: bool = option(False)
     slurm: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -14,7 +14,7 @@ from conftest import TINY, events
 from isaerft_sweep.config.boundary import to_definition
 from isaerft_sweep.controller.early import EarlyStopping
 from isaerft_sweep.controller.run import early_words, evaluations_per_trial
-from isaerft_sweep.controller.sweep import SweepController
+from isaerft_sweep.controller.sweep import Silent, SweepController
 from isaerft_sweep.controller.trials import TrialFactory
 from isaerft_sweep.dispatch.base import Dispatcher, JobRef
 from isaerft_sweep.dispatch.job import Job, TrialJob
@@ -96,12 +96,6 @@ class Scripted(Dispatcher):
 
     def log_tail(self, ref: JobRef, lines: int = 8) -> str:
         return ""
-
-
-class Silent:
-    def update(self, *_: Any) -> None: ...
-
-    def event(self, *_: Any) -> None: ...
 
 
 def run(path: Path, experiment: Any, curves: dict[float, list[float]], trials: int) -> tuple[Scripted, Journal]:

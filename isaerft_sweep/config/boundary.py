@@ -55,6 +55,23 @@ def check(experiment: Experiment) -> None:
         )
     if adapter.l1 is not None and adapter.top_k is not None:
         raise ConfigError("adapter.l1 and adapter.top_k must not be set together. Leave one of them null.")
+    if experiment.launcher.packed != 1:
+        _check_packed(experiment)
+
+
+def _check_packed(experiment: Experiment) -> None:
+    launcher = experiment.launcher
+    against = {
+        "launcher.resident=false": not launcher.resident,
+        "launcher.lean_logits=false": not launcher.lean_logits,
+        "launcher.compile=true": launcher.compile,
+        "orpo.gradient_checkpointing=true": experiment.orpo.gradient_checkpointing,
+    }
+    if any(against.values()):
+        raise ConfigError(
+            f"launcher.packed (trials that go through the model together) must be 1 with "
+            f"{' and '.join(key for key, there in against.items() if there)} but got {launcher.packed or 'null'}."
+        )
 
 
 def to_definition(sweep: SweepSpec, experiment: Experiment) -> SweepDefinition:

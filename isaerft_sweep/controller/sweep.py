@@ -29,6 +29,14 @@ class View(Protocol):
     def event(self, record: TrialRecord) -> None: ...
 
 
+class Silent(View):
+    """Tells nobody."""
+
+    def update(self, records: list[TrialRecord], statuses: dict[int, dict[str, Any]]) -> None: ...
+
+    def event(self, record: TrialRecord) -> None: ...
+
+
 @dataclass
 class Ending:
     """How an attempt ended: a state of ``journal.folders``, what was measured and a message for people."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from isaerft_sweep.errors import ModelError
@@ -78,6 +79,12 @@ def sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
     """A copy of the model's modules over the same parameters and buffers: what is put on the copy leaves ``model`` alone."""
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def compile_layers(layers: Iterable[nn.Module]) -> None:
+    """torch.compile on each layer, for lengths that vary: one compilation serves all layers that are alike."""
+    for layer in layers:
+        layer.compile(dynamic=True)
 
 
 def _dtype(spec: ModelSpec) -> torch.dtype:

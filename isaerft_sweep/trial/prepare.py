@@ -12,6 +12,8 @@ import json
 import sys
 from typing import Any
 
+import torch
+
 import isaerft_sweep.trial  # noqa: F401  (settings that must come before trl is imported)
 from isaerft_sweep.adapter.sae import FrozenSae, check_fits, describe, load_sae
 from isaerft_sweep.errors import ConfigError, IsaerftError, suggest
@@ -29,6 +31,8 @@ def prepare(experiment: Experiment) -> dict[str, Any]:
             "orpo.optimizer is unknown: " + experiment.orpo.optimizer + "." + suggest(experiment.orpo.optimizer, OPTIMIZERS)
         )
     adapter_config(experiment.adapter)
+    if experiment.launcher.compile:
+        _check_compiler()
     config = load_config(experiment.model, experiment.cache)
     text = config.get_text_config()
     saes = []
@@ -44,6 +48,17 @@ def prepare(experiment: Experiment) -> dict[str, Any]:
         "data": f"{experiment.data.path or experiment.data.name}: {pairs.summary}",
         "steps": total_steps(experiment.orpo, len(pairs.train)),
     }
+
+
+def _check_compiler() -> None:
+    try:
+        torch.compile(torch.sin)(torch.ones(2))
+    except Exception as error:  # every backend has errors of its own
+        raise ConfigError(
+            "launcher.compile=true needs a compiler that torch.compile can use (g++ on a processor, Triton on a GPU), but "
+            f"a first function could not be compiled: {(str(error) or repr(error)).splitlines()[0]} Install one, or leave "
+            "launcher.compile=false."
+        ) from error
 
 
 def _describe_sae(site: dict[str, Any], sae: FrozenSae) -> str:

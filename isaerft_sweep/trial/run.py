@@ -18,6 +18,7 @@ import peft
 import torch
 from transformers import PreTrainedModel
 
+from isaerft_sweep.adapter.architecture import decoder_layers
 from isaerft_sweep.environment import describe_environment
 from isaerft_sweep.errors import IsaerftError, TrialDiverged
 from isaerft_sweep.journal.files import make_readable, write_json
@@ -32,7 +33,7 @@ from isaerft_sweep.journal.folders import (
     Superseded,
     TrialFolder,
 )
-from isaerft_sweep.models.loading import LoadedModel, load, sharing_weights
+from isaerft_sweep.models.loading import LoadedModel, compile_layers, load, sharing_weights
 from isaerft_sweep.plain import canonical_json, to_dict
 from isaerft_sweep.resources import cache_folder
 from isaerft_sweep.results.card import make_card, write_card
@@ -45,7 +46,7 @@ from isaerft_sweep.trial.passes import Passes
 from isaerft_sweep.trial.recorder import Recorder
 from isaerft_sweep.trial.sparsity import sparsity_callbacks
 from isaerft_sweep.trial.trainer import TrialTrainer, attach_adapter, complete_checkpoints, make_trainer
-from isaerft_sweep.trial.trunk import AboveSite, StoredTrunk, only_above_site, sequences_of, stored_trunk
+from isaerft_sweep.trial.trunk import AboveSite, StoredTrunk, lowest_site, only_above_site, sequences_of, stored_trunk
 
 T = TypeVar("T")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
@@ -97,6 +98,9 @@ def _run(folder: TrialFolder, spec: TrialSpec, status: StatusWriter, stopping: d
     # on a copy over the same weights: whatever becomes of this trial, the next one finds the model as it was loaded
     own = replace(loaded, model=sharing_weights(loaded.model))
     model = attach_adapter(own, experiment.adapter, experiment.orpo.seed, experiment.model.revision)
+    if experiment.launcher.compile:
+        layers = decoder_layers(own.model)
+        compile_layers(layers[lowest_site(layers) :])
     return _train(folder, spec, status, stopping, shared, loaded, model)
 
 
