@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import slurm_bed
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
@@ -112,6 +113,25 @@ def trial(experiment: Callable[..., Experiment], tmp_path: Path) -> Callable[...
         return made_folder
 
     return made
+
+
+@pytest.fixture(scope="session")
+def _slurm() -> Iterator[slurm_bed.Bed]:
+    """One cluster for each process that runs tests: see ``slurm_bed``."""
+    if reason := slurm_bed.why_not():
+        pytest.skip(reason)
+    with slurm_bed.running_bed() as bed:
+        yield bed
+
+
+@pytest.fixture
+def slurm(_slurm: slurm_bed.Bed, monkeypatch: pytest.MonkeyPatch) -> Iterator[slurm_bed.Bed]:
+    """A real SLURM of four nodes without jobs, which the commands that a test starts belong to."""
+    for name, value in _slurm.environment.items():
+        monkeypatch.setenv(name, value)
+    _slurm.clear()
+    yield _slurm
+    _slurm.clear()
 
 
 def launch_command(*overrides: str) -> list[str]:

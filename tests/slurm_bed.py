@@ -78,7 +78,9 @@ class Bed:
         ports = free_ports(self.nodes + 2)
         self._write_conf(ports)
         munge = self.root / "munge.socket"
-        flags = [f"--{k}={self.root / f'munge.{v}'}" for k, v in (("key-file", "key"), ("pid-file", "pid"), ("seed-file", "seed"))]
+        flags = [
+            f"--{k}={self.root / f'munge.{v}'}" for k, v in (("key-file", "key"), ("pid-file", "pid"), ("seed-file", "seed"))
+        ]
         self.spawn("munged", "--foreground", f"--socket={munge}", f"--log-file={self.root / 'log/munged'}", *flags)
         wait_for(munge.exists, "munged's socket")
         if self.accounting:
@@ -90,7 +92,9 @@ class Bed:
 
     def start_controller(self) -> None:
         self.spawn("slurmctld", "-D", *([] if any((self.root / "state").iterdir()) else ["-i"]))
-        wait_for(lambda: subprocess.run(["scontrol", "ping"], env=self._env(), capture_output=True).returncode == 0, "slurmctld")
+        wait_for(
+            lambda: subprocess.run(["scontrol", "ping"], env=self._env(), capture_output=True).returncode == 0, "slurmctld"
+        )
 
     def start_node(self, number: int) -> None:
         (self.root / "spool" / f"n{number}").mkdir(exist_ok=True)

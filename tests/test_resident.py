@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,17 +150,20 @@ class FakeJobs(Dispatcher):
         self.dead: set[int] = set()
         self.killed: list[int] = []
 
-    def submit(self, job: Any) -> JobRef:
+    def submit_all(self, jobs: Sequence[Any]) -> list[JobRef]:
+        return [self._start(job) for job in jobs]
+
+    def _start(self, job: Any) -> JobRef:
         self.started.append(job)
         return {"number": len(self.started) - 1}
 
     def alive(self, refs: Iterable[JobRef]) -> list[bool]:
         return [ref["number"] not in self.dead for ref in refs]
 
-    def cancel(self, ref: JobRef) -> None: ...
+    def cancel(self, refs: Sequence[JobRef]) -> None: ...
 
-    def kill(self, ref: JobRef) -> None:
-        self.killed.append(ref["number"])
+    def kill(self, refs: Sequence[JobRef]) -> None:
+        self.killed += [ref["number"] for ref in refs]
 
     def log_tail(self, ref: JobRef, lines: int = 8) -> str:
         return ""

@@ -55,6 +55,11 @@ def check(experiment: Experiment) -> None:
         )
     if adapter.l1 is not None and adapter.top_k is not None:
         raise ConfigError("adapter.l1 and adapter.top_k must not be set together. Leave one of them null.")
+    if experiment.launcher.trials_per_job is not None and not experiment.launcher.resident:
+        raise ConfigError(
+            "launcher.trials_per_job must go with launcher.resident=true: without resident workers a job is one trial. "
+            "Leave one of them out."
+        )
 
 
 def to_definition(sweep: SweepSpec, experiment: Experiment) -> SweepDefinition:

@@ -153,7 +153,7 @@ def make_dispatcher(launcher: LauncherSpec, folder: SweepFolder) -> Dispatcher:
         return inner
     from isaerft_sweep.dispatch.resident import ResidentDispatcher
 
-    return ResidentDispatcher(inner, folder.workers, launcher.poll_s)
+    return ResidentDispatcher(inner, folder.workers, launcher.poll_s, launcher.trials_per_job)
 
 
 def _make_inner(launcher: LauncherSpec, folder: SweepFolder) -> Dispatcher:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from isaerft_sweep.controller.early import EarlyStopping
 from isaerft_sweep.controller.trials import TrialFactory
-from isaerft_sweep.dispatch.base import Dispatcher
+from isaerft_sweep.dispatch.base import Dispatcher, JobRef, QueueBusy
 from isaerft_sweep.dispatch.job import TrialJob
 from isaerft_sweep.errors import LaunchError
 from isaerft_sweep.journal.folders import COMPLETED, FAILED, FINAL, PRUNED, RUNNING, STOPPED
@@ -19,6 +19,8 @@ from isaerft_sweep.specs import LauncherSpec
 
 ENDING_S = 120.0
 """How long a worker may take to exit after it has said that its trial is over."""
+LONGEST_PAUSE_S = 60.0
+"""Between two tries to submit jobs to a queue that takes none."""
 
 
 class View(Protocol):
@@ -27,6 +29,8 @@ class View(Protocol):
     def update(self, records: list[TrialRecord], statuses: dict[int, dict[str, Any]]) -> None: ...
 
     def event(self, record: TrialRecord) -> None: ...
+
+    def note(self, text: str) -> None: ...
 
 
 @dataclass
@@ -38,6 +42,8 @@ class Ending:
     message: str
     seconds: float
     can_retry: bool
+    counted: bool = False
+    """Whether it counts against ``launcher.max_retries``."""
 
 
 class SweepController:
@@ -66,6 +72,7 @@ class SweepController:
         self.statuses: dict[int, dict[str, Any]] = {}
         self.exhausted = False
         self._told_to_stop: dict[int, float] = {}
+        self._pause_s = self._pause_until = 0.0
         self._completed = self._given_up = 0
         self._restore()
 
@@ -102,18 +109,25 @@ class SweepController:
                 self.waiting.append(record)
 
     def _fill(self) -> bool:
-        """Use the free slots; False when nothing is left to do."""
-        while len(self.active) < self.dispatcher.slots and not self.hopeless:
-            record = self._revived() or (self.waiting.pop(0) if self.waiting else self._new_trial())
-            if record is None or not self._dispatch(record):
+        """Use the free slots, all in one turn; False when nothing is left to do."""
+        chosen: list[TrialRecord] = []
+        while len(self.active) + len(chosen) < self.dispatcher.slots and not self.hopeless:
+            if time.monotonic() < self._pause_until:
                 break
-        return bool(self.active)
+            record = self._revived(chosen) or (self.waiting.pop(0) if self.waiting else self._new_trial())
+            if record is None:
+                break
+            chosen.append(record)
+        if chosen:
+            self._dispatch(chosen)
+        return bool(self.active or (self.waiting and not self.hopeless))
 
-    def _revived(self) -> TrialRecord | None:
+    def _revived(self, chosen: list[TrialRecord]) -> TrialRecord | None:
         """A trial that was stopped early and has turned out to be worth going on with."""
         if self.early is None:
             return None
-        pruned = [i for i, record in self.records.items() if record.state == PRUNED and record not in self.waiting]
+        taken = [*self.waiting, *chosen]
+        pruned = [i for i, record in self.records.items() if record.state == PRUNED and record not in taken]
         index = self.early.revived(pruned)
         return None if index is None else self.records[index]
 
@@ -131,24 +145,31 @@ class SweepController:
         )
         return self.records[index]
 
-    def _dispatch(self, record: TrialRecord) -> bool:
-        """Start the trial's next attempt; False when it has to wait."""
-        folder = self.factory.folder.trial(record.name)
-        # the folder may know of an attempt that the journal does not: a controller died right after dispatching it
-        attempt = max(record.attempt, folder.current_attempt()) + 1
-        folder.begin_attempt(attempt)
+    def _dispatch(self, records: list[TrialRecord]) -> None:
+        """Start the next attempt of each; those that the queue does not take wait."""
+        jobs, attempts = [], []
+        for record in records:
+            folder = self.factory.folder.trial(record.name)
+            # the folder may know of an attempt that the journal does not: a controller died right after dispatching it
+            attempts.append(max(record.attempt, folder.current_attempt()) + 1)
+            folder.begin_attempt(attempts[-1])
+            jobs.append(TrialJob(str(folder.path), attempts[-1], self.dispatcher.threads))
+        refs: list[JobRef] = []
         try:
-            job = self.dispatcher.submit(TrialJob(str(folder.path), attempt, self.dispatcher.threads))
-        except LaunchError:
-            if not self.active:
+            refs = self.dispatcher.submit_all(jobs)
+        except LaunchError as error:
+            if not self.active and not isinstance(error, QueueBusy):
                 raise
-            self.waiting.insert(0, record)  # a full queue or a slow scheduler: again when the next job has ended
-            return False
-        self.journal.write("dispatch", index=record.index, attempt=attempt, job=dict(job))
-        self.active[record.index] = record
-        self.statuses.pop(record.index, None)
-        self.view.event(record)
-        return True
+            self.view.note(f"{error} It is tried again while the sweep goes on.")
+        for record, attempt, job in zip(records, attempts, refs, strict=False):
+            self.journal.write("dispatch", index=record.index, attempt=attempt, job=dict(job))
+            self.active[record.index] = record
+            self.statuses.pop(record.index, None)
+            self.view.event(record)
+        self.waiting[:0] = records[len(refs) :]
+        full = len(refs) < len(records)
+        self._pause_s = min(LONGEST_PAUSE_S, max(2 * self._pause_s, self.launcher.poll_s)) if full else 0.0
+        self._pause_until = time.monotonic() + self._pause_s
 
     def _poll(self) -> None:
         records = list(self.active.values())
@@ -159,7 +180,7 @@ class SweepController:
                 self._settle(record, self._read_status(record))
             elif self._overdue(status):
                 assert record.job is not None
-                self.dispatcher.kill(record.job)
+                self.dispatcher.kill([record.job])
             elif self.early and status.get("state") == RUNNING and self.early.stops(record.index, status):
                 self.factory.folder.trial(record.name).ask_to_stop(PRUNED)
 
@@ -182,7 +203,7 @@ class SweepController:
         if self.early:
             self.early.note(record.index, status)
         ending = self._judge(record, status)
-        failures = record.failures + (ending.state == FAILED)
+        failures = record.failures + ending.counted
         if self.early and ending.state != PRUNED:
             self.early.forget(record.index)
         given_up = ending.state == FAILED and (not ending.can_retry or failures > self.launcher.max_retries)
@@ -194,6 +215,8 @@ class SweepController:
             message=ending.message,
             seconds=ending.seconds,
             given_up=given_up,
+            counted=ending.counted,
+            checkpoint=int(status.get("checkpoint") or 0),
         )
         del self.active[record.index]
         self._told_to_stop.pop(record.index, None)
@@ -210,30 +233,54 @@ class SweepController:
         self._given_up += record.given_up
 
     def _judge(self, record: TrialRecord, status: dict[str, Any]) -> Ending:
-        """What came of an attempt whose job is gone, from the worker's last word alone."""
+        """What came of an attempt whose job is gone, from the worker's last word; the place is asked for reasons alone."""
         state, message = status.get("state"), str(status.get("message", ""))
         seconds = float(status.get("ended", status.get("heartbeat", 0)) - status.get("started", 0)) if status else 0.0
         if state in (COMPLETED, PRUNED):
             return Ending(str(state), status.get("metric"), message, seconds, False)
-        if state in FINAL or state == STOPPED:
+        if state in FINAL:
             return Ending(str(state), None, message, seconds, True)
         if record.index in self._told_to_stop:
-            return Ending(STOPPED, None, "ended before it could write a checkpoint", seconds, True)
-        if state != FAILED:
-            assert record.job is not None
-            last = self.dispatcher.log_tail(record.job)
-            message = "its process ended without a word (killed, out of memory, or the node was lost)"
-            message += f"; its last lines:\n{last}" if last else ""
-        return Ending(FAILED, None, message, seconds, can_retry=not status.get("user_error"))
+            return Ending(STOPPED, None, message or "ended before it could write a checkpoint", seconds, True)
+        if state == FAILED:
+            return Ending(FAILED, None, message, seconds, can_retry=not status.get("user_error"), counted=True)
+        return self._cut_short(record, status, seconds)
+
+    def _cut_short(self, record: TrialRecord, status: dict[str, Any], seconds: float) -> Ending:
+        """An attempt that something else has ended: in order, with a checkpoint, or by force.
+
+        It counts as a failure unless the site had reasons of its own and the trial has got further than before: it would
+        otherwise go on for ever without an end, in jobs that are too short, say.
+        """
+        assert record.job is not None
+        verdict = self.dispatcher.verdict(record.job)
+        ordered = status.get("state") == STOPPED
+        further = int(status.get("checkpoint") or 0) > record.checkpoint
+        if ordered and verdict.cause != "person" and further:
+            return Ending(STOPPED, None, str(status.get("message", "")), seconds, True)
+        told = f" ({verdict.words})" if verdict.words else " (killed, out of memory, or the node was lost)"
+        last = self.dispatcher.log_tail(record.job)
+        lines = f"; its last lines:\n{last}" if last else ""
+        if verdict.cause == "site" and further:
+            return Ending(STOPPED, None, f"its job was ended by the site{told}; it goes on from a checkpoint", seconds, True)
+        if ordered:
+            what = "it was stopped from outside" if verdict.cause == "person" else "it was stopped before it got any further"
+            return Ending(FAILED, None, f"{what}{told if verdict.words else ''}{lines}", seconds, True, counted=True)
+        return Ending(FAILED, None, f"its process ended without a word{told}{lines}", seconds, True, counted=True)
 
     def _stop_jobs(self) -> None:
         """Ask every job once to checkpoint and end; end it by force after the grace period or a second request."""
+        ask, force = [], []
         for record in self.active.values():
             assert record.job is not None
             asked = self._told_to_stop.get(record.index)
             if asked is None:
                 self.factory.folder.trial(record.name).ask_to_stop()
-                self.dispatcher.cancel(record.job)
                 self._told_to_stop[record.index] = time.monotonic()
+                ask.append(record.job)
             elif self.stopping() > 1 or time.monotonic() - asked > self.launcher.grace_s:
-                self.dispatcher.kill(record.job)
+                force.append(record.job)
+        if ask:
+            self.dispatcher.cancel(ask)
+        if force:
+            self.dispatcher.kill(force)

@@ -36,6 +36,8 @@ class TrialRecord:
     message: str = ""
     seconds: float = 0.0
     failures: int = 0
+    checkpoint: int = 0
+    """The last step that a checkpoint was written after."""
     given_up: bool = False
 
     @property
@@ -78,7 +80,8 @@ class SweepRecord:
         trial.job, trial.state, trial.message = None, event["state"], event["message"]
         trial.metric, trial.given_up = event["metric"], event["given_up"]
         trial.seconds += event["seconds"]
-        trial.failures += event["state"] == "failed"
+        trial.failures += event.get("counted", event["state"] == "failed")
+        trial.checkpoint = max(trial.checkpoint, event.get("checkpoint", 0))
 
 
 class Journal:
