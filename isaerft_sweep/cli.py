@@ -38,6 +38,19 @@ def _parser() -> argparse.ArgumentParser:
     _sweep_arguments(show)
     show.set_defaults(run=_leaderboard)
 
+    status = commands.add_parser("status", help="how far a sweep is, who runs it, what is under way")
+    status.add_argument("sweep", type=Path, help="the sweep's folder, outputs/NAME")
+    status.set_defaults(run=_status)
+
+    attach = commands.add_parser("attach", help="follow a sweep; go on with it when no controller runs it")
+    attach.add_argument("sweep", type=Path, help="the sweep's folder, outputs/NAME")
+    attach.set_defaults(run=_attach)
+
+    cancel = commands.add_parser("cancel", help="end a sweep's controller, trials and jobs; what is finished stays")
+    cancel.add_argument("sweep", type=Path, help="the sweep's folder, outputs/NAME")
+    cancel.add_argument("--now", action="store_true", help="kill, without time for a checkpoint")
+    cancel.set_defaults(run=_cancel)
+
     best = commands.add_parser("best", help="print the winner as JSON, as Hydra overrides or as a path")
     _sweep_arguments(best)
     best.add_argument("--as", dest="form", choices=("json", "overrides", "path"), default="json")
@@ -131,6 +144,26 @@ def _leaderboard(args: argparse.Namespace) -> None:
     from isaerft_sweep.results import leaderboard
 
     leaderboard.show(Console(), _read(args))
+
+
+def _status(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from isaerft_sweep.controller.following import show_status
+
+    show_status(Console(), args.sweep)
+
+
+def _attach(args: argparse.Namespace) -> int:
+    from isaerft_sweep.controller.remote import attach
+
+    return attach(args.sweep)
+
+
+def _cancel(args: argparse.Namespace) -> int:
+    from isaerft_sweep.controller.remote import cancel
+
+    return cancel(args.sweep, args.now)
 
 
 def _best(args: argparse.Namespace) -> None:

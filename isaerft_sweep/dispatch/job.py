@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
+STOP_AT = "ISAERFT_STOP_AT"
+"""When a trial must begin to end, in seconds since the epoch: read by ``trial/run.py``."""
 
-def prepare_process(threads: int | None, device: str | None) -> None:
+
+def prepare_process(threads: int | None, device: str | None, limit_s: float | None = None) -> None:
     """Settings that must come before torch is imported."""
+    if limit_s is not None:
+        os.environ[STOP_AT] = str(started() + limit_s)
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
     if threads:
         # several trials on one machine must share its cores: spinning threads slow each other down tenfold
         os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def started() -> float:
+    """When this job's time began to run, in seconds since the epoch: newer SLURMs say so, else when the process did."""
+    import psutil
+
+    said = os.environ.get("SLURM_JOB_START_TIME", "")
+    return float(said) if said.isdecimal() else min(psutil.Process().create_time(), time.time())
 
 
 @dataclass(frozen=True)
@@ -28,9 +42,11 @@ class TrialJob:
     attempt: int
     threads: int | None
     device: str | None = None
+    limit_s: float | None = None
+    """How many seconds after the job's start the trial must begin to end."""
 
     def __call__(self) -> str:
-        prepare_process(self.threads, self.device)
+        prepare_process(self.threads, self.device, self.limit_s)
         from isaerft_sweep.journal.folders import Superseded, TrialFolder
         from isaerft_sweep.trial.run import run_trial
 
@@ -48,9 +64,11 @@ class WorkerJob:
     folder: str
     threads: int | None
     device: str | None = None
+    limit_s: float | None = None
+    """How many seconds after the job's start the trial must begin to end."""
 
     def __call__(self) -> str:
-        prepare_process(self.threads, self.device)
+        prepare_process(self.threads, self.device, self.limit_s)
         from isaerft_sweep.journal.workers import WorkerFolder
         from isaerft_sweep.trial.resident import serve_trials
 

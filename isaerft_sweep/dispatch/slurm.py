@@ -14,13 +14,14 @@ import shlex
 import subprocess
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import submitit
 
 from isaerft_sweep.dispatch.base import Dispatcher, JobRef, QueueBusy, Verdict, tail
 from isaerft_sweep.dispatch.job import Job
-from isaerft_sweep.dispatch.slurm_flags import sbatch_parameters
+from isaerft_sweep.dispatch.slurm_flags import sbatch_parameters, working_s
 from isaerft_sweep.dispatch.slurm_site import ANSWER_S, ask, read_site
 from isaerft_sweep.dispatch.snapshot import code_snapshot
 from isaerft_sweep.errors import LaunchError
@@ -52,6 +53,7 @@ class SlurmDispatcher(Dispatcher):
         code = code_snapshot(folder.parent / "code")
         path = f"export PYTHONPATH={shlex.quote(str(code.absolute()))}${{PYTHONPATH:+:$PYTHONPATH}}"
         parameters["setup"] = [*parameters.get("setup", []), path]
+        self._limit_s = working_s(parameters["time"], spec.grace_s)
         self._parallelism = int(parameters.pop("array_parallelism", self.slots))
         self._array_size = site.array_size
         self._states: dict[str, tuple[str, str]] = {}
@@ -84,7 +86,7 @@ class SlurmDispatcher(Dispatcher):
         try:
             self.executor.update_parameters(array_parallelism=parallelism)
             with outside_of_any_job(), self.executor.batch():
-                submitted = [self.executor.submit(job) for job in jobs]
+                submitted = [self.executor.submit(replace(job, limit_s=self._limit_s)) for job in jobs]
         except (submitit.core.utils.FailedJobError, subprocess.CalledProcessError) as error:
             words = str(error).strip()
             self._queue_is_full = any(word in words for word in FULL)

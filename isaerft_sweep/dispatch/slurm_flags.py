@@ -55,12 +55,21 @@ def sbatch_parameters(spec: LauncherSpec, site: Site, name: str) -> dict[str, An
         **resources,
         "job_name": f"{prefix}-{name}" if prefix else name,
         "time": time_min,
-        # a trial that gets less than it asks for would never have time to write its checkpoint
-        "signal_delay_s": max(1, int(min(spec.grace_s, time_min * 60 / 4))),
         "stderr_to_stdout": True,
-        # SLURM would start a job again under the same attempt, beside an orphan of the first start: see docs/design.md
-        "additional_parameters": {**extra, "no-requeue": True},
+        "additional_parameters": {
+            **extra,
+            # SLURM would start a job again under the same attempt, beside an orphan of the first start: docs/design.md
+            "no-requeue": True,
+            # on preemption, where the site asks for it; before the time limit the job's own clock tells, not up to a
+            # minute too early
+            "signal": "USR2@0",
+        },
     }
+
+
+def working_s(time_min: int, grace_s: float) -> float:
+    """How long a job of ``time_min`` minutes works before it begins to end."""
+    return time_min * 60 - min(grace_s, time_min * 60 / 4)
 
 
 def _check_names(given: Mapping[str, Any]) -> None:

@@ -91,6 +91,21 @@ class SweepFolder:
         return self.path / "workers"
 
     @property
+    def controller(self) -> Path:
+        """Which process runs the sweep; see ``controller/presence.py``."""
+        return self.path / "controller.json"
+
+    @property
+    def controller_log(self) -> Path:
+        """What a controller in the background prints."""
+        return self.path / "controller.log"
+
+    @property
+    def cancel(self) -> Path:
+        """Asks the controller, wherever it runs, to stop; see ``controller/stopping.py``."""
+        return self.path / "cancel"
+
+    @property
     def names(self) -> Path:
         """Where names are reserved: shared by all sweeps of one output folder."""
         return self.path.parent / ".names"
