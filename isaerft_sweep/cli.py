@@ -51,6 +51,15 @@ def _parser() -> argparse.ArgumentParser:
     cancel.add_argument("--now", action="store_true", help="kill, without time for a checkpoint")
     cancel.set_defaults(run=_cancel)
 
+    make = commands.add_parser("make", help="make all trials of a sweep for slurm/trials.sbatch, without running any")
+    _override_arguments(make)
+    make.set_defaults(run=_make)
+
+    trial = commands.add_parser("trial", help="run one trial that was made: what slurm/trials.sbatch does")
+    trial.add_argument("sweep", type=Path, help="the sweep's folder, outputs/NAME")
+    trial.add_argument("index", type=int, help="the trial's number, from 0")
+    trial.set_defaults(run=_trial)
+
     best = commands.add_parser("best", help="print the winner as JSON, as Hydra overrides or as a path")
     _sweep_arguments(best)
     best.add_argument("--as", dest="form", choices=("json", "overrides", "path"), default="json")
@@ -122,6 +131,10 @@ def _sweep_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--metric", help="rank by this one, not the sweep's own (eval/log_odds_chosen, ...)")
 
 
+def _override_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("overrides", nargs="*", metavar="model=… sweep=…", help="as isaerft-launch takes them")
+
+
 def _prompt_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", action="append", help="to be answered; may be given several times")
     parser.add_argument("--max-new-tokens", type=_at_least_one, default=60)
@@ -164,6 +177,21 @@ def _cancel(args: argparse.Namespace) -> int:
     from isaerft_sweep.controller.remote import cancel
 
     return cancel(args.sweep, args.now)
+
+
+def _make(args: argparse.Namespace) -> None:
+    from isaerft_sweep.config.command import compose
+    from isaerft_sweep.controller.made import make_trials
+
+    folder, trials = make_trials(compose(args.overrides), args.overrides)
+    print(f"{trials} trials are made. Run them:\n  sbatch --array=0-{trials - 1}%8 slurm/trials.sbatch {folder}")
+    print(f"then see to what is left, and rank them:\n  isaerft-sweep attach {folder}")
+
+
+def _trial(args: argparse.Namespace) -> int:
+    from isaerft_sweep.controller.made import run_made_trial
+
+    return run_made_trial(args.sweep, args.index)
 
 
 def _best(args: argparse.Namespace) -> None:

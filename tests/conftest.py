@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import slurm_bed
 from hydra import compose, initialize_config_dir
@@ -125,13 +126,32 @@ def _slurm() -> Iterator[slurm_bed.Bed]:
 
 
 @pytest.fixture
-def slurm(_slurm: slurm_bed.Bed, monkeypatch: pytest.MonkeyPatch) -> Iterator[slurm_bed.Bed]:
-    """A real SLURM of four nodes without jobs, which the commands that a test starts belong to."""
+def slurm(_slurm: slurm_bed.Bed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[slurm_bed.Bed]:
+    """A real SLURM of four nodes without jobs, which the commands that a test starts belong to.
+
+    Of a test that fails no controller is left, which would go on submitting jobs.
+    """
     for name, value in _slurm.environment.items():
         monkeypatch.setenv(name, value)
     _slurm.clear()
     yield _slurm
+    for process in processes_of(tmp_path, started_there=True):
+        process.kill()
     _slurm.clear()
+
+
+def processes_of(cwd: Path, started_there: bool = False) -> list[psutil.Process]:
+    """Every living process whose command line names this test's folder, or which was started in it."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            of_it = any(str(cwd) in part for part in process.cmdline())
+            of_it = of_it or (started_there and process.cwd() == str(cwd))
+            if of_it and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
 
 
 def launch_command(*overrides: str) -> list[str]:

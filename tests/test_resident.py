@@ -13,8 +13,8 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import TINY, events
-from test_sweep import ended_states, processes_of, start, statuses, stepping, wait_for
+from conftest import TINY, events, processes_of
+from test_sweep import ended_states, start, statuses, stepping, wait_for
 
 from isaerft_sweep.dispatch.base import Dispatcher, JobRef
 from isaerft_sweep.dispatch.job import TrialJob, WorkerJob

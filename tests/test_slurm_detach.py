@@ -12,10 +12,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import events, launch_command
+from conftest import events, launch_command, processes_of
 from slurm_bed import Bed
 from test_slurm_faults import ONE, past
-from test_sweep import ended_states, processes_of, wait_for
+from test_sweep import ended_states, wait_for
 
 pytestmark = pytest.mark.slow
 OPTIONS = (*ONE, "tracker=disabled")

@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
-from conftest import TINY, events, launch_command
+from conftest import TINY, events, launch_command, processes_of
 from wandb.proto import wandb_internal_pb2
 
 pytestmark = pytest.mark.slow
@@ -48,18 +47,6 @@ def statuses(sweep: Path) -> list[dict[str, Any]]:
 
 def stepping(sweep: Path) -> list[dict[str, Any]]:
     return [s for s in statuses(sweep) if s["state"] == "running" and s.get("step", 0) > 1]
-
-
-def processes_of(cwd: Path) -> list[psutil.Process]:
-    """Every living process whose command line names this test's folder."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.status() != psutil.STATUS_ZOMBIE and any(str(cwd) in part for part in process.cmdline()):
-                found.append(process)
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
-    return found
 
 
 def ended_states(sweep: Path) -> Counter[str]:

@@ -77,10 +77,7 @@ def run_trials(
         if ended < trials:
             console.print("checking model, SAE and data; the first time may download or convert the model", style="dim")
             print_facts(console, check_trial_needs(experiment))
-        if not journal.record.sweep_id:
-            write_question(experiment, definition, folder)
-            metric = definition.metric
-            journal.write("sweep", sweep_id=new_sweep_id(), question=asked, metric=metric.name, goal=metric.goal)
+        begin_sweep(experiment, definition, folder, journal, asked)
         stop = StopRequest(folder.cancel)
         with stop.heard(), presence(folder, trials, overrides), Progress(console, definition.metric.name, trials) as view:
             factory = TrialFactory(experiment, definition, folder, journal.record.sweep_id, git_commit(), overrides)
@@ -156,6 +153,16 @@ def _make_inner(launcher: LauncherSpec, folder: SweepFolder) -> Dispatcher:
     from isaerft_sweep.dispatch.local import LocalDispatcher
 
     return LocalDispatcher(launcher, folder.jobs)
+
+
+def begin_sweep(
+    experiment: Experiment, definition: SweepDefinition, folder: SweepFolder, journal: Journal, asked: str | None = None
+) -> None:
+    """Write down what the sweep is, if that has not been done yet."""
+    if not journal.record.sweep_id:
+        write_question(experiment, definition, folder)
+        asked, metric = asked or question(experiment, definition), definition.metric
+        journal.write("sweep", sweep_id=new_sweep_id(), question=asked, metric=metric.name, goal=metric.goal)
 
 
 def write_question(experiment: Experiment, definition: SweepDefinition, folder: SweepFolder) -> None:

@@ -19,6 +19,8 @@ from isaerft_sweep.specs import LauncherSpec
 
 ENDING_S = 120.0
 """How long a worker may take to exit after it has said that its trial is over."""
+ALIVE_S = 120.0
+"""A worker that has said nothing for so long is taken for dead when nobody can be asked whether it lives."""
 LONGEST_PAUSE_S = 60.0
 """Between two tries to submit jobs to a queue that takes none."""
 
@@ -95,6 +97,7 @@ class SweepController:
         return self._completed == 0 and self._given_up >= self.launcher.max_failures
 
     def _restore(self) -> None:
+        elsewhere = []
         for record in sorted(self.records.values(), key=lambda r: r.index):
             self.sampler.restore(record.point)
             if record.given_up:  # whoever gives the command again has mended what made it fail
@@ -105,8 +108,27 @@ class SweepController:
                 self._count_ended(record)
             elif record.job is not None:
                 self.active[record.index] = record
+            elif status := self._status_from_elsewhere(record):
+                elsewhere.append((record, status))
             else:
                 self.waiting.append(record)
+        for record, status in elsewhere:
+            self.active[record.index] = record
+            self._settle(record, status)
+
+    def _status_from_elsewhere(self, record: TrialRecord) -> dict[str, Any]:
+        """The word of a worker that finished the trial while no controller was there: in an array of trials made for it, or
+        started by a controller that died before it could note so. Raises LaunchError when such a worker seems to run."""
+        folder = self.factory.folder.trial(record.name)
+        status = folder.read_status()
+        if not status or status.get("attempt") != folder.current_attempt() or status["attempt"] <= record.attempt:
+            return {}
+        if status["state"] == RUNNING and not record.attempt and time.time() - status["heartbeat"] < ALIVE_S:
+            raise LaunchError(
+                f"the trial {record.name} is being run by process {status['pid']} on {status['host']}, which no controller "
+                f"started (an array of slurm/trials.sbatch?). Wait for it, or end it and try again after {ALIVE_S:g} s."
+            )
+        return status if status["state"] in FINAL else {}
 
     def _fill(self) -> bool:
         """Use the free slots, all in one turn; False when nothing is left to do."""
@@ -138,12 +160,7 @@ class SweepController:
         if point is None:
             self.exhausted = True
             return None
-        index = len(self.records)
-        spec = self.factory.make(index, point)
-        self.journal.write(
-            "trial", index=index, name=spec.name, run_id=spec.run_id, params=dict(point.params), unit=dict(point.unit)
-        )
-        return self.records[index]
+        return self.factory.add(self.journal, point)
 
     def _dispatch(self, records: list[TrialRecord]) -> None:
         """Start the next attempt of each; those that the queue does not take wait."""

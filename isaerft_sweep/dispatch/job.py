@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-STOP_AT = "ISAERFT_STOP_AT"
-"""When a trial must begin to end, in seconds since the epoch: read by ``trial/run.py``."""
+from isaerft_sweep.journal.workers import STOP_AT
 
 
 def prepare_process(threads: int | None, device: str | None, limit_s: float | None = None) -> None:
     """Settings that must come before torch is imported."""
     if limit_s is not None:
         os.environ[STOP_AT] = str(started() + limit_s)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        # one that comes while torch is imported: the trial notices it as soon as it listens
+        signal.signal(number, lambda *_: os.environ.update({STOP_AT: "0"}))
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
     if threads:

@@ -16,6 +16,8 @@ from isaerft_sweep.specs import LauncherSpec
 DEFAULT_MIN = 240
 DEFAULT_CPUS, DEFAULT_MEM_GB = 4, 32
 """At most this much is asked for when nothing is said; a smaller node's share of one GPU where that is less."""
+ALSO = ("mem_gb", "python", "additional_parameters")
+"""Keys of ``launcher.slurm`` that neither sbatch nor submitit's executor knows by that name."""
 OURS = {
     "array": "launcher.slots",
     "time": "launcher.timeout_min",
@@ -76,11 +78,11 @@ def _check_names(given: Mapping[str, Any]) -> None:
     for key in given:
         if key in OURS:
             raise LaunchError(f"launcher.slurm.{key} must not be set here. What decides it: {OURS[key]}.")
-    known = submitit.SlurmExecutor._valid_parameters()
+    known = {*submitit.SlurmExecutor._valid_parameters(), *ALSO}
     unknown = [key for key in given if key not in known]
     if not unknown:
         return
-    valid = {*known, *sbatch_flags(), "python"} - set(OURS)
+    valid = {*known, *sbatch_flags()} - set(OURS)
     for key in unknown:
         if key not in valid:
             raise LaunchError(f"launcher.slurm has no '{key}': it must be a flag of sbatch." + suggest(key, valid))
@@ -132,18 +134,14 @@ def _check_gres(given: Mapping[str, Any], kinds: list[NodeKind]) -> None:
         name = f"gpu:{gpu_type}" if gpu_type else "gpu"
         if number.isdecimal() and int(number) and name not in most:
             listed = ", ".join(sorted(key for key in most if key.startswith("gpu"))) or "none"
-            raise LaunchError(
-                f"launcher.slurm.gpus_per_node must be GPUs that the nodes have but got {asked}. Valid: {listed}."
-            )
+            raise LaunchError(f"launcher.slurm.gpus_per_node must name GPUs of the nodes but got {asked}. Valid: {listed}.")
         if number.isdecimal():
             _check_at_most("gpus_per_node", asked, int(number), most.get(name, 0))
 
 
 def _check_at_most(key: str, given: Any, value: float, most: float, unit: str = "") -> None:
     if value > most:
-        raise LaunchError(
-            f"launcher.slurm.{key} must be at most {most:g}{unit}, what the largest node has, but got {given}."
-        )
+        raise LaunchError(f"launcher.slurm.{key} must be at most {most:g}{unit}, the largest node's, but got {given}.")
 
 
 def _time_limit(asked_min: int | None, kinds: list[NodeKind]) -> int:

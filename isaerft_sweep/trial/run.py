@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 import peft
 import torch
 
-from isaerft_sweep.dispatch.job import STOP_AT
 from isaerft_sweep.environment import describe_environment
 from isaerft_sweep.errors import IsaerftError, TrialDiverged
 from isaerft_sweep.journal.files import make_readable, write_json
@@ -32,6 +31,7 @@ from isaerft_sweep.journal.folders import (
     Superseded,
     TrialFolder,
 )
+from isaerft_sweep.journal.workers import STOP_AT
 from isaerft_sweep.models.loading import LoadedModel, load
 from isaerft_sweep.plain import canonical_json, to_dict
 from isaerft_sweep.resources import cache_folder
