@@ -51,6 +51,15 @@ def _parser() -> argparse.ArgumentParser:
     cancel.add_argument("--now", action="store_true", help="kill, without time for a checkpoint")
     cancel.set_defaults(run=_cancel)
 
+    doctor = commands.add_parser("doctor", help="check that the site is ready, on a compute node too, with remedies")
+    _override_arguments(doctor)
+    doctor.add_argument("--wait", type=float, default=600, metavar="SECONDS", help="for the job to run (default 600)")
+    doctor.set_defaults(run=_doctor)
+
+    fetch = commands.add_parser("fetch", help="fill the cache on the login node: compute nodes need no internet")
+    _override_arguments(fetch)
+    fetch.set_defaults(run=_fetch)
+
     make = commands.add_parser("make", help="make all trials of a sweep for slurm/trials.sbatch, without running any")
     _override_arguments(make)
     make.set_defaults(run=_make)
@@ -177,6 +186,24 @@ def _cancel(args: argparse.Namespace) -> int:
     from isaerft_sweep.controller.remote import cancel
 
     return cancel(args.sweep, args.now)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from isaerft_sweep.config.command import compose
+    from isaerft_sweep.controller.doctor import diagnose
+
+    return diagnose(Console(), compose(args.overrides), args.wait)
+
+
+def _fetch(args: argparse.Namespace) -> None:
+    from isaerft_sweep.config.command import compose
+    from isaerft_sweep.controller.fetch import fetch
+
+    facts = fetch(compose(args.overrides))
+    print("\n".join([facts["model"], *facts["saes"], facts["data"]]))
+    print("All of it is in the cache. For jobs without internet: export HF_HUB_OFFLINE=1 before you launch.")
 
 
 def _make(args: argparse.Namespace) -> None:

@@ -34,7 +34,7 @@ def output(tmp_path: Path) -> str:
 
 def finish(controller: subprocess.Popen[str], tmp_path: Path, code: int = 0) -> list[dict[str, Any]]:
     """Wait for the controller; how the attempts ended."""
-    assert controller.wait(200) == code, output(tmp_path)
+    assert controller.wait(400) == code, output(tmp_path)
     return [e for e in events(tmp_path / "outputs" / "s") if e["event"] == "end"]
 
 
@@ -142,10 +142,10 @@ def test_a_lost_node(slurm: Bed, tmp_path: Path) -> None:
     controller = start(tmp_path, *ONE, "orpo.max_steps=3000")
     orphan = wait_for(past(sweep, 20))[0]["pid"]
     slurm.kill(slurm.command("squeue", "-h", "-o", "%N").strip())
-    lost = wait_for(lambda: [e for e in events(sweep) if e["event"] == "end"], 60)[0]
+    lost = wait_for(lambda: [e for e in events(sweep) if e["event"] == "end"])[0]
     assert lost["state"] == "stopped" and "SLURM: NODE_FAIL" in lost["message"] and not lost["counted"]
     wait_for(past(sweep, lost["checkpoint"], attempt=2))
-    assert wait_for(lambda: "was replaced by attempt 2" in log_of(sweep, 0), 60), "the orphan sees that it is one"
+    assert wait_for(lambda: "was replaced by attempt 2" in log_of(sweep, 0)), "the orphan sees that it is one"
     assert stepping(sweep)[0]["pid"] != orphan
     controller.send_signal(signal.SIGINT)
     finish(controller, tmp_path, 130)
@@ -277,7 +277,7 @@ def test_a_full_shared_disk(slurm: Bed, tmp_path: Path) -> None:
         with (disk / "filler").open("wb") as file, pytest.raises(OSError, match="No space"):
             while True:
                 file.write(b"0" * 65536)
-        assert controller.wait(200) == 2 and "cannot be written (No space left on device)" in output(tmp_path), output(
+        assert controller.wait(400) == 2 and "cannot be written (No space left on device)" in output(tmp_path), output(
             tmp_path
         )
         assert "Traceback" not in output(tmp_path)

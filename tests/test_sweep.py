@@ -27,7 +27,7 @@ def start(cwd: Path, *overrides: str) -> subprocess.Popen[str]:
         return subprocess.Popen(launch_command(*overrides), cwd=cwd, stdout=log, stderr=subprocess.STDOUT, text=True)
 
 
-def wait_for(condition: Callable[[], Any], timeout_s: float = 120) -> Any:
+def wait_for(condition: Callable[[], Any], timeout_s: float = 300) -> Any:
     end = time.monotonic() + timeout_s
     while not (found := condition()):
         assert time.monotonic() < end, "waited too long"

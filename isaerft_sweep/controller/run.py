@@ -137,7 +137,7 @@ def count_trials(definition: SweepDefinition, sampler: Asked, existing: int) -> 
 
 def make_dispatcher(launcher: LauncherSpec, folder: SweepFolder) -> Dispatcher:
     """The place where trials run."""
-    inner = _make_inner(launcher, folder)
+    inner = make_inner_dispatcher(launcher, folder)
     if not launcher.resident:
         return inner
     from isaerft_sweep.dispatch.resident import ResidentDispatcher
@@ -145,7 +145,8 @@ def make_dispatcher(launcher: LauncherSpec, folder: SweepFolder) -> Dispatcher:
     return ResidentDispatcher(inner, folder.workers, launcher.poll_s, launcher.trials_per_job)
 
 
-def _make_inner(launcher: LauncherSpec, folder: SweepFolder) -> Dispatcher:
+def make_inner_dispatcher(launcher: LauncherSpec, folder: SweepFolder) -> Dispatcher:
+    """The place where jobs run, without workers that stay."""
     if launcher.kind == "slurm":
         from isaerft_sweep.dispatch.slurm import SlurmDispatcher
 
