@@ -51,6 +51,13 @@ def _parser() -> argparse.ArgumentParser:
     cancel.add_argument("--now", action="store_true", help="kill, without time for a checkpoint")
     cancel.set_defaults(run=_cancel)
 
+    plan = commands.add_parser("plan", help="what a sweep would be: trials, space, time, jobs; submits nothing")
+    _override_arguments(plan)
+    plan.add_argument(
+        "--calibrate", action="store_true", help="run a few steps of one trial, through the launcher, for the time"
+    )
+    plan.set_defaults(run=_plan)
+
     doctor = commands.add_parser("doctor", help="check that the site is ready, on a compute node too, with remedies")
     _override_arguments(doctor)
     doctor.add_argument("--wait", type=float, default=600, metavar="SECONDS", help="for the job to run (default 600)")
@@ -186,6 +193,15 @@ def _cancel(args: argparse.Namespace) -> int:
     from isaerft_sweep.controller.remote import cancel
 
     return cancel(args.sweep, args.now)
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from isaerft_sweep.config.command import compose
+    from isaerft_sweep.controller.plan import plan
+
+    plan(Console(), compose(args.overrides), args.calibrate)
 
 
 def _doctor(args: argparse.Namespace) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -237,6 +237,16 @@ def identity(experiment: Experiment) -> str:
     content = {section: _without_cosmetic(getattr(experiment, section)) for section in TUNABLE}
     content["model"].pop("sites")  # only the adapter's sites act
     return hashlib.sha256(canonical_json(content).encode()).hexdigest()[:12]
+
+
+def comparable(experiment: Experiment, swept: Collection[str]) -> str:
+    """Equal for experiments that compute the same but for the values of the ``swept`` keys (``orpo.beta``)."""
+    content = {section: _without_cosmetic(getattr(experiment, section)) for section in TUNABLE}
+    content["model"].pop("sites")
+    for key in swept:
+        section, name = split_key(key)
+        content[section].pop(name, None)
+    return canonical_json(content)
 
 
 def _without_cosmetic(spec: Any) -> dict[str, Any]:
