@@ -50,7 +50,7 @@ def plan(console: Console, experiment: Experiment, calibrating: bool) -> None:
 
 
 def space_table(space: Mapping[str, Distribution], points: Sequence[Point]) -> Table:
-    """One line per parameter: the trials on its own scale, low values left, or how many there are of each value."""
+    """One line per parameter: the trials on its own scale, or how many there are of each value."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("parameter", "scale", "from", "trials on that scale", "to"):
         table.add_column(name, no_wrap=name != "trials on that scale")
@@ -65,8 +65,8 @@ def space_table(space: Mapping[str, Distribution], points: Sequence[Point]) -> T
             )
         else:
             places = [point.unit[key] for point in points if key in point.unit]
-            low, high = sorted((d.at(0.0), d.at(1.0)))
-            table.add_row(name, "log" if d.family in LOG_FAMILIES else d.family, show(low), axis(places), show(high))
+            kind = "log" if d.family in LOG_FAMILIES else d.family
+            table.add_row(name, kind, show(d.at(0.0)), axis(places), show(d.at(1.0)))
     return table
 
 
