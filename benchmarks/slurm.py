@@ -163,12 +163,7 @@ def status(trials: int, work: Path) -> Table:
     command, took = [sys.executable, "-m", "isaerft_sweep.cli", "status", str(work / "sweep")], []
     for _ in range(REPEATS):
         started = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-m", "isaerft_sweep.cli", "status", str(work / "sweep")],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
         took.append(time.perf_counter() - started)
         assert f"{trials // 2} of {trials} ended" in done.stdout, done.stdout
     table.add_row(f"{trials:,}", f"{trials // 10:,}", f"{statistics.median(took):.2f}")
