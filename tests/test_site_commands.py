@@ -1,0 +1,131 @@
+"""plan, doctor and fetch: what they say on this machine and on a real SLURM."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import TINY
+from rich.console import Console
+from slurm_bed import Bed
+
+from isaerft_sweep.controller.calibrate import reckon
+from isaerft_sweep.controller.doctor import clocks, preemption, show
+from isaerft_sweep.controller.plan import axis
+from isaerft_sweep.controller.probe import LOCKED, MADE_BEFORE, shared_folder, wandb_server
+from isaerft_sweep.errors import ConfigError
+from isaerft_sweep.journal.folders import TrialFolder
+from isaerft_sweep.specs import Experiment
+
+
+def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "isaerft_sweep.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_a_trials_time_is_reckoned_from_a_short_one(tmp_path: Path) -> None:
+    """Start 10 s, steps of 2 s after a slow first one, an evaluation of 5 s, end 3 s."""
+    rows = [{"step": step, "time": 110.0 + 2 * step, "train/loss": 1.0} for step in range(1, 9)]
+    rows.append({"step": 8, "time": 126 + 5.0, "eval/loss": 1.0})
+    trial = TrialFolder(tmp_path)
+    trial.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    seconds = reckon(trial, {"started": 100.0, "ended": 134.0}, steps=100, evaluations=5)
+    assert seconds == pytest.approx(10 + 100 * 2 + 5 * 5 + 3)
+    trial.metrics.write_text(json.dumps(rows[0]) + "\n")
+    with pytest.raises(ConfigError, match="at least two steps"):
+        reckon(trial, {}, 1, 1)
+
+
+def test_the_axis_shows_every_trial() -> None:
+    line = axis([0.0, 0.01, 0.5, 1.0])
+    assert line[0] == "2" and line[-1] == "1" and line[len(line) // 2] == "1" and line.count("·") == len(line) - 3
+    assert axis([0.5] * 12).count("+") == 1
+
+
+def test_what_doctor_thinks_of_preemption_and_clocks() -> None:
+    assert preemption({"PreemptType": "preempt/none"}, 0).state == "good"
+    short = preemption({"PreemptType": "preempt/qos", "PreemptMode": "REQUEUE"}, 0)
+    assert short.state == "warning" and "orpo.checkpoint_every_min" in short.remedy
+    assert preemption({"PreemptType": "preempt/qos", "PreemptMode": "REQUEUE"}, 60).state == "good"
+    assert clocks(-0.5).state == "good" and clocks(90.0).state == "bad"
+
+
+def test_a_folder_that_is_not_shared_and_a_lock_that_does_not_hold(tmp_path: Path) -> None:
+    assert [f.state for f in shared_folder(tmp_path)] == ["bad"]
+    (tmp_path / MADE_BEFORE).touch()
+    (tmp_path / LOCKED).touch()  # nobody holds it, as where locks do not reach other machines
+    found = {f.what: f.state for f in shared_folder(tmp_path)}
+    assert found == {"rename": "good", "exclusive link": "good", "file lock": "bad"}
+
+
+def test_whether_wandb_can_be_reached(experiment: Callable[..., Experiment], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    assert wandb_server(experiment(*TINY)).state == "good"
+    found = wandb_server(experiment(*TINY, "tracker=wandb"))
+    assert found.state == "bad" and "tracker=offline" in found.remedy
+
+
+@pytest.mark.slow
+def test_plan_says_what_would_be_and_submits_nothing(slurm: Bed, tmp_path: Path) -> None:
+    options = (*TINY, "sweep=reference", "sweep.method=random", "sweep.run_cap=12", f"output={tmp_path / 'outputs'}")
+    cluster = ("launcher=slurm", "launcher.slots=6", "launcher.slurm.array_parallelism=2", "launcher.timeout_min=10")
+    done = cli("plan", *options, *cluster)
+    assert done.returncode == 0, done.stderr
+    for words in (
+        "12 trials",
+        "learning_rate  log",
+        "--array=0-5%2",
+        "partition main",
+        "gpus_per_node 1",
+        "10 min",
+        "--calibrate",
+    ):
+        assert words in done.stdout, (words, done.stdout)
+    assert not (tmp_path / "outputs").exists() and slurm.command("squeue", "-h", "-t", "all") == ""
+    wrong = cli("plan", *options, *cluster, "launcher.slurm.partition=mian")
+    assert wrong.returncode == 2 and "Did you mean 'main'?" in wrong.stderr
+    reckoned = cli("plan", *options, *cluster, "--calibrate")
+    assert re.search(r"a trial \(4 steps, run just now\): .* GPU-hours together", reckoned.stdout.replace("\n", " ")), (
+        reckoned.stdout
+    )
+    assert slurm.command("squeue", "-h", "-t", "all").count("\n") == 1 and not list((tmp_path / "outputs").iterdir())
+
+
+@pytest.mark.slow
+def test_doctor_looks_from_a_compute_node(slurm: Bed, tmp_path: Path) -> None:
+    done = cli("doctor", *TINY, "launcher=slurm", "launcher.slurm.gpus_per_node=0", f"output={tmp_path / 'outputs'}")
+    said = done.stdout
+    assert done.returncode == 0, said + done.stderr
+    for words in ("SLURM: bed, version", "SIGTERM and 20 s to end in", "sacct: answers", "file lock: held by the command", "model, SAE, data: in the cache",
+                  "clocks: 0.", "0 bad"):  # fmt: skip
+        assert words in said, (words, said)
+    fake = cli("doctor", *TINY, "launcher=slurm", f"output={tmp_path / 'outputs'}")
+    assert fake.returncode == 1 and "the job was given GPU 0, but torch" in fake.stdout, "a GPU that is a twin of /dev/null"
+    missing = cli(
+        "doctor", *TINY, "model=gemma-2-2b", "launcher=slurm", "launcher.slurm.gpus_per_node=0", f"output={tmp_path}"
+    )
+    assert missing.returncode == 1 and "isaerft-sweep fetch" in missing.stdout
+    assert slurm.jobs() == [] and not list((tmp_path / "outputs").iterdir())
+
+
+@pytest.mark.slow
+def test_fetch_checks_that_a_trial_finds_all_of_it_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "HF_HUB_OFFLINE must not be set" in cli("fetch", *TINY).stderr
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    done = cli("fetch", *TINY)
+    assert done.returncode == 0 and "24 pairs to train on" in done.stdout, done.stderr
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # as on a machine without internet
+    away = cli("fetch", *TINY, "model=gemma-2-2b")
+    assert away.returncode == 2 and "'google/gemma-2-2b' could not be fetched" in away.stderr
+
+
+def test_a_finding_is_shown_with_its_remedy() -> None:
+    console = Console(record=True, width=100)
+    show(console, [clocks(90.0)])
+    said = console.export_text()
+    assert "BAD" in said and "launcher.heartbeat_s" in said
