@@ -42,6 +42,7 @@ def make_trials(experiment: Experiment, overrides: Sequence[str]) -> tuple[Path,
             raise ConfigError("the sweep must have a last trial: give sweep.run_cap=N.")
         check_trial_needs(experiment)
         begin_sweep(experiment, definition, folder, journal)
+        folder.made.touch()
         factory = TrialFactory(experiment, definition, folder, journal.record.sweep_id, git_commit(), overrides)
         for record in sorted(journal.record.trials.values(), key=lambda r: r.index):
             sampler.restore(record.point)

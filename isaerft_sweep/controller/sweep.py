@@ -123,7 +123,8 @@ class SweepController:
         status = folder.read_status()
         if not status or status.get("attempt") != folder.current_attempt() or status["attempt"] <= record.attempt:
             return {}
-        if status["state"] == RUNNING and not record.attempt and time.time() - status["heartbeat"] < ALIVE_S:
+        made = not record.attempt and self.factory.folder.made.exists()
+        if made and status["state"] == RUNNING and time.time() - status["heartbeat"] < ALIVE_S:
             raise LaunchError(
                 f"the trial {record.name} is being run by process {status['pid']} on {status['host']}, which no controller "
                 f"started (an array of slurm/trials.sbatch?). Wait for it, or end it and try again after {ALIVE_S:g} s."

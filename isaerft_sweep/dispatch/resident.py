@@ -11,6 +11,7 @@ from pathlib import Path
 
 from isaerft_sweep.dispatch.base import Dispatcher, JobRef, Verdict
 from isaerft_sweep.dispatch.job import Job, TrialJob, WorkerJob
+from isaerft_sweep.errors import LaunchError
 from isaerft_sweep.journal.workers import Task, WorkerFolder
 
 CLOSING_S = 30.0
@@ -55,11 +56,17 @@ class ResidentDispatcher(Dispatcher):
                 continue
             worker.busy = True
             refs.append(_reference(name, worker.job, number))
-        rest = tasks[len(refs) :]
-        return refs + (self._start(rest, needed=not refs) if rest else [])
+        try:
+            return refs + self._start(tasks[len(refs) :])
+        except LaunchError:
+            if refs:  # what workers that waited have been given counts
+                return refs
+            raise
 
-    def _start(self, tasks: list[Task], needed: bool) -> list[JobRef]:
-        """Start a worker for each task; nothing when they cannot be had, unless one is ``needed``: then raise."""
+    def _start(self, tasks: list[Task]) -> list[JobRef]:
+        """Start a worker for each task, or for the first of them where no more can be had."""
+        if not tasks:
+            return []
         names = [f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}" for _ in tasks]
         folders = [WorkerFolder(self.folder / name) for name in names]
         numbers = [folder.claim(task) for folder, task in zip(folders, tasks, strict=True)]  # so that it never waits

@@ -6,7 +6,6 @@ that no other sweep has. That also finds jobs which nobody remembers, since thei
 
 from __future__ import annotations
 
-import getpass
 import hashlib
 import os
 import re
@@ -112,7 +111,7 @@ class SlurmDispatcher(Dispatcher):
 
     def _read_states(self) -> dict[str, tuple[str, str]]:
         """State, with reason and node, of every job of this sweep that the scheduler remembers."""
-        who = ("--user", getpass.getuser(), "--name", self.name)
+        who = ("--user", str(os.getuid()), "--name", self.name)
         lines = ask("squeue", "--noheader", "--array", "--states=all", *who, "--format=%i|%T|%r|%N").splitlines()
         rows = [line.split("|") for line in lines if line.count("|") == 3]
         return {row[0].strip(): (row[1], ", ".join(part for part in row[2:] if part not in ("", "None"))) for row in rows}
@@ -147,7 +146,8 @@ class SlurmDispatcher(Dispatcher):
     def _arrays(self, refs: Sequence[JobRef]) -> list[str]:
         """The jobs' ids, with one id for all of an array that are alive: the scheduler gets one request for an array."""
         ids = dict.fromkeys(ref["id"] for ref in refs)
-        others = {job for job, (state, _) in self._states.items() if state not in OVER and job not in ids}
+        told = self._known | set(self._states)
+        others = {job for job in told if job not in ids and self._states.get(job, ("", ""))[0] not in OVER}
         shared = {job.split("_")[0] for job in others}
         return list(dict.fromkeys(job if (array := job.split("_")[0]) in shared else array for job in ids))
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import getpass
+import os
+import pwd
 import re
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -131,10 +132,18 @@ def _associations(settings: Mapping[str, str]) -> tuple[tuple[str, ...] | None, 
     enforced = settings.get("AccountingStorageEnforce", "none").lower()
     if "associations" not in enforced:
         return None, None
-    command = ["sacctmgr", "--noheader", "--parsable2", "show", "assoc", "where", f"user={getpass.getuser()}"]
     try:
+        command = [
+            "sacctmgr",
+            "--noheader",
+            "--parsable2",
+            "show",
+            "assoc",
+            "where",
+            f"user={pwd.getpwuid(os.getuid()).pw_name}",
+        ]
         rows = [line.split("|") for line in ask(*command, "format=Account,QOS").splitlines() if "|" in line]
-    except LaunchError:
+    except (LaunchError, KeyError):
         return None, None  # sbatch itself will tell
     accounts = sorted({row[0] for row in rows if row[0]})
     qos = sorted({name for row in rows for name in row[1].split(",") if name})

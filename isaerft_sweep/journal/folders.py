@@ -106,6 +106,11 @@ class SweepFolder:
         return self.path / "cancel"
 
     @property
+    def made(self) -> Path:
+        """There when trials were made ahead and others than a controller may run them; see ``controller/made.py``."""
+        return self.path / ".made"
+
+    @property
     def names(self) -> Path:
         """Where names are reserved: shared by all sweeps of one output folder."""
         return self.path.parent / ".names"
