@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from slurm_bed import running_bed, which, why_not
 
 POLL_S = 1.0
-REPEATS = 3
+REPEATS = 2
 COMMANDS = ("sbatch", "squeue", "sacct", "scontrol", "sinfo", "scancel", "sacctmgr")
 
 

@@ -14,12 +14,12 @@ from conftest import TINY
 from rich.console import Console
 from slurm_bed import Bed
 
-from isaerft_sweep.controller.calibrate import reckon
-from isaerft_sweep.controller.doctor import clocks, preemption, show
-from isaerft_sweep.controller.plan import axis
-from isaerft_sweep.controller.probe import LOCKED, MADE_BEFORE, shared_folder, wandb_server
 from isaerft_sweep.errors import ConfigError
 from isaerft_sweep.journal.folders import TrialFolder
+from isaerft_sweep.readiness.calibrate import reckon
+from isaerft_sweep.readiness.doctor import clocks, preemption, show
+from isaerft_sweep.readiness.plan import axis
+from isaerft_sweep.readiness.probe import LOCKED, MADE_BEFORE, shared_folder, wandb_server
 from isaerft_sweep.specs import Experiment
 
 

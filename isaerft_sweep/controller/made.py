@@ -12,8 +12,10 @@ from isaerft_sweep.controller.question import open_journal, question, sweep_fold
 from isaerft_sweep.controller.run import begin_sweep, count_trials, make_sampler
 from isaerft_sweep.controller.trials import TrialFactory
 from isaerft_sweep.dispatch.job import TrialJob
+from isaerft_sweep.dispatch.snapshot import code_snapshot
 from isaerft_sweep.environment import git_commit
 from isaerft_sweep.errors import ConfigError, FolderError
+from isaerft_sweep.journal.files import write_text
 from isaerft_sweep.journal.folders import COMPLETED, FINAL, SweepFolder
 from isaerft_sweep.journal.journal import SweepRecord, replay
 from isaerft_sweep.specs import Experiment
@@ -42,7 +44,7 @@ def make_trials(experiment: Experiment, overrides: Sequence[str]) -> tuple[Path,
             raise ConfigError("the sweep must have a last trial: give sweep.run_cap=N.")
         check_trial_needs(experiment)
         begin_sweep(experiment, definition, folder, journal)
-        folder.made.touch()
+        write_text(folder.made, f"{code_snapshot(folder.path / 'code').absolute()}\n")
         factory = TrialFactory(experiment, definition, folder, journal.record.sweep_id, git_commit(), overrides)
         for record in sorted(journal.record.trials.values(), key=lambda r: r.index):
             sampler.restore(record.point)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import yaml
@@ -20,6 +22,7 @@ from isaerft_sweep.controller.sweep import SweepController
 from isaerft_sweep.controller.trials import TrialFactory, new_sweep_id
 from isaerft_sweep.dispatch.base import Dispatcher
 from isaerft_sweep.environment import describe_environment, git_commit
+from isaerft_sweep.errors import FolderError
 from isaerft_sweep.journal.files import write_json, write_text
 from isaerft_sweep.journal.folders import COMPLETED, SweepFolder
 from isaerft_sweep.journal.journal import Journal
@@ -33,6 +36,7 @@ from isaerft_sweep.search.sweep_file import Metric, SweepDefinition
 from isaerft_sweep.specs import Experiment, LauncherSpec
 
 INTERRUPTED = 130
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
 
 
 def run_sweep(experiment: Experiment, overrides: Sequence[str] = ()) -> int:
@@ -86,12 +90,27 @@ def run_trials(
                 journal, sampler, factory, dispatcher, experiment.launcher, trials, view, lambda: stop.urgency, early
             )
             try:
-                controller.run()
+                with disk_errors_named(folder):
+                    controller.run()
             finally:
                 dispatcher.close()
         return conclude(console, folder, journal, trials, stop.urgency > 0, show)
     finally:
         journal.close()
+
+
+@contextmanager
+def disk_errors_named(folder: SweepFolder) -> Iterator[None]:
+    """Turn an error of the disk, which may come from any write, into one that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        raise FolderError(
+            f"{error.filename or folder.path} cannot be written ({error.strerror}). Make room or mend the disk, then run "
+            "the same command again: nothing that has finished is lost."
+        ) from error
 
 
 def end_jobs(experiment: Experiment, folder: SweepFolder, at_once: bool) -> None:

@@ -107,7 +107,7 @@ class SweepFolder:
 
     @property
     def made(self) -> Path:
-        """There when trials were made ahead and others than a controller may run them; see ``controller/made.py``."""
+        """There when trials were made ahead, with the place of the code that they run with; see ``controller/made.py``."""
         return self.path / ".made"
 
     @property

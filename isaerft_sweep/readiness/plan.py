@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.table import Table
 
 from isaerft_sweep.config.boundary import to_definition
-from isaerft_sweep.controller.calibrate import Estimate, calibrate, from_earlier_sweeps
 from isaerft_sweep.controller.preflight import check_trial_needs
 from isaerft_sweep.controller.progress import duration
 from isaerft_sweep.controller.question import sweep_folder
@@ -19,6 +18,7 @@ from isaerft_sweep.dispatch.local import visible_gpus
 from isaerft_sweep.dispatch.slurm_flags import sbatch_parameters, working_s
 from isaerft_sweep.dispatch.slurm_site import read_site
 from isaerft_sweep.errors import ConfigError
+from isaerft_sweep.readiness.calibrate import Estimate, calibrate, from_earlier_sweeps
 from isaerft_sweep.results.axes import LOG_FAMILIES
 from isaerft_sweep.search.distributions import Categorical, Constant, Distribution
 from isaerft_sweep.search.sampler import STARTUP, Point

@@ -12,7 +12,6 @@ from typing import cast
 
 from rich.console import Console
 
-from isaerft_sweep.controller.probe import ANSWER, BAD, GOOD, LOCKED, MADE_BEFORE, WARNING, Finding, ProbeJob
 from isaerft_sweep.controller.run import make_inner_dispatcher
 from isaerft_sweep.dispatch.job import Job
 from isaerft_sweep.dispatch.slurm_flags import sbatch_parameters
@@ -21,6 +20,7 @@ from isaerft_sweep.errors import FolderError, LaunchError
 from isaerft_sweep.journal.files import read_json, write_json
 from isaerft_sweep.journal.folders import SweepFolder
 from isaerft_sweep.plain import canonical_json, to_dict
+from isaerft_sweep.readiness.probe import ANSWER, BAD, GOOD, LOCKED, MADE_BEFORE, WARNING, Finding, ProbeJob
 from isaerft_sweep.specs import Experiment
 
 MARKS = {GOOD: "[green]ok     [/]", WARNING: "[yellow]warning[/]", BAD: "[red]BAD    [/]"}
