@@ -6,12 +6,14 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import pytest
 from conftest import TINY, events
 from test_sweep import ended_states, wait_for
@@ -24,6 +26,7 @@ from isaerft_sweep.journal.workers import STOP_AT
 from isaerft_sweep.specs import LauncherSpec
 
 pytestmark = pytest.mark.slow
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # jobs cannot import tests
 Make = Callable[..., Dispatcher]
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import pytest
 import slurm_bed
 from conftest import TINY, events
@@ -25,6 +27,7 @@ from isaerft_sweep.dispatch.snapshot import code_snapshot
 from isaerft_sweep.errors import LaunchError
 from isaerft_sweep.specs import LauncherSpec
 
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # jobs cannot import tests
 GPU = NodeKind("gpu", True, 64, 512_000, 2880, ("a100", "nvlink"), parse_gres("gpu:a100:4(S:0-1)"))
 CPU = NodeKind("cpu", False, 128, 256_000, None, (), {})
 SITE = Site({"MaxArraySize": "1001"}, (GPU, CPU), ("lab", "other"), ("normal",))
