@@ -124,8 +124,8 @@ class Bed:
             if f"n{number}" not in self.daemons:
                 self.start_node(number)
         if jobs := self.jobs():
-            self.command("scancel", "--full", "--signal=KILL", *jobs)
-            self.command("scancel", *jobs)
+            for how in (["--full", "--signal=KILL"], []):  # one that ends meanwhile makes scancel fail
+                subprocess.run(["scancel", *how, *jobs], env=self._env(), capture_output=True, timeout=60)
         wait_for(lambda: not self.jobs() and self.idle(), "an empty cluster", lambda: self.command("squeue"))
         kill_jobs_of(self.conf)
 

@@ -12,6 +12,7 @@ import os
 import socket
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -183,7 +184,12 @@ class TrialFolder:
     def create(self, spec: TrialSpec) -> None:
         """Make the folder and write the spec. Safe to call again after a crash."""
         self.path.mkdir(parents=True, exist_ok=True)
-        write_json(self.spec, to_dict(spec))
+        try:
+            write_json(self.spec, to_dict(spec))
+        except OSError:  # a full disk: leave no folder of a trial that there is not
+            with suppress(OSError):
+                self.path.rmdir()
+            raise
 
     def read_spec(self) -> TrialSpec:
         return TrialSpec.from_json(json.loads(self.spec.read_text(encoding="utf-8")))
