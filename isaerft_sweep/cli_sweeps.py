@@ -102,9 +102,12 @@ def _fetch(args: argparse.Namespace) -> None:
 def _make(args: argparse.Namespace) -> None:
     from isaerft_sweep.config.command import compose
     from isaerft_sweep.controller.made import make_trials
+    from isaerft_sweep.resources import folder as shipped
+    from isaerft_sweep.results.leaderboard import short_path
 
     folder, trials = make_trials(compose(args.overrides), args.overrides)
-    print(f"{trials} trials are made. Run them:\n  sbatch --array=0-{trials - 1}%8 slurm/trials.sbatch {folder}")
+    template = short_path(shipped("slurm") / "trials.sbatch")
+    print(f"{trials} trials are made. Run them:\n  sbatch --array=0-{trials - 1}%8 {template} {folder}")
     print(f"then see to what is left, and rank them:\n  isaerft-sweep attach {folder}")
 
 

@@ -131,6 +131,23 @@ def test_kill_9_of_a_worker_without_accounting(tmp_path: Path, monkeypatch: pyte
     check_same_as_alone(sweep, tmp_path)
 
 
+def test_memory_runs_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SLURM itself measures and kills: a trial needs some 600 MB and is given 256."""
+    if reason := slurm_bed.why_not():
+        pytest.skip(reason)
+    limits = {
+        "JobAcctGatherType": "jobacct_gather/linux",
+        "JobAcctGatherParams": "OverMemoryKill",
+        "JobAcctGatherFrequency": "task=1",
+    }
+    with slurm_bed.running_bed(accounting=False, **limits) as bed:
+        monkeypatch.setenv("SLURM_CONF", str(bed.conf))
+        done = start(tmp_path, *ONE, "launcher.max_retries=0", "launcher.slurm.mem_gb=0.25", "orpo.max_steps=100000")
+        ends = finish(done, tmp_path, 1)
+        assert [e["given_up"] for e in ends] == [True]
+        assert "SLURM: " in ends[0]["message"] and "exceeded memory limit" in ends[0]["message"], ends
+
+
 def test_a_lost_node(slurm: Bed, tmp_path: Path) -> None:
     """Its slurmd is gone, but the worker lives on as an orphan: the attempt that takes its place must not meet it."""
     sweep = tmp_path / "outputs" / "s"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from isaerft_sweep.controller.early import EarlyStopping
+from isaerft_sweep.controller.ending import judge
 from isaerft_sweep.controller.trials import TrialFactory
 from isaerft_sweep.dispatch.base import Dispatcher, JobRef, QueueBusy
 from isaerft_sweep.dispatch.job import TrialJob
@@ -33,19 +33,6 @@ class View(Protocol):
     def event(self, record: TrialRecord) -> None: ...
 
     def note(self, text: str) -> None: ...
-
-
-@dataclass
-class Ending:
-    """How an attempt ended: a state of ``journal.folders``, what was measured and a message for people."""
-
-    state: str
-    metric: float | None
-    message: str
-    seconds: float
-    can_retry: bool
-    counted: bool = False
-    """Whether it counts against ``launcher.max_retries``."""
 
 
 class SweepController:
@@ -220,7 +207,7 @@ class SweepController:
     def _settle(self, record: TrialRecord, status: dict[str, Any]) -> None:
         if self.early:
             self.early.note(record.index, status)
-        ending = self._judge(record, status)
+        ending = judge(record, status, self.dispatcher, told_to_stop=record.index in self._told_to_stop)
         failures = record.failures + ending.counted
         if self.early and ending.state != PRUNED:
             self.early.forget(record.index)
@@ -249,42 +236,6 @@ class SweepController:
             self.sampler.tell(record.point, record.metric)
         self._completed += record.state == COMPLETED
         self._given_up += record.given_up
-
-    def _judge(self, record: TrialRecord, status: dict[str, Any]) -> Ending:
-        """What came of an attempt whose job is gone, from the worker's last word; the place is asked for reasons alone."""
-        state, message = status.get("state"), str(status.get("message", ""))
-        seconds = float(status.get("ended", status.get("heartbeat", 0)) - status.get("started", 0)) if status else 0.0
-        if state in (COMPLETED, PRUNED):
-            return Ending(str(state), status.get("metric"), message, seconds, False)
-        if state in FINAL:
-            return Ending(str(state), None, message, seconds, True)
-        if record.index in self._told_to_stop:
-            return Ending(STOPPED, None, message or "ended before it could write a checkpoint", seconds, True)
-        if state == FAILED:
-            return Ending(FAILED, None, message, seconds, can_retry=not status.get("user_error"), counted=True)
-        return self._cut_short(record, status, seconds)
-
-    def _cut_short(self, record: TrialRecord, status: dict[str, Any], seconds: float) -> Ending:
-        """An attempt that something else has ended: in order, with a checkpoint, or by force.
-
-        It counts as a failure unless the site had reasons of its own and the trial has got further than before: it would
-        otherwise go on for ever without an end, in jobs that are too short, say.
-        """
-        assert record.job is not None
-        verdict = self.dispatcher.verdict(record.job)
-        ordered = status.get("state") == STOPPED
-        further = int(status.get("checkpoint") or 0) > record.checkpoint
-        if ordered and verdict.cause != "person" and further:
-            return Ending(STOPPED, None, str(status.get("message", "")), seconds, True)
-        told = f" ({verdict.words})" if verdict.words else " (killed, out of memory, or the node was lost)"
-        last = self.dispatcher.log_tail(record.job)
-        lines = f"; its last lines:\n{last}" if last else ""
-        if verdict.cause == "site" and further:
-            return Ending(STOPPED, None, f"its job was ended by the site{told}; it goes on from a checkpoint", seconds, True)
-        if ordered:
-            what = "it was stopped from outside" if verdict.cause == "person" else "it was stopped before it got any further"
-            return Ending(FAILED, None, f"{what}{told if verdict.words else ''}{lines}", seconds, True, counted=True)
-        return Ending(FAILED, None, f"its process ended without a word{told}{lines}", seconds, True, counted=True)
 
     def _stop_jobs(self) -> None:
         """Ask every job once to checkpoint and end; end it by force after the grace period or a second request."""
