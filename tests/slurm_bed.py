@@ -54,6 +54,8 @@ class Bed:
     options: dict[str, str] = field(default_factory=dict)
     root: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="isaerft-slurm-")))
     daemons: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    path: str = field(default_factory=lambda: os.environ["PATH"])
+    """A test may change PATH; the bed keeps the one that it began with."""
 
     @property
     def conf(self) -> Path:
@@ -157,7 +159,7 @@ class Bed:
             file.write(f"{self.daemons[key or program].pid}\n")
 
     def _env(self, extra: dict[str, str] | None = None) -> dict[str, str]:
-        return {**os.environ, **self.environment, **(extra or {})}
+        return {**os.environ, "PATH": self.path, **self.environment, **(extra or {})}
 
     def _guard(self) -> None:
         """A process that notices by a closed pipe that this one has ended, and stops what is left."""
