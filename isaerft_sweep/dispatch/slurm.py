@@ -57,6 +57,7 @@ class SlurmDispatcher(Dispatcher):
         self._array_size = site.array_size
         self._states: dict[str, tuple[str, str]] = {}
         self._known: set[str] = set()
+        self._names = {self.name}
         try:
             self.executor = submitit.SlurmExecutor(folder=folder, python=spec.slurm.get("python"))
             self.executor.update_parameters(**parameters)
@@ -78,7 +79,7 @@ class SlurmDispatcher(Dispatcher):
                         break
                     raise
                 size = len(part) // 2  # there may be room for fewer
-        return [{"kind": "slurm", "id": job_id} for job_id in ids]
+        return [{"kind": "slurm", "id": job_id, "name": self.name} for job_id in ids]
 
     def _submit_array(self, jobs: Sequence[Job], parallelism: int) -> list[str]:
         self._queue_is_full = False
@@ -99,7 +100,9 @@ class SlurmDispatcher(Dispatcher):
         return ids
 
     def alive(self, refs: Iterable[JobRef]) -> list[bool]:
-        ids = [ref["id"] for ref in refs]
+        asked = list(refs)
+        ids = [ref["id"] for ref in asked]
+        self._names.update(ref["name"] for ref in asked if "name" in ref)  # of a controller that saw the folder elsewhere
         self._known.update(ids)
         try:
             self._states = self._read_states()
@@ -111,7 +114,7 @@ class SlurmDispatcher(Dispatcher):
 
     def _read_states(self) -> dict[str, tuple[str, str]]:
         """State, with reason and node, of every job of this sweep that the scheduler remembers."""
-        who = ("--user", str(os.getuid()), "--name", self.name)
+        who = ("--user", str(os.getuid()), "--name", ",".join(sorted(self._names)))
         lines = ask("squeue", "--noheader", "--array", "--states=all", *who, "--format=%i|%T|%r|%N").splitlines()
         rows = [line.split("|") for line in lines if line.count("|") == 3]
         return {row[0].strip(): (row[1], ", ".join(part for part in row[2:] if part not in ("", "None"))) for row in rows}
