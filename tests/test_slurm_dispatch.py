@@ -179,6 +179,24 @@ def test_real_flags_of_a_real_array(slurm: Bed, tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.slow
+def test_jobs_are_found_under_the_name_they_were_given_and_one_scancel_ends_an_array(
+    slurm: Bed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = LauncherSpec(kind="slurm", slots=6, slurm={"hold": True})
+    first = SlurmDispatcher(held, tmp_path / "s" / "jobs")
+    refs = first.submit_all([Note(str(tmp_path / f"mark{i}")) for i in range(6)])  # type: ignore[arg-type]
+    moved = SlurmDispatcher(LauncherSpec(kind="slurm", slurm={"job_name": "a b"}), tmp_path / "link" / "jobs")
+    assert moved.name.startswith("a-b-") and moved.alive(refs) == [True] * 6
+    calls = count_calls(tmp_path, monkeypatch, "scancel")
+    moved.kill(refs[2:4])
+    wait_for(lambda: moved.alive(refs) == [True, True, False, False, True, True])
+    moved.kill(refs)
+    wait_for(lambda: not any(moved.alive(refs)))
+    array = refs[0]["id"].split("_")[0]
+    assert calls.read_text().splitlines() == [f"{array}_2 {array}_3", array]
+
+
+@pytest.mark.slow
 def test_a_site_that_takes_few_jobs_at_a_time(slurm: Bed, launch: Callable, tmp_path: Path) -> None:
     """Six workers are asked for, and a qos takes three."""
     options = ("launcher=slurm", "launcher.poll_s=0.3", "launcher.slots=6", "launcher.slurm.qos=few", "sweep.run_cap=6")

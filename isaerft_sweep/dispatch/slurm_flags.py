@@ -51,7 +51,7 @@ def sbatch_parameters(spec: LauncherSpec, site: Site, name: str) -> dict[str, An
     resources = _resources(given, kinds)
     known = submitit.SlurmExecutor._valid_parameters()
     extra |= {key: value for key, value in given.items() if key not in known}
-    prefix = given.pop("job_name", None)
+    prefix = re.sub(r"[^A-Za-z0-9_.-]+", "-", str(given.pop("job_name", "")))
     return {
         **{key: value for key, value in given.items() if key in known},
         **resources,
