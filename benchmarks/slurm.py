@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -77,19 +78,29 @@ def with_ours(jobs: int, folder: Path) -> float:
     return seconds
 
 
+def processor_s() -> float:
+    """Processor time of this process and of the commands that it has called; the jobs are not among them."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
+
+
 def overhead(jobs: int, work: Path) -> Table:
     """Both in turn, so that a machine that is slow for a while is slow for both."""
     table = Table(title=f"{jobs} jobs that do nothing, in one array")
-    for name in ("run", "bare submitit s", "ours s", "ratio"):
+    for name in ("run", "bare submitit s", "ours s", "ratio", "submitter's processor s: bare", "ours"):
         table.add_column(name, justify="right")
     ratios = []
     for run in range(1, REPEATS + 1):
-        order = (with_submitit, with_ours) if run % 2 else (with_ours, with_submitit)
-        took = {side.__name__: side(jobs, work / f"{side.__name__}{run}" / "jobs") for side in order}
-        bare, ours = took["with_submitit"], took["with_ours"]
-        ratios.append(ours / bare)
-        table.add_row(str(run), f"{bare:.1f}", f"{ours:.1f}", f"{ratios[-1]:.3f}")
-    table.add_row("median", "", "", f"{statistics.median(ratios):.3f}")
+        wall, cpu = {}, {}
+        for side in (with_submitit, with_ours) if run % 2 else (with_ours, with_submitit):
+            before = processor_s()
+            wall[side] = side(jobs, work / f"{side.__name__}{run}" / "jobs")
+            cpu[side] = processor_s() - before
+        ratios.append(wall[with_ours] / wall[with_submitit])
+        seconds = [wall[with_submitit], wall[with_ours], cpu[with_submitit], cpu[with_ours]]
+        shown = [f"{value:.1f}" for value in seconds]
+        table.add_row(str(run), *shown[:2], f"{ratios[-1]:.3f}", *shown[2:])
+    table.add_row("median", "", "", f"{statistics.median(ratios):.3f}", "", "")
     return table
 
 
