@@ -6,8 +6,12 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import TINY
@@ -16,6 +20,7 @@ from slurm_bed import Bed
 
 from isaerft_sweep.errors import ConfigError
 from isaerft_sweep.journal.folders import TrialFolder
+from isaerft_sweep.models.random_model import made_folder
 from isaerft_sweep.readiness.calibrate import reckon
 from isaerft_sweep.readiness.doctor import clocks, preemption, show
 from isaerft_sweep.readiness.plan import axis
@@ -111,6 +116,83 @@ def test_doctor_looks_from_a_compute_node(slurm: Bed, tmp_path: Path) -> None:
     )
     assert missing.returncode == 1 and "isaerft-sweep fetch" in missing.stdout
     assert slurm.jobs() == [] and not list((tmp_path / "outputs").iterdir())
+
+
+class StandInModelHub:
+    """Stands in for the Hub, which cannot be reached here: serves one repository's files; what huggingface_hub asks for."""
+
+    commit = "a" * 40
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name, self.files = name, {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+        self.files["pytorch_model.bin"] = b"weights in another format"
+        self.asked: list[str] = []
+
+    def answer(self, method: str, path: str) -> tuple[int, dict[str, str], bytes]:
+        self.asked.append(path)
+        if path.startswith(f"/api/models/{self.name}"):
+            siblings = [{"rfilename": name} for name in self.files]
+            facts = {
+                "id": self.name,
+                "modelId": self.name,
+                "sha": self.commit,
+                "private": False,
+                "tags": [],
+                "siblings": siblings,
+            }
+            tree = [{"type": "file", "path": n, "size": len(c), "oid": n} for n, c in self.files.items()]
+            return 200, {"Content-Type": "application/json"}, json.dumps(tree if "/tree/" in path else facts).encode()
+        wanted = path.rsplit("/", 1)[-1]
+        if f"/{self.name}/resolve/" not in path or wanted not in self.files:
+            return 404, {"X-Error-Code": "EntryNotFound"}, b""
+        content = self.files[wanted]
+        return 200, {"ETag": f'"{wanted}"', "X-Repo-Commit": self.commit, "Content-Length": str(len(content))}, content
+
+
+@contextmanager
+def served(hub: StandInModelHub) -> Iterator[str]:
+    class Handler(BaseHTTPRequestHandler):
+        def _reply(self) -> None:
+            status, headers, content = hub.answer(self.command, self.path)
+            self.send_response(status)
+            for name, value in {"Content-Length": str(len(content)), **headers}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(content)
+
+        do_GET = do_HEAD = _reply  # noqa: N815
+
+        def log_message(self, *args: Any) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.slow
+def test_fetch_fills_the_cache_from_the_hub(
+    experiment: Callable[..., Experiment], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = made_folder(experiment("model=tiny").model, tmp_path / "made")
+    hub = StandInModelHub("org/tiny", made)
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    options = (*TINY, "model.name=org/tiny", "model.source=hub", "model.architecture=null")
+    with served(hub) as address:
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        done = cli("fetch", *options)
+    assert done.returncode == 0 and "org/tiny: 4 layers, hidden size 64" in done.stdout, done.stderr
+    cached = {path.name for path in (tmp_path / "hf").rglob("snapshots/*/*")}
+    assert "model.safetensors" in cached and "tokenizer.json" in cached
+    assert "pytorch_model.bin" not in cached, "no weights that nothing reads"
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # the Hub is gone now
+    done = cli("doctor", *options, "launcher=local", f"output={tmp_path}")
+    assert "in the cache: org/tiny" in done.stdout, done.stdout + done.stderr
 
 
 @pytest.mark.slow
