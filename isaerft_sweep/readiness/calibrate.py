@@ -68,7 +68,8 @@ def calibrate(experiment: Experiment, definition: SweepDefinition, point: Point,
     """
     output = Path(experiment.output).expanduser().absolute()
     output.mkdir(parents=True, exist_ok=True)
-    folder = SweepFolder(Path(tempfile.mkdtemp(dir=output, prefix=".calibration-")))
+    aside = Path(tempfile.mkdtemp(dir=output, prefix=".calibration-"))
+    folder = SweepFolder(aside / "calibration")  # one deeper, so that the trial's name is reserved in there too
     orpo = dataclasses.replace(experiment.orpo, max_steps=min(STEPS, steps), eval_untrained="never", eval_fraction=1.0)
     tracker = dataclasses.replace(experiment.tracker, mode="disabled")
     short = dataclasses.replace(experiment, orpo=orpo, tracker=tracker)
@@ -93,7 +94,7 @@ def calibrate(experiment: Experiment, definition: SweepDefinition, point: Point,
             reckon(trial, status, steps, evaluations_per_trial(experiment)), f"{orpo.max_steps} steps, run just now"
         )
     finally:
-        shutil.rmtree(folder.path, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def reckon(trial: TrialFolder, status: Mapping[str, Any], steps: int, evaluations: int) -> float:
