@@ -88,8 +88,8 @@ class Notes:
 def run(experiment: Callable[..., Experiment], tmp_path: Path) -> Callable[..., tuple[list[dict[str, Any]], Notes]]:
     """Run a sweep of ``trials`` trials on a cluster; how the attempts ended, and what was said."""
 
-    def run_on(cluster: StandInCluster, trials: int = 1) -> tuple[list[dict[str, Any]], Notes]:
-        composed = experiment(*TINY, "launcher.poll_s=0.001", "launcher.max_retries=1")
+    def run_on(cluster: StandInCluster, trials: int = 1, poll_s: float = 0.001) -> tuple[list[dict[str, Any]], Notes]:
+        composed = experiment(*TINY, f"launcher.poll_s={poll_s}", "launcher.max_retries=1")
         folder, view = SweepFolder(tmp_path / "s"), Notes()
         journal = Journal(folder)
         journal.write("sweep", sweep_id="s", question="q", metric="eval/loss", goal="minimize")
@@ -140,6 +140,16 @@ def test_a_queue_that_takes_some_and_then_none(run: Callable[..., Any]) -> None:
     assert len(ends) == 6 and all(e["state"] == "completed" for e in ends)
     assert cluster.asked[:4] == [4, 4, 4, 4], "two of four were taken, then none, twice"
     assert len(view.notes) == 2 and "tried again" in view.notes[0]
+
+
+def test_workers_that_wait_get_trials_while_the_queue_takes_no_jobs(run: Callable[..., Any]) -> None:
+    """Two of four were taken; the pause before the next try is for new jobs alone."""
+    cluster = StandInCluster([DONE], takes=[2, 2, 2], slots=4)
+    cluster.waiting_workers = 2
+    started = time.monotonic()
+    ends, _ = run(cluster, trials=6, poll_s=1.0)
+    assert len(ends) == 6 and cluster.asked[:3] == [4, 2, 2]
+    assert time.monotonic() - started < 6
 
 
 def test_a_refusal_for_good_ends_the_sweep_when_nothing_runs(run: Callable[..., Any]) -> None:

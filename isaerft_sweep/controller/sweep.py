@@ -121,9 +121,10 @@ class SweepController:
     def _fill(self) -> bool:
         """Use the free slots, all in one turn; False when nothing is left to do."""
         chosen: list[TrialRecord] = []
-        while len(self.active) + len(chosen) < self.dispatcher.slots and not self.hopeless:
-            if time.monotonic() < self._pause_until:
-                break
+        room = self.dispatcher.slots - len(self.active)
+        if time.monotonic() < self._pause_until:
+            room = min(room, self.dispatcher.waiting_workers)
+        while len(chosen) < room and not self.hopeless:
             record = self._revived(chosen) or (self.waiting.pop(0) if self.waiting else self._new_trial())
             if record is None:
                 break
@@ -172,9 +173,11 @@ class SweepController:
             self.statuses.pop(record.index, None)
             self.view.event(record)
         self.waiting[:0] = records[len(refs) :]
-        full = len(refs) < len(records)
-        self._pause_s = min(LONGEST_PAUSE_S, max(2 * self._pause_s, self.launcher.poll_s)) if full else 0.0
-        self._pause_until = time.monotonic() + self._pause_s
+        if len(refs) < len(records):
+            self._pause_s = min(LONGEST_PAUSE_S, 2 * max(self._pause_s, self.launcher.poll_s))
+            self._pause_until = time.monotonic() + self._pause_s
+        elif time.monotonic() >= self._pause_until:
+            self._pause_s = 0.0
 
     def _poll(self) -> None:
         records = list(self.active.values())

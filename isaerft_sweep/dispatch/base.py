@@ -38,6 +38,8 @@ class Dispatcher(ABC):
     """How many trials run at a time."""
     threads: int | None
     """How many threads each trial may use; None: as many as its job has."""
+    waiting_workers: int = 0
+    """How many trials can be given to somebody who waits for one, without a new job."""
 
     @abstractmethod
     def submit_all(self, jobs: Sequence[Job]) -> list[JobRef]:

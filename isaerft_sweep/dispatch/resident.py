@@ -47,9 +47,9 @@ class ResidentDispatcher(Dispatcher):
         tasks = [Task(job.folder, job.attempt) for job in jobs if isinstance(job, TrialJob)]
         assert len(tasks) == len(jobs)
         refs: list[JobRef] = []
-        for name, worker in list(self._workers.items()):
-            if worker.busy or worker.last or len(refs) == len(tasks):
-                continue
+        for name, worker in self._free():
+            if len(refs) == len(tasks):
+                break
             number = worker.folder.claim(tasks[len(refs)])
             if number is None:  # it ends, or does something that this controller does not know of
                 worker.last = True
@@ -62,6 +62,13 @@ class ResidentDispatcher(Dispatcher):
             if refs:  # what workers that waited have been given counts
                 return refs
             raise
+
+    def _free(self) -> list[tuple[str, _Worker]]:
+        return [(name, worker) for name, worker in self._workers.items() if not worker.busy and not worker.last]
+
+    @property
+    def waiting_workers(self) -> int:  # type: ignore[override]
+        return len(self._free())
 
     def _start(self, tasks: list[Task]) -> list[JobRef]:
         """Start a worker for each task, or for the first of them where no more can be had."""
@@ -130,10 +137,9 @@ class ResidentDispatcher(Dispatcher):
 
     def close(self) -> None:
         """End the workers that wait; one that does not listen is killed. Busy ones go on: they will be adopted."""
-        for worker in self._workers.values():
-            if not worker.busy and not worker.last:
-                worker.folder.claim(Task(None))
-                worker.last = True
+        for _, worker in self._free():
+            worker.folder.claim(Task(None))
+            worker.last = True
         end = time.monotonic() + max(CLOSING_S, 2 * self.poll_s)
         while waiting := self._ending():
             if time.monotonic() >= end:
