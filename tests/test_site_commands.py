@@ -196,11 +196,9 @@ def test_fetch_fills_the_cache_from_the_hub(
 
 
 @pytest.mark.slow
-def test_fetch_checks_that_a_trial_finds_all_of_it_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_fetch_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "HF_HUB_OFFLINE must not be set" in cli("fetch", *TINY).stderr
     monkeypatch.delenv("HF_HUB_OFFLINE")
-    done = cli("fetch", *TINY)
-    assert done.returncode == 0 and "24 pairs to train on" in done.stdout, done.stderr
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # as on a machine without internet
     away = cli("fetch", *TINY, "model=gemma-2-2b")
     assert away.returncode == 2 and "'google/gemma-2-2b' could not be fetched" in away.stderr
