@@ -18,7 +18,7 @@ import random
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -61,7 +61,10 @@ class SimulatedWorkers(Dispatcher):
         """Seconds since the start: the controller's real time, without this stand-in's own, and its sleeps."""
         return time.perf_counter() - self.started - self.own_s + self.polls * self.poll_s
 
-    def submit(self, job: Job) -> JobRef:
+    def submit_all(self, jobs: Sequence[Job]) -> list[JobRef]:
+        return [self._start(job) for job in jobs]
+
+    def _start(self, job: Job) -> JobRef:
         assert isinstance(job, TrialJob)
         now = self.now()
         if self.number >= self.slots:  # the first trials of all workers start together, before anybody could be faster
@@ -92,9 +95,9 @@ class SimulatedWorkers(Dispatcher):
             StatusWriter(TrialFolder(Path(job.folder)), job.attempt).write(COMPLETED, {"metric": 0.5, "ended": time.time()})
         return False
 
-    def cancel(self, ref: JobRef) -> None: ...
+    def cancel(self, refs: Sequence[JobRef]) -> None: ...
 
-    def kill(self, ref: JobRef) -> None: ...
+    def kill(self, refs: Sequence[JobRef]) -> None: ...
 
     def log_tail(self, ref: JobRef, lines: int = 8) -> str:
         return ""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from isaerft_sweep import __version__
+from isaerft_sweep.cli_sweeps import add_sweep_commands
 from isaerft_sweep.errors import FolderError, IsaerftError
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ def _parser() -> argparse.ArgumentParser:
     show = commands.add_parser("leaderboard", help="print a sweep's ranking, also while it runs")
     _sweep_arguments(show)
     show.set_defaults(run=_leaderboard)
+
+    add_sweep_commands(commands)
 
     best = commands.add_parser("best", help="print the winner as JSON, as Hydra overrides or as a path")
     _sweep_arguments(best)

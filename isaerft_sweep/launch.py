@@ -14,6 +14,7 @@ from isaerft_sweep.errors import IsaerftError, LaunchError
 from isaerft_sweep.resources import folder
 
 register()
+detaching = False
 
 
 @hydra.main(version_base="1.3", config_path=str(folder("conf")), config_name="config")
@@ -28,9 +29,15 @@ def main(config: Any) -> None:
                 "yet: it would run a whole sweep for each trial. Start the sweep with this command directly, without agent."
             )
         experiment = to_experiment(config)
-        from isaerft_sweep.controller.run import run_sweep
+        overrides = hydra.core.hydra_config.HydraConfig.get().overrides.task
+        if detaching:
+            from isaerft_sweep.controller.remote import detach
 
-        code = run_sweep(experiment, hydra.core.hydra_config.HydraConfig.get().overrides.task)
+            code = detach(experiment, overrides)
+        else:
+            from isaerft_sweep.controller.run import run_sweep
+
+            code = run_sweep(experiment, overrides)
     except KeyboardInterrupt:
         print("Stopped before any trial was dispatched.", file=sys.stderr)
         code = 130
@@ -41,5 +48,13 @@ def main(config: Any) -> None:
         sys.exit(code)
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The command line: Hydra's, and ``--detach``, which leaves the controller in the background."""
+    global detaching
+    detaching = "--detach" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != "--detach"]
     main()
+
+
+if __name__ == "__main__":
+    run()

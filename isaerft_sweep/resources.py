@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).resolve().parent
 
 
 def folder(name: str) -> Path:
-    """The shipped folder ``conf`` or ``sweeps``: beside the package in a checkout, inside it in a wheel."""
+    """The shipped folder ``conf``, ``sweeps`` or ``slurm``: beside the package in a checkout, inside it in a wheel."""
     inside = PACKAGE / name
     return inside if inside.is_dir() else PACKAGE.parent / name
 

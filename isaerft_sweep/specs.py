@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -120,10 +120,12 @@ class TrackerSpec:
 
 @dataclass(frozen=True)
 class LauncherSpec:
-    """Where and how many at a time trials run. ``slots`` None: one per visible GPU (local), 1 without a GPU.
+    """Where and how many at a time trials run. ``slots`` None: ``trials_per_gpu`` per visible GPU (local), 1 without a GPU.
 
     ``resident``: a worker runs one trial after the other, with one start; without it every trial has its own process.
     ``packed``: how many trials a resident worker takes through the model together; None: as many as pay, measured there.
+    ``trials_per_job``: how many trials a resident worker runs before a new job takes its place (None: any number).
+    ``timeout_min`` None: no limit (local), four hours or the partition's limit if that is less (slurm).
     ``trunk_cache_gb`` bounds the disk used for the frozen layers' output (0: compute it every time), which is kept in
     ``scratch`` (None: the cache folder); best a local disk of the node. ``lean_logits`` computes logits only where the
     loss reads them, in chunks; without it TRL's own forward pass runs. ``share_prompts``: a pair's prompt is computed once.
@@ -133,7 +135,9 @@ class LauncherSpec:
     kind: str = option("local", choices=("local", "slurm"))
     slots: int | None = option(None, at_least=1)
     threads: int | None = option(None, at_least=1)
-    timeout_min: int = option(60 * 24 * 7, at_least=1)
+    trials_per_gpu: int = option(1, at_least=1)
+    trials_per_job: int | None = option(None, at_least=1)
+    timeout_min: int | None = option(None, at_least=1)
     poll_s: float = option(0.5, above=0)
     grace_s: float = option(60.0, above=0)
     heartbeat_s: float = option(1800.0, above=0)
@@ -238,6 +242,16 @@ def identity(experiment: Experiment) -> str:
     content = {section: _without_cosmetic(getattr(experiment, section)) for section in TUNABLE}
     content["model"].pop("sites")  # only the adapter's sites act
     return hashlib.sha256(canonical_json(content).encode()).hexdigest()[:12]
+
+
+def comparable(experiment: Experiment, swept: Collection[str]) -> str:
+    """Equal for experiments that compute the same but for the values of the ``swept`` keys (``orpo.beta``)."""
+    content = {section: _without_cosmetic(getattr(experiment, section)) for section in TUNABLE}
+    content["model"].pop("sites")
+    for key in swept:
+        section, name = split_key(key)
+        content[section].pop(name, None)
+    return canonical_json(content)
 
 
 def _without_cosmetic(spec: Any) -> dict[str, Any]:

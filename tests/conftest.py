@@ -11,7 +11,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import slurm_bed
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
@@ -112,6 +114,44 @@ def trial(experiment: Callable[..., Experiment], tmp_path: Path) -> Callable[...
         return made_folder
 
     return made
+
+
+@pytest.fixture(scope="session")
+def _slurm() -> Iterator[slurm_bed.Bed]:
+    """One cluster for each process that runs tests: see ``slurm_bed``."""
+    if reason := slurm_bed.why_not():
+        pytest.skip(reason)
+    with slurm_bed.running_bed() as bed:
+        yield bed
+
+
+@pytest.fixture
+def slurm(_slurm: slurm_bed.Bed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[slurm_bed.Bed]:
+    """A real SLURM of four nodes without jobs, which the commands that a test starts belong to.
+
+    Of a test that fails no controller is left, which would go on submitting jobs.
+    """
+    for name, value in _slurm.environment.items():
+        monkeypatch.setenv(name, value)
+    _slurm.clear()
+    yield _slurm
+    for process in processes_of(tmp_path, started_there=True):
+        process.kill()
+    _slurm.clear()
+
+
+def processes_of(cwd: Path, started_there: bool = False) -> list[psutil.Process]:
+    """Every living process whose command line names this test's folder, or which was started in it."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            of_it = any(str(cwd) in part for part in process.cmdline())
+            of_it = of_it or (started_there and process.cwd() == str(cwd))
+            if of_it and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
 
 
 def launch_command(*overrides: str) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,10 @@ class Scripted(Dispatcher):
         self.curves, self.jobs = curves, {}
         self.order: list[float] = []
 
-    def submit(self, job: Job) -> JobRef:
+    def submit_all(self, jobs: Sequence[Job]) -> list[JobRef]:
+        return [self._start(job) for job in jobs]
+
+    def _start(self, job: Job) -> JobRef:
         assert isinstance(job, TrialJob)
         folder = TrialFolder(Path(job.folder))
         beta = folder.read_spec().experiment.orpo.beta
@@ -90,9 +93,9 @@ class Scripted(Dispatcher):
         writer.write(RUNNING, {"evaluations": curve[: count + 1], "metric": curve[count]})
         return True
 
-    def cancel(self, ref: JobRef) -> None: ...
+    def cancel(self, refs: Sequence[JobRef]) -> None: ...
 
-    def kill(self, ref: JobRef) -> None: ...
+    def kill(self, refs: Sequence[JobRef]) -> None: ...
 
     def log_tail(self, ref: JobRef, lines: int = 8) -> str:
         return ""

@@ -7,14 +7,14 @@ import os
 import signal
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from conftest import TINY, events
-from test_sweep import ended_states, processes_of, start, statuses, stepping, wait_for
+from conftest import TINY, events, processes_of
+from test_sweep import ended_states, start, statuses, stepping, wait_for
 
 from isaerft_sweep.dispatch.base import Dispatcher, JobRef
 from isaerft_sweep.dispatch.job import TrialJob, WorkerJob
@@ -132,24 +132,27 @@ def test_a_worker_that_is_started_again_does_not_repeat_what_is_done(trial: Made
 class FakeJobs(Dispatcher):
     """Stands in for processes: jobs live until they are told otherwise."""
 
-    slots, threads = 2, None
+    slots, threads = 4, None
 
     def __init__(self) -> None:
         self.started: list[WorkerJob] = []
         self.dead: set[int] = set()
         self.killed: list[int] = []
 
-    def submit(self, job: Any) -> JobRef:
+    def submit_all(self, jobs: Sequence[Any]) -> list[JobRef]:
+        return [self._start(job) for job in jobs]
+
+    def _start(self, job: Any) -> JobRef:
         self.started.append(job)
         return {"number": len(self.started) - 1}
 
     def alive(self, refs: Iterable[JobRef]) -> list[bool]:
         return [ref["number"] not in self.dead for ref in refs]
 
-    def cancel(self, ref: JobRef) -> None: ...
+    def cancel(self, refs: Sequence[JobRef]) -> None: ...
 
-    def kill(self, ref: JobRef) -> None:
-        self.killed.append(ref["number"])
+    def kill(self, refs: Sequence[JobRef]) -> None:
+        self.killed += [ref["number"] for ref in refs]
 
     def log_tail(self, ref: JobRef, lines: int = 8) -> str:
         return ""
@@ -198,6 +201,38 @@ def test_the_dispatcher_and_its_workers(tmp_path: Path, monkeypatch: pytest.Monk
     assert other.alive([fifth]) == [False]
     other.close()
     assert jobs.worker(2).task(3) == Task(None) and jobs.killed == [2], "one that does not end is killed"
+
+
+def test_the_dispatcher_and_workers_of_packed_trials(tmp_path: Path) -> None:
+    jobs = FakeJobs()
+    jobs.slots = 2
+    pool = ResidentDispatcher(jobs, tmp_path / "workers", 0.05, packed=2)
+    assert pool.slots == 4
+    refs = pool.submit_all([TrialJob(name, 1, None) for name in "abcde"])
+    assert [(ref["job"]["number"], ref["task"]) for ref in refs] == [(0, 1), (1, 1), (0, 2), (1, 2)], "spread, then packed"
+    assert pool.waiting_workers == 0 and pool.alive(refs) == [True] * 4
+    jobs.worker(0).note(Progress(0, (2,)))
+    assert pool.alive(refs) == [True, True, False, True] and pool.waiting_workers == 1 and pool.slots == 4
+    assert pool.submit(TrialJob("e", 1, None))["task"] == 3
+    # after an error a worker ends: what is over comes back at once, its place when the others are over and it has gone
+    jobs.worker(1).note(Progress(1, ending=True))
+    assert pool.alive([refs[1], refs[3]]) == [False, True] and pool.slots == 3
+    jobs.worker(1).note(Progress(2, ending=True))
+    assert pool.alive([refs[3]]) == [True] and pool.slots == 3
+    jobs.dead.add(1)
+    assert pool.alive([refs[3]]) == [False] and pool.slots == 4
+    assert pool.submit(TrialJob("f", 1, None))["job"]["number"] == 2
+
+    # measured: a worker takes one trial until it has said how many
+    measuring = ResidentDispatcher(jobs, tmp_path / "measuring", 0.05, packed=None)
+    measuring.submit_all([TrialJob("a", 1, None)])
+    assert measuring.slots == 2
+    jobs.worker(3).note_room(4)
+    assert measuring.slots == 5 and measuring.waiting_workers == 3
+    limited = ResidentDispatcher(jobs, tmp_path / "limited", 0.05, trials_per_job=3, packed=2)
+    first = limited.submit_all([TrialJob(name, 1, None) for name in "abcd"])
+    jobs.worker(4).note(Progress(2))
+    assert limited.alive(first) == [False, True, False, True] and limited.waiting_workers == 1, "a third one and no fourth"
 
 
 def test_a_worker_ends_after_an_error_and_when_nobody_wants_it(trial: Made, tmp_path: Path) -> None:

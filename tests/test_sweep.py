@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
-from conftest import TINY, events, launch_command
+from conftest import TINY, events, launch_command, processes_of
 from wandb.proto import wandb_internal_pb2
 
 pytestmark = pytest.mark.slow
@@ -28,7 +27,7 @@ def start(cwd: Path, *overrides: str) -> subprocess.Popen[str]:
         return subprocess.Popen(launch_command(*overrides), cwd=cwd, stdout=log, stderr=subprocess.STDOUT, text=True)
 
 
-def wait_for(condition: Callable[[], Any], timeout_s: float = 120) -> Any:
+def wait_for(condition: Callable[[], Any], timeout_s: float = 300) -> Any:
     end = time.monotonic() + timeout_s
     while not (found := condition()):
         assert time.monotonic() < end, "waited too long"
@@ -48,18 +47,6 @@ def statuses(sweep: Path) -> list[dict[str, Any]]:
 
 def stepping(sweep: Path) -> list[dict[str, Any]]:
     return [s for s in statuses(sweep) if s["state"] == "running" and s.get("step", 0) > 1]
-
-
-def processes_of(cwd: Path) -> list[psutil.Process]:
-    """Every living process whose command line names this test's folder."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.status() != psutil.STATUS_ZOMBIE and any(str(cwd) in part for part in process.cmdline()):
-                found.append(process)
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
-    return found
 
 
 def ended_states(sweep: Path) -> Counter[str]:

@@ -55,19 +55,23 @@ def check(experiment: Experiment) -> None:
         )
     if adapter.l1 is not None and adapter.top_k is not None:
         raise ConfigError("adapter.l1 and adapter.top_k must not be set together. Leave one of them null.")
-    if experiment.launcher.packed != 1:
-        _check_packed(experiment)
+    _check_launcher(experiment)
 
 
-def _check_packed(experiment: Experiment) -> None:
+def _check_launcher(experiment: Experiment) -> None:
     launcher = experiment.launcher
+    if launcher.trials_per_job is not None and not launcher.resident:
+        raise ConfigError(
+            "launcher.trials_per_job must go with launcher.resident=true: without resident workers a job is one trial. "
+            "Leave one of them out."
+        )
     against = {
         "launcher.resident=false": not launcher.resident,
         "launcher.lean_logits=false": not launcher.lean_logits,
         "launcher.compile=true": launcher.compile,
         "orpo.gradient_checkpointing=true": experiment.orpo.gradient_checkpointing,
     }
-    if any(against.values()):
+    if launcher.packed != 1 and any(against.values()):
         raise ConfigError(
             f"launcher.packed (trials that go through the model together) must be 1 with "
             f"{' and '.join(key for key, there in against.items() if there)} but got {launcher.packed or 'null'}."

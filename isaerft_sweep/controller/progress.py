@@ -31,6 +31,7 @@ class Progress:
 
     def __init__(self, console: Console, metric: str, trials: int) -> None:
         self.console, self.metric, self.trials = console, metric, trials
+        self._noted = ""
         self._live = Live(console=console, refresh_per_second=2, transient=True) if console.is_terminal else None
 
     def __enter__(self) -> Progress:
@@ -58,6 +59,12 @@ class Progress:
             what += f": {record.message}"
             what += "" if record.ended or record.state == "stopped" else "\n  it will be tried again"
         self.console.print(Text(what, style=COLORS.get(record.state, "")), soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        """Something about the sweep as a whole; the same words are not said twice in a row."""
+        if text != self._noted:
+            self.console.print(Text(text, style="yellow"), soft_wrap=True)
+        self._noted = text
 
     def _summary(self, records: list[TrialRecord], statuses: dict[int, dict[str, Any]]) -> Text:
         done = [r for r in records if r.ended]

@@ -61,7 +61,8 @@ def sweep_folder(experiment: Experiment, definition: SweepDefinition) -> SweepFo
 
 def open_journal(folder: SweepFolder, asked: str) -> Journal:
     """The journal of ``folder``, opened for the question ``asked``. Raises FolderError when the folder is another's."""
-    if folder.path.is_dir() and not folder.journal.exists() and any(p.name != ".lock" for p in folder.path.iterdir()):
+    ours = (folder.lock, folder.controller_log)
+    if folder.path.is_dir() and not folder.journal.exists() and any(p not in ours for p in folder.path.iterdir()):
         raise FolderError(
             f"the output folder {folder.path} holds files but no sweep. Choose another name: name=NAME, or empty it."
         )

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import math
-import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import yaml
@@ -15,12 +14,15 @@ from rich.console import Console
 from isaerft_sweep.config.boundary import to_definition
 from isaerft_sweep.controller.early import EarlyStopping
 from isaerft_sweep.controller.preflight import check_disk, check_trial_needs
+from isaerft_sweep.controller.presence import presence
 from isaerft_sweep.controller.progress import Progress
 from isaerft_sweep.controller.question import open_journal, question, sweep_folder
+from isaerft_sweep.controller.stopping import AT_ONCE, IN_ORDER, StopRequest
 from isaerft_sweep.controller.sweep import SweepController
 from isaerft_sweep.controller.trials import TrialFactory, new_sweep_id
 from isaerft_sweep.dispatch.base import Dispatcher
 from isaerft_sweep.environment import describe_environment, git_commit
+from isaerft_sweep.errors import FolderError
 from isaerft_sweep.journal.files import write_json, write_text
 from isaerft_sweep.journal.folders import COMPLETED, SweepFolder
 from isaerft_sweep.journal.journal import Journal
@@ -29,35 +31,12 @@ from isaerft_sweep.results import leaderboard
 from isaerft_sweep.results.card import refresh_cards
 from isaerft_sweep.results.reading import read_sweep_folder
 from isaerft_sweep.search.pruning import make_pruner, rungs
-from isaerft_sweep.search.sampler import Asked, Sampler
-from isaerft_sweep.search.sweep_file import SweepDefinition
+from isaerft_sweep.search.sampler import Asked, GivenPoints, Sampler
+from isaerft_sweep.search.sweep_file import Metric, SweepDefinition
 from isaerft_sweep.specs import Experiment, LauncherSpec
 
 INTERRUPTED = 130
-
-
-@dataclass
-class StopRequest:
-    """How often the user has asked to stop."""
-
-    count: int = 0
-
-    @contextmanager
-    def on_signals(self) -> Iterator[None]:
-        """Count Ctrl-C and requests to end while the block runs, instead of raising in the middle of something."""
-
-        def note(_number: int, _frame: Any) -> None:
-            self.count += 1
-
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        # one that is ignored stays ignored: that is what nohup means
-        heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
-        before = {number: signal.signal(number, note) for number in heard}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
 
 
 def run_sweep(experiment: Experiment, overrides: Sequence[str] = ()) -> int:
@@ -98,26 +77,55 @@ def run_trials(
         trials = count_trials(definition, sampler, len(journal.record.trials))
         ended = sum(record.ended and not record.given_up for record in journal.record.trials.values())
         console.print(introduction(folder, experiment, definition, sampler, trials, ended), soft_wrap=True)
+        dispatcher = make_dispatcher(experiment.launcher, folder)  # first of all: a cluster's answer takes no time
         if ended < trials:
             console.print("checking model, SAE and data; the first time may download or convert the model", style="dim")
             print_facts(console, check_trial_needs(experiment))
-        if not journal.record.sweep_id:
-            write_question(experiment, definition, folder)
-            metric = definition.metric
-            journal.write("sweep", sweep_id=new_sweep_id(), question=asked, metric=metric.name, goal=metric.goal)
-        stop = StopRequest()
-        with stop.on_signals(), Progress(console, definition.metric.name, trials) as view:
+        begin_sweep(experiment, definition, folder, journal, asked)
+        stop = StopRequest(folder.cancel)
+        with stop.heard(), presence(folder, trials, overrides), Progress(console, definition.metric.name, trials) as view:
             factory = TrialFactory(experiment, definition, folder, journal.record.sweep_id, git_commit(), overrides)
-            dispatcher = make_dispatcher(experiment.launcher, folder)
             early = make_early_stopping(experiment, definition)
             controller = SweepController(
-                journal, sampler, factory, dispatcher, experiment.launcher, trials, view, lambda: stop.count, early
+                journal, sampler, factory, dispatcher, experiment.launcher, trials, view, lambda: stop.urgency, early
             )
             try:
-                controller.run()
+                with disk_errors_named(folder):
+                    controller.run()
             finally:
                 dispatcher.close()
-        return conclude(console, folder, journal, trials, stop.count > 0, show)
+        return conclude(console, folder, journal, trials, stop.urgency > 0, show)
+    finally:
+        journal.close()
+
+
+@contextmanager
+def disk_errors_named(folder: SweepFolder) -> Iterator[None]:
+    """Turn an error of the disk, which may come from any write, into one that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        raise FolderError(
+            f"{error.filename or folder.path} cannot be written ({error.strerror}). Make room or mend the disk, then run "
+            "the same command again: nothing that has finished is lost."
+        ) from error
+
+
+def end_jobs(experiment: Experiment, folder: SweepFolder, at_once: bool) -> None:
+    """End all jobs of a sweep that no controller runs, in order or at once."""
+    journal = Journal(folder)
+    try:
+        console = Console()
+        with Progress(console, journal.record.metric, len(journal.record.trials)) as view:
+            factory = TrialFactory(experiment, SweepDefinition("given points", Metric("", "maximize"), {}), folder, "", None)
+            urgency = AT_ONCE if at_once else IN_ORDER
+            dispatcher = make_dispatcher(experiment.launcher, folder)
+            SweepController(
+                journal, GivenPoints([]), factory, dispatcher, experiment.launcher, 0, view, lambda: urgency
+            ).run()
+            dispatcher.close()
     finally:
         journal.close()
 
@@ -148,15 +156,16 @@ def count_trials(definition: SweepDefinition, sampler: Asked, existing: int) -> 
 
 def make_dispatcher(launcher: LauncherSpec, folder: SweepFolder) -> Dispatcher:
     """The place where trials run."""
-    inner = _make_inner(launcher, folder)
+    inner = make_inner_dispatcher(launcher, folder)
     if not launcher.resident:
         return inner
     from isaerft_sweep.dispatch.resident import ResidentDispatcher
 
-    return ResidentDispatcher(inner, folder.workers, launcher.poll_s, launcher.packed)
+    return ResidentDispatcher(inner, folder.workers, launcher.poll_s, launcher.trials_per_job, launcher.packed)
 
 
-def _make_inner(launcher: LauncherSpec, folder: SweepFolder) -> Dispatcher:
+def make_inner_dispatcher(launcher: LauncherSpec, folder: SweepFolder) -> Dispatcher:
+    """The place where jobs run, without workers that stay."""
     if launcher.kind == "slurm":
         from isaerft_sweep.dispatch.slurm import SlurmDispatcher
 
@@ -164,6 +173,16 @@ def _make_inner(launcher: LauncherSpec, folder: SweepFolder) -> Dispatcher:
     from isaerft_sweep.dispatch.local import LocalDispatcher
 
     return LocalDispatcher(launcher, folder.jobs)
+
+
+def begin_sweep(
+    experiment: Experiment, definition: SweepDefinition, folder: SweepFolder, journal: Journal, asked: str | None = None
+) -> None:
+    """Write down what the sweep is, if that has not been done yet."""
+    if not journal.record.sweep_id:
+        write_question(experiment, definition, folder)
+        asked, metric = asked or question(experiment, definition), definition.metric
+        journal.write("sweep", sweep_id=new_sweep_id(), question=asked, metric=metric.name, goal=metric.goal)
 
 
 def write_question(experiment: Experiment, definition: SweepDefinition, folder: SweepFolder) -> None:

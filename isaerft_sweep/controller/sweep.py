@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from isaerft_sweep.controller.early import EarlyStopping
+from isaerft_sweep.controller.ending import judge
 from isaerft_sweep.controller.trials import TrialFactory
-from isaerft_sweep.dispatch.base import Dispatcher
+from isaerft_sweep.dispatch.base import Dispatcher, JobRef, QueueBusy
 from isaerft_sweep.dispatch.job import TrialJob
 from isaerft_sweep.errors import LaunchError
 from isaerft_sweep.journal.folders import COMPLETED, FAILED, FINAL, PRUNED, RUNNING, STOPPED
@@ -19,6 +19,10 @@ from isaerft_sweep.specs import LauncherSpec
 
 ENDING_S = 120.0
 """How long a worker may take to exit after it has said that its trial is over."""
+ALIVE_S = 120.0
+"""A worker that has said nothing for so long is taken for dead when nobody can be asked whether it lives."""
+LONGEST_PAUSE_S = 60.0
+"""Between two tries to submit jobs to a queue that takes none."""
 
 
 class View(Protocol):
@@ -28,6 +32,8 @@ class View(Protocol):
 
     def event(self, record: TrialRecord) -> None: ...
 
+    def note(self, text: str) -> None: ...
+
 
 class Silent(View):
     """Tells nobody."""
@@ -36,16 +42,7 @@ class Silent(View):
 
     def event(self, record: TrialRecord) -> None: ...
 
-
-@dataclass
-class Ending:
-    """How an attempt ended: a state of ``journal.folders``, what was measured and a message for people."""
-
-    state: str
-    metric: float | None
-    message: str
-    seconds: float
-    can_retry: bool
+    def note(self, text: str) -> None: ...
 
 
 class SweepController:
@@ -74,6 +71,7 @@ class SweepController:
         self.statuses: dict[int, dict[str, Any]] = {}
         self.exhausted = False
         self._told_to_stop: dict[int, float] = {}
+        self._pause_s = self._pause_until = 0.0
         self._completed = self._given_up = 0
         self._restore()
 
@@ -96,6 +94,7 @@ class SweepController:
         return self._completed == 0 and self._given_up >= self.launcher.max_failures
 
     def _restore(self) -> None:
+        elsewhere = []
         for record in sorted(self.records.values(), key=lambda r: r.index):
             self.sampler.restore(record.point)
             if record.given_up:  # whoever gives the command again has mended what made it fail
@@ -106,22 +105,50 @@ class SweepController:
                 self._count_ended(record)
             elif record.job is not None:
                 self.active[record.index] = record
+            elif status := self._status_from_elsewhere(record):
+                elsewhere.append((record, status))
             else:
                 self.waiting.append(record)
+        for record, status in elsewhere:
+            self.active[record.index] = record
+            self._settle(record, status)
+
+    def _status_from_elsewhere(self, record: TrialRecord) -> dict[str, Any]:
+        """The word of a worker that finished the trial while no controller was there: in an array of trials made for it, or
+        started by a controller that died before it could note so. Raises LaunchError when such a worker seems to run."""
+        folder = self.factory.folder.trial(record.name)
+        status = folder.read_status()
+        if not status or status.get("attempt") != folder.current_attempt() or status["attempt"] <= record.attempt:
+            return {}
+        made = not record.attempt and self.factory.folder.made.exists()
+        if made and status["state"] == RUNNING and time.time() - status["heartbeat"] < ALIVE_S:
+            raise LaunchError(
+                f"the trial {record.name} is being run by process {status['pid']} on {status['host']}, which no controller "
+                f"started (an array of slurm/trials.sbatch?). Wait for it, or end it and try again after {ALIVE_S:g} s."
+            )
+        return status if status["state"] in FINAL else {}
 
     def _fill(self) -> bool:
-        """Use the free slots; False when nothing is left to do."""
-        while len(self.active) < self.dispatcher.slots and not self.hopeless:
-            record = self._revived() or (self.waiting.pop(0) if self.waiting else self._new_trial())
-            if record is None or not self._dispatch(record):
+        """Use the free slots, all in one turn; False when nothing is left to do."""
+        chosen: list[TrialRecord] = []
+        room = self.dispatcher.slots - len(self.active)
+        if time.monotonic() < self._pause_until:
+            room = min(room, self.dispatcher.waiting_workers)
+        while len(chosen) < room and not self.hopeless:
+            record = self._revived(chosen) or (self.waiting.pop(0) if self.waiting else self._new_trial())
+            if record is None:
                 break
-        return bool(self.active)
+            chosen.append(record)
+        if chosen:
+            self._dispatch(chosen)
+        return bool(self.active or (self.waiting and not self.hopeless))
 
-    def _revived(self) -> TrialRecord | None:
+    def _revived(self, chosen: list[TrialRecord]) -> TrialRecord | None:
         """A trial that was stopped early and has turned out to be worth going on with."""
         if self.early is None:
             return None
-        pruned = [i for i, record in self.records.items() if record.state == PRUNED and record not in self.waiting]
+        taken = [*self.waiting, *chosen]
+        pruned = [i for i, record in self.records.items() if record.state == PRUNED and record not in taken]
         index = self.early.revived(pruned)
         return None if index is None else self.records[index]
 
@@ -132,31 +159,35 @@ class SweepController:
         if point is None:
             self.exhausted = True
             return None
-        index = len(self.records)
-        spec = self.factory.make(index, point)
-        self.journal.write(
-            "trial", index=index, name=spec.name, run_id=spec.run_id, params=dict(point.params), unit=dict(point.unit)
-        )
-        return self.records[index]
+        return self.factory.add(self.journal, point)
 
-    def _dispatch(self, record: TrialRecord) -> bool:
-        """Start the trial's next attempt; False when it has to wait."""
-        folder = self.factory.folder.trial(record.name)
-        # the folder may know of an attempt that the journal does not: a controller died right after dispatching it
-        attempt = max(record.attempt, folder.current_attempt()) + 1
-        folder.begin_attempt(attempt)
+    def _dispatch(self, records: list[TrialRecord]) -> None:
+        """Start the next attempt of each; those that the queue does not take wait."""
+        jobs, attempts = [], []
+        for record in records:
+            folder = self.factory.folder.trial(record.name)
+            # the folder may know of an attempt that the journal does not: a controller died right after dispatching it
+            attempts.append(max(record.attempt, folder.current_attempt()) + 1)
+            folder.begin_attempt(attempts[-1])
+            jobs.append(TrialJob(str(folder.path), attempts[-1], self.dispatcher.threads))
+        refs: list[JobRef] = []
         try:
-            job = self.dispatcher.submit(TrialJob(str(folder.path), attempt, self.dispatcher.threads))
-        except LaunchError:
-            if not self.active:
+            refs = self.dispatcher.submit_all(jobs)
+        except LaunchError as error:
+            if not self.active and not isinstance(error, QueueBusy):
                 raise
-            self.waiting.insert(0, record)  # a full queue or a slow scheduler: again when the next job has ended
-            return False
-        self.journal.write("dispatch", index=record.index, attempt=attempt, job=dict(job))
-        self.active[record.index] = record
-        self.statuses.pop(record.index, None)
-        self.view.event(record)
-        return True
+            self.view.note(f"{error} It is tried again while the sweep goes on.")
+        for record, attempt, job in zip(records, attempts, refs, strict=False):
+            self.journal.write("dispatch", index=record.index, attempt=attempt, job=dict(job))
+            self.active[record.index] = record
+            self.statuses.pop(record.index, None)
+            self.view.event(record)
+        self.waiting[:0] = records[len(refs) :]
+        if len(refs) < len(records):
+            self._pause_s = min(LONGEST_PAUSE_S, 2 * max(self._pause_s, self.launcher.poll_s))
+            self._pause_until = time.monotonic() + self._pause_s
+        elif time.monotonic() >= self._pause_until:
+            self._pause_s = 0.0
 
     def _poll(self) -> None:
         records = list(self.active.values())
@@ -167,7 +198,7 @@ class SweepController:
                 self._settle(record, self._read_status(record))
             elif self._overdue(status):
                 assert record.job is not None
-                self.dispatcher.kill(record.job)
+                self.dispatcher.kill([record.job])
             elif self.early and status.get("state") == RUNNING and self.early.stops(record.index, status):
                 self.factory.folder.trial(record.name).ask_to_stop(PRUNED)
 
@@ -189,8 +220,8 @@ class SweepController:
     def _settle(self, record: TrialRecord, status: dict[str, Any]) -> None:
         if self.early:
             self.early.note(record.index, status)
-        ending = self._judge(record, status)
-        failures = record.failures + (ending.state == FAILED)
+        ending = judge(record, status, self.dispatcher, told_to_stop=record.index in self._told_to_stop)
+        failures = record.failures + ending.counted
         if self.early and ending.state != PRUNED:
             self.early.forget(record.index)
         given_up = ending.state == FAILED and (not ending.can_retry or failures > self.launcher.max_retries)
@@ -202,6 +233,8 @@ class SweepController:
             message=ending.message,
             seconds=ending.seconds,
             given_up=given_up,
+            counted=ending.counted,
+            checkpoint=int(status.get("checkpoint") or 0),
         )
         del self.active[record.index]
         self._told_to_stop.pop(record.index, None)
@@ -217,31 +250,19 @@ class SweepController:
         self._completed += record.state == COMPLETED
         self._given_up += record.given_up
 
-    def _judge(self, record: TrialRecord, status: dict[str, Any]) -> Ending:
-        """What came of an attempt whose job is gone, from the worker's last word alone."""
-        state, message = status.get("state"), str(status.get("message", ""))
-        seconds = float(status.get("ended", status.get("heartbeat", 0)) - status.get("started", 0)) if status else 0.0
-        if state in (COMPLETED, PRUNED):
-            return Ending(str(state), status.get("metric"), message, seconds, False)
-        if state in FINAL or state == STOPPED:
-            return Ending(str(state), None, message, seconds, True)
-        if record.index in self._told_to_stop:
-            return Ending(STOPPED, None, "ended before it could write a checkpoint", seconds, True)
-        if state != FAILED:
-            assert record.job is not None
-            last = self.dispatcher.log_tail(record.job)
-            message = "its process ended without a word (killed, out of memory, or the node was lost)"
-            message += f"; its last lines:\n{last}" if last else ""
-        return Ending(FAILED, None, message, seconds, can_retry=not status.get("user_error"))
-
     def _stop_jobs(self) -> None:
         """Ask every job once to checkpoint and end; end it by force after the grace period or a second request."""
+        ask, force = [], []
         for record in self.active.values():
             assert record.job is not None
             asked = self._told_to_stop.get(record.index)
             if asked is None:
                 self.factory.folder.trial(record.name).ask_to_stop()
-                self.dispatcher.cancel(record.job)
                 self._told_to_stop[record.index] = time.monotonic()
+                ask.append(record.job)
             elif self.stopping() > 1 or time.monotonic() - asked > self.launcher.grace_s:
-                self.dispatcher.kill(record.job)
+                force.append(record.job)
+        if ask:
+            self.dispatcher.cancel(ask)
+        if force:
+            self.dispatcher.kill(force)

@@ -11,6 +11,7 @@ from datetime import datetime
 
 from isaerft_sweep import naming
 from isaerft_sweep.journal.folders import SweepFolder
+from isaerft_sweep.journal.journal import Journal, TrialRecord
 from isaerft_sweep.plain import overrides
 from isaerft_sweep.search.sampler import Point
 from isaerft_sweep.search.sweep_file import SweepDefinition
@@ -77,6 +78,14 @@ class TrialFactory:
         )
         self.folder.trial(name).create(spec)
         return spec
+
+    def add(self, journal: Journal, point: Point) -> TrialRecord:
+        """Make the sweep's next trial and note it in the journal."""
+        index = len(journal.record.trials)
+        spec = self.make(index, point)
+        facts = {"name": spec.name, "run_id": spec.run_id, "params": dict(point.params), "unit": dict(point.unit)}
+        journal.write("trial", index=index, **facts)
+        return journal.record.trials[index]
 
     def _command(self, point: Point) -> str:
         """What runs this one trial again."""

@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from isaerft_sweep.dispatch.job import Job
+from isaerft_sweep.errors import LaunchError
 
 JobRef = Mapping[str, Any]
 """What finds a job again from another process: plain data, kept in the journal."""
+
+
+class QueueBusy(LaunchError):
+    """The scheduler takes no more jobs now, or does not answer: the same jobs may be welcome later."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the place says about the end of a job.
+
+    ``cause``: ``site`` when the place ended it for reasons of its own (preemption, time limit, a lost node), ``person`` when
+    somebody cancelled it, ``trial`` when nothing speaks for either.
+    """
+
+    words: str = ""
+    cause: str = "trial"
 
 
 class Dispatcher(ABC):
@@ -20,26 +38,42 @@ class Dispatcher(ABC):
     """How many trials run at a time."""
     threads: int | None
     """How many threads each trial may use; None: as many as its job has."""
+    waiting_workers: int = 0
+    """How many trials can be given to somebody who waits for one, without a new job."""
 
     @abstractmethod
+    def submit_all(self, jobs: Sequence[Job]) -> list[JobRef]:
+        """Start or queue jobs; fewer references than jobs, of the first ones, when the place takes no more of them now.
+
+        Raises QueueBusy when it takes none now, and LaunchError when it never will.
+        """
+
     def submit(self, job: Job) -> JobRef:
-        """Start a job, or queue it. Raises LaunchError."""
+        """Start or queue one job. Raises as ``submit_all``."""
+        refs = self.submit_all([job])
+        if not refs:
+            raise QueueBusy("no more jobs can be started now.")
+        return refs[0]
 
     @abstractmethod
     def alive(self, refs: Iterable[JobRef]) -> list[bool]:
         """For each job whether it is queued or running, in one query for all."""
 
     @abstractmethod
-    def cancel(self, ref: JobRef) -> None:
-        """Signal a job to end in order (SIGTERM); nothing when it has ended."""
+    def cancel(self, refs: Sequence[JobRef]) -> None:
+        """Ask jobs to end in order (SIGTERM; those in a queue are taken out of it); nothing for those that have ended."""
 
     @abstractmethod
-    def kill(self, ref: JobRef) -> None:
-        """End a job and all its processes at once; nothing when it has ended."""
+    def kill(self, refs: Sequence[JobRef]) -> None:
+        """End jobs and all their processes at once; nothing for those that have ended."""
 
     @abstractmethod
     def log_tail(self, ref: JobRef, lines: int = 8) -> str:
         """The last lines that the job printed."""
+
+    def verdict(self, ref: JobRef) -> Verdict:
+        """What the place knows about the end of a job that is not alive."""
+        return Verdict()
 
     def close(self) -> None:  # noqa: B027  (most have nothing to do)
         """The sweep has ended: leave nothing running."""

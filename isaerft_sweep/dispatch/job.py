@@ -3,18 +3,35 @@
 from __future__ import annotations
 
 import os
+import signal
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from isaerft_sweep.journal.workers import STOP_AT
 
-def prepare_process(threads: int | None, device: str | None) -> None:
+
+def prepare_process(threads: int | None, device: str | None, limit_s: float | None = None) -> None:
     """Settings that must come before torch is imported."""
+    if limit_s is not None:
+        os.environ[STOP_AT] = str(started() + limit_s)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        # one that comes while torch is imported: the trial notices it as soon as it listens
+        signal.signal(number, lambda *_: os.environ.update({STOP_AT: "0"}))
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
     if threads:
         # several trials on one machine must share its cores: spinning threads slow each other down tenfold
         os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def started() -> float:
+    """When this job's time began to run, in seconds since the epoch: newer SLURMs say so, else when the process did."""
+    import psutil
+
+    said = os.environ.get("SLURM_JOB_START_TIME", "")
+    return float(said) if said.isdecimal() else min(psutil.Process().create_time(), time.time())
 
 
 @dataclass(frozen=True)
@@ -28,9 +45,11 @@ class TrialJob:
     attempt: int
     threads: int | None
     device: str | None = None
+    limit_s: float | None = None
+    """How many seconds after the job's start the trial must begin to end."""
 
     def __call__(self) -> str:
-        prepare_process(self.threads, self.device)
+        prepare_process(self.threads, self.device, self.limit_s)
         from isaerft_sweep.journal.folders import Superseded, TrialFolder
         from isaerft_sweep.trial.run import run_trial
 
@@ -49,9 +68,11 @@ class WorkerJob:
     threads: int | None
     device: str | None = None
     packed: int | None = 1
+    limit_s: float | None = None
+    """How many seconds after the job's start the trial must begin to end."""
 
     def __call__(self) -> str:
-        prepare_process(self.threads, self.device)
+        prepare_process(self.threads, self.device, self.limit_s)
         from isaerft_sweep.journal.workers import WorkerFolder
         from isaerft_sweep.trial.resident import serve_trials
 

@@ -6,8 +6,8 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from isaerft_sweep.dispatch.processes import descendants, is_running, start_time
 from isaerft_sweep.errors import LaunchError
 from isaerft_sweep.specs import LauncherSpec
 
+NO_LIMIT_MIN = 60 * 24 * 365
+
 
 class LocalDispatcher(Dispatcher):
     """Jobs outlive the controller: a controller that was killed finds them again by process id and start time."""
@@ -27,14 +29,17 @@ class LocalDispatcher(Dispatcher):
     def __init__(self, spec: LauncherSpec, folder: Path) -> None:
         self.folder = folder
         self.devices = visible_gpus()
-        self.slots = spec.slots or max(1, len(self.devices))
+        self.slots = spec.slots or max(1, len(self.devices)) * spec.trials_per_gpu
         self.threads = spec.threads or max(1, (os.cpu_count() or 1) // self.slots)
-        self._timeout_min = spec.timeout_min
+        self._timeout_min = spec.timeout_min or NO_LIMIT_MIN
         self._grace_s = int(spec.grace_s)
         self._jobs: dict[int, submitit.Job[Any]] = {}
         self._device_of: dict[int, str] = {}
 
-    def submit(self, job: Job) -> JobRef:
+    def submit_all(self, jobs: Sequence[Job]) -> list[JobRef]:
+        return [self._submit(job) for job in jobs]
+
+    def _submit(self, job: Job) -> JobRef:
         executor = submitit.LocalExecutor(folder=self.folder)
         device = self._free_device()
         executor.update_parameters(
@@ -66,18 +71,18 @@ class LocalDispatcher(Dispatcher):
             self._device_of[ref["pid"]] = ref["device"]
         return running
 
-    def cancel(self, ref: JobRef) -> None:
-        # submitit's process passes SIGTERM on to the trial and waits for it
-        if is_running(ref["pid"], ref["start"]):
-            os.kill(ref["pid"], signal.SIGTERM)
+    def cancel(self, refs: Sequence[JobRef]) -> None:
+        for ref in refs:
+            # submitit's process passes SIGTERM on to the trial and waits for it
+            if is_running(ref["pid"], ref["start"]):
+                os.kill(ref["pid"], signal.SIGTERM)
 
-    def kill(self, ref: JobRef) -> None:
-        if is_running(ref["pid"], ref["start"]):
-            for pid in [*descendants(ref["pid"]), ref["pid"]]:
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
+    def kill(self, refs: Sequence[JobRef]) -> None:
+        for ref in refs:
+            if is_running(ref["pid"], ref["start"]):
+                for pid in [*descendants(ref["pid"]), ref["pid"]]:
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
 
     def log_tail(self, ref: JobRef, lines: int = 8) -> str:
         return tail(self.folder / f"{ref['pid']}_0_log.out", lines)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import secrets
+import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from isaerft_sweep.dispatch.base import Dispatcher, JobRef
+from isaerft_sweep.dispatch.base import Dispatcher, JobRef, Verdict
 from isaerft_sweep.dispatch.job import Job, TrialJob, WorkerJob
 from isaerft_sweep.errors import LaunchError
-from isaerft_sweep.journal.workers import Task, WorkerFolder
+from isaerft_sweep.journal.workers import Progress, Task, WorkerFolder
 
 CLOSING_S = 30.0
 """How long an idle worker may take to end when it is told to."""
@@ -22,23 +23,34 @@ class _Worker:
     folder: WorkerFolder
     job: JobRef
     """The inner dispatcher's reference."""
+    given: int = 0
+    """The number of the last task that it is known to have been given."""
     open: set[int] = field(default_factory=set)
-    """Numbers of the tasks that this controller waits for."""
-    ending: bool = False
+    """Numbers of the tasks that are not over."""
+    last: bool = False
+    """Whether there is nothing more for it."""
+
+    def give(self, number: int) -> None:
+        self.open.add(number)
+        self.given = max(self.given, number)
 
 
 class ResidentDispatcher(Dispatcher):
-    """Gives trials to workers that have room, and starts workers while there are fewer than the inner dispatcher's slots.
+    """Gives trials to workers that wait, starts workers while there are fewer than the inner dispatcher's slots, and then
+    gives the rest to workers that have room for more than one.
 
     A crash costs the trials that its worker was running; the next ones get a new worker. A reference names worker and task,
     so that another controller finds both again; workers that waited for a controller that has gone are told to end.
 
-    ``packed``: how many trials a worker runs at a time; None: each worker says it when it has measured.
+    ``trials_per_job``: how many trials a worker runs before it ends. ``packed``: how many it runs at a time; None: each
+    worker says it when it has measured.
     """
 
-    def __init__(self, inner: Dispatcher, folder: Path, poll_s: float, packed: int | None = 1) -> None:
-        self.inner, self.folder, self.poll_s, self.packed = inner, folder, poll_s, packed
-        self.threads = inner.threads
+    def __init__(
+        self, inner: Dispatcher, folder: Path, poll_s: float, trials_per_job: int | None = None, packed: int | None = 1
+    ) -> None:
+        self.inner, self.folder, self.poll_s = inner, folder, poll_s
+        self.trials_per_job, self.packed, self.threads = trials_per_job, packed, inner.threads
         self._workers: dict[str, _Worker] = {}
         for old in folder.iterdir() if folder.is_dir() else ():
             if not WorkerFolder(old).progress().ending:
@@ -47,95 +59,140 @@ class ResidentDispatcher(Dispatcher):
     @property
     def slots(self) -> int:  # type: ignore[override]
         """How many trials run at a time; grows when workers have measured how many they take."""
-        taken = sum(len(w.open) if w.ending else max(len(w.open), self._room(w)) for w in self._workers.values())
+        taken = sum(len(worker.open) + self._room(worker) for worker in self._workers.values())
         return taken + max(0, self.inner.slots - len(self._workers)) * (self.packed or 1)
 
-    def submit(self, job: Job) -> JobRef:
-        assert isinstance(job, TrialJob)
-        task = Task(job.folder, job.attempt)
-        self._forget_the_dead()
-        for name, worker in self._by_room():
-            if worker.open and len(self._workers) < self.inner.slots:
-                break  # a worker of its own is better than room in another's
-            number = worker.folder.claim(task, self._room(worker))
-            if number is not None:
-                return self._given(name, worker, number)
-            worker.ending = True  # or it does something that this controller does not know of
-            if not worker.open:
-                del self._workers[name]
-        if len(self._workers) >= self.inner.slots:
-            raise LaunchError("every worker has as many trials as it takes.")
-        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
-        folder = WorkerFolder(self.folder / name)
-        number = folder.claim(task)  # before the worker starts, so that it never waits
-        assert number is not None
-        worker = _Worker(folder, self.inner.submit(WorkerJob(str(folder.path), self.threads, packed=self.packed)))
-        self._workers[name] = worker
-        return self._given(name, worker, number)
+    @property
+    def waiting_workers(self) -> int:  # type: ignore[override]
+        return sum(self._room(worker) for worker in self._workers.values())
 
-    def _given(self, name: str, worker: _Worker, number: int) -> JobRef:
-        worker.open.add(number)
-        return {"kind": "resident", "worker": name, "task": number, "job": dict(worker.job)}
+    def submit_all(self, jobs: Sequence[Job]) -> list[JobRef]:
+        tasks = [Task(job.folder, job.attempt) for job in jobs if isinstance(job, TrialJob)]
+        assert len(tasks) == len(jobs)
+        refs = self._give(tasks, to_idle=True)
+        try:
+            refs += self._start(tasks[len(refs) :][: max(0, self.inner.slots - len(self._workers))])
+        except LaunchError:
+            # a worker of its own is better than room in another's, but room is better than nothing
+            refs += self._give(tasks[len(refs) :], to_idle=False)
+            if refs:
+                return refs
+            raise
+        return refs + self._give(tasks[len(refs) :], to_idle=False)
 
     def _room(self, worker: _Worker) -> int:
-        return self.packed or worker.folder.room() or 1
+        """How many more trials a worker can be given now."""
+        if worker.last:
+            return 0
+        room = (self.packed or worker.folder.room() or 1) - len(worker.open)
+        return max(0, room if self.trials_per_job is None else min(room, self.trials_per_job - worker.given))
 
-    def _by_room(self) -> list[tuple[str, _Worker]]:
-        """The workers that can take a trial, the least busy first."""
-        able = [(n, w) for n, w in self._workers.items() if not w.ending and len(w.open) < self._room(w)]
-        return sorted(able, key=lambda item: len(item[1].open))
+    def _give(self, tasks: list[Task], to_idle: bool) -> list[JobRef]:
+        """Give tasks to workers that wait, or to those that run others but have room; the least busy ones first."""
+        refs: list[JobRef] = []
+        while len(refs) < len(tasks):
+            able = [item for item in self._workers.items() if self._room(item[1]) and not (to_idle and item[1].open)]
+            if not able:
+                break
+            name, worker = min(able, key=lambda item: len(item[1].open))
+            number = worker.folder.claim(tasks[len(refs)], len(worker.open) + self._room(worker))
+            if number is None:  # it ends, or does something that this controller does not know of
+                worker.last = True
+                continue
+            worker.give(number)
+            refs.append(_reference(name, worker.job, number))
+        return refs
 
-    def _forget_the_dead(self) -> None:
-        """Idle workers may have ended; those with open tasks are asked for in ``alive``."""
-        idle = {name: worker for name, worker in self._workers.items() if not worker.open}
-        for name, living in zip(idle, self.inner.alive([w.job for w in idle.values()]), strict=True):
-            if not living:
-                del self._workers[name]
+    def _start(self, tasks: list[Task]) -> list[JobRef]:
+        """Start a worker for each task, or for the first of them where no more can be had."""
+        if not tasks:
+            return []
+        names = [f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}" for _ in tasks]
+        folders = [WorkerFolder(self.folder / name) for name in names]
+        numbers = [folder.claim(task) for folder, task in zip(folders, tasks, strict=True)]  # so that it never waits
+        jobs: list[JobRef] = []
+        try:
+            work = [WorkerJob(str(folder.path), self.threads, packed=self.packed) for folder in folders]
+            jobs = self.inner.submit_all(work)
+        finally:
+            for folder in folders[len(jobs) :]:
+                shutil.rmtree(folder.path, ignore_errors=True)
+        refs = []
+        for name, folder, number, job in zip(names, folders, numbers, jobs, strict=False):
+            assert number is not None
+            self._workers[name] = _Worker(folder, job)
+            self._workers[name].give(number)
+            refs.append(_reference(name, job, number))
+        return refs
 
     def alive(self, refs: Iterable[JobRef]) -> list[bool]:
         asked = list(refs)
-        jobs = {ref["worker"]: ref["job"] for ref in asked}
-        living = dict(zip(jobs, self.inner.alive(jobs.values()), strict=True))
         for ref in asked:
             if ref["worker"] not in self._workers:  # of a controller that has gone
                 self._workers[ref["worker"]] = _Worker(WorkerFolder(self.folder / ref["worker"]), ref["job"])
-            self._workers[ref["worker"]].open.add(ref["task"])
-        for name in jobs:
-            self._look_at(name, living[name])
+            self._workers[ref["worker"]].give(ref["task"])
+        living = self._living()
+        for name, lives in living.items():
+            if lives:
+                self._look_at(self._workers[name])
+            else:
+                del self._workers[name]
         return [ref["worker"] in self._workers and ref["task"] in self._workers[ref["worker"]].open for ref in asked]
 
-    def _look_at(self, name: str, living: bool) -> None:
+    def _look_at(self, worker: _Worker) -> None:
         """Take note of what is over. The last tasks of a worker that ends keep their slots until its process is gone."""
-        worker = self._workers[name]
-        if not living:
-            del self._workers[name]
-            return
         progress = worker.folder.progress()
-        worker.ending = worker.ending or progress.ending
+        self._retire(worker, progress)
         left = {number for number in worker.open if not progress.over(number)}
-        if left or not worker.ending:
+        if left or not worker.last:
             worker.open = left
 
-    def cancel(self, ref: JobRef) -> None:
-        self.inner.cancel(ref["job"])
+    def _retire(self, worker: _Worker, progress: Progress) -> None:
+        """Tell a worker that has run as many trials as it may that it shall end."""
+        full = self.trials_per_job is not None and progress.count >= self.trials_per_job
+        if full and not worker.last and not progress.ending:
+            worker.folder.claim(Task(None))
+        worker.last = worker.last or full or progress.ending
 
-    def kill(self, ref: JobRef) -> None:
-        self.inner.kill(ref["job"])
+    def _living(self) -> dict[str, bool]:
+        """Which workers live, in one query for all of them."""
+        names = list(self._workers)
+        alive = self.inner.alive([self._workers[name].job for name in names])
+        return dict(zip(names, alive, strict=True))
+
+    def cancel(self, refs: Sequence[JobRef]) -> None:
+        self.inner.cancel([ref["job"] for ref in refs])
+
+    def kill(self, refs: Sequence[JobRef]) -> None:
+        self.inner.kill([ref["job"] for ref in refs])
 
     def log_tail(self, ref: JobRef, lines: int = 8) -> str:
         return self.inner.log_tail(ref["job"], lines)
 
+    def verdict(self, ref: JobRef) -> Verdict:
+        return self.inner.verdict(ref["job"])
+
     def close(self) -> None:
         """End the workers that wait; one that does not listen is killed. Busy ones go on: they will be adopted."""
-        self._forget_the_dead()
-        waiting = [worker for worker in self._workers.values() if not worker.open]
-        for worker in waiting:
-            worker.folder.claim(Task(None))
+        for worker in self._workers.values():
+            if not worker.open and not worker.last:
+                worker.folder.claim(Task(None))
+                worker.last = True
         end = time.monotonic() + max(CLOSING_S, 2 * self.poll_s)
-        while waiting and time.monotonic() < end:
+        while waiting := self._ending():
+            if time.monotonic() >= end:
+                self.inner.kill([worker.job for worker in waiting])
+                break
             time.sleep(min(self.poll_s, 0.2) if self.poll_s < 1 else self.poll_s)
-            alive = self.inner.alive([worker.job for worker in waiting])
-            waiting = [worker for worker, living in zip(waiting, alive, strict=True) if living]
-        for worker in waiting:
-            self.inner.kill(worker.job)
         self.inner.close()
+
+    def _ending(self) -> list[_Worker]:
+        """The idle workers that are still there."""
+        if all(worker.open for worker in self._workers.values()):
+            return []
+        living = self._living()
+        return [worker for name, worker in self._workers.items() if living[name] and not worker.open]
+
+
+def _reference(name: str, job: JobRef, task: int) -> JobRef:
+    return {"kind": "resident", "worker": name, "task": task, "job": dict(job)}

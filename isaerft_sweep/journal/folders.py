@@ -12,6 +12,7 @@ import os
 import socket
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,26 @@ class SweepFolder:
         return self.path / "workers"
 
     @property
+    def controller(self) -> Path:
+        """Which process runs the sweep; see ``controller/presence.py``."""
+        return self.path / "controller.json"
+
+    @property
+    def controller_log(self) -> Path:
+        """What a controller in the background prints."""
+        return self.path / "controller.log"
+
+    @property
+    def cancel(self) -> Path:
+        """Asks the controller, wherever it runs, to stop; see ``controller/stopping.py``."""
+        return self.path / "cancel"
+
+    @property
+    def made(self) -> Path:
+        """There when trials were made ahead, with the place of the code that they run with; see ``controller/made.py``."""
+        return self.path / ".made"
+
+    @property
     def names(self) -> Path:
         """Where names are reserved: shared by all sweeps of one output folder."""
         return self.path.parent / ".names"
@@ -163,7 +184,12 @@ class TrialFolder:
     def create(self, spec: TrialSpec) -> None:
         """Make the folder and write the spec. Safe to call again after a crash."""
         self.path.mkdir(parents=True, exist_ok=True)
-        write_json(self.spec, to_dict(spec))
+        try:
+            write_json(self.spec, to_dict(spec))
+        except OSError:  # a full disk: leave no folder of a trial that there is not
+            with suppress(OSError):
+                self.path.rmdir()
+            raise
 
     def read_spec(self) -> TrialSpec:
         return TrialSpec.from_json(json.loads(self.spec.read_text(encoding="utf-8")))

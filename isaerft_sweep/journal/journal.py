@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from isaerft_sweep.errors import FolderError, JournalError
 from isaerft_sweep.journal.folders import FINAL, PRUNED, SweepFolder
@@ -36,6 +36,8 @@ class TrialRecord:
     message: str = ""
     seconds: float = 0.0
     failures: int = 0
+    checkpoint: int = 0
+    """The last step that a checkpoint was written after."""
     given_up: bool = False
 
     @property
@@ -78,7 +80,8 @@ class SweepRecord:
         trial.job, trial.state, trial.message = None, event["state"], event["message"]
         trial.metric, trial.given_up = event["metric"], event["given_up"]
         trial.seconds += event["seconds"]
-        trial.failures += event["state"] == "failed"
+        trial.failures += event.get("counted", event["state"] == "failed")
+        trial.checkpoint = max(trial.checkpoint, event.get("checkpoint", 0))
 
 
 class Journal:
@@ -90,7 +93,7 @@ class Journal:
         try:
             folder.path.mkdir(parents=True, exist_ok=True)
             self._lock = folder.lock.open("a+", encoding="utf-8")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock_exclusively(self._lock)
         except BlockingIOError as error:
             self._lock.close()
             raise FolderError(
@@ -128,6 +131,17 @@ class Journal:
         """Free the sweep for another controller."""
         os.close(self._file)
         self._lock.close()
+
+
+def _lock_exclusively(handle: IO[str]) -> None:
+    """Raise BlockingIOError when another process holds the lock, for longer than it takes to look whether somebody does."""
+    for left in range(5, 0, -1):
+        try:
+            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if left == 1:
+                raise
+            time.sleep(0.05)
 
 
 def replay(path: Path, record: SweepRecord) -> int:

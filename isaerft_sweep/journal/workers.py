@@ -15,6 +15,9 @@ from pathlib import Path
 
 from isaerft_sweep.journal.files import read_json, write_json
 
+STOP_AT = "ISAERFT_STOP_AT"
+"""The environment variable that tells a worker when it must begin to end, in seconds since the epoch."""
+
 
 @dataclass(frozen=True)
 class Task:

@@ -97,6 +97,7 @@ class Recorder(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._last_checkpoint_s = time.monotonic()
+        self.status.write(RUNNING, {"checkpoint": state.global_step}, force=False)
 
     def _remember(self, row: dict[str, float]) -> None:
         metrics = {k: v for k, v in row.items() if k not in ("step", "time")}

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ from isaerft_sweep.journal.folders import (
     Superseded,
     TrialFolder,
 )
+from isaerft_sweep.journal.workers import STOP_AT
 from isaerft_sweep.models.loading import LoadedModel, compile_layers, load, sharing_weights
 from isaerft_sweep.plain import canonical_json, to_dict
 from isaerft_sweep.resources import cache_folder
@@ -253,8 +255,21 @@ def _device_name() -> str:
 
 @contextmanager
 def stop_requests() -> Iterator[dict[str, bool]]:
-    """While the block runs, a signal to end only sets ``asked``: the step is finished and a checkpoint written first."""
+    """While the block runs, a signal to end only sets ``asked``: the step is finished and a checkpoint written first.
+
+    So does a clock when the job's time is nearly over: a scheduler's own signal comes up to a minute early, which is all of
+    a short job, and a C extension (NCCL) may swallow it.
+    """
     asked = {"asked": False}
+
+    def time_is_over() -> None:
+        print("the job's time limit is near: checkpoint, then stop", flush=True)
+        asked["asked"] = True
+
+    clock = threading.Timer(max(0.0, float(os.environ.get(STOP_AT, "inf")) - time.time()), time_is_over)
+    clock.daemon = True
+    if STOP_AT in os.environ:
+        clock.start()
 
     def note(number: int, _frame: Any) -> None:
         print(f"received {signal.Signals(number).name}: checkpoint, then stop", flush=True)
@@ -264,5 +279,6 @@ def stop_requests() -> Iterator[dict[str, bool]]:
     try:
         yield asked
     finally:
+        clock.cancel()
         for number, handler in before.items():
             signal.signal(number, handler)

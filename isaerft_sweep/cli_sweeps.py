@@ -1,0 +1,117 @@
+"""The commands around a running sweep: plan it, check the place, leave it, come back to it, end it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def add_sweep_commands(commands: Any) -> None:
+    """Add their parsers to those of ``isaerft-sweep``."""
+    status = commands.add_parser("status", help="how far a sweep is, who runs it, what is under way")
+    status.add_argument("sweep", type=Path, help="the sweep's folder, outputs/NAME")
+    status.set_defaults(run=_status)
+
+    attach = commands.add_parser("attach", help="follow a sweep; go on with it when no controller runs it")
+    attach.add_argument("sweep", type=Path, help="the sweep's folder, outputs/NAME")
+    attach.set_defaults(run=_attach)
+
+    cancel = commands.add_parser("cancel", help="end a sweep's controller, trials and jobs; what is finished stays")
+    cancel.add_argument("sweep", type=Path, help="the sweep's folder, outputs/NAME")
+    cancel.add_argument("--now", action="store_true", help="kill, without time for a checkpoint")
+    cancel.set_defaults(run=_cancel)
+
+    plan = commands.add_parser("plan", help="what a sweep would be: trials, space, time, jobs; submits nothing")
+    _override_arguments(plan)
+    plan.add_argument(
+        "--calibrate", action="store_true", help="run a few steps of one trial, through the launcher, for the time"
+    )
+    plan.set_defaults(run=_plan)
+
+    doctor = commands.add_parser("doctor", help="check that the site is ready, on a compute node too, with remedies")
+    _override_arguments(doctor)
+    doctor.add_argument("--wait", type=float, default=600, metavar="SECONDS", help="for the job to run (default 600)")
+    doctor.set_defaults(run=_doctor)
+
+    fetch = commands.add_parser("fetch", help="fill the cache on the login node: compute nodes need no internet")
+    _override_arguments(fetch)
+    fetch.set_defaults(run=_fetch)
+
+    make = commands.add_parser("make", help="make all trials of a sweep for slurm/trials.sbatch, without running any")
+    _override_arguments(make)
+    make.set_defaults(run=_make)
+
+    trial = commands.add_parser("trial", help="run one trial that was made: what slurm/trials.sbatch does")
+    trial.add_argument("sweep", type=Path, help="the sweep's folder, outputs/NAME")
+    trial.add_argument("index", type=int, help="the trial's number, from 0")
+    trial.set_defaults(run=_trial)
+
+
+def _override_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("overrides", nargs="*", metavar="model=… sweep=…", help="as isaerft-launch takes them")
+
+
+def _status(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from isaerft_sweep.controller.following import show_status
+
+    show_status(Console(), args.sweep)
+
+
+def _attach(args: argparse.Namespace) -> int:
+    from isaerft_sweep.controller.remote import attach
+
+    return attach(args.sweep)
+
+
+def _cancel(args: argparse.Namespace) -> int:
+    from isaerft_sweep.controller.remote import cancel
+
+    return cancel(args.sweep, args.now)
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from isaerft_sweep.config.command import compose
+    from isaerft_sweep.readiness.plan import plan
+
+    plan(Console(), compose(args.overrides), args.calibrate)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from isaerft_sweep.config.command import compose
+    from isaerft_sweep.readiness.doctor import diagnose
+
+    return diagnose(Console(), compose(args.overrides), args.wait)
+
+
+def _fetch(args: argparse.Namespace) -> None:
+    from isaerft_sweep.config.command import compose
+    from isaerft_sweep.readiness.fetch import fetch
+
+    facts = fetch(compose(args.overrides))
+    print("\n".join([facts["model"], *facts["saes"], facts["data"]]))
+    print("All of it is in the cache. For jobs without internet: export HF_HUB_OFFLINE=1 before you launch.")
+
+
+def _make(args: argparse.Namespace) -> None:
+    from isaerft_sweep.config.command import compose
+    from isaerft_sweep.controller.made import make_trials
+    from isaerft_sweep.resources import folder as shipped
+    from isaerft_sweep.results.leaderboard import short_path
+
+    folder, trials = make_trials(compose(args.overrides), args.overrides)
+    template = short_path(shipped("slurm") / "trials.sbatch")
+    print(f"{trials} trials are made. Run them:\n  sbatch --array=0-{trials - 1}%8 {template} {folder}")
+    print(f"then see to what is left, and rank them:\n  isaerft-sweep attach {folder}")
+
+
+def _trial(args: argparse.Namespace) -> int:
+    from isaerft_sweep.controller.made import run_made_trial
+
+    return run_made_trial(args.sweep, args.index)

@@ -1,0 +1,78 @@
+"""Trials that are made at once and run by somebody else: a SLURM array, one element per trial."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from isaerft_sweep.config.boundary import to_definition
+from isaerft_sweep.controller.preflight import check_trial_needs
+from isaerft_sweep.controller.question import open_journal, question, sweep_folder
+from isaerft_sweep.controller.run import begin_sweep, count_trials, make_sampler
+from isaerft_sweep.controller.trials import TrialFactory
+from isaerft_sweep.dispatch.job import TrialJob
+from isaerft_sweep.dispatch.snapshot import code_snapshot
+from isaerft_sweep.environment import git_commit
+from isaerft_sweep.errors import ConfigError, FolderError
+from isaerft_sweep.journal.files import write_text
+from isaerft_sweep.journal.folders import COMPLETED, FINAL, SweepFolder
+from isaerft_sweep.journal.journal import SweepRecord, replay
+from isaerft_sweep.specs import Experiment
+
+TRY_AGAIN = 75
+"""Exit code of a trial that was stopped and can be gone on with (EX_TEMPFAIL of sysexits.h)."""
+
+
+def make_trials(experiment: Experiment, overrides: Sequence[str]) -> tuple[Path, int]:
+    """Make every trial of a sweep without running any; the sweep's folder and the number of trials.
+
+    Raises ConfigError when the points depend on results that are not there yet.
+    """
+    definition = to_definition(experiment.sweep, experiment)
+    if definition.method == "bayes" or definition.early_terminate:
+        raise ConfigError(
+            "trials can be made ahead only when none depends on another's result: sweep.method=random or grid, without "
+            f"early_terminate, but got method {definition.method}. Or let a controller run them: slurm/controller.sbatch."
+        )
+    folder = sweep_folder(experiment, definition)
+    sampler = make_sampler(experiment, definition)
+    journal = open_journal(folder, question(experiment, definition))
+    try:
+        trials = count_trials(definition, sampler, len(journal.record.trials))
+        if not math.isfinite(trials):
+            raise ConfigError("the sweep must have a last trial: give sweep.run_cap=N.")
+        check_trial_needs(experiment)
+        begin_sweep(experiment, definition, folder, journal)
+        write_text(folder.made, f"{code_snapshot(folder.path / 'code').absolute()}\n")
+        factory = TrialFactory(experiment, definition, folder, journal.record.sweep_id, git_commit(), overrides)
+        for record in sorted(journal.record.trials.values(), key=lambda r: r.index):
+            sampler.restore(record.point)
+        while len(journal.record.trials) < trials and (point := sampler.ask()) is not None:
+            factory.add(journal, point)
+        return folder.path, len(journal.record.trials)
+    finally:
+        journal.close()
+
+
+def run_made_trial(path: Path, index: int) -> int:
+    """Run, or go on with, one trial in this process; exit code 0, 1 when it failed, ``TRY_AGAIN`` when it was stopped."""
+    folder = SweepFolder(path.expanduser().absolute())
+    record = SweepRecord()
+    replay(folder.journal, record)
+    if index not in record.trials:
+        raise FolderError(
+            f"the sweep in {folder.path} has no trial {index}: it has {len(record.trials)}, numbered from 0. "
+            "Make them first: isaerft-sweep make OVERRIDES."
+        )
+    known = record.trials[index]
+    trial = folder.trial(known.name)
+    status = trial.read_status()
+    if known.attempt or status.get("state") in FINAL:
+        print(f"trial {index} {known.name}: already {'run by a controller' if known.attempt else status['state']}")
+        return 0
+    attempt = trial.current_attempt() + 1
+    trial.begin_attempt(attempt)
+    state = TrialJob(str(trial.path), attempt, None)()
+    print(f"trial {index} {known.name}: {state}")
+    return {COMPLETED: 0, "diverged": 0, "stopped": TRY_AGAIN}.get(state, 1)

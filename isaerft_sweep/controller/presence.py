@@ -1,0 +1,59 @@
+"""Whether a controller runs a sweep now, and which: told by the lock that it holds, described by a file that it writes."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from isaerft_sweep.journal.files import read_json, write_json
+from isaerft_sweep.journal.folders import SweepFolder
+
+
+@dataclass(frozen=True)
+class Presence:
+    """A controller: the process ``pid`` on ``host``, perhaps in a SLURM job.
+
+    ``trials``: how many its sweep shall have. ``overrides``: its command line's.
+    """
+
+    host: str
+    pid: int
+    started: float
+    trials: int
+    overrides: tuple[str, ...] = ()
+    job: str | None = None
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}" + (f", SLURM job {self.job}" if self.job else "")
+
+
+@contextmanager
+def presence(folder: SweepFolder, trials: int, overrides: Sequence[str] = ()) -> Iterator[None]:
+    """Say that this process runs the sweep while the block does."""
+    facts = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.time(), "trials": trials}
+    write_json(folder.controller, {**facts, "overrides": list(overrides), "job": os.environ.get("SLURM_JOB_ID")})
+    yield
+    # the file stays: how many trials there should be, and by which command, is still true
+
+
+def last_presence(folder: SweepFolder) -> Presence | None:
+    """The controller that runs the sweep or was the last to; None before the first."""
+    found = read_json(folder.controller)
+    return Presence(**{**found, "overrides": tuple(found["overrides"])}) if found else None
+
+
+def is_run(folder: SweepFolder) -> bool:
+    """Whether a controller holds the sweep's lock, on this machine or on another one that shares the folder."""
+    try:
+        with folder.lock.open("a", encoding="utf-8") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False  # no lock file can be made: nobody could hold it either

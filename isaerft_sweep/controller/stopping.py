@@ -1,0 +1,54 @@
+"""How a sweep is asked to stop: by a signal to its controller, or from anywhere by a file in its folder."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from isaerft_sweep.journal.files import write_text
+
+IN_ORDER, AT_ONCE = 1, 2
+"""Checkpoint first, or kill."""
+
+
+@dataclass
+class StopRequest:
+    """How urgently somebody has asked to stop: not at all, ``IN_ORDER`` or ``AT_ONCE``. ``file``: where others may ask."""
+
+    file: Path
+    signals: int = 0
+
+    @property
+    def urgency(self) -> int:
+        try:
+            asked = AT_ONCE if self.file.read_text(encoding="utf-8").strip() == "now" else IN_ORDER
+        except OSError:
+            asked = 0
+        return max(self.signals, asked)
+
+    @contextmanager
+    def heard(self) -> Iterator[None]:
+        """Count Ctrl-C and requests to end while the block runs, instead of raising in the middle of something."""
+
+        def note(_number: int, _frame: Any) -> None:
+            self.signals += 1
+
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        # one that is ignored stays ignored: that is what nohup means
+        heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, note) for number in heard}
+        self.file.unlink(missing_ok=True)  # meant for an earlier controller
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def ask_to_stop(file: Path, at_once: bool) -> None:
+    """Ask whichever controller looks at ``file``."""
+    write_text(file, "now" if at_once else "in order")

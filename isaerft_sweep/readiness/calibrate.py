@@ -1,0 +1,110 @@
+"""How long a trial takes: from trials of earlier sweeps that computed the same, or from a short one run for the purpose."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from isaerft_sweep.controller.run import evaluations_per_trial, make_inner_dispatcher
+from isaerft_sweep.controller.trials import TrialFactory
+from isaerft_sweep.dispatch.job import TrialJob
+from isaerft_sweep.errors import ConfigError, IsaerftError, LaunchError
+from isaerft_sweep.journal.folders import COMPLETED, SweepFolder, TrialFolder
+from isaerft_sweep.journal.journal import SweepRecord, replay
+from isaerft_sweep.plain import from_mapping
+from isaerft_sweep.search.sampler import Point
+from isaerft_sweep.search.sweep_file import SweepDefinition
+from isaerft_sweep.specs import Experiment, comparable
+
+STEPS = 8
+"""Of a calibration: the first ones are slower and are left out."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds of one trial, and where they were learned, for people."""
+
+    seconds: float
+    source: str
+
+
+def from_earlier_sweeps(experiment: Experiment, swept: Collection[str]) -> Estimate | None:
+    """The median time of completed trials with the same settings but for the swept ones; None without any."""
+    seconds: list[float] = []
+    names = []
+    for journal in sorted(Path(experiment.output).expanduser().absolute().glob("*/journal.jsonl")):
+        folder = SweepFolder(journal.parent)
+        try:
+            raw = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
+            if comparable(from_mapping(Experiment, raw, ""), swept) != comparable(experiment, swept):
+                continue
+            record = SweepRecord()
+            replay(journal, record)
+        except (OSError, yaml.YAMLError, IsaerftError, TypeError, AttributeError):
+            continue  # another version's, or not whole: there is nothing to learn from it
+        found = [trial.seconds for trial in record.trials.values() if trial.state == COMPLETED and trial.seconds > 0]
+        if found:
+            names.append(folder.path.name)
+            seconds += found
+    if not seconds:
+        return None
+    return Estimate(statistics.median(seconds), f"median of {len(seconds)} trials of {', '.join(names)}")
+
+
+def calibrate(experiment: Experiment, definition: SweepDefinition, point: Point, steps: int) -> Estimate:
+    """Run ``STEPS`` steps of one trial through the launcher, and reckon what ``steps`` steps take.
+
+    Raises LaunchError when it does not complete.
+    """
+    output = Path(experiment.output).expanduser().absolute()
+    output.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=output, prefix=".calibration-"))
+    folder = SweepFolder(aside / "calibration")  # one deeper, so that the trial's name is reserved in there too
+    orpo = dataclasses.replace(experiment.orpo, max_steps=min(STEPS, steps), eval_untrained="never", eval_fraction=1.0)
+    tracker = dataclasses.replace(experiment.tracker, mode="disabled")
+    short = dataclasses.replace(experiment, orpo=orpo, tracker=tracker)
+    try:
+        spec = TrialFactory(short, definition, folder, "calibration", None).make(0, point)
+        trial = folder.trial(spec.name)
+        trial.begin_attempt(1)
+        dispatcher = make_inner_dispatcher(experiment.launcher, folder)
+        job = dispatcher.submit(TrialJob(str(trial.path), 1, dispatcher.threads))
+        try:
+            while dispatcher.alive([job])[0]:
+                time.sleep(min(1.0, experiment.launcher.poll_s))
+        finally:
+            dispatcher.kill([job])
+        status = trial.read_status()
+        if status.get("state") != COMPLETED:
+            raise LaunchError(
+                f"the calibration must complete but ended as {status.get('state', 'nothing')}: {status.get('message', '')} "
+                f"{dispatcher.verdict(job).words}\n{dispatcher.log_tail(job)}"
+            )
+        return Estimate(
+            reckon(trial, status, steps, evaluations_per_trial(experiment)), f"{orpo.max_steps} steps, run just now"
+        )
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def reckon(trial: TrialFolder, status: Mapping[str, Any], steps: int, evaluations: int) -> float:
+    """Seconds of a whole trial from a short one: start and end as they were, so many steps and evaluations."""
+    rows = trial.read_metrics()
+    trained = [row["time"] for row in rows if "train/loss" in row]
+    evaluated = [row["time"] for row in rows if any(key.startswith("eval/") for key in row)]
+    if len(trained) < 2 or not evaluated:
+        raise ConfigError("a calibration needs trials of at least two steps. Give a larger orpo.max_steps, or leave it out.")
+    gaps = [after - before for before, after in itertools.pairwise(trained)]
+    step_s, evaluation_s = statistics.median(gaps), max(0.0, evaluated[-1] - trained[-1])
+    around_s = max(0.0, status["ended"] - status["started"] - (trained[-1] - trained[0]) - step_s - evaluation_s)
+    return around_s + steps * step_s + evaluations * evaluation_s

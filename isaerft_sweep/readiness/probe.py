@@ -1,0 +1,175 @@
+"""What ``doctor`` looks at where trials run: a job of the same launcher answers it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from isaerft_sweep.controller.preflight import check_trial_needs
+from isaerft_sweep.dispatch.job import prepare_process
+from isaerft_sweep.errors import IsaerftError
+from isaerft_sweep.journal.files import write_json
+from isaerft_sweep.plain import from_mapping
+from isaerft_sweep.resources import cache_folder
+from isaerft_sweep.specs import Experiment
+
+GOOD, WARNING, BAD = "good", "warning", "bad"
+MADE_BEFORE, LOCKED, ANSWER = "made-before", "locked", "answer.json"
+"""Files in the probe's folder: written by the command, locked by it, and what the job found."""
+CONNECT_S = 10.0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One checked thing; ``remedy`` says what to do when it is not good."""
+
+    what: str
+    state: str
+    words: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class ProbeJob:
+    """A picklable call, as those in ``dispatch/job.py``; ``experiment`` is JSON."""
+
+    folder: str
+    experiment: str
+    threads: int | None
+    device: str | None = None
+    limit_s: float | None = None
+
+    def __call__(self) -> str:
+        prepare_process(self.threads, self.device)
+        examine(Path(self.folder), from_mapping(Experiment, json.loads(self.experiment), ""))
+        return "probed"
+
+
+def examine(folder: Path, experiment: Experiment) -> None:
+    """Check all that can only be known here, and write the findings into ``folder``."""
+    findings = [
+        Finding("job", GOOD, f"ran on {socket.gethostname()} with Python {platform.python_version()} ({sys.executable})"),
+        gpus(),
+        *shared_folder(folder),
+        scratch(experiment),
+        needs(experiment),
+        wandb_server(experiment),
+    ]
+    own = folder / "clock"
+    own.touch()
+    skew_s = time.time() - own.stat().st_mtime
+    write_json(folder / ANSWER, {"findings": [asdict(found) for found in findings], "ahead_of_disk_s": skew_s})
+
+
+def gpus() -> Finding:
+    """What torch sees, and whether that is what the job was given."""
+    import torch
+
+    if torch.cuda.is_available():
+        names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+        bf16 = "bfloat16" if torch.cuda.is_bf16_supported() else "no bfloat16"
+        return Finding("GPU", GOOD, f"{names}; CUDA {torch.version.cuda}, {bf16}, torch {torch.__version__}")
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given and given != "NoDevFiles":
+        words = f"the job was given GPU {given}, but torch {torch.__version__} (CUDA {torch.version.cuda}) sees none"
+        remedy = "Install a CUDA build of torch that the driver supports, or load CUDA in launcher.slurm.setup."
+        return Finding("GPU", BAD, words, remedy)
+    return Finding("GPU", WARNING, "none: trials run on the processor", "Ask for one: launcher.slurm.gpus_per_node=1.")
+
+
+def shared_folder(folder: Path) -> list[Finding]:
+    """Whether the output folder is the same one here, with renames, exclusive links and locks that hold between machines."""
+    if not (folder / MADE_BEFORE).is_file():
+        remedy = "Choose a folder that all nodes share: output=PATH."
+        return [Finding("shared folder", BAD, f"{folder} has not the file that was written before the job", remedy)]
+
+    def rename() -> bool:
+        (folder / "aside").write_text("x", encoding="utf-8")
+        os.replace(folder / "aside", folder / "renamed")
+        return (folder / "renamed").read_text(encoding="utf-8") == "x"
+
+    def link() -> bool:
+        os.link(folder / "renamed", folder / "linked")
+        try:
+            os.link(folder / "renamed", folder / "linked")
+        except FileExistsError:
+            return True
+        return False
+
+    def lock() -> bool:
+        with (folder / LOCKED).open("a", encoding="utf-8") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
+
+    return [
+        tried("rename", rename, "files are replaced in one step", "Choose another disk: output=PATH."),
+        tried("exclusive link", link, "a task is given out once", "Choose a disk with hard links: output=PATH."),
+        tried(
+            "file lock", lock, "held by the command, seen by the job",
+            "Run one controller per sweep and never two, or ask for the disk to be mounted with locks (NFS: not `nolock`).",
+        ),
+    ]  # fmt: skip
+
+
+def tried(what: str, check: Callable[[], bool], words: str, remedy: str) -> Finding:
+    """A finding from a check that may raise."""
+    try:
+        works, reason = check(), "it does not hold"
+    except OSError as error:
+        works, reason = False, str(error)
+    return Finding(what, GOOD, words) if works else Finding(what, BAD, reason, remedy)
+
+
+def scratch(experiment: Experiment) -> Finding:
+    """Room for the frozen layers' output."""
+    launcher = experiment.launcher
+    place = Path(launcher.scratch).expanduser() if launcher.scratch else cache_folder(experiment.cache)
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        free_gb = shutil.disk_usage(place).free / 1e9
+    except OSError as error:
+        return Finding("scratch", BAD, f"{place}: {error}", "Choose another: launcher.scratch=PATH, best a local disk.")
+    words = f"{place}: {free_gb:.0f} GB free, launcher.trunk_cache_gb={launcher.trunk_cache_gb:g}"
+    if free_gb < launcher.trunk_cache_gb:
+        return Finding("scratch", WARNING, words, "Choose a disk with more room: launcher.scratch=PATH.")
+    return Finding("scratch", GOOD, words)
+
+
+def needs(experiment: Experiment) -> Finding:
+    """Whether model, SAE and data are there without the internet."""
+    os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+    try:
+        facts = check_trial_needs(experiment)
+    except IsaerftError as error:
+        remedy = "On the login node, with the same overrides: isaerft-sweep fetch …"
+        return Finding("model, SAE, data", BAD, str(error), remedy)
+    return Finding("model, SAE, data", GOOD, f"in the cache: {facts['model']}; {', '.join(facts['saes'])}; {facts['data']}")
+
+
+def wandb_server(experiment: Experiment) -> Finding:
+    """Whether W&B can be reached, where trials would talk to it."""
+    if experiment.tracker.mode != "wandb":
+        return Finding("W&B", GOOD, f"not needed: tracker={experiment.tracker.mode}")
+    address = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
+    port = address.port or (80 if address.scheme == "http" else 443)
+    try:
+        socket.create_connection((address.hostname or "", port), CONNECT_S).close()
+    except OSError as error:
+        remedy = (
+            "Use tracker=offline, and upload from the login node: wandb sync outputs/NAME/trials/*/wandb/wandb/offline-run-*"
+        )
+        return Finding("W&B", BAD, f"{address.geturl()} cannot be reached from here: {error}", remedy)
+    return Finding("W&B", GOOD, f"{address.geturl()} can be reached")

@@ -1,0 +1,157 @@
+"""What the controller makes of attempts that something else ends, and of a queue that takes no jobs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import TINY, events
+
+from isaerft_sweep.controller.sweep import SweepController
+from isaerft_sweep.controller.trials import TrialFactory
+from isaerft_sweep.dispatch.base import Dispatcher, JobRef, QueueBusy, Verdict
+from isaerft_sweep.dispatch.job import TrialJob
+from isaerft_sweep.errors import LaunchError
+from isaerft_sweep.journal.folders import COMPLETED, RUNNING, STOPPED, StatusWriter, SweepFolder, TrialFolder
+from isaerft_sweep.journal.journal import Journal
+from isaerft_sweep.search.sampler import GivenPoints, Point
+from isaerft_sweep.search.sweep_file import Metric, SweepDefinition
+from isaerft_sweep.specs import Experiment
+
+SITE, PERSON, TRIAL = Verdict("SLURM: PREEMPTED", "site"), Verdict("SLURM: CANCELLED", "person"), Verdict("SLURM: FAILED")
+DONE = (COMPLETED, 0, TRIAL)
+
+
+class StandInCluster(Dispatcher):
+    """Stands in for a cluster: attempt n of a trial ends as ``script[n]`` says, at once; what it takes is scripted too."""
+
+    threads = None
+
+    def __init__(
+        self, script: Sequence[tuple[str, int, Verdict]], takes: Iterable[int | Exception] = (), slots: int = 1
+    ) -> None:
+        self.script, self.takes, self.slots = script, list(takes), slots
+        self.asked: list[int] = []
+
+    def submit_all(self, jobs: Sequence[Any]) -> list[JobRef]:
+        self.asked.append(len(jobs))
+        taken = self.takes.pop(0) if self.takes else len(jobs)
+        if isinstance(taken, Exception):
+            raise taken
+        return [self._run(job) for job in jobs[:taken]]
+
+    def _run(self, job: TrialJob) -> JobRef:
+        folder = TrialFolder(Path(job.folder))
+        started = len(
+            [
+                e
+                for e in events(folder.path.parent.parent)
+                if e["event"] == "dispatch" and e["index"] == folder.read_spec().index
+            ]
+        )
+        state, checkpoint, _ = self.script[min(started, len(self.script) - 1)]
+        writer = StatusWriter(folder, job.attempt)
+        facts = {"metric": 0.5, "ended": time.time()} if state == COMPLETED else {}
+        writer.write(state, {"checkpoint": checkpoint, **facts})
+        return {"number": started}
+
+    def alive(self, refs: Iterable[JobRef]) -> list[bool]:
+        return [False for _ in refs]
+
+    def verdict(self, ref: JobRef) -> Verdict:
+        return self.script[min(ref["number"], len(self.script) - 1)][2]
+
+    def cancel(self, refs: Sequence[JobRef]) -> None: ...
+
+    def kill(self, refs: Sequence[JobRef]) -> None: ...
+
+    def log_tail(self, ref: JobRef, lines: int = 8) -> str:
+        return "its last line"
+
+
+class Notes:
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def update(self, *_: Any) -> None: ...
+
+    def event(self, *_: Any) -> None: ...
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+@pytest.fixture
+def run(experiment: Callable[..., Experiment], tmp_path: Path) -> Callable[..., tuple[list[dict[str, Any]], Notes]]:
+    """Run a sweep of ``trials`` trials on a cluster; how the attempts ended, and what was said."""
+
+    def run_on(cluster: StandInCluster, trials: int = 1, poll_s: float = 0.001) -> tuple[list[dict[str, Any]], Notes]:
+        composed = experiment(*TINY, f"launcher.poll_s={poll_s}", "launcher.max_retries=1")
+        folder, view = SweepFolder(tmp_path / "s"), Notes()
+        journal = Journal(folder)
+        journal.write("sweep", sweep_id="s", question="q", metric="eval/loss", goal="minimize")
+        definition = SweepDefinition("given points", Metric("eval/loss", "minimize"), {})
+        points = GivenPoints([Point({"orpo.beta": 0.1 * (i + 1)}) for i in range(trials)])
+        factory = TrialFactory(composed, definition, folder, "s", None)
+        SweepController(journal, points, factory, cluster, composed.launcher, trials, view, lambda: 0).run()
+        journal.close()
+        return [e for e in events(folder.path) if e["event"] == "end"], view
+
+    return run_on
+
+
+@pytest.mark.parametrize(
+    ("script", "states"),
+    [
+        # by the site, further each time: as often as it likes
+        ([(RUNNING, n, SITE) for n in (5, 10, 15, 20, 25)] + [DONE], ["stopped"] * 5 + ["completed"]),
+        ([(STOPPED, n, SITE) for n in (5, 10, 15)] + [DONE], ["stopped"] * 3 + ["completed"]),
+        # in order, and nobody knows by whom
+        ([(STOPPED, 5, TRIAL), (STOPPED, 9, TRIAL), DONE], ["stopped", "stopped", "completed"]),
+        # never any further: jobs that are too short must not go on for ever
+        ([(RUNNING, 5, SITE), (RUNNING, 5, SITE), (RUNNING, 5, SITE)], ["stopped", "failed", "failed"]),
+        ([(STOPPED, 0, SITE)], ["failed", "failed"]),
+        # by a person: counted, whatever it has reached
+        ([(STOPPED, 5, PERSON), (STOPPED, 10, PERSON)], ["failed", "failed"]),
+        # of its own
+        ([(RUNNING, 5, TRIAL), (RUNNING, 10, TRIAL)], ["failed", "failed"]),
+        ([(RUNNING, 5, TRIAL), DONE], ["failed", "completed"]),
+    ],
+)
+def test_who_ended_an_attempt_and_whether_it_got_further(
+    script: list[tuple[str, int, Verdict]], states: list[str], run: Callable[..., Any]
+) -> None:
+    ends, _ = run(StandInCluster(script))
+    assert [e["state"] for e in ends] == states
+    assert [e["counted"] for e in ends] == [e["state"] == "failed" for e in ends]
+    assert ends[-1]["given_up"] == (states[-1] == "failed")
+    for end in ends:
+        if end["state"] == "failed":
+            assert "SLURM: " in end["message"] and "its last line" in end["message"]
+
+
+def test_a_queue_that_takes_some_and_then_none(run: Callable[..., Any]) -> None:
+    busy = QueueBusy("sbatch takes no job now: AssocMaxSubmitJobLimit.")
+    cluster = StandInCluster([DONE], takes=[2, busy, busy, 1], slots=4)
+    ends, view = run(cluster, trials=6)
+    assert len(ends) == 6 and all(e["state"] == "completed" for e in ends)
+    assert cluster.asked[:4] == [4, 4, 4, 4], "two of four were taken, then none, twice"
+    assert len(view.notes) == 2 and "tried again" in view.notes[0]
+
+
+def test_workers_that_wait_get_trials_while_the_queue_takes_no_jobs(run: Callable[..., Any]) -> None:
+    """Two of four were taken; the pause before the next try is for new jobs alone."""
+    cluster = StandInCluster([DONE], takes=[2, 2, 2], slots=4)
+    cluster.waiting_workers = 2
+    started = time.monotonic()
+    ends, _ = run(cluster, trials=6, poll_s=1.0)
+    assert len(ends) == 6 and cluster.asked[:3] == [4, 2, 2]
+    assert time.monotonic() - started < 6
+
+
+def test_a_refusal_for_good_ends_the_sweep_when_nothing_runs(run: Callable[..., Any]) -> None:
+    with pytest.raises(LaunchError, match="invalid partition"):
+        run(StandInCluster([DONE], takes=[LaunchError("sbatch refused the job: invalid partition")]))

@@ -1,0 +1,101 @@
+"""Leaving a sweep, looking at it, coming back to it, ending it from outside: on a real SLURM."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import events, launch_command, processes_of
+from slurm_bed import Bed
+from test_slurm_faults import ONE, past
+from test_sweep import ended_states, wait_for
+
+pytestmark = pytest.mark.slow
+OPTIONS = (*ONE, "tracker=disabled")
+
+
+def cli(*arguments: str, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "isaerft_sweep.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+
+
+def test_detach_status_attach_cancel(slurm: Bed, launch: Callable, tmp_path: Path) -> None:
+    sweep = tmp_path / "outputs" / "s"
+    left = launch(*OPTIONS, "sweep.run_cap=2", "orpo.max_steps=200", "--detach")
+    assert left.returncode == 0 and "isaerft-sweep attach" in left.stdout, left.stdout + left.stderr
+    controller = psutil.Process(json.loads((sweep / "controller.json").read_text())["pid"])
+    again = launch(*OPTIONS, "sweep.run_cap=2", "orpo.max_steps=200", "--detach")
+    assert again.returncode == 2 and "already run by process" in again.stderr
+    wait_for(past(sweep, 20))
+    status = cli("status", str(sweep)).stdout
+    assert "0 of 2 ended" in status and f"process {controller.pid} on" in status and "1 running" in status, status
+
+    leaving = subprocess.Popen(
+        [sys.executable, "-m", "isaerft_sweep.cli", "attach", str(sweep)], stdout=subprocess.PIPE, text=True
+    )
+    wait_for(lambda: leaving.stdout and "Ctrl-C leaves it running" in leaving.stdout.readline())
+    leaving.send_signal(signal.SIGINT)
+    assert leaving.communicate(timeout=30)[0].strip().endswith("Left. The sweep goes on.") and controller.is_running()
+
+    cancelled = cli("cancel", str(sweep))
+    assert cancelled.returncode == 0 and "is left running; 0 of 2 trials" in cancelled.stdout, (
+        cancelled.stdout + cancelled.stderr
+    )
+    assert slurm.jobs() == [] and ended_states(sweep) == {"stopped": 1}
+    wait_for(lambda: not processes_of(tmp_path))
+    assert "go on with  isaerft-sweep attach" in cli("status", str(sweep)).stdout
+
+    assert cli("attach", str(sweep)).returncode == 0, "attach goes on with a sweep that nobody runs"
+    assert ended_states(sweep) == {"stopped": 1, "completed": 2}
+    assert "none: the sweep has ended" in cli("status", str(sweep)).stdout
+    spec = json.loads(next((sweep / "trials").iterdir()).joinpath("spec.json").read_text())
+    assert "orpo.max_steps=200" in spec["command"]
+
+
+def test_detach_shows_why_it_cannot(slurm: Bed, launch: Callable) -> None:
+    done = launch(*OPTIONS, "launcher.slurm.partition=mian", "--detach")
+    assert done.returncode == 2 and "Did you mean 'main'?" in done.stderr
+
+
+def test_cancel_after_a_kill_9_of_the_controller(slurm: Bed, tmp_path: Path) -> None:
+    sweep = tmp_path / "outputs" / "s"
+    with (tmp_path / "controller.out").open("w") as log:
+        controller = subprocess.Popen(
+            launch_command(*OPTIONS, "orpo.max_steps=100000", "launcher.slots=2", "sweep.run_cap=2"),
+            cwd=tmp_path,
+            stdout=log,
+        )
+    wait_for(past(sweep, 10))
+    controller.kill()
+    controller.wait()
+    assert len(slurm.jobs()) == 2
+    done = cli("cancel", str(sweep))
+    assert done.returncode == 0, done.stderr
+    assert slurm.jobs() == [] and ended_states(sweep) == {"stopped": 2}
+    assert not [e for e in events(sweep) if e["event"] == "end" and e["given_up"]]
+
+
+def test_the_controller_as_a_job_submits_the_rest_and_is_queued_again(slurm: Bed, tmp_path: Path) -> None:
+    """The template ``slurm/controller.sbatch`` as it is: preempted, it stops in order and goes on in its second run."""
+    sweep = tmp_path / "outputs" / "s"
+    template = Path(__file__).parent.parent / "slurm" / "controller.sbatch"
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    options = [o for o in OPTIONS if o != "launcher=slurm"]
+    job = subprocess.run(
+        ["sbatch", "--parsable", "--time=60", "--partition=urgent", str(template), *options, "sweep.run_cap=2", "orpo.max_steps=200"],
+        cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=True,
+    ).stdout.strip()  # fmt: skip
+    wait_for(past(sweep, 10))
+    assert f"SLURM job {job}" in cli("status", str(sweep)).stdout
+    slurm.command("scancel", "--batch", "--signal=TERM", job)
+    wait_for(lambda: slurm.command("squeue", "-h", "-o", "%T", "-j", job).strip() == "PENDING")
+    assert ended_states(sweep) == {"stopped": 1} and slurm.jobs() == [job], "its trials have ended before it is queued again"
+    wait_for(lambda: slurm.jobs() == [], 200)
+    assert ended_states(sweep) == {"stopped": 1, "completed": 2}, (tmp_path / f"isaerft-sweep-{job}.out").read_text()

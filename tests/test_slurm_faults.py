@@ -1,0 +1,292 @@
+"""The table of faults in docs/slurm.md, row by row, on a real SLURM: real kills, real preemption, real limits."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import slurm_bed
+from conftest import TINY, events
+from slurm_bed import Bed
+from test_sweep import ended_states, start, statuses, stepping, wait_for
+
+from isaerft_sweep.journal.folders import TrialFolder
+from isaerft_sweep.trial.run import run_trial
+
+pytestmark = pytest.mark.slow
+STEPS = 80
+ONE = (
+    *TINY, "launcher=slurm", "launcher.poll_s=0.3", "launcher.slots=1", "name=s", "sweep.run_cap=1", f"orpo.max_steps={STEPS}",
+    "orpo.checkpoint_every_steps=10", "orpo.eval_fraction=0.5",
+)  # fmt: skip
+
+
+def output(tmp_path: Path) -> str:
+    return (tmp_path / "controller.out").read_text()
+
+
+def finish(controller: subprocess.Popen[str], tmp_path: Path, code: int = 0) -> list[dict[str, Any]]:
+    """Wait for the controller; how the attempts ended."""
+    assert controller.wait(400) == code, output(tmp_path)
+    return [e for e in events(tmp_path / "outputs" / "s") if e["event"] == "end"]
+
+
+def past(sweep: Path, step: int, attempt: int = 1) -> Callable[[], list[dict[str, Any]]]:
+    """A condition: a trial runs and has got past ``step``."""
+    return lambda: [s for s in stepping(sweep) if s["step"] > step and s["attempt"] >= attempt]
+
+
+def job_of(sweep: Path) -> str:
+    """The job of the last dispatch."""
+    return [e["job"]["job"]["id"] for e in events(sweep) if e["event"] == "dispatch"][-1]
+
+
+def check_same_as_alone(sweep: Path, tmp_path: Path) -> None:
+    """Every trial has, to the last bit, the numbers of one that nothing has happened to, in one W&B run."""
+    for path in sorted((sweep / "trials").iterdir()):
+        cut, whole = TrialFolder(path), TrialFolder(tmp_path / f"alone-{path.name}")
+        whole.create(cut.read_spec())
+        whole.begin_attempt(1)
+        assert run_trial(whole, 1) == "completed"
+        rows = [[{k: v for k, v in row.items() if k != "time"} for row in t.read_metrics()] for t in (cut, whole)]
+        assert rows[0] == rows[1]
+        assert [row["step"] for row in rows[0] if "train/loss" in row] == list(range(1, STEPS + 1))
+        states = [(t.adapter / "adapter_model.safetensors").read_bytes() for t in (cut, whole)]
+        assert states[0] == states[1]
+        runs = {p.name.rsplit("-", 1)[1] for p in path.glob("wandb/wandb/offline-run-*")}
+        assert runs == {cut.read_spec().run_id}
+
+
+def test_preemption(slurm: Bed, tmp_path: Path) -> None:
+    sweep = tmp_path / "outputs" / "s"
+    controller = start(tmp_path, *ONE)
+    wait_for(past(sweep, 12))
+    urgent = ["sbatch", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 3"]
+    slurm.command(*urgent)
+    ends = finish(controller, tmp_path)
+    assert [e["state"] for e in ends] == ["stopped", "completed"] and not ends[0]["counted"]
+    log = (sweep / "jobs").glob("*_log.out")
+    assert any("received SIGTERM: checkpoint, then stop" in path.read_text() for path in log)
+    assert slurm.jobs() == []
+    check_same_as_alone(sweep, tmp_path)
+
+
+def test_preemption_when_the_signal_is_swallowed(slurm: Bed, tmp_path: Path) -> None:
+    """As NCCL or a C extension may do; here a thread mask that the whole process inherits."""
+    sweep = tmp_path / "outputs" / "s"
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal\nif 'SLURM_STEP_ID' in os.environ and os.path.exists(os.environ['SWALLOW']):\n"
+        "    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})\n"
+    )
+    swallow = tmp_path / "swallow"
+    swallow.touch()
+    lines = f"launcher.slurm.setup=['export PYTHONPATH={tmp_path} SWALLOW={swallow}']"
+    controller = start(tmp_path, *ONE, lines, "orpo.max_steps=2000")
+    wait_for(past(sweep, 12))
+    swallow.unlink()
+    slurm.command("sbatch", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    reached = wait_for(lambda: [e for e in events(sweep) if e["event"] == "end"])[0]
+    assert reached["state"] == "stopped" and "SLURM: PREEMPTED" in reached["message"] and not reached["counted"]
+    wait_for(past(sweep, reached["checkpoint"], attempt=2))
+    controller.send_signal(signal.SIGINT)
+    finish(controller, tmp_path, 130)
+    rows = TrialFolder(next((sweep / "trials").iterdir())).read_metrics()
+    steps = [row["step"] for row in rows if "train/loss" in row]
+    assert steps == list(range(1, len(steps) + 1)), "it went on from its last checkpoint by steps, without a hole"
+
+
+def test_a_time_limit_of_a_minute(slurm: Bed, tmp_path: Path) -> None:
+    sweep = tmp_path / "outputs" / "s"
+    options = (*ONE, "launcher.timeout_min=1", "orpo.max_steps=100000")
+    controller = start(tmp_path, *options)
+    first = wait_for(lambda: (sweep / "journal.jsonl").exists() and [e for e in events(sweep) if e["event"] == "end"])[0]
+    assert first["state"] == "stopped" and not first["counted"] and first["checkpoint"] > 0
+    wait_for(past(sweep, first["checkpoint"], attempt=2))
+    controller.send_signal(signal.SIGINT)
+    finish(controller, tmp_path, 130)
+    assert "the job's time limit is near: checkpoint, then stop" in log_of(sweep, 0)
+    assert slurm.jobs() == []
+
+
+def test_kill_9_of_a_worker_without_accounting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if reason := slurm_bed.why_not():
+        pytest.skip(reason)
+    with slurm_bed.running_bed(accounting=False) as bed:
+        monkeypatch.setenv("SLURM_CONF", str(bed.conf))
+        sacct = subprocess.run(["sacct"], capture_output=True, text=True)
+        assert "accounting storage is disabled" in sacct.stderr
+        sweep = tmp_path / "outputs" / "s"
+        controller = start(tmp_path, *ONE)
+        os.kill(wait_for(past(sweep, 12))[0]["pid"], signal.SIGKILL)
+        ends = finish(controller, tmp_path)
+        assert [e["state"] for e in ends] == ["failed", "completed"]
+        assert "ended without a word (SLURM: FAILED" in ends[0]["message"] and "step 1" in ends[0]["message"]
+    check_same_as_alone(sweep, tmp_path)
+
+
+def test_memory_runs_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SLURM itself measures and kills: a trial needs some 600 MB and is given 256."""
+    if reason := slurm_bed.why_not():
+        pytest.skip(reason)
+    limits = {
+        "JobAcctGatherType": "jobacct_gather/linux",
+        "JobAcctGatherParams": "OverMemoryKill",
+        "JobAcctGatherFrequency": "task=1",
+    }
+    with slurm_bed.running_bed(accounting=False, **limits) as bed:
+        monkeypatch.setenv("SLURM_CONF", str(bed.conf))
+        done = start(tmp_path, *ONE, "launcher.max_retries=0", "launcher.slurm.mem_gb=0.25", "orpo.max_steps=100000")
+        ends = finish(done, tmp_path, 1)
+        assert [e["given_up"] for e in ends] == [True]
+        assert "SLURM: " in ends[0]["message"] and "exceeded memory limit" in ends[0]["message"], ends
+
+
+def test_a_lost_node(slurm: Bed, tmp_path: Path) -> None:
+    """Its slurmd is gone, but the worker lives on as an orphan: the attempt that takes its place must not meet it."""
+    sweep = tmp_path / "outputs" / "s"
+    controller = start(tmp_path, *ONE, "orpo.max_steps=3000")
+    orphan = wait_for(past(sweep, 12))[0]["pid"]
+    slurm.kill(slurm.command("squeue", "-h", "-o", "%N").strip())
+    lost = wait_for(lambda: [e for e in events(sweep) if e["event"] == "end"])[0]
+    assert lost["state"] == "stopped" and "SLURM: NODE_FAIL" in lost["message"] and not lost["counted"]
+    wait_for(past(sweep, lost["checkpoint"], attempt=2))
+    assert wait_for(lambda: "was replaced by attempt 2" in log_of(sweep, 0)), "the orphan sees that it is one"
+    assert stepping(sweep)[0]["pid"] != orphan
+    controller.send_signal(signal.SIGINT)
+    finish(controller, tmp_path, 130)
+
+
+def log_of(sweep: Path, number: int) -> str:
+    """What the job of the given dispatch has printed."""
+    job = [e["job"]["job"]["id"] for e in events(sweep) if e["event"] == "dispatch"][number]
+    return (sweep / "jobs" / f"{job}_0_log.out").read_text()
+
+
+def test_scancel_of_one_task_and_then_of_the_whole_array(slurm: Bed, tmp_path: Path) -> None:
+    sweep = tmp_path / "outputs" / "s"
+    two = ("sweep.run_cap=2", "launcher.slots=2")
+    controller = start(tmp_path, *ONE, *two)
+    wait_for(lambda: len(past(sweep, 10)()) == 2)
+    first = [e["job"]["job"]["id"] for e in events(sweep) if e["event"] == "dispatch"]
+    assert first[0].endswith("_0") and first[1].endswith("_1"), "two workers, one array"
+    slurm.command("scancel", first[0])
+    wait_for(lambda: len([e for e in events(sweep) if e["event"] == "dispatch"]) == 3)
+    slurm.command("scancel", first[1].split("_")[0])
+    ends = finish(controller, tmp_path)
+    cut = [e for e in ends if e["state"] != "completed"]
+    assert ended_states(sweep)["completed"] == 2 and len(cut) == 2
+    assert all(e["state"] == "failed" and e["counted"] and "SLURM: CANCELLED" in e["message"] for e in cut)
+    check_same_as_alone(sweep, tmp_path)
+
+
+def test_slurmctld_is_killed_and_started_again(slurm: Bed, tmp_path: Path) -> None:
+    sweep = tmp_path / "outputs" / "s"
+    two = (*ONE, "sweep.run_cap=2", "launcher.trials_per_job=1")
+    controller = start(tmp_path, *two)
+    wait_for(past(sweep, 12))
+    slurm.kill("slurmctld")
+    first = next((sweep / "trials").iterdir())
+    wait_for(lambda: json.loads((first / "status.json").read_text())["state"] == "completed")
+    time.sleep(2)  # the trial is over and its job cannot be asked after, nor the next one be submitted
+    slurm.start_controller()
+    ends = finish(controller, tmp_path)
+    assert [e["state"] for e in ends] == ["completed", "completed"]
+    assert len([e for e in events(sweep) if e["event"] == "dispatch"]) == 2
+
+
+def test_kill_9_of_the_controller_with_jobs_running_and_pending(slurm: Bed, tmp_path: Path) -> None:
+    sweep = tmp_path / "outputs" / "s"
+    # only one may run at a time, the other waits in the queue
+    options = (*ONE, "sweep.run_cap=3", "launcher.slots=2", "launcher.slurm.array_parallelism=1")
+    controller = start(tmp_path, *options)
+    wait_for(past(sweep, 10))
+    controller.kill()
+    controller.wait()
+    assert len(slurm.jobs()) == 2
+    stray = [f"--job-name={slurm.command('squeue', '-h', '-o', '%j').split()[0]}", "--output=/dev/null", "--wrap=sleep 600"]
+    stray_id = slurm.command("sbatch", "--parsable", *stray).strip()  # as if it had died between sbatch and its journal
+    ends = finish(start(tmp_path, *options), tmp_path)
+    assert [e["state"] for e in ends] == ["completed"] * 3
+    dispatched = sorted(e["index"] for e in events(sweep) if e["event"] == "dispatch")
+    assert dispatched == [0, 1, 2], "those that ran or waited were adopted, not run again"
+    assert slurm.jobs() == []
+    assert "CANCELLED" in slurm.command("squeue", "-h", "-t", "all", "-o", "%T", "-j", stray_id)
+
+
+def test_ctrl_c_leaves_nothing_in_the_queue(slurm: Bed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = tmp_path / "outputs" / "s"
+    calls = count_calls(tmp_path, monkeypatch, "scancel")
+    options = (*ONE, "sweep.run_cap=40", "launcher.slots=12", "orpo.max_steps=100000", "launcher.slurm.array_parallelism=2")
+    controller = start(tmp_path, *options)
+    wait_for(lambda: len(past(sweep, 2)()) == 2)
+    assert len(slurm.jobs()) == 12
+    controller.send_signal(signal.SIGINT)
+    finish(controller, tmp_path, 130)
+    assert slurm.jobs() == [] and ended_states(sweep) == {"stopped": 12}
+    lines = calls.read_text().splitlines()
+    array = job_of(sweep).split("_")[0]
+    assert lines == [f"--state=PENDING {array}", f"--signal=TERM --state=RUNNING {array}"], (
+        "one for what waits, one for what runs"
+    )
+    assert len([s for s in statuses(sweep) if s["state"] == "stopped"]) == 2
+
+
+def count_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *names: str, delay_s: float = 0) -> Path:
+    """Put wrappers around real commands first in PATH, which note every call and may take their time."""
+    calls, folder = tmp_path / "calls", tmp_path / "bin"
+    folder.mkdir()
+    calls.touch()
+    for name in names:
+        real = slurm_bed.which(name)
+        tag = "" if len(names) == 1 else f"{name} "
+        (folder / name).write_text(f'#!/bin/bash\necho "{tag}$*" >>{calls}\nsleep {delay_s}\nexec {real} "$@"\n')
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return calls
+
+
+def test_a_worker_that_always_dies_under_a_slow_scheduler(
+    slurm: Bed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = tmp_path / "outputs" / "s"
+    calls = count_calls(tmp_path, monkeypatch, "squeue", "sacct", "sbatch", delay_s=2)
+    controller = start(tmp_path, *ONE, "launcher.max_retries=1", "orpo.max_steps=100000")
+    for attempt in (1, 2):
+        os.kill(wait_for(past(sweep, 1, attempt))[0]["pid"], signal.SIGKILL)
+        wait_for(lambda n=attempt: len([e for e in events(sweep) if e["event"] == "end"]) == n)
+    ends = finish(controller, tmp_path, 1)
+    assert [e["given_up"] for e in ends] == [False, True] and slurm.jobs() == []
+    assert output(tmp_path).count("SLURM: FAILED") >= 2
+    assert "sacct" not in calls.read_text(), "squeue still remembers the job: accounting is a second opinion"
+
+
+def test_a_full_shared_disk(slurm: Bed, tmp_path: Path) -> None:
+    disk = tmp_path / "outputs"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=120m", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("a disk of its own cannot be mounted here")
+    try:
+        sweep = disk / "s"
+        options = (*ONE, "launcher.min_free_gb=0.02", "launcher.max_retries=0", "sweep.run_cap=2")
+        controller = start(tmp_path, *options)
+        wait_for(past(sweep, 12))
+        with (disk / "filler").open("wb") as file, pytest.raises(OSError, match="No space"):
+            while True:
+                file.write(b"0" * 65536)
+        assert controller.wait(400) == 2 and "cannot be written (No space left on device)" in output(tmp_path), output(
+            tmp_path
+        )
+        assert "Traceback" not in output(tmp_path)
+        (disk / "filler").unlink()
+        finish(start(tmp_path, *options), tmp_path)
+        assert slurm.jobs() == []
+        check_same_as_alone(sweep, tmp_path)
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
