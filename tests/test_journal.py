@@ -81,8 +81,8 @@ def test_a_broken_line_is_named(tmp_path: Path, line: bytes) -> None:
 
 def test_a_full_disk_is_reported(tmp_path: Path) -> None:
     journal = Journal(SweepFolder(tmp_path))
-    os.close(journal._file)
-    journal._file = os.open("/dev/full", os.O_WRONLY)
+    os.close(journal._log._file)
+    journal._log._file = os.open("/dev/full", os.O_WRONLY)
     with pytest.raises(FolderError, match="cannot be written"):
         journal.write("sweep", sweep_id="s", question="q", metric="m", goal="minimize")
 
