@@ -18,11 +18,11 @@ from isaerft_sweep.controller.preflight import check_disk, check_trial_needs
 from isaerft_sweep.controller.progress import Progress
 from isaerft_sweep.controller.question import open_journal, question, sweep_folder
 from isaerft_sweep.controller.sweep import SweepController
-from isaerft_sweep.controller.trials import TrialFactory, new_sweep_id
+from isaerft_sweep.controller.trials import GivenIds, TrialFactory, new_sweep_id
 from isaerft_sweep.dispatch.base import Dispatcher
 from isaerft_sweep.environment import describe_environment, git_commit
 from isaerft_sweep.journal.files import write_json, write_text
-from isaerft_sweep.journal.folders import COMPLETED, SweepFolder
+from isaerft_sweep.journal.folders import COMPLETED, PRUNED, SweepFolder
 from isaerft_sweep.journal.journal import Journal
 from isaerft_sweep.plain import to_dict
 from isaerft_sweep.results import leaderboard
@@ -78,6 +78,8 @@ def run_trials(
     overrides: Sequence[str] = (),
     asked: str | None = None,
     show: bool = True,
+    given: GivenIds | None = None,
+    check: bool = True,
 ) -> int:
     """Run the points that ``sampler`` gives as the sweep in ``folder``; see ``run_sweep``.
 
@@ -89,6 +91,8 @@ def run_trials(
         overrides: the command line's, for the command that reproduces a trial.
         asked: what tells this sweep from another in the same folder; None: the experiment's and definition's question.
         show: whether to print the leaderboard at the end.
+        given: of the one run, when an agent has started this.
+        check: whether model, SAE and data are looked at before the first trial.
     """
     console = Console()
     check_disk(folder.path, experiment.launcher.min_free_gb)
@@ -98,26 +102,36 @@ def run_trials(
         trials = count_trials(definition, sampler, len(journal.record.trials))
         ended = sum(record.ended and not record.given_up for record in journal.record.trials.values())
         console.print(introduction(folder, experiment, definition, sampler, trials, ended), soft_wrap=True)
-        if ended < trials:
+        if ended < trials and check:
             console.print("checking model, SAE and data; the first time may download or convert the model", style="dim")
             print_facts(console, check_trial_needs(experiment))
         if not journal.record.sweep_id:
             write_question(experiment, definition, folder)
             metric = definition.metric
-            journal.write("sweep", sweep_id=new_sweep_id(), question=asked, metric=metric.name, goal=metric.goal)
+            journal.write(
+                "sweep",
+                sweep_id=given.sweep_id if given else new_sweep_id(),
+                question=asked,
+                metric=metric.name,
+                goal=metric.goal,
+            )
         stop = StopRequest()
         with stop.on_signals(), Progress(console, definition.metric.name, trials) as view:
-            factory = TrialFactory(experiment, definition, folder, journal.record.sweep_id, git_commit(), overrides)
+            sweep_id = journal.record.sweep_id
+            factory = TrialFactory(experiment, definition, folder, sweep_id, git_commit(), overrides, given)
             dispatcher = make_dispatcher(experiment.launcher, folder)
             early = make_early_stopping(experiment, definition)
             controller = SweepController(
                 journal, sampler, factory, dispatcher, experiment.launcher, trials, view, lambda: stop.count, early
             )
+            if given:  # whoever starts a run again that was stopped early wants it to go on
+                controller.waiting += [r for r in journal.record.trials.values() if r.state == PRUNED]
             try:
                 controller.run()
             finally:
                 dispatcher.close()
-        return conclude(console, folder, journal, trials, stop.count > 0, show)
+        whole = given.whole if given else folder
+        return conclude(console, whole, journal, trials, stop.count > 0, show)
     finally:
         journal.close()
 

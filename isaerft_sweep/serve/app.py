@@ -24,10 +24,10 @@ from starlette.routing import Route
 from isaerft_sweep.errors import IsaerftError
 from isaerft_sweep.serve import graphql, page
 from isaerft_sweep.serve import runs as states
+from isaerft_sweep.serve.caller import Caller
 from isaerft_sweep.serve.keys import KeyRing
 from isaerft_sweep.serve.server import RequestError, Server
 from isaerft_sweep.serve.signing import Signer
-from isaerft_sweep.serve.views import Caller
 
 log = logging.getLogger("isaerft.serve")
 MAX_BODY = 32 << 20

@@ -5,8 +5,8 @@ from __future__ import annotations
 import secrets
 from typing import Any
 
+from isaerft_sweep.serve.caller import Caller
 from isaerft_sweep.serve.server import RequestError, checked_name
-from isaerft_sweep.serve.views import Caller
 
 MANIFEST = "wandb_manifest.json"
 
@@ -82,10 +82,22 @@ def find(caller: Caller, artifact_id: str) -> dict[str, Any]:
     return _view(caller, artifact_id)
 
 
+def find_named(caller: Caller, key: tuple[str, str], name: str) -> dict[str, Any] | None:
+    """The latest artifact of a project's collection ``NAME`` or ``NAME:ALIAS``; None when there is none."""
+    collection, _, alias = name.rpartition("/")[2].partition(":")
+    for artifact_id, known in reversed(list(caller.server.artifacts.items())):
+        named = alias in ("", "latest", *known["aliases"])
+        if (known["entity"], known["project"], known["collection"]) == (*key, collection) and named:
+            return _view(caller, artifact_id)
+    return None
+
+
 def _view(caller: Caller, artifact_id: str) -> dict[str, Any]:
     known = caller.server.artifacts[artifact_id]
     sequence = {"id": known["collection"], "name": known["collection"], "latestArtifact": None}
-    return {"id": artifact_id, "state": known["state"], "digest": known["digest"], "artifactSequence": sequence}
+    kind = {"id": known["type"], "name": known["type"]}
+    facts = {"state": known["state"], "digest": known["digest"], "metadata": known["metadata"]}
+    return {"id": artifact_id, **facts, "artifactType": kind, "artifactSequence": sequence}
 
 
 def _manifest(caller: Caller, artifact_id: str) -> dict[str, Any]:

@@ -25,19 +25,17 @@ from graphql import (
 from isaerft_sweep.errors import IsaerftError
 from isaerft_sweep.resources import asset
 from isaerft_sweep.serve import artifacts
+from isaerft_sweep.serve.caller import Caller, global_id, parse_id
 from isaerft_sweep.serve.runs import RunKey
 from isaerft_sweep.serve.server import RequestError
 from isaerft_sweep.serve.views import (
     AgentView,
-    Caller,
     FileView,
     ProjectView,
     RunView,
     SweepView,
     UserView,
     entity_view,
-    global_id,
-    parse_id,
 )
 
 log = logging.getLogger("isaerft.serve")
@@ -73,11 +71,18 @@ def answer(caller: Caller, query: str, variables: Mapping[str, Any], operation: 
         schema(),
         document,
         root_value=Root(caller),
-        variable_values=dict(variables),
+        variable_values=without_nulls(variables),
         operation_name=operation,
         field_resolver=resolve,
     )
     return _response(result, document)
+
+
+def without_nulls(value: Any) -> Any:
+    """Newer clients send every field that they know, null where it does not matter; this schema may not know it."""
+    if isinstance(value, Mapping):
+        return {key: without_nulls(part) for key, part in value.items() if part is not None}
+    return [without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
 def _response(result: ExecutionResult, document: DocumentNode) -> dict[str, Any]:

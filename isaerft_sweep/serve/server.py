@@ -33,6 +33,8 @@ SILENCE_S = 90.0
 """A run that nobody has heard of for so long has crashed: three times the interval of wandb's own sign of life."""
 SETTLING_S = 3.0
 """A run that its agent does not list so long after it was handed out never began: the answer was lost, or it died."""
+TELL_AGENT_S = 45.0
+"""A run hears that it should stop with its next sign of life; its agent is told when that has not helped for so long."""
 STOP_AGAIN_S = 120.0
 """An agent kills a run that it is told to stop twice: our trials need the time to write their checkpoint."""
 
@@ -72,6 +74,9 @@ class Server:
         self.sweeps: dict[str, ServedSweep] = {}
         self.agents: dict[str, ServedAgent] = {}
         self.artifacts: dict[str, dict[str, Any]] = {}
+        self._stop_since: dict[RunKey, float] = {}
+        self.unsettled: set[RunKey] = set()
+        """Runs that have ended but for finishing, whose agents may still be at them: our trials are tried again in place."""
         if not read_only:
             self._lock()
         self._load(read_only)
@@ -124,7 +129,7 @@ class Server:
             if record.job is not None and (run is None or run.attempt < record.attempt):
                 self._begin_attempt(sweep, record, str(record.job["agent"]))
             elif record.job is not None and run is not None and not run.active:
-                sweep.settle(run)
+                self.unsettled.add(run.key)
             if run is not None:
                 sweep.restore_curve(run)
 
@@ -255,6 +260,7 @@ class Server:
             run = self.runs.get(RunKey(sweep.entity, sweep.project, name))
             if run is not None and run.agent in ("", agent.id):
                 run.heard = now
+        self._settle_all()
         self._notice_lost(sweep, agent, now)
         if agent.running:
             return commands
@@ -267,7 +273,9 @@ class Server:
     def _stops(self, sweep: ServedSweep, agent: ServedAgent, now: float) -> Iterator[dict[str, Any]]:
         for name in agent.running:
             run = self.runs.get(RunKey(sweep.entity, sweep.project, name))
-            if run is None or not run.stop or now - agent.told.get(name, -STOP_AGAIN_S) < STOP_AGAIN_S:
+            if run is None or not run.stop or now - agent.told.get(name, now - STOP_AGAIN_S) < STOP_AGAIN_S:
+                continue
+            if run.active and now - self._stop_since.setdefault(run.key, now) < TELL_AGENT_S:
                 continue
             agent.told[name] = now
             yield {"type": "stop", "run_id": name}
@@ -310,6 +318,7 @@ class Server:
     def watch(self) -> None:
         """Find the runs that nobody hears of any more. Called every few seconds."""
         now = time.monotonic()
+        self._settle_all()
         for run in list(self.runs.values()):
             if run.active and now - run.heard > self.silence_s:
                 self.crash(run, "neither the run nor its agent has been heard of")
@@ -321,9 +330,25 @@ class Server:
         self._settle(run)
 
     def _settle(self, run: ServedRun) -> None:
+        """A run has ended: tell its sweep, at once or when its agent has nothing to do with it any more."""
+        self._stop_since.pop(run.key, None)
         sweep = self.sweeps.get(run.sweep)
-        if sweep is not None and sweep.definition is not None:
+        if sweep is None or sweep.definition is None:
+            return
+        if run.state == states.FINISHED:
             sweep.settle(run)
+        else:
+            self.unsettled.add(run.key)
+            self._settle_all()
+
+    def _settle_all(self) -> None:
+        for key in list(self.unsettled):
+            run = self.runs[key]
+            agent = self.agents.get(run.agent)
+            held = agent is not None and time.monotonic() - agent.heard_at < self.silence_s
+            if run.active or not (held and agent is not None and key.name in agent.running):
+                self.unsettled.discard(key)
+                self.sweeps[run.sweep].settle(run)
 
     # -- runs
 

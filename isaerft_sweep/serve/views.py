@@ -2,63 +2,26 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import json
 import math
 import mimetypes
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from isaerft_sweep.serve import artifacts
 from isaerft_sweep.serve import runs as states
+from isaerft_sweep.serve.caller import Caller, global_id, stamp, thinned
 from isaerft_sweep.serve.filters import page, select
 from isaerft_sweep.serve.runs import EVENTS, HISTORY, OUTPUT, RunKey, ServedRun
-from isaerft_sweep.serve.server import RequestError, ServedAgent, Server
-from isaerft_sweep.serve.signing import Signer
+from isaerft_sweep.serve.server import RequestError, ServedAgent
 from isaerft_sweep.serve.sweeps import ServedSweep
 
 TAIL = 1
 SAMPLES = 500
 AGENT_SILENCE_S = 60.0
-
-
-@dataclass(frozen=True)
-class Caller:
-    """Who asks, and by which address."""
-
-    server: Server
-    user: str
-    base_url: str
-    signer: Signer
-
-    def file_url(self, path: str, method: str) -> str:
-        """An address for one file that needs no key, for a while: wandb's uploads carry none."""
-        return f"{self.base_url}{path}?{self.signer.sign(method, path)}"
-
-
-def stamp(seconds: float) -> str:
-    """W&B's form of a time."""
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def global_id(kind: str, *parts: str) -> str:
-    """W&B's form of an id that is valid in all projects."""
-    return base64.b64encode(":".join([kind, "v1", *parts]).encode()).decode()
-
-
-def parse_id(kind: str, text: str) -> list[str]:
-    """The parts of a ``global_id``. Raises RequestError when it is none of that kind."""
-    try:
-        found = base64.b64decode(text, validate=True).decode().split(":")
-    except (binascii.Error, ValueError) as error:
-        raise RequestError(f"'{text[:80]}' is not an id of this server.") from error
-    if found[:2] != [kind, "v1"]:
-        raise RequestError(f"'{text[:80]}' is not the id of a {kind.lower()}.")
-    return found[2:]
 
 
 @dataclass(frozen=True)
@@ -156,6 +119,9 @@ class ProjectView:
         elif not missing_ok:
             raise RequestError(f"there is no run {'/'.join(self.key)}/{name} on this server.", 404)
         return found if found is not None and found.run.created else None
+
+    def artifact(self, name: str) -> Any:
+        return artifacts.find_named(self.caller, self.key, name)
 
     def _sweeps(self) -> list[ServedSweep]:
         return [s for s in self.caller.server.sweeps.values() if (s.entity, s.project) == self.key]
@@ -541,14 +507,6 @@ class AgentView:
         order: str | None = None,
     ) -> Any:
         return page(select(self._runs(), None, order), after, first, lambda run: RunView(self.caller, run))
-
-
-def thinned(rows: list[Any], samples: int) -> list[Any]:
-    """At most ``samples`` rows, evenly spread, the last one among them."""
-    samples = max(1, min(samples, 10_000_000))
-    if len(rows) <= samples:
-        return rows
-    return [rows[(i + 1) * len(rows) // samples - 1] for i in range(samples)]
 
 
 def _like(name: str, pattern: str) -> bool:
