@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from isaerft_sweep.errors import FolderError, JournalError
@@ -33,6 +33,7 @@ def write_history(folder: SweepFolder, history: list) -> None:
     journal.close()
 
 
+@settings(deadline=None)
 @given(HISTORIES)
 def test_a_new_process_knows_what_the_old_one_knew(tmp_path_factory: pytest.TempPathFactory, history: list) -> None:
     folder = SweepFolder(tmp_path_factory.mktemp("sweep"))
@@ -45,6 +46,7 @@ def test_a_new_process_knows_what_the_old_one_knew(tmp_path_factory: pytest.Temp
     assert first == second == journal.record
 
 
+@settings(deadline=None)
 @given(HISTORIES, st.floats(0, 1))
 def test_cut_anywhere_every_whole_line_survives(
     tmp_path_factory: pytest.TempPathFactory, history: list, where: float

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,14 @@ class AppendLog:
         """Append and wait until the disk has it. Raises OSError, with nothing appended, when it cannot."""
         encoded = "".join(json.dumps(c, separators=(",", ":"), allow_nan=False) + "\n" for c in contents).encode()
         before = os.fstat(self._file).st_size
-        if os.write(self._file, encoded) < len(encoded):
-            os.ftruncate(self._file, before)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        os.fsync(self._file)
+        try:
+            if os.write(self._file, encoded) < len(encoded):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(self._file)
+        except OSError:
+            with suppress(OSError):  # a device that cannot be cut
+                os.ftruncate(self._file, before)
+            raise
 
     def close(self) -> None:
         os.close(self._file)

@@ -93,6 +93,9 @@ class Application:
                 return JSONResponse({"error": str(error), "errors": [{"message": str(error)}]}, error.status)
             except IsaerftError as error:
                 return JSONResponse({"error": str(error), "errors": [{"message": str(error)}]}, 400)
+            except OSError as error:  # acknowledged is only what is on the disk; clients try again
+                log.error("the disk does not take it: %s", error)
+                return JSONResponse({"error": f"the server's disk does not take it: {error.strerror}"}, 507)
             except ClientDisconnect:
                 return Response(status_code=400)
 
@@ -102,7 +105,8 @@ class Application:
 
     async def graphql(self, request: Request, caller: Caller) -> Response:
         body = await _json_body(request)
-        query, variables = body.get("query"), body.get("variables") or {}
+        query, variables = body.get("query"), body.get("variables")
+        variables = {} if variables is None else variables
         operation = body.get("operationName")
         if not isinstance(query, str) or not isinstance(variables, dict) or not isinstance(operation, (str, type(None))):
             raise RequestError("a GraphQL request must have a query, and variables as an object.")

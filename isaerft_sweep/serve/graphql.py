@@ -90,6 +90,8 @@ def _response(result: ExecutionResult, document: DocumentNode) -> dict[str, Any]
         return {"data": result.data}
     for error in result.errors:
         cause = error.original_error
+        if isinstance(cause, OSError):
+            raise cause
         if isinstance(cause, RequestError) and cause.status == 404 and _is_heartbeat(document):
             raise cause  # the agent takes this alone for a sweep that is gone
         if cause is not None and not isinstance(cause, (IsaerftError, GraphQLError)):

@@ -33,7 +33,7 @@ SILENCE_S = 90.0
 """A run that nobody has heard of for so long has crashed: three times the interval of wandb's own sign of life."""
 SETTLING_S = 3.0
 """A run that its agent does not list so long after it was handed out never began: the answer was lost, or it died."""
-TELL_AGENT_S = 45.0
+TELL_AGENT_S = 75.0
 """A run hears that it should stop with its next sign of life; its agent is told when that has not helped for so long."""
 STOP_AGAIN_S = 120.0
 """An agent kills a run that it is told to stop twice: our trials need the time to write their checkpoint."""
@@ -298,8 +298,13 @@ class Server:
             return [sweep.command(record, resume=any(run.lines.values()))]
         if sweep.over:
             self.update_sweep(sweep, None, sweeps.FINISHED, {})
-        quiet = any(r.active and time.monotonic() - r.heard > self.silence_s / 2 for r in self.runs_of(sweep))
-        return self._dismissed(agent) if sweep.nothing_left() and not quiet else []
+        needed = any(self._may_come_back(run, agent) for run in self.runs_of(sweep))
+        return self._dismissed(agent) if sweep.nothing_left() and not needed else []
+
+    def _may_come_back(self, run: ServedRun, agent: ServedAgent) -> bool:
+        """Whether the run may have to be handed out again soon, so that an idle agent had better wait."""
+        silent = time.monotonic() - run.heard > self.silence_s / 2
+        return run.key in self.unsettled or (run.active and (silent or run.agent == agent.id))
 
     def _dismissed(self, agent: ServedAgent) -> list[dict[str, Any]]:
         """Nothing is running on the agent and nothing is left for it."""
