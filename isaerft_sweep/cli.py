@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 import warnings
@@ -97,6 +98,16 @@ def _parser() -> argparse.ArgumentParser:
     _serve_arguments(
         commands.add_parser("serve", help="a W&B backend of your own: wandb sweep and wandb agent without a network")
     )
+
+    sync = commands.add_parser("sync", help="upload runs to a W&B server, with their sweep and run ids")
+    sync.add_argument("source", type=Path, help="a sweep's folder (offline runs), or the data folder of serve")
+    sync.add_argument(
+        "--to", metavar="URL", help="the server (default: WANDB_BASE_URL, else W&B's cloud); key: WANDB_API_KEY"
+    )
+    sync.add_argument("--sweep", help="of a data folder only this sweep's runs")
+    sync.add_argument("--entity")
+    sync.add_argument("--project", help="default: the runs' own")
+    sync.set_defaults(run=_sync)
 
     generate = commands.add_parser("generate", help="answer prompts with and without an adapter")
     generate.add_argument(
@@ -253,6 +264,22 @@ def _serve(args: argparse.Namespace) -> int:
         args.max_upload_mb,
     )
     return serve(options)
+
+
+def _sync(args: argparse.Namespace) -> int:
+    from isaerft_sweep.serve.export import is_data_folder, served_uploads
+    from isaerft_sweep.tracking import upload
+
+    target = upload.target_from(os.environ, args.to, args.entity, args.project)
+    if is_data_folder(args.source):
+        uploads, configs = served_uploads(args.source, args.sweep)
+    else:
+        uploads, configs = upload.offline_uploads(args.source)
+    if not uploads:
+        raise upload.nothing_to_upload(args.source)
+    outcome = upload.upload(uploads, configs, target, print)
+    print(f"{len(outcome.uploaded)} of {len(uploads)} runs uploaded")
+    return 1 if outcome.failed else 0
 
 
 def _generate(args: argparse.Namespace) -> None:

@@ -17,7 +17,7 @@ from conftest import TINY
 from serving import Serving, wait_for
 from test_sweep import processes_of
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 SWEEP = """\
 program: isaerft_sweep/launch.py
@@ -29,7 +29,15 @@ parameters:
   orpo.beta: {{value: 1.0}}
 command: ["${{env}}", "${{interpreter}}", -m, isaerft_sweep.launch, sweep=none, sweep.file={file}, {options}, "${{args_no_hyphens}}"]
 """
-LONG = (*TINY, "orpo.max_steps=240", "orpo.eval_fraction=0.05", "orpo.checkpoint_every_steps=10", "orpo.warmup_steps=0")
+LONG = (
+    *TINY,
+    "launcher.threads=1",
+    "orpo.max_steps=400",
+    "orpo.eval_fraction=0.05",
+    "orpo.checkpoint_every_steps=10",
+    "orpo.warmup_steps=0",
+)
+"""Long enough to be stopped in the middle: wandb asks every 15 s whether it should be."""
 
 
 @pytest.fixture
@@ -116,7 +124,7 @@ def test_a_sweep_survives_whatever_dies(serving: Serving, tmp_path: Path) -> Non
     serving.start()
     assert serving.journal(path)[: len(acknowledged)] == acknowledged
 
-    assert survivor.wait(400) == 0, (tmp_path / "agent0.out").read_text() + (tmp_path / "agent1.out").read_text()
+    assert survivor.wait(800) == 0, (tmp_path / "agent0.out").read_text() + (tmp_path / "agent1.out").read_text()
     check_outcome(serving, path, orphan, bad, third)
     wait_for(lambda: not [p for p in processes_of(tmp_path) if p.pid != serving.process.pid], 60)
 
@@ -144,7 +152,7 @@ def check_outcome(serving: Serving, path: str, orphan: str, bad: str, third: str
     assert found["state"] == "FINISHED" and found["expected"] == 4 and len(found["runs"]) == 4
     assert len({e["params"]["orpo.learning_rate"] for e in entries if e["event"] == "trial"}) == 4, "no point twice"
     runs = found["runs"]
-    assert runs[orphan]["state"] == "finished" and runs[orphan]["steps"] == list(range(0, 241))
+    assert runs[orphan]["state"] == "finished" and runs[orphan]["steps"] == list(range(0, 401))
     assert runs[bad]["state"] in ("killed", "finished")
     first_end = next(e for e in entries if e["event"] == "end" and e["index"] == 1)
     assert first_end["state"] == "pruned", first_end

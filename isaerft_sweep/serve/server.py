@@ -75,6 +75,7 @@ class Server:
         self.agents: dict[str, ServedAgent] = {}
         self.artifacts: dict[str, dict[str, Any]] = {}
         self._stop_since: dict[RunKey, float] = {}
+        self._read_only = read_only
         self.unsettled: set[RunKey] = set()
         """Runs that have ended but for finishing, whose agents may still be at them: our trials are tried again in place."""
         if not read_only:
@@ -146,7 +147,8 @@ class Server:
 
     def _on_sweep(self, event: Mapping[str, Any]) -> None:
         folder = SweepFolder(self.folder / "sweeps" / event["id"])
-        sweep = ServedSweep(folder, event["entity"], event["project"], event["id"], event["config"], event["imported"])
+        kept = event["imported"] or self._read_only  # the journal is another process's
+        sweep = ServedSweep(folder, event["entity"], event["project"], event["id"], event["config"], kept)
         sweep.created = sweep.updated = event["t"]
         sweep.facts = {k: event[k] for k in ("description", "displayName") if event.get(k)}
         self.sweeps[sweep.id] = sweep
