@@ -238,11 +238,11 @@ class RunView:
 
     @property
     def history_tail(self) -> str:
-        return json.dumps([self.run.last[HISTORY]] if HISTORY in self.run.last else [])
+        return json.dumps([self.run.last.get(HISTORY, "{}")])  # wandb 0.18 cannot take an empty list
 
     @property
     def events_tail(self) -> str:
-        return json.dumps([self.run.last[EVENTS]] if EVENTS in self.run.last else [])
+        return json.dumps([self.run.last.get(EVENTS, "{}")])
 
     def wandb_config(self, keys: list[str] | None = None) -> str:
         inner = self.run.config_values().get("_wandb") or {}
