@@ -87,7 +87,7 @@ def check_a_sweep(client: Client) -> None:
     assert state == "FINISHED" and len(runs) == 2, (state, runs)
     assert all(run[:2] == ["finished", list(range(6))] and run[3] == 6 for run in runs.values()), runs
     assert runs[best][2] == min(run[2] for run in runs.values())  # type: ignore[type-var]
-    assert "wandb-metadata.json" in files
+    assert "config.yaml" in files
 
 
 def check_preemption(client: Client) -> None:

@@ -400,8 +400,19 @@ def test_the_stop_button(client: Client) -> None:
     client.begin(name, sweep)
     client.get("mutation StopRun($id: ID!) { stopRun(input: {id: $id}) { success } }", id=client.run(name)["id"])
     assert client.stream(name, []).json()["stopped"] is True
-    client.stream(name, [], complete=True, exitcode=0)
+    client.stream(name, [], summary={"state": "pruned"}, complete=True, exitcode=0)
     assert client.run(name)["state"] == "killed" and client.beat(agent) == [{"type": "exit"}]
+
+
+def test_a_run_that_had_ended_before_it_heard_of_its_stop_has_finished(client: Client) -> None:
+    sweep = client.sweep(cap=1)
+    agent = client.agent(sweep)
+    name = client.beat(agent)[0]["run_id"]
+    client.begin(name, sweep)
+    client.server.stop_run(next(iter(client.server.runs.values())))
+    client.stream(name, [], summary={"loss": 0.5, "state": "completed"}, complete=True, exitcode=0)
+    assert client.run(name)["state"] == "finished"
+    assert client.server.sweeps[sweep["name"]].records[0].metric == 0.5
 
 
 def test_a_sweep_keeps_its_question(client: Client) -> None:

@@ -20,12 +20,13 @@ from isaerft_sweep.config.boundary import to_definition
 from isaerft_sweep.controller.run import INTERRUPTED, run_trials, write_question
 from isaerft_sweep.controller.trials import GivenIds
 from isaerft_sweep.errors import LaunchError
-from isaerft_sweep.journal.folders import COMPLETED, PRUNED, STOPPED, SweepFolder
+from isaerft_sweep.journal.folders import COMPLETED, FINAL, PRUNED, STOPPED, SweepFolder, TrialFolder
 from isaerft_sweep.journal.journal import SweepRecord, replay
 from isaerft_sweep.search.distributions import Distribution
 from isaerft_sweep.search.sampler import GivenPoints, Point
 from isaerft_sweep.search.sweep_file import SweepDefinition
 from isaerft_sweep.specs import Experiment, split_key
+from isaerft_sweep.tracking.report import report_again
 
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
@@ -53,13 +54,24 @@ def run_for_agent(experiment: Experiment, overrides: Sequence[str], environment:
     definition = dataclasses.replace(definition, method="the agent's", run_cap=1, early_terminate=None)
     if not whole.definition.exists():
         write_question(experiment, definition, whole)
+    ended = ended_trial(folder)
     checked = whole.path / ".checked"
     given = GivenIds(sweep_id, run_id, whole)
     run_trials(
         experiment, definition, GivenPoints([point]), folder, overrides, show=False, given=given, check=not checked.exists()
     )
     checked.touch()
+    if ended is not None:  # the agent asks for it, so its server does not know
+        print("it had ended already: telling W&B again", flush=True)
+        report_again(ended)
     return exit_code(folder)
+
+
+def ended_trial(folder: SweepFolder) -> TrialFolder | None:
+    """The folder's trial, when it has come to its own end before."""
+    record = SweepRecord()
+    replay(folder.journal, record)
+    return next((folder.trial(trial.name) for trial in record.trials.values() if trial.state in FINAL), None)
 
 
 def given_id(environment: Mapping[str, str], name: str) -> str:

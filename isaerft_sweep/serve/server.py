@@ -19,7 +19,7 @@ from typing import Any
 
 from isaerft_sweep.controller.trials import new_sweep_id
 from isaerft_sweep.errors import FolderError, IsaerftError
-from isaerft_sweep.journal.folders import SweepFolder
+from isaerft_sweep.journal.folders import PRUNED, SweepFolder
 from isaerft_sweep.journal.journal import TrialRecord
 from isaerft_sweep.journal.log import AppendLog, whole_lines
 from isaerft_sweep.serve import runs as states
@@ -406,6 +406,9 @@ class Server:
         run.heard = time.monotonic()
         fresh = {name: (offset, run.new_rows(name, offset, rows)) for name, (offset, rows) in files.items()}
         event: dict[str, Any] = {"files": {name: part for name, part in fresh.items() if part[1]}}
+        if ending.get("complete") and event["files"]:
+            run.write(**event)  # the summary says how it ended
+            event["files"] = {}
         values = _next_state(run, ending)
         if values:
             event["set"] = values
@@ -451,7 +454,8 @@ def _next_state(run: ServedRun, ending: Mapping[str, Any]) -> dict[str, Any]:
         return {"state": wanted} if alive and run.state != wanted else {}
     code = ending.get("exitcode")
     code = code if isinstance(code, int) and not isinstance(code, bool) else 1
-    if run.stop:
+    # one that had come to its end before it heard of the stop has finished; ours end in order when they are stopped
+    if run.stop and (code or json.loads(run.summary).get("state") == PRUNED):
         state = states.KILLED
     elif preempting and code:
         state = states.PREEMPTED

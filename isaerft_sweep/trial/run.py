@@ -9,7 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -235,6 +235,12 @@ def _device_name() -> str:
 def stop_requests() -> Iterator[dict[str, bool]]:
     """While the block runs, a signal to end only sets ``asked``: the step is finished and a checkpoint written first."""
     asked = {"asked": False}
+    if signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ()):
+        # a controller shields its workers from the terminal that way, but wandb interrupts with SIGINT: out of the terminal's
+        # reach it can be let through again
+        with suppress(PermissionError):
+            os.setpgid(0, 0)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
     def note(number: int, _frame: Any) -> None:
         print(f"received {signal.Signals(number).name}: checkpoint, then stop", flush=True)
