@@ -59,6 +59,7 @@ def serve(options: Options) -> int:
         log_level="warning",
         server_header=False,
         timeout_graceful_shutdown=5,
+        timeout_keep_alive=75,
         h11_max_incomplete_event_size=64 << 10,
         limit_concurrency=2000,
     )

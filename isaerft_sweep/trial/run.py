@@ -236,8 +236,9 @@ def stop_requests() -> Iterator[dict[str, bool]]:
     """While the block runs, a signal to end only sets ``asked``: the step is finished and a checkpoint written first."""
     asked = {"asked": False}
     if signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ()):
-        # a controller shields its workers from the terminal that way, but wandb interrupts with SIGINT: out of the terminal's
-        # reach it can be let through again
+        # a controller shields its workers from the terminal that way, but wandb interrupts with SIGINT: out of the
+        # terminal's reach it can be let through again; one of the terminal's that waits is dropped
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         with suppress(PermissionError):
             os.setpgid(0, 0)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
