@@ -82,7 +82,7 @@ class Client(Serving):
 def check_a_sweep(client: Client) -> None:
     """Two trials, then what wandb.Api reads of them."""
     path = client.write_sweep("short")
-    assert client.agent(path, "short").wait(120) == 0
+    assert client.agent(path, "short").wait(300) == 0
     state, best, runs, files = client.read(path)
     assert state == "FINISHED" and len(runs) == 2, (state, runs)
     assert all(run[:2] == ["finished", list(range(6))] and run[3] == 6 for run in runs.values()), runs
@@ -93,7 +93,7 @@ def check_a_sweep(client: Client) -> None:
 def check_preemption(client: Client) -> None:
     """A trial that says it is preempted goes on with its id, every step once."""
     path = client.write_sweep("preempted")
-    assert client.agent(path, "preempted").wait(120) == 0
+    assert client.agent(path, "preempted").wait(300) == 0
     _, _, runs, _ = client.read(path)
     assert [run[:2] for run in runs.values()] == [["finished", list(range(6))]] * 2, runs
     given = [e["run_id"] for e in client.journal(path) if e["event"] == "trial"]
@@ -108,11 +108,11 @@ def check_states(client: Client) -> None:
     time.sleep(7)
     assert not [e for e in client.journal(path) if e["event"] == "trial"], "a paused sweep hands nothing out"
     assert client.run("wandb", "sweep", "--resume", path).returncode == 0
-    run = wait_for(lambda: next((e["run_id"] for e in client.journal(path) if e["event"] == "trial"), None), 30)
+    run = wait_for(lambda: next((e["run_id"] for e in client.journal(path) if e["event"] == "trial"), None), 120)
     log = client.data / "runs" / "local" / "demo" / f"{run}.jsonl"
-    wait_for(lambda: '"running"' in log.read_text(), 30)
+    wait_for(lambda: '"running"' in log.read_text(), 120)
     assert client.run("wandb", "sweep", "--cancel", path).returncode == 0
-    assert agent.wait(120) == 0
+    assert agent.wait(400) == 0
     assert '"killed"' in log.read_text(), "the trial was interrupted and says how it ended"
 
 

@@ -133,6 +133,13 @@ def test_a_wrong_key_is_refused_everywhere(client: Client, header: str | None, p
     assert client.http.get("/", headers={"Authorization": header} if header else {}).status_code == 401
 
 
+def test_another_site_s_page_cannot_ask_in_a_browser_s_name(client: Client) -> None:
+    body = {"query": "query Viewer { viewer { id } }"}
+    for origin, status in ((None, 200), ("http://testserver", 200), ("https://evil.example", 403), ("null", 403)):
+        headers = {**client.headers, **({"Origin": origin} if origin else {})}
+        assert client.http.post("/graphql", json=body, headers=headers).status_code == status
+
+
 def test_keys_are_kept_as_hashes_and_can_be_revoked(tmp_path: Path) -> None:
     ring = KeyRing(tmp_path / "keys.jsonl")
     key, other = ring.add("a"), ring.add("b")
@@ -467,6 +474,8 @@ def test_files_need_a_signed_address_and_stay_in_their_folder(client: Client) ->
     assert client.http.put(url.replace("a.txt", "b.txt"), content=b"x").status_code == 403
     assert client.http.put(url, content=b"x" * ((1 << 20) + 1)).status_code == 413
     assert client.http.get(found["directUrl"]).content == b"hello", "an upload that failed leaves the old file"
+    nameless = client.get(create, f=[""])["createRunFiles"]["files"][0]["uploadUrl"]
+    assert client.http.put(nameless, content=b"x").status_code in (400, 404)
     escaping = client.get(create, f=["../../../../escaped.txt"])["createRunFiles"]["files"][0]["uploadUrl"]
     assert client.http.put(escaping, content=b"x").status_code in (400, 403, 404)
     assert not list(client.folder.parent.rglob("escaped.txt"))

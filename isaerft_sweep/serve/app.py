@@ -87,6 +87,8 @@ class Application:
             if user is None:
                 return JSONResponse({"error": "a valid key is needed: WANDB_API_KEY, or as password"}, 401, CHALLENGE)
             caller = Caller(self.server, user, str(request.base_url).rstrip("/"), self.signer)
+            if request.headers.get("Origin", caller.base_url) != caller.base_url:
+                return JSONResponse({"error": "another site's page may not ask in a browser's name"}, 403)
             try:
                 return await handler(request, caller)
             except RequestError as error:
@@ -129,11 +131,10 @@ class Application:
         if not self.signer.allows(method, path, given.get("until", ""), given.get("signature", "")):
             raise HTTPException(403, "this address is not valid, or not any more.")
         parts = PurePosixPath(request.path_params["path"]).parts
-        if len(parts) < 3 or any(part in ("", ".", "..") or part.startswith(".upload") or "\0" in part for part in parts):
+        least = {"runs": 5, "artifacts": 3}.get(parts[0] if parts else "", 99)
+        if len(parts) < least or any(part == ".." or part.startswith(".upload") or "\0" in part for part in parts):
             raise HTTPException(400, "a file's name must be a relative path without '..'.")
-        if parts[0] == "artifacts":
-            return self.server.folder.joinpath(*parts)
-        return self.server.folder.joinpath("runs", *parts)
+        return self.server.folder.joinpath(*parts)
 
     async def upload(self, request: Request) -> Response:
         target = self._place(request)

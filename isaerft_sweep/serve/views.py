@@ -365,7 +365,7 @@ class FileView:
     @property
     def _address(self) -> str:
         key = self.run.key
-        return f"/uploads/{key.entity}/{key.project}/{key.name}/{self.name}"
+        return f"/uploads/runs/{key.entity}/{key.project}/{key.name}/{self.name}"
 
 
 @dataclass(frozen=True)
