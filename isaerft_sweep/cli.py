@@ -278,7 +278,8 @@ def _sync(args: argparse.Namespace) -> int:
     if not uploads:
         raise upload.nothing_to_upload(args.source)
     outcome = upload.upload(uploads, configs, target, print)
-    print(f"{len(outcome.uploaded)} of {len(uploads)} runs uploaded")
+    there = f", {len(outcome.there)} there already" if outcome.there else ""
+    print(f"{len(outcome.uploaded)} of {len(uploads)} runs uploaded{there}")
     return 1 if outcome.failed else 0
 
 

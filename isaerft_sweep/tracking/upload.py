@@ -21,10 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from isaerft_sweep.errors import FolderError, SyncError
+from isaerft_sweep.journal.folders import TrialFolder
 
 ATTEMPTS = 6
 FIRST_WAIT_S = 2.0
-WRITER = "isaerft_sweep.tracking.rewrite"
+WRITER, REPORTER = "isaerft_sweep.tracking.rewrite", "isaerft_sweep.tracking.report"
+RUN = """query Run($entity: String!, $project: String!, $name: String!) {
+  project(name: $project, entityName: $entity) { run(name: $name) { state historyLineCount } }
+}"""
 IMPORT = """mutation ImportSweep($name: String!, $entity: String!, $project: String!, $config: String!) {
   importSweep(input: {name: $name, entityName: $entity, projectName: $project, config: $config}) { sweep { id } }
 }"""
@@ -32,13 +36,18 @@ IMPORT = """mutation ImportSweep($name: String!, $entity: String!, $project: Str
 
 @dataclass(frozen=True)
 class Upload:
-    """One run to upload: a folder that `wandb sync` takes, or ``served``, what ``rewrite`` makes one of."""
+    """One run to upload: a folder that `wandb sync` takes, or what one is made of.
+
+    ``served``: what ``rewrite`` takes. ``trial``: a trial's folder, whose run went online and has ``rows`` rows.
+    """
 
     run_id: str
     sweep_id: str
     project: str
     folder: Path | None = None
     served: Mapping[str, Any] | None = None
+    trial: Path | None = None
+    rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -53,9 +62,10 @@ class Target:
 
 @dataclass
 class Outcome:
-    """``failed``: why, by run id."""
+    """``there``: runs that the target has already, whole. ``failed``: why, by run id."""
 
     uploaded: list[str] = field(default_factory=list)
+    there: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
 
 
@@ -69,18 +79,18 @@ def target_from(environment: Mapping[str, str], url: str | None, entity: str | N
 
 
 def offline_runs(folder: Path) -> list[Upload]:
-    """The runs below ``folder`` that wandb has written and not uploaded."""
+    """The runs of the trials below ``folder`` that W&B may not have: offline ones not uploaded, and online ones."""
     found = []
-    for path in sorted([*folder.rglob("offline-run-*"), *folder.rglob("run-*")]):
-        files = list(path.glob("run-*.wandb")) if path.is_dir() else []
-        spec = next((p / "spec.json" for p in path.parents if (p / "spec.json").is_file()), None)
-        if not files or spec is None or any(path.glob("*.synced")):
-            continue
-        if path.name.startswith("run-") and not _broken_off(path, spec.parent):
-            continue
+    for spec in sorted(folder.rglob("spec.json")):
+        trial = spec.parent
         told = json.loads(spec.read_text(encoding="utf-8"))
-        project = told["experiment"]["tracker"]["project"]
-        found.append(Upload(told["run_id"], told["sweep_id"], project, folder=path))
+        ids = (told["run_id"], told["sweep_id"], told["experiment"]["tracker"]["project"])
+        for path in sorted(trial.glob("wandb/wandb/offline-run-*")):
+            if any(path.glob("run-*.wandb")) and not any(path.glob("*.synced")):
+                found.append(Upload(*ids, folder=path))
+        if any(trial.glob("wandb/wandb/run-*")) and not any(trial.glob("wandb/wandb/offline-run-*")):
+            rows = len(TrialFolder(trial).read_metrics())
+            found.append(Upload(*ids, trial=trial, rows=rows))
     return found
 
 
@@ -89,17 +99,13 @@ def offline_uploads(folder: Path) -> tuple[list[Upload], dict[str, str]]:
     found = offline_runs(folder)
     configs: dict[str, str] = {}
     for one in found:
-        assert one.folder is not None
-        file = next((p / "sweep.yaml" for p in one.folder.parents if (p / "sweep.yaml").is_file()), None)
+        place = one.folder or one.trial
+        assert place is not None
+        file = next((p / "sweep.yaml" for p in place.parents if (p / "sweep.yaml").is_file()), None)
         text = file.read_text(encoding="utf-8") if file else ""
         if text.strip() not in ("", "{}"):
             configs.setdefault(one.sweep_id, text)
     return found, configs
-
-
-def _broken_off(path: Path, trial: Path) -> bool:
-    """Whether an online run may not have reached its server: its process was ended before wandb had said everything."""
-    return not (path / "files" / "wandb-summary.json").is_file() and (trial / "status.json").is_file()
 
 
 def upload(
@@ -121,6 +127,9 @@ def upload(
             _retried(lambda one=one: _announce(one, configs[one.sweep_id], target), wait_s)  # type: ignore[misc]
             announced.add(place)
         try:
+            if one.trial is not None and _has(one, target):
+                outcome.there.append(one.run_id)
+                continue
             _retried(lambda one=one: _sync(one, target), wait_s)  # type: ignore[misc]
         except SyncError as error:
             outcome.failed[one.run_id] = str(error)
@@ -177,16 +186,25 @@ def _environment(target: Target) -> dict[str, str]:
 
 
 def _rewritten(one: Upload, aside: Path) -> Path:
-    """An offline run that wandb writes from what a server knows."""
+    """An offline run that wandb writes from what a server or a trial's folder knows."""
+    command = [sys.executable, "-m", WRITER]
+    if one.trial is not None:
+        command = [sys.executable, "-m", REPORTER, str(one.trial.absolute()), str(aside)]
     content = json.dumps({**(one.served or {}), "folder": str(aside)})
     kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-    done = subprocess.run(
-        [sys.executable, "-m", WRITER], input=content, env=kept, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(command, input=content, env=kept, capture_output=True, text=True, check=False)
     found = next(iter(aside.glob("wandb/offline-run-*")), None)
     if done.returncode or found is None:
         raise SyncError(f"it could not be written as an offline run: {done.stderr.strip()[-300:]}")
     return found
+
+
+def _has(one: Upload, target: Target) -> bool:
+    """Whether the target has the whole run. Raises SyncError when it cannot be asked."""
+    place = {"entity": target.entity or _entity(target), "project": target.project or one.project, "name": one.run_id}
+    project = (_ask(target, RUN, place).get("data") or {}).get("project") or {}
+    run = project.get("run") or {}
+    return run.get("state") == "finished" and int(run.get("historyLineCount") or 0) >= one.rows
 
 
 def _announce(one: Upload, config: str, target: Target) -> None:
