@@ -23,7 +23,7 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def wait_for(condition: Callable[[], Any], timeout_s: float = 400) -> Any:
+def wait_for(condition: Callable[[], Any], timeout_s: float = 700) -> Any:
     end = time.monotonic() + timeout_s
     while not (found := condition()):
         assert time.monotonic() < end, "waited too long"

@@ -602,6 +602,15 @@ def test_rows_sent_again_are_kept_once(client: Client) -> None:
     assert [json.loads(row)["_step"] for row in client.run("r1")["history"]] == list(range(6))
 
 
+def test_a_run_that_is_synced_on_top_of_its_beginning_has_every_step_once(client: Client) -> None:
+    client.begin("r1")
+    client.stream("r1", [{"_step": i, "loss": float(i)} for i in range(3)])
+    client.get(RESUME, n="r1")
+    client.stream("r1", [{"_step": i, "loss": float(i)} for i in range(4)], offset=3)
+    client.stream("r1", [{"_step": i, "loss": float(i)} for i in range(4, 6)], offset=7, complete=True, exitcode=0)
+    assert [json.loads(row)["_step"] for row in client.run("r1")["history"]] == list(range(6))
+
+
 def test_a_broken_line_is_named(client: Client) -> None:
     client.begin("r1")
     copy = client.folder.parent / "copy"

@@ -136,8 +136,19 @@ class ServedRun:
                 self.curve += values_of(rows, self.metric)
 
     def new_rows(self, name: str, offset: int, rows: list[str]) -> list[str]:
-        """Those of ``rows`` that are not here yet: a client that missed the answer sends them again."""
-        return rows[max(0, self.lines[name] - offset) :] if name in STREAMS else rows
+        """Those of ``rows`` that are not here yet.
+
+        A client that missed the answer sends them again; `wandb sync` of a run that is partly here sends all of them, behind
+        those. A history's steps only grow.
+        """
+        if name not in STREAMS:
+            return rows
+        rows = rows[max(0, self.lines[name] - offset) :]
+        last = json.loads(self.last[name]).get("_step") if name == HISTORY and name in self.last else None
+        if not is_number(last):
+            return rows
+        steps = [json.loads(row).get("_step") for row in rows]
+        return [row for row, step in zip(rows, steps, strict=True) if not is_number(step) or step > last]
 
     def rows(self, name: str = HISTORY) -> list[str]:
         """The lines of a stream, from the disk."""
