@@ -144,8 +144,8 @@ class ServedRun:
         if name not in STREAMS:
             return rows
         rows = rows[max(0, self.lines[name] - offset) :]
-        last = json.loads(self.last[name]).get("_step") if name == HISTORY and name in self.last else None
-        if not is_number(last):
+        last = json.loads(self.last[name]).get("_step") if rows and name == HISTORY and name in self.last else None
+        if not is_number(last) or json.loads(rows[0]).get("_step", last) > last:
             return rows
         steps = [json.loads(row).get("_step") for row in rows]
         return [row for row, step in zip(rows, steps, strict=True) if not is_number(step) or step > last]
