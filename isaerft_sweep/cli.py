@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 import warnings
@@ -97,6 +98,20 @@ def _parser() -> argparse.ArgumentParser:
     importer.add_argument("--base", help="the base model, ORG/NAME, where the folder's name does not tell")
     importer.set_defaults(run=_import)
 
+    _serve_arguments(
+        commands.add_parser("serve", help="a W&B backend of your own: wandb sweep and wandb agent without a network")
+    )
+
+    sync = commands.add_parser("sync", help="upload runs to a W&B server, with their sweep and run ids")
+    sync.add_argument("source", type=Path, help="a sweep's folder (offline runs), or the data folder of serve")
+    sync.add_argument(
+        "--to", metavar="URL", help="the server (default: WANDB_BASE_URL, else W&B's cloud); key: WANDB_API_KEY"
+    )
+    sync.add_argument("--sweep", help="of a data folder only this sweep's runs")
+    sync.add_argument("--entity")
+    sync.add_argument("--project", help="default: the runs' own")
+    sync.set_defaults(run=_sync)
+
     generate = commands.add_parser("generate", help="answer prompts with and without an adapter")
     generate.add_argument(
         "folder", type=Path, help="a trial's folder, its adapter folder, or a sweep's folder (its best trial)"
@@ -105,6 +120,19 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--cache", default=None, help="where converted models are kept")
     generate.set_defaults(run=_generate)
     return parser
+
+
+def _serve_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", type=Path, default=Path("isaerft-serve"), help="the folder that keeps everything")
+    parser.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: this machine alone)")
+    parser.add_argument("--port", type=int, default=8090)
+    parser.add_argument("--entity", default="local", help="the name that projects belong to (default local)")
+    parser.add_argument("--certificate", type=Path, help="a PEM file, for https")
+    parser.add_argument("--private-key", type=Path, help="the certificate's key, where it is not in the same file")
+    parser.add_argument("--new-key", action="store_true", help="make and show another access key")
+    parser.add_argument("--crash-after", type=float, default=90.0, metavar="SECONDS", help="silence that means death")
+    parser.add_argument("--max-upload-mb", type=_at_least_one, default=1024, help="of one uploaded file")
+    parser.set_defaults(run=_serve)
 
 
 def _sweep_arguments(parser: argparse.ArgumentParser) -> None:
@@ -222,6 +250,40 @@ def _import(args: argparse.Namespace) -> None:
     print(made.folder)
     told = f", {made.name.learning_rate:.1e}, beta {made.name.beta}, {made.name.started:%Y-%m-%d %H:%M}" if made.name else ""
     print(f"{made.kind} at layer {', '.join(map(str, made.layers))} of {made.base}{told}")
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from isaerft_sweep.serve.command import Options, serve
+
+    options = Options(
+        args.data,
+        args.host,
+        args.port,
+        args.entity,
+        args.certificate,
+        args.private_key,
+        args.new_key,
+        args.crash_after,
+        args.max_upload_mb,
+    )
+    return serve(options)
+
+
+def _sync(args: argparse.Namespace) -> int:
+    from isaerft_sweep.serve.export import is_data_folder, served_uploads
+    from isaerft_sweep.tracking import upload
+
+    target = upload.target_from(os.environ, args.to, args.entity, args.project)
+    if is_data_folder(args.source):
+        uploads, configs = served_uploads(args.source, args.sweep)
+    else:
+        uploads, configs = upload.offline_uploads(args.source)
+    if not uploads:
+        raise upload.nothing_to_upload(args.source)
+    outcome = upload.upload(uploads, configs, target, print)
+    there = f", {len(outcome.there)} there already" if outcome.there else ""
+    print(f"{len(outcome.uploaded)} of {len(uploads)} runs uploaded{there}")
+    return 1 if outcome.failed else 0
 
 
 def _generate(args: argparse.Namespace) -> None:

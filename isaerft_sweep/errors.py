@@ -42,6 +42,10 @@ class PushError(IsaerftError):
     """The Hub cannot be reached, or does not take an upload."""
 
 
+class SyncError(IsaerftError):
+    """Runs cannot be uploaded to a W&B server."""
+
+
 class LaunchError(IsaerftError):
     """Trials cannot be dispatched."""
 

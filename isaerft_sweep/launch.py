@@ -1,4 +1,7 @@
-"""Compose the config, then run the sweep it describes: ``python -m isaerft_sweep.launch model=… sweep=…``."""
+"""Compose the config, then run the sweep it describes: ``python -m isaerft_sweep.launch model=… sweep=…``.
+
+Started by ``wandb agent`` it runs the one trial that the agent asks for.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import hydra
 import hydra.core.hydra_config
 
 from isaerft_sweep.config.schema import register
-from isaerft_sweep.errors import IsaerftError, LaunchError
+from isaerft_sweep.errors import IsaerftError
 from isaerft_sweep.resources import folder
 
 register()
@@ -23,17 +26,16 @@ def main(config: Any) -> None:
     from isaerft_sweep.config.boundary import to_experiment
 
     try:
-        if "WANDB_SWEEP_ID" in os.environ:
-            raise LaunchError(
-                "WANDB_SWEEP_ID is set, so a W&B agent seems to have started this, but trials cannot be run under an agent "
-                "yet: it would run a whole sweep for each trial. Start the sweep with this command directly, without agent."
-            )
         experiment = to_experiment(config)
         overrides = hydra.core.hydra_config.HydraConfig.get().overrides.task
         if detaching:
             from isaerft_sweep.controller.remote import detach
 
             code = detach(experiment, overrides)
+        elif "WANDB_SWEEP_ID" in os.environ:
+            from isaerft_sweep.controller.agent import run_for_agent
+
+            code = run_for_agent(experiment, overrides, os.environ)
         else:
             from isaerft_sweep.controller.run import run_sweep
 

@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from isaerft_sweep.errors import FolderError, JournalError
@@ -33,6 +33,7 @@ def write_history(folder: SweepFolder, history: list) -> None:
     journal.close()
 
 
+@settings(deadline=None)
 @given(HISTORIES)
 def test_a_new_process_knows_what_the_old_one_knew(tmp_path_factory: pytest.TempPathFactory, history: list) -> None:
     folder = SweepFolder(tmp_path_factory.mktemp("sweep"))
@@ -45,6 +46,7 @@ def test_a_new_process_knows_what_the_old_one_knew(tmp_path_factory: pytest.Temp
     assert first == second == journal.record
 
 
+@settings(deadline=None)
 @given(HISTORIES, st.floats(0, 1))
 def test_cut_anywhere_every_whole_line_survives(
     tmp_path_factory: pytest.TempPathFactory, history: list, where: float
@@ -81,8 +83,8 @@ def test_a_broken_line_is_named(tmp_path: Path, line: bytes) -> None:
 
 def test_a_full_disk_is_reported(tmp_path: Path) -> None:
     journal = Journal(SweepFolder(tmp_path))
-    os.close(journal._file)
-    journal._file = os.open("/dev/full", os.O_WRONLY)
+    os.close(journal._log._file)
+    journal._log._file = os.open("/dev/full", os.O_WRONLY)
     with pytest.raises(FolderError, match="cannot be written"):
         journal.write("sweep", sweep_id="s", question="q", metric="m", goal="minimize")
 

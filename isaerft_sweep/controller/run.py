@@ -19,12 +19,12 @@ from isaerft_sweep.controller.progress import Progress
 from isaerft_sweep.controller.question import open_journal, question, sweep_folder
 from isaerft_sweep.controller.stopping import AT_ONCE, IN_ORDER, StopRequest
 from isaerft_sweep.controller.sweep import SweepController
-from isaerft_sweep.controller.trials import TrialFactory, new_sweep_id
+from isaerft_sweep.controller.trials import GivenIds, TrialFactory, new_sweep_id
 from isaerft_sweep.dispatch.base import Dispatcher
 from isaerft_sweep.environment import describe_environment, git_commit
 from isaerft_sweep.errors import FolderError
 from isaerft_sweep.journal.files import write_json, write_text
-from isaerft_sweep.journal.folders import COMPLETED, SweepFolder
+from isaerft_sweep.journal.folders import COMPLETED, PRUNED, SweepFolder
 from isaerft_sweep.journal.journal import Journal
 from isaerft_sweep.plain import to_dict
 from isaerft_sweep.results import leaderboard
@@ -57,6 +57,8 @@ def run_trials(
     overrides: Sequence[str] = (),
     asked: str | None = None,
     show: bool = True,
+    given: GivenIds | None = None,
+    check: bool = True,
 ) -> int:
     """Run the points that ``sampler`` gives as the sweep in ``folder``; see ``run_sweep``.
 
@@ -68,6 +70,8 @@ def run_trials(
         overrides: the command line's, for the command that reproduces a trial.
         asked: what tells this sweep from another in the same folder; None: the experiment's and definition's question.
         show: whether to print the leaderboard at the end.
+        given: of the one run, when an agent has started this.
+        check: whether model, SAE and data are looked at before the first trial.
     """
     console = Console()
     check_disk(folder.path, experiment.launcher.min_free_gb)
@@ -78,23 +82,27 @@ def run_trials(
         ended = sum(record.ended and not record.given_up for record in journal.record.trials.values())
         console.print(introduction(folder, experiment, definition, sampler, trials, ended), soft_wrap=True)
         dispatcher = make_dispatcher(experiment.launcher, folder)  # first of all: a cluster's answer takes no time
-        if ended < trials:
+        if ended < trials and check:
             console.print("checking model, SAE and data; the first time may download or convert the model", style="dim")
             print_facts(console, check_trial_needs(experiment))
-        begin_sweep(experiment, definition, folder, journal, asked)
+        begin_sweep(experiment, definition, folder, journal, asked, given.sweep_id if given else None)
         stop = StopRequest(folder.cancel)
         with stop.heard(), presence(folder, trials, overrides), Progress(console, definition.metric.name, trials) as view:
-            factory = TrialFactory(experiment, definition, folder, journal.record.sweep_id, git_commit(), overrides)
+            sweep_id = journal.record.sweep_id
+            factory = TrialFactory(experiment, definition, folder, sweep_id, git_commit(), overrides, given)
             early = make_early_stopping(experiment, definition)
             controller = SweepController(
                 journal, sampler, factory, dispatcher, experiment.launcher, trials, view, lambda: stop.urgency, early
             )
+            if given:  # whoever starts a run again that was stopped early wants it to go on
+                controller.waiting += [r for r in journal.record.trials.values() if r.state == PRUNED]
             try:
                 with disk_errors_named(folder):
                     controller.run()
             finally:
                 dispatcher.close()
-        return conclude(console, folder, journal, trials, stop.urgency > 0, show)
+        whole = given.whole if given else folder
+        return conclude(console, whole, journal, trials, stop.urgency > 0, show)
     finally:
         journal.close()
 
@@ -176,13 +184,18 @@ def make_inner_dispatcher(launcher: LauncherSpec, folder: SweepFolder) -> Dispat
 
 
 def begin_sweep(
-    experiment: Experiment, definition: SweepDefinition, folder: SweepFolder, journal: Journal, asked: str | None = None
+    experiment: Experiment,
+    definition: SweepDefinition,
+    folder: SweepFolder,
+    journal: Journal,
+    asked: str | None = None,
+    sweep_id: str | None = None,
 ) -> None:
-    """Write down what the sweep is, if that has not been done yet."""
+    """Write down what the sweep is, if that has not been done yet; ``sweep_id`` where somebody else has named it."""
     if not journal.record.sweep_id:
         write_question(experiment, definition, folder)
         asked, metric = asked or question(experiment, definition), definition.metric
-        journal.write("sweep", sweep_id=new_sweep_id(), question=asked, metric=metric.name, goal=metric.goal)
+        journal.write("sweep", sweep_id=sweep_id or new_sweep_id(), question=asked, metric=metric.name, goal=metric.goal)
 
 
 def write_question(experiment: Experiment, definition: SweepDefinition, folder: SweepFolder) -> None:

@@ -32,6 +32,15 @@ def run_id(sweep_id: str, index: int) -> str:
 
 
 @dataclass(frozen=True)
+class GivenIds:
+    """A run that somebody else has named: a W&B agent. ``whole``: the folder of its sweep, see ``SweepFolder``."""
+
+    sweep_id: str
+    run_id: str
+    whole: SweepFolder
+
+
+@dataclass(frozen=True)
 class TrialFactory:
     """Makes the trials of one sweep. ``overrides`` are the command line's, for the command that reproduces a trial."""
 
@@ -41,6 +50,7 @@ class TrialFactory:
     sweep_id: str
     git_commit: str | None
     overrides: Sequence[str] = ()
+    given: GivenIds | None = None
 
     def make(self, index: int, point: Point) -> TrialSpec:
         """The trial's spec, with names that nobody else has; its folder is written."""
@@ -63,9 +73,9 @@ class TrialFactory:
             index=index,
             name=name,
             model_name=naming.model_name(experiment.model.name, name),
-            run_id=run_id(self.sweep_id, index),
+            run_id=self.given.run_id if self.given else run_id(self.sweep_id, index),
             sweep_id=self.sweep_id,
-            sweep_name=self.folder.path.name,
+            sweep_name=(self.given.whole if self.given else self.folder).path.name,
             identity=identity(experiment),
             created=now.isoformat(timespec="seconds"),
             params=dict(point.params),

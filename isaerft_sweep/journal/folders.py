@@ -49,9 +49,15 @@ class Superseded(IsaerftError):
 
 @dataclass(frozen=True)
 class SweepFolder:
-    """``outputs/<sweep>``: the question, the journal and the trials."""
+    """``outputs/<sweep>``: the question, the journal and the trials.
+
+    A sweep that agents run has a folder of this kind for each run below its own, ``outputs/<sweep id>/<run id>``: agents on
+    many machines share it, and a journal has one writer. ``shelf``: the folder in which names must be unique, where it is
+    not the one above.
+    """
 
     path: Path
+    shelf: Path | None = None
 
     @property
     def journal(self) -> Path:
@@ -114,7 +120,25 @@ class SweepFolder:
     @property
     def names(self) -> Path:
         """Where names are reserved: shared by all sweeps of one output folder."""
-        return self.path.parent / ".names"
+        return (self.shelf or self.path.parent) / ".names"
+
+    def of_agents(self) -> list[SweepFolder]:
+        """The folders of the runs that agents made of this sweep, if it is such a one."""
+        if self.journal.exists() or not self.path.is_dir():
+            return []
+        found = (
+            SweepFolder(path, self.path.parent) for path in sorted(self.path.iterdir()) if not path.name.startswith(".")
+        )
+        return [folder for folder in found if folder.journal.is_file() and folder.belongs_to(self.path.name)]
+
+    def belongs_to(self, sweep_id: str) -> bool:
+        """Whether the journal is of that sweep."""
+        with self.journal.open(encoding="utf-8") as file:
+            first = file.readline()
+        try:
+            return bool(json.loads(first).get("sweep_id") == sweep_id)
+        except (ValueError, AttributeError):
+            return False
 
     def trial(self, name: str) -> TrialFolder:
         return TrialFolder(self.path / "trials" / name)

@@ -6,10 +6,8 @@ acted on and is cut off; a broken line further up is an error that names it, sin
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,6 +16,7 @@ from typing import IO, Any
 
 from isaerft_sweep.errors import FolderError, JournalError
 from isaerft_sweep.journal.folders import FINAL, PRUNED, SweepFolder
+from isaerft_sweep.journal.log import AppendLog, whole_lines
 from isaerft_sweep.search.sampler import Point
 
 
@@ -107,19 +106,13 @@ class Journal:
             ) from error
         self.record = SweepRecord()
         good_bytes = replay(folder.journal, self.record)
-        self._file = os.open(folder.journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        os.ftruncate(self._file, good_bytes)
+        self._log = AppendLog(folder.journal, good_bytes)
 
     def write(self, event: str, **facts: Any) -> None:
         """Append an event, wait until the disk has it, then apply it."""
         content = {"event": event, "time": round(time.time(), 3), **facts}
-        line = json.dumps(content, separators=(",", ":"), allow_nan=False) + "\n"
         try:
-            before = os.fstat(self._file).st_size
-            if os.write(self._file, line.encode()) < len(line.encode()):
-                os.ftruncate(self._file, before)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(self._file)
+            self._log.append(content)
         except OSError as error:
             raise FolderError(
                 f"{self.folder.journal} cannot be written ({error.strerror}). Make room or mend the disk, then run the "
@@ -129,7 +122,7 @@ class Journal:
 
     def close(self) -> None:
         """Free the sweep for another controller."""
-        os.close(self._file)
+        self._log.close()
         self._lock.close()
 
 
@@ -146,12 +139,8 @@ def _lock_exclusively(handle: IO[str]) -> None:
 
 def replay(path: Path, record: SweepRecord) -> int:
     """Apply the journal in ``path`` to ``record``; returns the length in bytes of its whole lines."""
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        return 0
-    end = content.rfind(b"\n") + 1
-    for number, line in enumerate(content[:end].split(b"\n")[:-1], 1):
+    lines, end = whole_lines(path)
+    for number, line in enumerate(lines, 1):
         try:
             record.apply(json.loads(line))
         except (ValueError, KeyError, TypeError, AttributeError) as error:

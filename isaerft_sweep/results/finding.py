@@ -6,7 +6,7 @@ from pathlib import Path
 
 from isaerft_sweep.errors import FolderError
 from isaerft_sweep.journal.folders import COMPLETED, TrialFolder
-from isaerft_sweep.results.reading import read_sweep_folder, trial_of
+from isaerft_sweep.results.reading import is_sweep, read_sweep_folder, trial_of
 from isaerft_sweep.results.standing import Standing, standings
 
 
@@ -16,7 +16,7 @@ def find_trial(folder: Path) -> tuple[TrialFolder, Standing | None]:
     Raises FolderError when there is none.
     """
     path = folder.expanduser().absolute()
-    if (path / "journal.jsonl").is_file():
+    if is_sweep(path):
         path = trial_of(read_sweep_folder(path).best()).path
     elif path.name == "adapter" and (path.parent / "spec.json").is_file():
         path = path.parent
@@ -34,8 +34,9 @@ def find_trial(folder: Path) -> tuple[TrialFolder, Standing | None]:
 def _standing(trial: TrialFolder) -> Standing | None:
     """The trial's place in the sweep around it; None when it was taken out of its sweep's folder."""
     sweep = trial.path.parent.parent
-    if not (sweep / "journal.jsonl").is_file():
+    if not is_sweep(sweep):
         return None
+    sweep = sweep.parent if is_sweep(sweep.parent) else sweep
     return next((s for entry, s in standings(read_sweep_folder(sweep)) if entry.folder == trial), None)
 
 
@@ -45,7 +46,7 @@ def find_adapter(folder: Path) -> Path:
         return folder
     if (folder / "adapter" / "adapter_config.json").is_file():
         return folder / "adapter"
-    if (folder / "journal.jsonl").is_file():
+    if is_sweep(folder):
         return trial_of(read_sweep_folder(folder).best()).adapter
     raise FolderError(
         f"'{folder}' must be the folder of a finished trial, of an adapter or of a sweep, but it is none of them."

@@ -123,17 +123,23 @@ class ReadSweep:
 def read_sweep_folder(path: Path, metric: str | None = None) -> ReadSweep:
     """The sweep in ``path``, ranked by ``metric`` or by its own. Raises FolderError when there is none."""
     folder = SweepFolder(path.expanduser().absolute())
-    if not folder.journal.is_file():
+    parts = folder.of_agents() or [folder]
+    if not parts[0].journal.is_file():
         raise FolderError(f"'{path}' must be a sweep's folder with a journal.jsonl, but there is none.")
-    record = SweepRecord()
-    replay(folder.journal, record)
+    record, entries = SweepRecord(), []
+    for part in parts:
+        record = SweepRecord()
+        replay(part.journal, record)
+        entries += [_entry(trial, part) for trial in record.trials.values()]
+    if len(parts) > 1:
+        _number(entries)
     own = Metric(record.metric, record.goal)
     sweep = ReadSweep(
         name=folder.path.name,
         source=str(folder.path),
         own=own,
         metric=read_metric_name(metric, own),
-        entries=[_entry(trial, folder) for trial in record.trials.values()],
+        entries=entries,
         space=_space(folder),
         experiment=_experiment(folder),
         folder=folder,
@@ -167,6 +173,19 @@ def _entry(record: TrialRecord, sweep: SweepFolder) -> Entry:
             "changed by hand or its disk is broken: restore it."
         )
         return Entry(record, {}, {}, folder=folder, state=UNREADABLE, problem=problem)
+
+
+def _number(entries: list[Entry]) -> None:
+    """Runs that agents made have no number of their own: by their folders' age."""
+    entries.sort(key=lambda entry: entry.folder.spec.stat().st_ctime if entry.folder and entry.folder.spec.exists() else 0)
+    for index, entry in enumerate(entries):
+        entry.record.index = index
+
+
+def is_sweep(path: Path) -> bool:
+    """Whether there is a sweep in ``path``."""
+    folder = SweepFolder(path)
+    return folder.journal.is_file() or bool(folder.of_agents())
 
 
 def _space(folder: SweepFolder) -> Mapping[str, Distribution]:

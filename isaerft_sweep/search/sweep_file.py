@@ -69,8 +69,12 @@ def read_sweep_file(path: Path) -> SweepDefinition:
         raise SpaceError(f"{path}: {error}") from error
 
 
-def read_sweep(raw: Any) -> SweepDefinition:
-    """Check a sweep file's content, given as plain data."""
+def read_sweep(raw: Any, ours: bool = True) -> SweepDefinition:
+    """Check a sweep file's content, given as plain data.
+
+    ``ours``: whether it is a sweep of this package's trials, whose config keys and metrics are known; without it any
+    names may be swept and measured.
+    """
     if not isinstance(raw, Mapping):
         raise SpaceError("a sweep file must be a mapping with method, metric and parameters.")
     for key in raw:
@@ -79,12 +83,12 @@ def read_sweep(raw: Any) -> SweepDefinition:
     method = raw.get("method")
     if method not in METHODS:
         raise SpaceError(f"method must be one of {', '.join(METHODS)} but got {method!r}.")
-    parameters = read_parameters(raw.get("parameters"))
+    parameters = read_parameters(raw.get("parameters"), ours=ours)
     if method == "grid":
         check_grid(parameters)
     return SweepDefinition(
         method=method,
-        metric=_read_metric(raw.get("metric")),
+        metric=_read_metric(raw.get("metric"), ours),
         parameters=parameters,
         run_cap=_read_run_cap(raw.get("run_cap")),
         name=raw.get("name"),
@@ -94,7 +98,7 @@ def read_sweep(raw: Any) -> SweepDefinition:
     )
 
 
-def read_parameters(raw: Any, prefix: str = "") -> dict[str, Distribution]:
+def read_parameters(raw: Any, prefix: str = "", ours: bool = True) -> dict[str, Distribution]:
     """The ``parameters`` block, nested ones flattened to dotted keys."""
     if not isinstance(raw, Mapping) or not raw:
         raise SpaceError(f"{prefix or 'parameters'} must be a mapping of parameter names but got {raw!r}.")
@@ -104,9 +108,10 @@ def read_parameters(raw: Any, prefix: str = "") -> dict[str, Distribution]:
         if isinstance(block, Mapping) and "parameters" in block:
             if set(block) != {"parameters"}:
                 raise SpaceError(f"{key}: a nested block must hold nothing but 'parameters' but got {sorted(block)}.")
-            found.update(read_parameters(block["parameters"], key))
+            found.update(read_parameters(block["parameters"], key, ours))
         else:
-            split_key(key)
+            if ours:
+                split_key(key)
             found[key] = read_parameter(key, block)
     return found
 
@@ -130,12 +135,14 @@ def read_metric_name(name: str | None, own: Metric) -> Metric:
     return Metric(name, "minimize" if name.partition("/")[2] in LESS_IS_BETTER else "maximize")
 
 
-def _read_metric(raw: Any) -> Metric:
+def _read_metric(raw: Any, ours: bool) -> Metric:
+    if raw is None and not ours:
+        return Metric("", "minimize")  # W&B wants one for bayes and for early stopping alone
     form = "metric: {name: eval/log_odds_chosen, goal: maximize}"
     if not isinstance(raw, Mapping) or "name" not in raw:
         raise SpaceError(f"metric must have a name and a goal but got {raw!r}. Right form: {form}.")
     name, goal = raw["name"], raw.get("goal", "minimize")
-    if name not in METRICS:
+    if not isinstance(name, str) or (ours and name not in METRICS):
         raise SpaceError(f"metric.name '{name}' is not logged by any trial." + suggest(str(name), METRICS))
     if goal not in GOALS:
         raise SpaceError(f"metric.goal must be one of {', '.join(GOALS)} but got {goal!r}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping
@@ -11,6 +12,8 @@ from typing import Any
 from isaerft_sweep.plain import to_dict
 from isaerft_sweep.specs import TrialSpec
 
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
+
 
 class Run:
     """A run that nobody tracks (``tracker=disabled``), and the interface of one that somebody does."""
@@ -18,6 +21,8 @@ class Run:
     url: str | None = None
     sweep_url: str | None = None
     offline_folder: str | None = None
+    told = False
+    """Whether W&B can tell the trial to stop: it interrupts the process then."""
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Metrics of one optimiser step."""
@@ -25,8 +30,11 @@ class Run:
     def replay(self, metrics: Mapping[str, float], step: int) -> None:
         """Metrics that an earlier attempt logged, where this attempt's run does not have them."""
 
-    def finish(self, summary: Mapping[str, Any], exit_code: int) -> None:
-        """Write the summary and end the run; ``exit_code`` 0 marks it finished, others failed."""
+    def log_adapter(self, folder: Path, name: str) -> None:
+        """The finished adapter, as an artifact."""
+
+    def finish(self, summary: Mapping[str, Any], exit_code: int, preempted: bool = False) -> None:
+        """Write the summary and end the run; ``exit_code`` 0 marks it finished, others failed, or ``preempted``."""
 
 
 class WandbRun(Run):
@@ -34,15 +42,19 @@ class WandbRun(Run):
 
     _lost = False
 
-    def __init__(self, spec: TrialSpec, folder: Path) -> None:
+    def __init__(self, spec: TrialSpec, folder: Path, offline: bool) -> None:
         import wandb
 
         tracker = spec.experiment.tracker
         folder.mkdir(parents=True, exist_ok=True)
-        self._offline = tracker.mode == "offline"
-        if self._offline:
+        self._offline = offline
+        if offline:
             for older in folder.glob("wandb/offline-run-*"):  # the new one gets all that was logged: see replay
                 shutil.rmtree(older, ignore_errors=True)
+        # the ids are given to init, as trials of one process may run at the same time; those that an agent has left in the
+        # environment would hold for all of them, and its file would put every swept value into the config a second time
+        for name in ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH"):
+            os.environ.pop(name, None)
         self._run = wandb.init(
             id=spec.run_id,
             project=tracker.project,
@@ -53,25 +65,40 @@ class WandbRun(Run):
             tags=[tag[:64] for tag in spec.tags],
             config=run_config(spec),
             dir=str(folder),
-            mode="online" if tracker.mode == "wandb" else "offline",
-            resume="allow" if tracker.mode == "wandb" else None,
-            reinit="create_new",  # trials of one process may run at the same time
-            # not by the environment: wandb reads that once per process
+            mode="offline" if offline else "online",
+            resume=None if offline else "allow",
+            reinit="create_new",
             settings=wandb.Settings(console="off", silent=True, x_disable_stats=True, sweep_id=spec.sweep_id),
         )
-        self.url = self._run.url if tracker.mode == "wandb" else None
-        self.sweep_url = self._run.sweep_url if tracker.mode == "wandb" else None
-        self.offline_folder = str(Path(self._run.dir).parent) if tracker.mode == "offline" else None
+        self.told = not offline
+        self.url = None if offline else self._run.url
+        self.sweep_url = None if offline else self._run.sweep_url
+        self.offline_folder = str(Path(self._run.dir).parent) if offline else None
+        self._from_step = 0 if offline else int(self._run.starting_step)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         self._shielded(lambda: self._run.log(dict(metrics), step=step))
 
     def replay(self, metrics: Mapping[str, float], step: int) -> None:
-        if self._offline:
+        # W&B has the rows that reached it; those that an attempt had logged when it was killed may not be among them
+        if step >= self._from_step:
             self.log(metrics, step)
 
-    def finish(self, summary: Mapping[str, Any], exit_code: int) -> None:
+    def log_adapter(self, folder: Path, name: str) -> None:
+        import wandb
+
+        def log() -> None:
+            artifact = wandb.Artifact(name[:128], type="model")
+            for file in ADAPTER_FILES:
+                artifact.add_file(str(folder / file), policy="immutable", skip_cache=True)
+            self._run.log_artifact(artifact)
+
+        self._shielded(log)
+
+    def finish(self, summary: Mapping[str, Any], exit_code: int, preempted: bool = False) -> None:
         self._shielded(lambda: self._run.summary.update(dict(summary)))
+        if preempted:
+            self._shielded(self._run.mark_preempting)
         self._shielded(lambda: self._run.finish(exit_code=exit_code))
 
     def _shielded(self, call: Callable[[], Any]) -> None:
@@ -85,14 +112,17 @@ class WandbRun(Run):
 
 
 def open_run(spec: TrialSpec, folder: Path) -> Run:
-    """The run that the tracker config asks for."""
-    if spec.experiment.tracker.mode == "disabled":
+    """The run that the tracker config asks for; on disk when W&B does not answer."""
+    mode = spec.experiment.tracker.mode
+    if mode == "disabled":
         return Run()
-    try:
-        return WandbRun(spec, folder)
-    except Exception as error:  # wandb raises many kinds; none of them may cost a trial
-        print(f"W&B could not be reached ({error}); this attempt is not tracked there.", file=sys.stderr, flush=True)
-        return Run()
+    for offline in (False, True) if mode == "wandb" else (True,):
+        try:
+            return WandbRun(spec, folder, offline)
+        except Exception as error:  # wandb raises many kinds; none of them may cost a trial
+            kept = "it is kept on disk, for `isaerft-sweep sync`" if not offline else "this attempt is not tracked"
+            print(f"W&B could not be reached ({error}); {kept}.", file=sys.stderr, flush=True)
+    return Run()
 
 
 def run_config(spec: TrialSpec) -> dict[str, Any]:

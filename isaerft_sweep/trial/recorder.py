@@ -12,13 +12,16 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from isaerft_sweep.errors import TrialDiverged
 from isaerft_sweep.journal.files import write_text
-from isaerft_sweep.journal.folders import RUNNING, STOPPED, PairScores, StatusWriter, TrialFolder
+from isaerft_sweep.journal.folders import RUNNING, PairScores, StatusWriter, TrialFolder
 from isaerft_sweep.metrics import wandb_name
 from isaerft_sweep.specs import OrpoSpec
 from isaerft_sweep.tracking.run import Run
 
 TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "total_flos", "train_loss")
 PRINTED = ("train/loss", "train/learning_rate", "eval/loss", "eval/rewards/accuracies", "eval/log_odds_chosen")
+
+Asking = Callable[[], str | None]
+"""Gives the state in which the trial shall end; None while nobody has asked for it."""
 
 
 class Recorder(TrainerCallback):
@@ -29,7 +32,13 @@ class Recorder(TrainerCallback):
     """
 
     def __init__(
-        self, folder: TrialFolder, spec: OrpoSpec, status: StatusWriter, run: Run, metric: str, stopping: Callable[[], bool]
+        self,
+        folder: TrialFolder,
+        spec: OrpoSpec,
+        status: StatusWriter,
+        run: Run,
+        metric: str,
+        stopping: Callable[[], str | None],
     ) -> None:
         self.folder, self.spec, self.status, self.run, self.metric = folder, spec, status, run, metric
         self.stopping = stopping
@@ -86,7 +95,7 @@ class Recorder(TrainerCallback):
         if last:
             control.should_evaluate = True
         elif self.stopping() or self.folder.stop.exists():
-            self.stopped = STOPPED if self.stopping() else self.folder.stop_asked()
+            self.stopped = self.stopping() or self.folder.stop_asked()
             control.should_save = control.should_training_stop = True
         due_s = time.monotonic() - self._last_checkpoint_s >= self.spec.checkpoint_every_min * 60
         if not last and (due_s or state.global_step % self.spec.checkpoint_every_steps == 0):

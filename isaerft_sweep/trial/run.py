@@ -10,7 +10,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -123,7 +123,7 @@ def _train(
     print(pairs.summary, flush=True)
     write_json(folder.environment, describe_environment(torch_device=_device_name()))
     run = open_run(spec, folder.path / "wandb")
-    recorder = Recorder(folder, experiment.orpo, status, run, spec.metric, lambda: stopping["asked"])
+    recorder = Recorder(folder, experiment.orpo, status, run, spec.metric, lambda: asked_state(stopping, run.told))
     checkpoints = complete_checkpoints(folder.checkpoints)
     untrained = {"first": spec.index == 0, "always": True, "never": False}[experiment.orpo.eval_untrained]
     eval_first = untrained and not checkpoints
@@ -152,16 +152,28 @@ def _train(
         run.finish({**recorder.latest, "state": PRUNED}, exit_code=0)
         return _end(status, PRUNED, {"message": "stopped early; its checkpoint is kept", **_results(recorder, started)})
     if recorder.stopped:
-        run.finish({"state": STOPPED}, exit_code=1)
+        run.finish({"state": STOPPED}, exit_code=1, preempted=True)
         return _end(status, STOPPED, {"message": "asked to stop; a checkpoint was written"})
     write_changes(folder.latents, changes)
     results = _results(recorder, started)
     results["wandb"] = {"url": run.url, "sweep_url": run.sweep_url, "offline": run.offline_folder is not None}
     _save(folder, model, loaded, results, status)
+    run.log_adapter(folder.adapter, spec.model_name)
     state = _end(status, COMPLETED, results)
     run.finish({**recorder.latest, "state": COMPLETED}, exit_code=0)
     shutil.rmtree(folder.checkpoints, ignore_errors=True)  # only now: until the status says so, a retry would need them
     return state
+
+
+def asked_state(stopping: dict[str, bool], by_wandb: bool) -> str | None:
+    """The state in which the trial shall end; None when nobody has asked for it.
+
+    wandb interrupts its process when the run is to be stopped for good, in W&B's page or by its early termination. No other
+    SIGINT comes here: the terminal's is the controller's.
+    """
+    if not stopping["asked"]:
+        return None
+    return STOPPED if stopping.get("by_signal") or not by_wandb else PRUNED
 
 
 def data_key(experiment: Experiment) -> str:
@@ -261,6 +273,13 @@ def stop_requests() -> Iterator[dict[str, bool]]:
     a short job, and a C extension (NCCL) may swallow it.
     """
     asked = {"asked": False}
+    if signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ()):
+        # a controller shields its workers from the terminal that way, but wandb interrupts with SIGINT: out of the
+        # terminal's reach it can be let through again; one of the terminal's that waits is dropped
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with suppress(PermissionError):
+            os.setpgid(0, 0)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
     def time_is_over() -> None:
         print("the job's time limit is near: checkpoint, then stop", flush=True)
@@ -274,6 +293,7 @@ def stop_requests() -> Iterator[dict[str, bool]]:
     def note(number: int, _frame: Any) -> None:
         print(f"received {signal.Signals(number).name}: checkpoint, then stop", flush=True)
         asked["asked"] = True
+        asked["by_signal"] = asked.get("by_signal", False) or number != signal.SIGINT
 
     before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
     try:

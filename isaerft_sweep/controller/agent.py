@@ -1,0 +1,153 @@
+"""One trial for a W&B agent: a sweep of one given point, with the ids and values that the agent has chosen.
+
+Every run has a folder of its own, ``outputs/<sweep id>/<run id>``, with a journal that this process alone writes: agents on
+many machines share the sweep's folder and never wait for each other. The same run started again goes on in its folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from isaerft_sweep.config.boundary import to_definition
+from isaerft_sweep.controller.run import INTERRUPTED, run_trials, write_question
+from isaerft_sweep.controller.trials import GivenIds
+from isaerft_sweep.errors import LaunchError
+from isaerft_sweep.journal.folders import COMPLETED, FINAL, PRUNED, STOPPED, SweepFolder, TrialFolder
+from isaerft_sweep.journal.journal import SweepRecord, replay
+from isaerft_sweep.search.distributions import Distribution
+from isaerft_sweep.search.sampler import GivenPoints, Point
+from isaerft_sweep.search.sweep_file import SweepDefinition
+from isaerft_sweep.specs import Experiment, split_key
+from isaerft_sweep.tracking.report import report_again
+
+ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+
+
+def run_for_agent(experiment: Experiment, overrides: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run or go on with the agent's trial; 0 when it completed or was stopped early, 130 when it will go on, else 1.
+
+    ``environment``: what the agent has set. Raises IsaerftError before the trial is dispatched when something is wrong that
+    the user can mend.
+    """
+    sweep_id, run_id = (given_id(environment, name) for name in ("WANDB_SWEEP_ID", "WANDB_RUN_ID"))
+    output = Path(experiment.output).expanduser().absolute()
+    whole = SweepFolder(output / sweep_id)
+    folder = SweepFolder(whole.path / run_id, shelf=output)
+    definition = to_definition(experiment.sweep, experiment)
+    point = given_point(experiment, definition, environment)
+    if not contains(definition.parameters, point.params):
+        print(
+            f"note: the agent's point {dict(point.params)} is not one of {experiment.sweep.file}: the space is not known. "
+            "Give the sweep's own file in its command: sweep=none, sweep.file=PATH.",
+            file=sys.stderr,
+        )
+        definition = dataclasses.replace(definition, parameters={}, raw={})
+    experiment = adapted(experiment, overrides, environment, first=first_of(whole, run_id))
+    definition = dataclasses.replace(definition, method="the agent's", run_cap=1, early_terminate=None)
+    if not whole.definition.exists():
+        write_question(experiment, definition, whole)
+    ended = ended_trial(folder)
+    checked = whole.path / ".checked"
+    given = GivenIds(sweep_id, run_id, whole)
+    run_trials(
+        experiment, definition, GivenPoints([point]), folder, overrides, show=False, given=given, check=not checked.exists()
+    )
+    checked.touch()
+    if ended is not None:  # the agent asks for it, so its server does not know
+        print("it had ended already: telling W&B again", flush=True)
+        report_again(ended)
+    return exit_code(folder)
+
+
+def ended_trial(folder: SweepFolder) -> TrialFolder | None:
+    """The folder's trial, when it has come to its own end before."""
+    record = SweepRecord()
+    replay(folder.journal, record)
+    return next((folder.trial(trial.name) for trial in record.trials.values() if trial.state in FINAL), None)
+
+
+def given_id(environment: Mapping[str, str], name: str) -> str:
+    """An id that the agent has set. Raises LaunchError when it is missing or cannot name a folder."""
+    found = environment.get(name, "")
+    if not ID.fullmatch(found):
+        raise LaunchError(
+            f"WANDB_SWEEP_ID is set, so a W&B agent seems to have started this; then {name} must be an id of letters, "
+            f"digits, '-' and '_' but got '{found}'. Without an agent: unset WANDB_SWEEP_ID."
+        )
+    return found
+
+
+def given_point(experiment: Experiment, definition: SweepDefinition, environment: Mapping[str, str]) -> Point:
+    """The swept values, which are in the config already: the keys of the agent's own file, else the sweep file's."""
+    keys = list(definition.parameters)
+    path = environment.get("WANDB_SWEEP_PARAM_PATH")
+    if path:
+        try:
+            keys = [key for key in yaml.safe_load(Path(path).read_text(encoding="utf-8")) if key != "wandb_version"]
+        except (OSError, yaml.YAMLError, TypeError) as error:
+            print(f"note: the agent's file {path} cannot be read ({error}); taking the sweep file's keys", file=sys.stderr)
+    return Point({key: getattr(getattr(experiment, split_key(key)[0]), split_key(key)[1]) for key in keys})
+
+
+def contains(space: Mapping[str, Distribution], params: Mapping[str, Any]) -> bool:
+    """Whether the point may come from the space."""
+    if set(space) != set(params):
+        return False
+    for key, distribution in space.items():
+        value = params[key]
+        if distribution.choices is not None:
+            if value not in distribution.choices:
+                return False
+        elif not min(distribution.at(0.0), distribution.at(1.0)) <= value <= max(distribution.at(0.0), distribution.at(1.0)):
+            return False
+    return True
+
+
+def first_of(whole: SweepFolder, run_id: str) -> bool:
+    """Whether this run is the sweep's first one: one alone gets that answer, whoever else asks at the same time."""
+    marker = whole.path / ".first"
+    whole.path.mkdir(parents=True, exist_ok=True)
+    aside = whole.path / f".first-{run_id}"
+    aside.write_text(run_id, encoding="utf-8")
+    try:
+        os.link(aside, marker)
+    except FileExistsError:
+        pass
+    finally:
+        aside.unlink(missing_ok=True)
+    return marker.read_text(encoding="utf-8") == run_id
+
+
+def adapted(experiment: Experiment, overrides: Sequence[str], environment: Mapping[str, str], first: bool) -> Experiment:
+    """What the agent decides: the run goes to its project, online unless somebody has said otherwise."""
+    tracker = experiment.tracker
+    project, entity = environment.get("WANDB_PROJECT") or tracker.project, environment.get("WANDB_ENTITY") or tracker.entity
+    mode = tracker.mode
+    if not any(override.lstrip("+").startswith(("tracker=", "tracker.mode=")) for override in overrides):
+        mode = {"offline": "offline", "disabled": "disabled"}.get(environment.get("WANDB_MODE", ""), "wandb")
+    untrained = experiment.orpo.eval_untrained
+    if untrained == "first":  # every run is the first of its own folder
+        untrained = "always" if first else "never"
+    return dataclasses.replace(
+        experiment,
+        tracker=dataclasses.replace(tracker, mode=mode, project=project, entity=entity),
+        orpo=dataclasses.replace(experiment.orpo, eval_untrained=untrained),
+    )
+
+
+def exit_code(folder: SweepFolder) -> int:
+    """The trial's true outcome: what an agent, a scheduler and a person take it for."""
+    record = SweepRecord()
+    replay(folder.journal, record)
+    states = {trial.state for trial in record.trials.values()}
+    if states and states <= {COMPLETED, PRUNED}:
+        return 0
+    return INTERRUPTED if STOPPED in states or not states else 1

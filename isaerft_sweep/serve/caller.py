@@ -1,0 +1,55 @@
+"""Who asks, and the small things that every answer needs: addresses, ids, times."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from isaerft_sweep.serve.server import RequestError, Server
+from isaerft_sweep.serve.signing import Signer
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who asks, and by which address."""
+
+    server: Server
+    user: str
+    base_url: str
+    signer: Signer
+
+    def file_url(self, path: str, method: str) -> str:
+        """An address for one file that needs no key, for a while: wandb's uploads carry none."""
+        return f"{self.base_url}{path}?{self.signer.sign(method, path)}"
+
+
+def stamp(seconds: float) -> str:
+    """W&B's form of a time."""
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def global_id(kind: str, *parts: str) -> str:
+    """W&B's form of an id that is valid in all projects."""
+    return base64.b64encode(":".join([kind, "v1", *parts]).encode()).decode()
+
+
+def parse_id(kind: str, text: str) -> list[str]:
+    """The parts of a ``global_id``. Raises RequestError when it is none of that kind."""
+    try:
+        found = base64.b64decode(text, validate=True).decode().split(":")
+    except (binascii.Error, ValueError) as error:
+        raise RequestError(f"'{text[:80]}' is not an id of this server.") from error
+    if found[:2] != [kind, "v1"]:
+        raise RequestError(f"'{text[:80]}' is not the id of a {kind.lower()}.")
+    return found[2:]
+
+
+def thinned(rows: list[Any], samples: int) -> list[Any]:
+    """At most ``samples`` rows, evenly spread, the last one among them."""
+    samples = max(1, min(samples, 10_000_000))
+    if len(rows) <= samples:
+        return rows
+    return [rows[(i + 1) * len(rows) // samples - 1] for i in range(samples)]

@@ -1,0 +1,64 @@
+"""What another server is told of the runs in a data folder. Only reads: the server may be running."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from isaerft_sweep.serve.runs import ServedRun
+from isaerft_sweep.serve.server import Server
+from isaerft_sweep.tracking.upload import Upload
+
+OWN_FILES = ("config.yaml", "wandb-summary.json", "wandb-metadata.json", "requirements.txt", "output.log")
+"""wandb writes them for every run by itself."""
+
+
+def is_data_folder(path: Path) -> bool:
+    """Whether ``isaerft-sweep serve`` has written there."""
+    return (path / "server.jsonl").is_file() and (path / "keys.jsonl").is_file()
+
+
+def served_uploads(folder: Path, sweep: str | None) -> tuple[list[Upload], dict[str, str]]:
+    """The ended runs (of one sweep, or all), and the sweeps' files by id."""
+    server = Server(folder, "local", read_only=True)
+    runs = [run for run in server.runs.values() if not run.active and sweep in (None, run.sweep)]
+    configs = {found.id: found.config for found in server.sweeps.values()}
+    runs.sort(key=lambda run: run.created)
+    return [Upload(run.key.name, run.sweep, run.key.project, served=_content(server, run)) for run in runs], configs
+
+
+def _content(server: Server, run: ServedRun) -> dict[str, Any]:
+    base = server.files_of(run)
+    files = [path for path in base.rglob("*") if path.is_file() and path.relative_to(base).as_posix() not in OWN_FILES]
+    return {
+        "run_id": run.key.name,
+        "sweep_id": run.sweep,
+        "project": run.key.project,
+        "name": run.facts.get("displayName"),
+        "group": run.facts.get("groupName"),
+        "job_type": run.facts.get("jobType"),
+        "tags": run.facts.get("tags") or [],
+        "notes": run.facts.get("notes"),
+        "config": {name: value for name, value in run.config_values().items() if name != "_wandb"},
+        "summary": json.loads(run.summary),
+        "rows": list(run.steps()),
+        "files": [str(path) for path in files],
+        "files_base": str(base),
+        "artifacts": _artifacts(server, run),
+        "exitcode": run.exitcode if run.exitcode is not None else 1,
+    }
+
+
+def _artifacts(server: Server, run: ServedRun) -> list[dict[str, Any]]:
+    found = []
+    for artifact_id, known in server.artifacts.items():
+        if (known["entity"], known["project"], known["run"], known["state"]) == (*_place(run), "COMMITTED"):
+            base = server.folder / "artifacts" / artifact_id / "files"
+            files = [str(path) for path in sorted(base.rglob("*")) if path.is_file()]
+            found.append({"name": known["collection"], "type": known["type"], "base": str(base), "files": files})
+    return found
+
+
+def _place(run: ServedRun) -> tuple[str, str, str]:
+    return run.key.entity, run.key.project, run.key.name

@@ -1,0 +1,281 @@
+"""GraphQL: W&B's operations on the server's objects. The schema is ``assets/wandb.graphql``; what it lacks is an error."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from graphql import (
+    DocumentNode,
+    ExecutionResult,
+    GraphQLError,
+    GraphQLSchema,
+    OperationDefinitionNode,
+    build_schema,
+    execute_sync,
+    parse,
+    validate,
+)
+
+from isaerft_sweep.errors import IsaerftError
+from isaerft_sweep.resources import asset
+from isaerft_sweep.serve import artifacts
+from isaerft_sweep.serve.caller import Caller, global_id, parse_id
+from isaerft_sweep.serve.runs import RunKey
+from isaerft_sweep.serve.server import RequestError
+from isaerft_sweep.serve.views import (
+    AgentView,
+    FileView,
+    ProjectView,
+    RunView,
+    SweepView,
+    UserView,
+    entity_view,
+)
+
+log = logging.getLogger("isaerft.serve")
+MAX_TOKENS = 5000
+MAX_FILES = 1000
+
+
+@lru_cache(maxsize=1)
+def schema() -> GraphQLSchema:
+    """The schema, read once."""
+    return build_schema(asset("wandb.graphql").read_text(encoding="utf-8"))
+
+
+@lru_cache(maxsize=256)
+def checked(query: str) -> DocumentNode | tuple[GraphQLError, ...]:
+    """The parsed query, or what is wrong with it. Clients send the same few over and over."""
+    try:
+        document = parse(query, max_tokens=MAX_TOKENS)
+    except GraphQLError as error:
+        return (error,)
+    except RecursionError:
+        return (GraphQLError("The query is nested too deeply."),)
+    return tuple(validate(schema(), document, max_errors=5)) or document
+
+
+def answer(caller: Caller, query: str, variables: Mapping[str, Any], operation: str | None) -> dict[str, Any]:
+    """The response to one GraphQL request, errors included. Raises RequestError when HTTP itself should say no."""
+    document = checked(query)
+    if isinstance(document, tuple):
+        log.warning("GraphQL: %s: %s", _name(query), "; ".join(error.message for error in document)[:500])
+        return {"data": None, "errors": [error.formatted for error in document]}
+    result = execute_sync(
+        schema(),
+        document,
+        root_value=Root(caller),
+        variable_values=without_nulls(variables),
+        operation_name=operation,
+        field_resolver=resolve,
+    )
+    return _response(result, document)
+
+
+def without_nulls(value: Any) -> Any:
+    """Newer clients send every field that they know, null where it does not matter; this schema may not know it."""
+    if isinstance(value, Mapping):
+        return {key: without_nulls(part) for key, part in value.items() if part is not None}
+    return [without_nulls(part) for part in value] if isinstance(value, list) else value
+
+
+def _response(result: ExecutionResult, document: DocumentNode) -> dict[str, Any]:
+    if not result.errors:
+        return {"data": result.data}
+    for error in result.errors:
+        cause = error.original_error
+        if isinstance(cause, OSError):
+            raise cause
+        if isinstance(cause, RequestError) and cause.status == 404 and _is_heartbeat(document):
+            raise cause  # the agent takes this alone for a sweep that is gone
+        if cause is not None and not isinstance(cause, (IsaerftError, GraphQLError)):
+            log.error("GraphQL: an operation failed", exc_info=cause)
+            error.message = "the server could not answer this; its log says why."
+        else:
+            log.warning("GraphQL: %s", error.message[:500])
+    return {"data": result.data, "errors": [error.formatted for error in result.errors]}
+
+
+def _is_heartbeat(document: DocumentNode) -> bool:
+    return any(
+        isinstance(d, OperationDefinitionNode) and d.name and d.name.value == "Heartbeat" for d in document.definitions
+    )
+
+
+def _name(query: str) -> str:
+    found = re.search(r"(query|mutation|subscription)\s+(\w{1,80})", query)
+    return found[2] if found else "a query without a name"
+
+
+@lru_cache(maxsize=1024)
+def snake(name: str) -> str:
+    """``display_name`` of ``displayName``, ``run_id`` of ``runID``."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
+
+
+def resolve(source: Any, info: Any, **args: Any) -> Any:
+    """A field's value: of a mapping by its own name, of a view by its name in snake case."""
+    if isinstance(source, Mapping):
+        return source.get(info.field_name)
+    value = getattr(source, snake(info.field_name), None)
+    if callable(value):
+        return value(**{snake(name): given for name, given in args.items()})
+    return value
+
+
+@dataclass(frozen=True)
+class Root:
+    """Queries and mutations."""
+
+    caller: Caller
+
+    # -- queries
+
+    @property
+    def viewer(self) -> UserView:
+        return UserView(self.caller.user, self.caller.server.entity)
+
+    @property
+    def server_info(self) -> Any:
+        versions = {"max_cli_version": "99.0.0", "min_cli_version": "0.18.7"}
+        return {"cliVersionInfo": json.dumps(versions), "features": [], "serverSettings": {"serverMessages": []}}
+
+    def entity(self, name: str | None = None) -> Any:
+        return entity_view(name or self.caller.server.entity)
+
+    def project(self, name: str | None = None, entity_name: str | None = None) -> ProjectView | None:
+        try:
+            return ProjectView(self.caller, self.caller.server.project(entity_name, name))
+        except RequestError:
+            return None
+
+    model = project
+
+    def models(
+        self,
+        entity_name: str | None = None,
+        after: str | None = None,
+        first: int | None = None,
+        filters: str | None = None,
+        order: str | None = None,
+    ) -> Any:
+        keys = [key for key in self.caller.server.projects if key[0] == (entity_name or self.caller.server.entity)]
+        nodes = [{"node": ProjectView(self.caller, key), "cursor": str(i + 1)} for i, key in enumerate(keys)]
+        return {"edges": nodes[int(after or 0) :][:first], "pageInfo": {"endCursor": None, "hasNextPage": False}}
+
+    # -- sweeps and agents
+
+    def upsert_sweep(self, input: dict[str, Any]) -> Any:
+        server, given = self.caller.server, dict(input)
+        facts = {k: given[k] for k in ("description", "displayName") if given.get(k)}
+        warnings = []
+        if given.get("priorRunsFilters") not in (None, "", "{}", "null"):
+            warnings.append("Prior runs are not taken into account by this server.")
+        if given.get("controller") not in (None, "", "{}", "null"):
+            raise RequestError("this server samples itself: leave --controller out.")
+        if given.get("id"):
+            name, project, entity = parse_id("Sweep", given["id"])
+            sweep = server.find_sweep(entity, project, name)
+            server.update_sweep(sweep, given.get("config"), given.get("state"), facts)
+        elif not given.get("config"):
+            raise RequestError("a new sweep must have a config.")
+        else:
+            sweep = server.create_sweep(given.get("entityName"), given.get("projectName"), given["config"], facts)
+        return {"sweep": SweepView(self.caller, sweep), "configValidationWarnings": warnings}
+
+    def import_sweep(self, input: dict[str, Any]) -> Any:
+        sweep = self.caller.server.import_sweep(input["entityName"], input["projectName"], input["name"], input["config"])
+        return {"sweep": SweepView(self.caller, sweep), "configValidationWarnings": []}
+
+    def create_agent(self, input: dict[str, Any]) -> Any:
+        server = self.caller.server
+        sweep = server.find_sweep(input.get("entityName"), input.get("projectName"), input["sweep"])
+        return {"agent": AgentView(self.caller, server.create_agent(sweep, input["host"], self.caller.user))}
+
+    def agent_heartbeat(self, input: dict[str, Any]) -> Any:
+        told = _json_object("runState", input.get("runState"))
+        commands = self.caller.server.heartbeat(input["id"], told)
+        agent = self.caller.server.agents[input["id"]]
+        return {"agent": AgentView(self.caller, agent), "commands": json.dumps(commands)}
+
+    # -- runs
+
+    def upsert_bucket(self, input: dict[str, Any]) -> Any:
+        given = {name: value for name, value in input.items() if value is not None}
+        for name in ("config", "summaryMetrics"):
+            if name in given:
+                _json_object(name, given[name])
+        given.pop("debug", None), given.pop("clientMutationId", None)
+        project, entity, state = given.pop("modelName", None), given.pop("entityName", None), given.pop("state", None)
+        name, storage_id = given.pop("name", None), given.pop("id", None)
+        if name is None:
+            if storage_id is None:
+                raise RequestError("a run must be named by its name or its id.")
+            name, project, entity = parse_id("Run", storage_id)
+        server = self.caller.server
+        key = RunKey(entity or server.entity, project or "uncategorized", name)
+        run, inserted = server.upsert_run(key, given, from_run=storage_id is None or input.get("name") is not None)
+        if state == "pending":
+            log.info("run %s: its client calls it pending; it is %s", name, run.state)
+        return {"bucket": RunView(self.caller, run), "inserted": inserted, "serverSettings": {"serverMessages": []}}
+
+    def upsert_model(self, input: dict[str, Any]) -> Any:
+        server = self.caller.server
+        before = len(server.projects)
+        view = ProjectView(self.caller, server.make_project(input.get("entityName"), input["name"]))
+        return {"project": view, "model": view, "inserted": len(server.projects) > before}
+
+    def stop_run(self, input: dict[str, Any]) -> Any:
+        name, project, entity = parse_id("Run", input["id"])
+        self.caller.server.stop_run(self.caller.server.find_run(entity, project, name))
+        return {"success": True}
+
+    def create_run_files(self, input: dict[str, Any]) -> Any:
+        server = self.caller.server
+        run = server.find_run(input["entityName"], input["projectName"], input["runName"])
+        if len(input["files"]) > MAX_FILES:
+            raise RequestError(f"at most {MAX_FILES} files can be asked for at once but got {len(input['files'])}.")
+        folder = server.files_of(run)
+        files = [FileView(self.caller, run, name, folder / name) for name in input["files"]]
+        key = run.key
+        return {"runID": global_id("Run", key.name, key.project, key.entity), "uploadHeaders": [], "files": files}
+
+    def mark_run_files_uploaded(self, input: dict[str, Any]) -> Any:
+        return {"success": True}
+
+    # -- artifacts
+
+    def create_artifact(self, input: dict[str, Any]) -> Any:
+        return {"artifact": artifacts.create(self.caller, input)}
+
+    def create_artifact_manifest(self, input: dict[str, Any]) -> Any:
+        return {"artifactManifest": artifacts.create_manifest(self.caller, input)}
+
+    def update_artifact_manifest(self, input: dict[str, Any]) -> Any:
+        return {"artifactManifest": artifacts.update_manifest(self.caller, input)}
+
+    def create_artifact_files(self, input: dict[str, Any]) -> Any:
+        return {"files": {"edges": [{"node": file} for file in artifacts.create_files(self.caller, input)]}}
+
+    def commit_artifact(self, input: dict[str, Any]) -> Any:
+        return {"artifact": artifacts.commit(self.caller, input)}
+
+    def use_artifact(self, input: dict[str, Any]) -> Any:
+        return {"artifact": artifacts.find(self.caller, input["artifactID"])}
+
+
+def _json_object(name: str, text: Any) -> dict[str, Any]:
+    """A JSON object in a string. Raises RequestError."""
+    try:
+        found = json.loads(text) if isinstance(text, str) else text or {}
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{name} must be JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise RequestError(f"{name} must be a JSON object but got {str(text)[:80]}.")
+    return found

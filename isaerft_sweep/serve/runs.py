@@ -1,0 +1,196 @@
+"""One run as the server knows it: a log of all that was said about it, and in memory what is asked for often.
+
+Everything lands in one append-only file per run, in order: what the client upserts, what it streams, and what the server
+decides. Rows of the history stay on the disk; memory holds their number, the last one and the sweep's metric.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from isaerft_sweep.errors import FolderError
+from isaerft_sweep.journal.log import AppendLog, whole_lines
+
+PENDING, RUNNING, FINISHED, FAILED, CRASHED = "pending", "running", "finished", "failed", "crashed"
+KILLED, PREEMPTING, PREEMPTED = "killed", "preempting", "preempted"
+ACTIVE = (PENDING, RUNNING, PREEMPTING)
+
+HISTORY, SUMMARY, EVENTS, OUTPUT = "wandb-history.jsonl", "wandb-summary.json", "wandb-events.jsonl", "output.log"
+STREAMS = (HISTORY, EVENTS, OUTPUT)
+
+
+@dataclass(frozen=True)
+class RunKey:
+    """What names a run."""
+
+    entity: str
+    project: str
+    name: str
+
+
+@dataclass
+class ServedRun:
+    """``facts``: what ``upsertBucket`` says, by W&B's names. ``curve``: the metric at each row after step 0 that has it."""
+
+    key: RunKey
+    path: Path
+    metric: str = ""
+    created: float = 0.0
+    updated: float = 0.0
+    facts: dict[str, Any] = field(default_factory=dict)
+    config: str = "{}"
+    summary: str = "{}"
+    state: str = PENDING
+    exitcode: int | None = None
+    stop: str = ""
+    """Why the run was told to end: by ``pruner``, ``user`` or ``cancel``; empty when it was not."""
+    agent: str = ""
+    attempt: int = 0
+    lines: dict[str, int] = field(default_factory=lambda: dict.fromkeys(STREAMS, 0))
+    last: dict[str, str] = field(default_factory=dict)
+    curve: list[float] = field(default_factory=list)
+    resuming: bool = False
+    """Whether a client has asked what there is to go on with, and not begun yet."""
+    heard: float = 0.0
+    """When the run, or its agent on its behalf, was last heard of, by this process's monotonic clock."""
+
+    @property
+    def sweep(self) -> str:
+        return str(self.facts.get("sweep") or "")
+
+    @property
+    def active(self) -> bool:
+        return self.state in ACTIVE
+
+    def load(self, metric_of: Callable[[str], str]) -> None:
+        """Replay the log; ``metric_of`` gives a sweep's metric. Raises FolderError on a broken line that is not the last."""
+        lines, self._length = whole_lines(self.path)
+        for number, line in enumerate(lines, 1):
+            try:
+                event = json.loads(line)
+                if not self.metric and (event.get("facts") or {}).get("sweep"):
+                    self.metric = metric_of(event["facts"]["sweep"])
+                self._apply(event)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise FolderError(
+                    f"{self.path}, line {number} is not a record of a run ({error}). Restore the file or move it away."
+                ) from error
+
+    def write(self, **event: Any) -> None:
+        """Take in an event once the disk has it."""
+        event["t"] = round(time.time(), 3)
+        if not self.path.parent.is_dir():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        log = AppendLog(self.path, self._length)
+        try:
+            log.append(event)
+        finally:
+            log.close()
+        self._length = self.path.stat().st_size
+        self._apply(event)
+
+    _length: int = 0
+
+    def _apply(self, event: Mapping[str, Any]) -> None:
+        self.created = self.created or event["t"]
+        self.updated = event["t"]
+        for name, handler in (("set", self._on_set), ("files", self._on_files), ("facts", self._on_facts)):
+            if name in event:
+                handler(event[name])
+
+    def _on_facts(self, facts: Mapping[str, Any]) -> None:
+        rest = dict(facts)
+        self.config = rest.pop("config", None) or self.config
+        self.summary = rest.pop("summaryMetrics", None) or self.summary
+        self.facts.update(rest)
+
+    def _on_set(self, values: Mapping[str, Any]) -> None:
+        """What only the server decides."""
+        for name, value in values.items():
+            if name == "anew":
+                self._forget_rows()
+            elif name in ("state", "exitcode", "stop", "agent", "attempt"):
+                setattr(self, name, value)
+            else:
+                raise ValueError(f"unknown field {name}")
+
+    def _forget_rows(self) -> None:
+        """A client has begun the run again from its start."""
+        self.lines, self.last, self.curve, self.summary = dict.fromkeys(STREAMS, 0), {}, [], "{}"
+
+    def _on_files(self, files: Mapping[str, Any]) -> None:
+        for name, (_offset, rows) in files.items():
+            if name == SUMMARY:
+                self.summary = rows[-1] if rows else self.summary
+                continue
+            self.lines[name] += len(rows)
+            if rows and name != OUTPUT:
+                self.last[name] = rows[-1]
+            if name == HISTORY and self.metric:
+                self.curve += values_of(rows, self.metric)
+
+    def new_rows(self, name: str, offset: int, rows: list[str]) -> list[str]:
+        """Those of ``rows`` that are not here yet.
+
+        A client that missed the answer sends them again; `wandb sync` of a run that is partly here sends all of them, behind
+        those. A history's steps only grow.
+        """
+        if name not in STREAMS:
+            return rows
+        rows = rows[max(0, self.lines[name] - offset) :]
+        last = json.loads(self.last[name]).get("_step") if rows and name == HISTORY and name in self.last else None
+        if not is_number(last) or json.loads(rows[0]).get("_step", last) > last:
+            return rows
+        steps = [json.loads(row).get("_step") for row in rows]
+        return [row for row, step in zip(rows, steps, strict=True) if not is_number(step) or step > last]
+
+    def rows(self, name: str = HISTORY) -> list[str]:
+        """The lines of a stream, from the disk."""
+        found: list[str] = []
+        quoted = f'"{name}"'.encode()
+        for line in whole_lines(self.path)[0] if self.lines[name] else ():
+            if b'"anew"' in line and json.loads(line).get("set", {}).get("anew"):
+                found = []
+            if quoted in line:
+                found += json.loads(line).get("files", {}).get(name, (0, ()))[1]
+        return found
+
+    def steps(self) -> Iterator[dict[str, Any]]:
+        """The history's rows."""
+        for i, text in enumerate(self.rows()):
+            row = json.loads(text)
+            yield {"_step": i, **row}
+
+    def config_values(self) -> dict[str, Any]:
+        """The config without W&B's wrapping."""
+        raw = json.loads(self.config)
+        return {k: v.get("value") if isinstance(v, Mapping) and "value" in v else v for k, v in raw.items()}
+
+    def summary_value(self, name: str) -> float | None:
+        """A finite number of the summary, nested or not."""
+        found: Any = json.loads(self.summary)
+        value = found.get(name)
+        return float(value) if is_number(value) else None
+
+
+def values_of(rows: list[str], metric: str) -> list[float]:
+    """The metric in those rows that have it, without the untrained model's (step 0), which not every run measures."""
+    found = []
+    for text in rows:
+        if metric in text:
+            row = json.loads(text)
+            value = row.get(metric)
+            if row.get("_step") != 0 and value is not None:
+                found.append(float(value) if is_number(value) else math.nan)
+    return found
+
+
+def is_number(value: Any) -> bool:
+    """Whether ``value`` is a finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,268 @@
+"""One sweep on the server: the embedded controller's journal, sampler and early stopping, asked by agents' heartbeats."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from isaerft_sweep.controller.early import EarlyStopping
+from isaerft_sweep.controller.trials import run_id
+from isaerft_sweep.errors import IsaerftError, SpaceError
+from isaerft_sweep.journal.folders import COMPLETED, DIVERGED, FAILED, PRUNED, STOPPED, SweepFolder
+from isaerft_sweep.journal.journal import Journal, TrialRecord
+from isaerft_sweep.plain import canonical_json
+from isaerft_sweep.search.pruning import make_pruner
+from isaerft_sweep.search.sampler import Sampler
+from isaerft_sweep.search.sweep_file import SweepDefinition, read_sweep
+from isaerft_sweep.serve import runs as states
+from isaerft_sweep.serve.runs import RunKey, ServedRun
+
+RUNNING, PAUSED, FINISHED, CANCELED = "RUNNING", "PAUSED", "FINISHED", "CANCELED"
+OURS = "isaerft_sweep.launch"
+RETRIES = 2
+"""How often a run that has died without a word is handed out again."""
+EVALUATIONS = 1000
+"""How many evaluations a run has when its config does not tell."""
+
+
+class ServedSweep:
+    """``state`` is W&B's; ``imported`` is a sweep of another place, whose runs are only kept here."""
+
+    def __init__(self, folder: SweepFolder, entity: str, project: str, sweep_id: str, config: str, imported: bool) -> None:
+        self.folder, self.entity, self.project, self.id, self.config = folder, entity, project, sweep_id, config
+        self.imported = imported
+        self.state = FINISHED if imported else RUNNING
+        self.facts: dict[str, Any] = {}
+        self.created = self.updated = time.time()
+        self.raw = parse_config(config)
+        self.definition = read_definition(self.raw) if not imported else None
+        self.waiting: list[TrialRecord] = []
+        self.seconds: dict[int, float] = {}
+        if self.definition is not None:
+            self._open(self.definition)
+
+    def _open(self, definition: SweepDefinition) -> None:
+        self.journal = Journal(self.folder)
+        self.records = self.journal.record.trials
+        if not self.journal.record.sweep_id:
+            metric = definition.metric
+            self.journal.write("sweep", sweep_id=self.id, question="", metric=metric.name, goal=metric.goal)
+        self.sampler = Sampler(definition.parameters, definition.method, _seed(self.id), definition.metric.sign)
+        self.early: EarlyStopping | None = None
+        for record in sorted(self.records.values(), key=lambda r: r.index):
+            self.sampler.restore(record.point)
+            if record.ended and record.state != PRUNED:
+                self.sampler.tell(record.point, record.metric)
+            elif record.job is None and not record.ended:
+                self.waiting.append(record)
+
+    def close(self) -> None:
+        if self.definition is not None:
+            self.journal.close()
+
+    @property
+    def metric(self) -> str:
+        """The metric that the sweep is about; empty when it names none."""
+        if self.definition is not None:
+            return self.definition.metric.name
+        return str((self.raw.get("metric") or {}).get("name", ""))
+
+    @property
+    def goal(self) -> str:
+        return str((self.raw.get("metric") or {}).get("goal", "minimize"))
+
+    @property
+    def cap(self) -> float:
+        """How many runs there shall be; infinite when neither the file nor the space says."""
+        assert self.definition is not None
+        cap = self.definition.run_cap
+        return min(math.inf if cap is None else cap, self.sampler.size)
+
+    def update(self, config: str) -> None:
+        """Another file for the same sweep. Raises SpaceError when it asks something else but for ``run_cap``."""
+        raw = parse_config(config)
+        old, new = ({k: v for k, v in c.items() if k not in ("run_cap", "name", "description")} for c in (self.raw, raw))
+        if not self.imported and canonical_json(old) != canonical_json(new):
+            raise SpaceError(
+                "a sweep that has begun keeps its question: only run_cap, name and description can be changed. Start "
+                "another sweep for another space."
+            )
+        self.config, self.raw = config, raw
+        if not self.imported:
+            self.definition = read_definition(raw)
+
+    def record_of(self, name: str) -> TrialRecord | None:
+        return next((r for r in self.records.values() if r.run_id == name), None) if self.definition else None
+
+    def next(self, agent: str) -> TrialRecord | None:
+        """The run that an idle agent shall do, noted as given to it; None when there is none now."""
+        record = self.waiting.pop(0) if self.waiting else (self._revived() or self._new())
+        if record is not None:
+            self.journal.write("dispatch", index=record.index, attempt=record.attempt + 1, job={"agent": agent})
+            self.seconds[record.index] = time.monotonic()
+        return record
+
+    def _new(self) -> TrialRecord | None:
+        if len(self.records) >= self.cap:
+            return None
+        point = self.sampler.ask()
+        if point is None:
+            return None
+        index, name = len(self.records), run_id(self.id, len(self.records))
+        self.journal.write("trial", index=index, name=name, run_id=name, params=dict(point.params), unit=dict(point.unit))
+        return self.records[index]
+
+    def _revived(self) -> TrialRecord | None:
+        pruned = [i for i, record in self.records.items() if record.state == PRUNED]
+        index = self.early.revived(pruned) if self.early else None
+        return None if index is None else self.records[index]
+
+    def end(self, record: TrialRecord, state: str, metric: float | None, message: str, given_up: bool = False) -> None:
+        """An attempt is over; ``stopped`` and ``failed`` ones that are not given up are handed out again."""
+        seconds = time.monotonic() - self.seconds.pop(record.index, time.monotonic())
+        self.journal.write(
+            "end",
+            index=record.index,
+            state=state,
+            metric=metric,
+            message=message,
+            seconds=round(seconds, 3),
+            given_up=given_up,
+        )
+        if self.early and state != PRUNED:
+            self.early.forget(record.index)
+        if not record.ended:
+            self.waiting.append(record)
+        elif state != PRUNED:
+            self.sampler.tell(record.point, metric)
+
+    def settle(self, run: ServedRun) -> None:
+        """Take in that a run of this sweep has come to an end in W&B's sense."""
+        record = self.record_of(run.key.name)
+        if record is None or record.job is None or run.active:
+            return
+        if run.state == states.FINISHED:
+            value = run.summary_value(self.metric)
+            self.end(record, COMPLETED, value, "" if value is not None else f"it logged no finite {self.metric}")
+        elif run.stop == "pruner":
+            self.end(record, PRUNED, None, "stopped early; its checkpoint is kept")
+        elif run.stop:
+            self.end(record, STOPPED, None, f"stopped by the {run.stop}", given_up=True)
+        elif run.state == states.PREEMPTED:
+            self.end(record, STOPPED, None, "preempted: it will go on")
+        elif run.state == states.CRASHED:
+            again = record.failures < RETRIES
+            self.end(record, FAILED, None, "neither the run nor its agent has been heard of", given_up=not again)
+        else:
+            self._note_curve(record, run, {"state": DIVERGED})
+            self.end(record, FAILED, None, f"ended with code {run.exitcode}", given_up=True)
+
+    def should_stop(self, run: ServedRun) -> bool:
+        """Whether the pruner has had enough of the run; each evaluation is judged once."""
+        record = self.record_of(run.key.name)
+        if record is None or record.job is None or not run.active or run.stop:
+            return False
+        return self._note_curve(record, run, {}, judge=True)
+
+    def _note_curve(self, record: TrialRecord, run: ServedRun, status: dict[str, Any], judge: bool = False) -> bool:
+        assert self.definition is not None
+        if self.definition.early_terminate is None:
+            return False
+        if self.early is None:
+            evaluations = evaluations_of(run.config_values())
+            pruner = make_pruner(self.definition.early_terminate, evaluations)
+            assert pruner is not None
+            self.early = EarlyStopping(pruner, self.definition.metric.sign, evaluations)
+        status["evaluations"] = run.curve
+        if judge:
+            return self.early.stops(record.index, status)
+        self.early.note(record.index, status)
+        return False
+
+    def restore_curve(self, run: ServedRun) -> None:
+        """After a restart: what the pruner knew of a run. It is judged again at its next evaluation."""
+        record = self.record_of(run.key.name)
+        if record is not None and run.curve:
+            failed = record.state == FAILED and record.given_up
+            self._note_curve(record, run, {"state": DIVERGED} if failed else {})
+
+    @property
+    def over(self) -> bool:
+        """Whether every run that there shall be has ended."""
+        if self.definition is None:
+            return True
+        records = self.records.values()
+        exhausted = len(self.records) >= self.cap
+        return exhausted and not self.waiting and all(r.ended and r.job is None for r in records)
+
+    def nothing_left(self) -> bool:
+        """Whether there is nothing to hand out, nor will be unless a run dies."""
+        return not self.waiting and len(self.records) >= self.cap
+
+    def command(self, record: TrialRecord, resume: bool) -> dict[str, Any]:
+        """What an agent is told to start: our trials with flat dotted names, as Hydra wants, others with nested ones."""
+        params = record.point.params if is_ours(self.raw) else nested(record.point.params, self.raw["parameters"])
+        return {
+            "type": "resume" if resume else "run",
+            "run_id": record.run_id,
+            "program": str(self.raw.get("program", "")),
+            "args": {key: {"value": value} for key, value in params.items()},
+        }
+
+
+def parse_config(config: str) -> dict[str, Any]:
+    """A sweep file's YAML. Raises SpaceError."""
+    try:
+        raw = yaml.safe_load(config)
+    except yaml.YAMLError as error:
+        raise SpaceError(f"the sweep's config must be YAML: {error}") from error
+    except RecursionError as error:
+        raise SpaceError("the sweep's config is nested too deeply.") from error
+    if not isinstance(raw, Mapping):
+        raise SpaceError("a sweep's config must be a mapping with method, metric and parameters.")
+    return dict(raw)
+
+
+def read_definition(raw: Mapping[str, Any]) -> SweepDefinition:
+    """The checked config: strictly for our own trials, W&B's rules for other programs. Raises SpaceError."""
+    try:
+        return read_sweep(raw, ours=is_ours(raw))
+    except SpaceError:
+        raise
+    except IsaerftError as error:
+        raise SpaceError(str(error)) from error
+
+
+def is_ours(raw: Mapping[str, Any]) -> bool:
+    """Whether the sweep's command starts this package's trials."""
+    command = raw.get("command")
+    text = " ".join(map(str, command)) if isinstance(command, list) else str(command)
+    return OURS in text or "isaerft-launch" in text or "isaerft_sweep/launch.py" in str(raw.get("program", ""))
+
+
+def nested(params: Mapping[str, Any], blocks: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flat values in the shape of the sweep file's ``parameters``."""
+    found: dict[str, Any] = {}
+    for name, block in blocks.items():
+        key = f"{prefix}.{name}" if prefix else str(name)
+        inner = block.get("parameters") if isinstance(block, Mapping) else None
+        found[str(name)] = nested(params, inner, key) if inner else params[key]
+    return found
+
+
+def evaluations_of(config: Mapping[str, Any]) -> int:
+    """How often a run with this config is evaluated after its first step."""
+    orpo = config.get("orpo")
+    fraction = orpo.get("eval_fraction") if isinstance(orpo, Mapping) else None
+    return math.ceil(1 / fraction - 1e-9) if states.is_number(fraction) and fraction and fraction > 0 else EVALUATIONS
+
+
+def _seed(sweep_id: str) -> int:
+    return int.from_bytes(sweep_id.encode(), "big") % 2**31
+
+
+__all__ = ["CANCELED", "FINISHED", "PAUSED", "RUNNING", "RunKey", "ServedSweep", "nested", "parse_config", "read_definition"]

@@ -1,0 +1,44 @@
+"""Writes one run as wandb's own offline run, from a JSON object on stdin. In a process of its own: wandb has one run."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def rewrite(content: dict[str, Any]) -> None:
+    """``folder``: where to; the rest is what ``serve.export.served_uploads`` gives of a run."""
+    import wandb
+
+    os.environ.update(WANDB_RUN_ID=content["run_id"], WANDB_PROJECT=content["project"], WANDB_MODE="offline")
+    if content["sweep_id"]:
+        os.environ["WANDB_SWEEP_ID"] = content["sweep_id"]
+    run = wandb.init(
+        name=content["name"],
+        group=content["group"],
+        job_type=content["job_type"],
+        tags=content["tags"],
+        notes=content["notes"],
+        config=content["config"],
+        dir=content["folder"],
+        settings=wandb.Settings(console="off", silent=True, x_disable_stats=True, x_disable_meta=True, disable_git=True),
+    )
+    for row in content["rows"]:
+        step = row.pop("_step")
+        run.log({name: value for name, value in row.items() if name not in ("_runtime", "_wandb")}, step=step)
+    run.summary.update({name: value for name, value in content["summary"].items() if not name.startswith("_")})
+    for path in content["files"]:
+        run.save(path, base_path=content["files_base"], policy="now")
+    for artifact in content["artifacts"]:
+        made = wandb.Artifact(artifact["name"], type=artifact["type"])
+        for file in artifact["files"]:
+            made.add_file(file, name=str(Path(file).relative_to(artifact["base"])), policy="immutable", skip_cache=True)
+        run.log_artifact(made)
+    run.finish(exit_code=content["exitcode"])
+
+
+if __name__ == "__main__":
+    rewrite(json.load(sys.stdin))

@@ -1,0 +1,158 @@
+"""Checks the server against one version of wandb: ``python tests/compatibility.py BIN``, where BIN holds its python and wandb.
+
+It needs nothing but wandb there: the server runs in this interpreter's environment. `nox` runs it over several versions.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from serving import Serving, wait_for
+
+PROGRAM = """\
+import os, sys, time, wandb
+run = wandb.init(resume="allow", settings=wandb.Settings(silent=True))
+first = run.step
+mode = run.config.get("mode")
+for step in range(first, 6):
+    run.log({"loss": run.config.lr + 1 / (1 + step)}, step=step)
+    if mode == "preempted" and first == 0 and step == 3:
+        run.mark_preempting()
+        run.finish(exit_code=1)
+        sys.exit(1)
+    if mode == "long":
+        for _ in range(600):
+            time.sleep(0.1)
+run.finish()
+"""
+CONFIG = """\
+program: train.py
+method: grid
+metric: {{name: loss, goal: minimize}}
+parameters: {{lr: {{values: [0.1, 0.2]}}, mode: {{value: {mode}}}}}
+command: ["${{env}}", "{python}", "${{program}}"]
+"""
+READ = """\
+import json, sys, wandb
+api = wandb.Api()
+sweep = api.sweep(sys.argv[1])
+runs = {run.id: [run.state, [row["_step"] for row in run.scan_history()], run.summary.get("loss"), len(run.history(pandas=False))] for run in sweep.runs}
+print(json.dumps([sweep.state, sweep.best_run().id, runs, [f.name for f in sweep.best_run().files()]]))
+"""
+OFFLINE = """\
+import wandb
+run = wandb.init(id="offline1", project="demo", name="kept", settings=wandb.Settings(silent=True))
+for step in range(3):
+    run.log({"loss": step}, step=step)
+run.finish()
+"""
+
+
+class Client(Serving):
+    """A server, and another wandb than this interpreter's to speak to it."""
+
+    def __init__(self, folder: Path, bin_folder: Path) -> None:
+        super().__init__(folder, "--crash-after", "60")
+        self.bin = bin_folder
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {**super().environment, "PATH": f"{self.bin}:{os.environ['PATH']}"}
+
+    def write_sweep(self, mode: str) -> str:
+        file = self.folder / f"{mode}.yaml"
+        file.write_text(CONFIG.format(mode=mode, python=self.bin / "python"))
+        return self.sweep(file)
+
+    def read(self, path: str) -> tuple[str, str, dict[str, list[object]], list[str]]:
+        done = self.run(str(self.bin / "python"), "-c", READ, path)
+        assert done.returncode == 0, done.stderr
+        state, best, runs, files = json.loads(done.stdout.splitlines()[-1])
+        return state, best, runs, files
+
+
+def check_a_sweep(client: Client) -> None:
+    """Two trials, then what wandb.Api reads of them."""
+    path = client.write_sweep("short")
+    assert client.agent(path, "short").wait(300) == 0
+    state, best, runs, files = client.read(path)
+    assert state == "FINISHED" and len(runs) == 2, (state, runs)
+    assert all(run[:2] == ["finished", list(range(6))] and run[3] == 6 for run in runs.values()), runs
+    assert runs[best][2] == min(run[2] for run in runs.values())  # type: ignore[type-var]
+    assert "config.yaml" in files
+
+
+def check_preemption(client: Client) -> None:
+    """A trial that says it is preempted goes on with its id, every step once."""
+    path = client.write_sweep("preempted")
+    assert client.agent(path, "preempted").wait(300) == 0
+    _, _, runs, _ = client.read(path)
+    assert [run[:2] for run in runs.values()] == [["finished", list(range(6))]] * 2, runs
+    given = [e["run_id"] for e in client.journal(path) if e["event"] == "trial"]
+    assert len(given) == 2 and [e["event"] for e in client.journal(path)].count("dispatch") == 4
+
+
+def check_states(client: Client) -> None:
+    """Pause, resume and cancel from the command line; the trial hears of it."""
+    path = client.write_sweep("long")
+    assert client.run("wandb", "sweep", "--pause", path).returncode == 0
+    agent = client.agent(path, "long")
+    time.sleep(7)
+    assert not [e for e in client.journal(path) if e["event"] == "trial"], "a paused sweep hands nothing out"
+    assert client.run("wandb", "sweep", "--resume", path).returncode == 0
+    run = wait_for(lambda: next((e["run_id"] for e in client.journal(path) if e["event"] == "trial"), None), 120)
+    log = client.data / "runs" / "local" / "demo" / f"{run}.jsonl"
+    wait_for(lambda: '"running"' in log.read_text(), 120)
+    assert client.run("wandb", "sweep", "--cancel", path).returncode == 0
+    assert agent.wait(400) == 0
+    assert '"killed"' in log.read_text(), "the trial was interrupted and says how it ended"
+
+
+def check_offline(client: Client) -> None:
+    """An offline run, synced, belongs to its sweep."""
+    path = client.write_sweep("short")
+    environment = {
+        **client.environment,
+        "WANDB_MODE": "offline",
+        "WANDB_SWEEP_ID": path.rpartition("/")[2],
+        "WANDB_RUN_ID": "offline1",
+        "WANDB_PROJECT": "demo",
+    }
+    subprocess.run(
+        [client.bin / "python", "-c", OFFLINE], cwd=client.folder, env=environment, check=True, capture_output=True
+    )
+    folder = next(client.folder.glob("wandb/offline-run-*"))
+    done = client.run("wandb", "sync", "-p", "demo", str(folder))
+    assert done.returncode == 0, done.stdout + done.stderr
+    _, _, runs, _ = client.read(path)
+    assert runs["offline1"][:2] == ["finished", [0, 1, 2]], runs
+
+
+def main() -> None:
+    bin_folder = Path(sys.argv[1]).absolute()
+    version = subprocess.run(
+        [bin_folder / "python", "-c", "import wandb; print(wandb.__version__)"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "train.py").write_text(PROGRAM)
+        client = Client(Path(folder), bin_folder)
+        client.start()
+        try:
+            for check in (check_a_sweep, check_preemption, check_states, check_offline):
+                began = time.monotonic()
+                check(client)
+                print(f"wandb {version}: {re.sub('_', ' ', check.__name__)}: {time.monotonic() - began:.0f} s", flush=True)
+        finally:
+            client.kill(signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""The README's three lines with the real ``wandb`` command and real trials, while agents, trials and the server are killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import TINY
+from serving import Serving, wait_for
+from test_sweep import processes_of
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+
+SWEEP = """\
+program: isaerft_sweep/launch.py
+method: grid
+metric: {{name: eval/nll_loss, goal: minimize}}
+early_terminate: {{type: hyperband, min_iter: 2, eta: 2}}
+parameters:
+  orpo.learning_rate: {{values: [0.1, 0.15, 1.0e-7, 0.2]}}
+  orpo.beta: {{value: 1.0}}
+command: ["${{env}}", "${{interpreter}}", -m, isaerft_sweep.launch, sweep=none, sweep.file={file}, {options}, "${{args_no_hyphens}}"]
+"""
+LONG = (
+    *TINY,
+    "launcher.threads=1",
+    "orpo.max_steps=400",
+    "orpo.eval_fraction=0.05",
+    "orpo.checkpoint_every_steps=10",
+    "orpo.warmup_steps=0",
+)
+"""Long enough to be stopped in the middle: wandb asks every 15 s whether it should be."""
+
+
+@pytest.fixture
+def serving(tmp_path: Path) -> Iterator[Serving]:
+    server = Serving(tmp_path, "--crash-after", "25")
+    server.start()
+    yield server
+    server.kill()
+    for process in processes_of(tmp_path):
+        process.kill()
+
+
+def sweep_file(folder: Path, options: tuple[str, ...]) -> Path:
+    file = folder / "s.yaml"
+    file.write_text(SWEEP.format(file=file, options=", ".join(options)))
+    return file
+
+
+def stepping(folder: Path, run: str, least: int = 2) -> dict[str, Any] | None:
+    for path in folder.glob(f"outputs/*/{run}/trials/*/status.json"):
+        try:
+            status: dict[str, Any] = json.loads(path.read_text())
+        except FileNotFoundError:
+            continue
+        if status["state"] == "running" and status.get("step", 0) >= least:
+            return status
+    return None
+
+
+READ = """
+import json, sys, wandb
+api = wandb.Api()
+sweep = api.sweep(sys.argv[1])
+runs = {}
+for run in sweep.runs:
+    rows = list(run.scan_history())
+    runs[run.id] = dict(name=run.name, state=run.state, steps=[r["_step"] for r in rows], config=dict(run.config),
+                        summary=dict(run.summary._json_dict), tags=run.tags, group=run.group, job=run.job_type)
+print(json.dumps(dict(state=sweep.state, runs=runs, best=sweep.best_run().id, expected=sweep.expected_run_count)))
+"""
+
+
+def read_sweep(serving: Serving, path: str) -> dict[str, Any]:
+    done = serving.run(sys.executable, "-c", READ, path)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def trial_id(serving: Serving, path: str, index: int) -> str:
+    """The run id of the sweep's trial of that number, once it was handed out."""
+    wait_for(lambda: [e for e in serving.journal(path) if e["event"] == "dispatch" and e["index"] == index])
+    return str(next(e["run_id"] for e in serving.journal(path) if e["event"] == "trial" and e["index"] == index))
+
+
+def test_a_sweep_survives_whatever_dies(serving: Serving, tmp_path: Path) -> None:
+    path = serving.sweep(sweep_file(tmp_path, LONG))
+    sweep_id = path.rpartition("/")[2]
+    agents = [serving.agent(path, f"agent{i}") for i in range(2)]
+    orphan, third = trial_id(serving, path, 0), trial_id(serving, path, 1)
+    points = [e["params"]["orpo.learning_rate"] for e in serving.journal(path) if e["event"] == "trial"]
+    assert points == [0.1, 0.15], "two agents at once, on different points"
+
+    # an agent dies: its trial goes on and ends as it would have
+    wait_for(lambda: stepping(tmp_path, orphan))
+    victim = next(a for a in agents if orphan in run_ids_below(a.pid))
+    victim.kill()
+    victim.wait()
+    survivor = next(a for a in agents if a is not victim)
+
+    # a trial is killed with all its processes: nobody says so, and it is handed out again
+    status = wait_for(lambda: stepping(tmp_path, third, least=12))
+    kill_trial(survivor.pid, status["pid"])
+
+    # a bad trial is stopped early, with a checkpoint to go on from
+    bad = trial_id(serving, path, 2)
+    wait_for(lambda: [e for e in serving.journal(path) if e["event"] == "end" and e["index"] == 2])
+    assert list(tmp_path.glob(f"outputs/{sweep_id}/{bad}/trials/*/checkpoints/checkpoint-*/.complete"))
+
+    # and the server dies too, while the killed trial runs again
+    wait_for(lambda: [e for e in serving.journal(path) if e["event"] == "dispatch" and e["index"] == 1][1:])
+    serving.kill()
+    acknowledged = serving.journal(path)
+    serving.start()
+    assert serving.journal(path)[: len(acknowledged)] == acknowledged
+
+    assert survivor.wait(800) == 0, (tmp_path / "agent0.out").read_text() + (tmp_path / "agent1.out").read_text()
+    check_outcome(serving, path, orphan, bad, third)
+    wait_for(lambda: not [p for p in processes_of(tmp_path) if p.pid != serving.process.pid], 60)
+
+
+def run_ids_below(pid: int) -> list[str]:
+    found = []
+    for child in psutil.Process(pid).children(recursive=True):
+        try:
+            found.append(child.environ().get("WANDB_RUN_ID", ""))
+        except psutil.Error:
+            continue
+    return found
+
+
+def kill_trial(agent: int, worker: int) -> None:
+    """-9 to launch and to its worker, as when a node is lost."""
+    launch = [p for p in psutil.Process(agent).children(recursive=True) if "isaerft_sweep.launch" in " ".join(p.cmdline())]
+    submitit = psutil.Process(worker).parent()
+    for process in [*launch, *([submitit] if submitit is not None else []), psutil.Process(worker)]:
+        os.kill(process.pid, signal.SIGKILL)
+
+
+def check_outcome(serving: Serving, path: str, orphan: str, bad: str, third: str) -> None:
+    entries, found = serving.journal(path), read_sweep(serving, path)
+    assert found["state"] == "FINISHED" and found["expected"] == 4 and len(found["runs"]) == 4
+    assert len({e["params"]["orpo.learning_rate"] for e in entries if e["event"] == "trial"}) == 4, "no point twice"
+    runs = found["runs"]
+    assert runs[orphan]["state"] == "finished" and runs[orphan]["steps"][-1] == 400
+    assert runs[bad]["state"] == "killed" and runs[bad]["summary"]["state"] == "pruned"
+    first_end = next(e for e in entries if e["event"] == "end" and e["index"] == 2)
+    assert first_end["state"] == "pruned", first_end
+    attempts = [e["attempt"] for e in entries if e["event"] == "dispatch" and e["index"] == 1]
+    assert attempts[:2] == [1, 2], "the killed trial was handed out again"
+    for run in runs.values():
+        steps = run["steps"]
+        assert steps == list(range(steps[0], steps[-1] + 1)), "every step once, none lost"
+        assert run["state"] in ("finished", "killed")
+        assert (
+            run["name"].startswith("run-tiny-llama-lr") and run["group"] == path.rpartition("/")[2] and run["job"] == "trial"
+        )
+        assert "isaerft" in run["tags"] and not [key for key in run["config"] if "." in key]
+        assert run["summary"]["state"] in ("completed", "pruned")
+    finished = {name: run["summary"]["eval/nll_loss"] for name, run in runs.items() if run["state"] == "finished"}
+    assert found["best"] in runs and min(finished.values()) >= runs[found["best"]]["summary"]["eval/nll_loss"]
+    logged = [json.loads(line) for line in (serving.data / "server.jsonl").read_text().splitlines()]
+    committed = {e["id"] for e in logged if e["event"] == "artifact" and e["facts"].get("state") == "COMMITTED"}
+    assert len(committed) == len(finished)
+    for artifact in committed:
+        names = {p.name for p in (serving.data / "artifacts" / artifact / "files").iterdir()}
+        assert {"adapter_model.safetensors", "adapter_config.json"} <= names
+    board = subprocess.run(
+        [sys.executable, "-m", "isaerft_sweep.cli", "leaderboard", f"outputs/{path.rpartition('/')[2]}"],
+        cwd=serving.folder, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert board.returncode == 0 and "Leaderboard: eval/nll_loss, minimize" in board.stdout, board.stderr
