@@ -1,4 +1,4 @@
-"""The server against several versions of wandb: ``nox`` for all, ``nox -s "wandb(0.18.7)"`` for one.
+"""The server against several versions of wandb: ``nox`` for all, ``nox -s "wandb(0.19.11)"`` for one.
 
 Each version gets an environment of its own with nothing else in it; the server runs in the interpreter that runs nox.
 """
@@ -7,7 +7,7 @@ import sys
 
 import nox
 
-VERSIONS = ("0.18.7", "0.22.3", "0.26.1", "0.31.0")
+VERSIONS = ("0.19.11", "0.22.3", "0.26.1", "0.31.0")
 """The oldest that is supported, two between, the newest."""
 
 nox.options.default_venv_backend = "venv"
