@@ -31,10 +31,16 @@ OVER = {
     "REVOKED", "LAUNCH_FAILED",
 }  # fmt: skip
 SITES_DOING = {"TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "PREEMPTED", "REVOKED", "LAUNCH_FAILED"}
-FULL = ("SubmitJob", "MaxJobCount", "temporarily unavailable", "too many jobs")
-"""In sbatch's words: as many jobs as the site or the user's account allows are in the queue."""
-AWAY = ("Unable to contact", "timed out", "Connection refused", "Zero Bytes", "communication connection", "not responding")
-"""In sbatch's words: slurmctld does not answer now."""
+FULL = ("SubmitJob",)
+"""In sbatch's words: as many jobs as the user's account or qos allows are in the queue. There may be room for fewer."""
+AWAY = (
+    "Unable to contact", "timed out", "Connection refused", "Zero Bytes", "communication connection", "not responding",
+    "temporarily un", "too many jobs",
+)  # fmt: skip
+"""In sbatch's words: slurmctld does not answer, or the whole cluster's queue is full (sbatch itself has waited by then)."""
+
+REFUSED = re.compile(r"[0-9a-f]{32}\.pkl")
+"""submitit's name for a job that has no number yet."""
 
 
 class SlurmDispatcher(Dispatcher):
@@ -88,6 +94,7 @@ class SlurmDispatcher(Dispatcher):
             with outside_of_any_job(), self.executor.batch():
                 submitted = [self.executor.submit(replace(job, limit_s=self._limit_s)) for job in jobs]
         except (submitit.core.utils.FailedJobError, subprocess.CalledProcessError) as error:
+            self._forget_refused()
             words = str(error).strip()
             self._queue_is_full = any(word in words for word in FULL)
             if self._queue_is_full or any(word in words for word in AWAY):
@@ -98,6 +105,12 @@ class SlurmDispatcher(Dispatcher):
         ids = [job.job_id for job in submitted]
         self._known.update(ids)
         return ids
+
+    def _forget_refused(self) -> None:
+        """Remove what submitit has written for jobs that sbatch did not take."""
+        for path in (*self.folder.glob("*.pkl"), *self.folder.glob(".submission_file_*.sh")):
+            if REFUSED.fullmatch(path.name) or (path.suffix == ".sh" and not path.is_symlink()):
+                path.unlink(missing_ok=True)
 
     def alive(self, refs: Iterable[JobRef]) -> list[bool]:
         asked = list(refs)
