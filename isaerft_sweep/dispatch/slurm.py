@@ -79,12 +79,13 @@ class SlurmDispatcher(Dispatcher):
             part = jobs[len(ids) : len(ids) + size]
             try:
                 ids += self._submit_array(part, max(1, self._parallelism // arrays))
-            except QueueBusy:
-                if len(part) == 1 or not self._queue_is_full:
-                    if ids:
-                        break
+            except LaunchError:
+                if self._queue_is_full and len(part) > 1:
+                    size = len(part) // 2  # there may be room for fewer
+                elif ids:
+                    break  # those are in the queue, whatever became of the others
+                else:
                     raise
-                size = len(part) // 2  # there may be room for fewer
         return [{"kind": "slurm", "id": job_id, "name": self.name} for job_id in ids]
 
     def _submit_array(self, jobs: Sequence[Job], parallelism: int) -> list[str]:
