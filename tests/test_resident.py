@@ -265,7 +265,7 @@ def test_one_worker_runs_a_whole_sweep_and_a_crash_costs_one_trial(tmp_path: Pat
     wait_for(lambda: (sweep / "journal.jsonl").exists() and ended_states(sweep)["completed"] == 1)
     victim = wait_for(lambda: [s for s in stepping(sweep) if s["step"] > 10])[0]
     os.kill(victim["pid"], signal.SIGKILL)
-    assert controller.wait(400) == 0, (tmp_path / "controller.out").read_text()
+    assert controller.wait(240) == 0, (tmp_path / "controller.out").read_text()
     assert ended_states(sweep) == {"completed": 4, "failed": 1}
     pids = {s["pid"] for s in statuses(sweep)}
     assert len(pids) == 2 and victim["pid"] in pids, "two processes for four trials: a new one after the crash"
@@ -284,7 +284,7 @@ def test_a_controller_that_comes_back_finds_the_worker_and_goes_on_with_it(tmp_p
     wait_for(lambda: (sweep / "journal.jsonl").exists() and stepping(sweep))
     controller.kill()
     controller.wait()
-    assert start(tmp_path, *options).wait(400) == 0
+    assert start(tmp_path, *options).wait(240) == 0
     assert len({s["pid"] for s in statuses(sweep)}) == 1 and ended_states(sweep) == {"completed": 2}
     assert processes_of(tmp_path) == []
 
