@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -205,20 +207,25 @@ def test_a_site_that_takes_few_jobs_at_a_time(slurm: Bed, launch: Callable, tmp_
     sweep = tmp_path / "outputs" / "s"
     assert ended_states(sweep) == {"completed": 6}
     assert len({e["job"]["job"]["id"] for e in events(sweep) if e["event"] == "dispatch"}) == 3
+    left = [path for path in (sweep / "jobs").iterdir() if re.fullmatch(r"[0-9a-f]{32}\.pkl", path.name)]
+    assert not left, "nothing is left of jobs that were refused"
 
 
 @pytest.mark.slow
 def test_arrays_are_split_at_the_sites_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if reason := slurm_bed.why_not():
         pytest.skip(reason)
-    with slurm_bed.running_bed(accounting=False, MaxArraySize="3", MaxJobCount="6") as bed:
+    with slurm_bed.running_bed(accounting=False, MaxArraySize="3") as bed:
         monkeypatch.setenv("SLURM_CONF", str(bed.conf))
-        dispatcher = SlurmDispatcher(LauncherSpec(kind="slurm", slots=8), tmp_path / "s" / "jobs")
+        flags = {"hold": True, "array_parallelism": 6}
+        dispatcher = SlurmDispatcher(LauncherSpec(kind="slurm", slots=8, slurm=flags), tmp_path / "s" / "jobs")
         refs = dispatcher.submit_all([Note(str(tmp_path / f"mark{i}")) for i in range(8)])  # type: ignore[arg-type]
-        arrays = {ref["id"].split("_")[0] for ref in refs}
-        assert len(refs) < 8 and len(arrays) >= 2, "arrays of three, and no more than MaxJobCount together"
-        wait_for(lambda: not any(dispatcher.alive(refs)))
-        assert len(list(tmp_path.glob("mark*"))) == len(refs)
+        sizes = Counter(ref["id"].split("_")[0] for ref in refs)
+        assert sorted(sizes.values()) == [2, 3, 3] and dispatcher.alive(refs) == [True] * 8
+        throttles = {
+            bed.command("scontrol", "show", "job", array).split("ArrayTaskThrottle=")[1].split()[0] for array in sizes
+        }
+        assert throttles == {"2"}, "three arrays share six"
 
 
 @pytest.mark.slow

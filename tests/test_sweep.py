@@ -203,7 +203,7 @@ def test_kill_9_of_a_worker_is_noticed_and_retried(tmp_path: Path) -> None:
     controller = start(tmp_path, *options)
     victim = wait_for(lambda: [s for s in stepping(sweep) if s["step"] > 10])[0]
     os.kill(victim["pid"], signal.SIGKILL)
-    assert controller.wait(240) == 0
+    assert controller.wait(400) == 0
     ends = [e for e in events(sweep) if e["event"] == "end"]
     assert [e["state"] for e in ends] == ["failed", "completed"]
     assert "ended without a word" in ends[0]["message"] and "step" in ends[0]["message"], "with the log's last lines"

@@ -31,10 +31,16 @@ OVER = {
     "REVOKED", "LAUNCH_FAILED",
 }  # fmt: skip
 SITES_DOING = {"TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "PREEMPTED", "REVOKED", "LAUNCH_FAILED"}
-FULL = ("SubmitJob", "MaxJobCount", "temporarily unavailable", "too many jobs")
-"""In sbatch's words: as many jobs as the site or the user's account allows are in the queue."""
-AWAY = ("Unable to contact", "timed out", "Connection refused", "Zero Bytes", "communication connection", "not responding")
-"""In sbatch's words: slurmctld does not answer now."""
+FULL = ("SubmitJob",)
+"""In sbatch's words: as many jobs as the user's account or qos allows are in the queue. There may be room for fewer."""
+AWAY = (
+    "Unable to contact", "timed out", "Connection refused", "Zero Bytes", "communication connection", "not responding",
+    "temporarily un", "too many jobs",
+)  # fmt: skip
+"""In sbatch's words: slurmctld does not answer, or the whole cluster's queue is full (sbatch itself has waited by then)."""
+
+REFUSED = re.compile(r"[0-9a-f]{32}\.pkl")
+"""submitit's name for a job that has no number yet."""
 
 
 class SlurmDispatcher(Dispatcher):
@@ -73,12 +79,13 @@ class SlurmDispatcher(Dispatcher):
             part = jobs[len(ids) : len(ids) + size]
             try:
                 ids += self._submit_array(part, max(1, self._parallelism // arrays))
-            except QueueBusy:
-                if len(part) == 1 or not self._queue_is_full:
-                    if ids:
-                        break
+            except LaunchError:
+                if self._queue_is_full and len(part) > 1:
+                    size = len(part) // 2  # there may be room for fewer
+                elif ids:
+                    break  # those are in the queue, whatever became of the others
+                else:
                     raise
-                size = len(part) // 2  # there may be room for fewer
         return [{"kind": "slurm", "id": job_id, "name": self.name} for job_id in ids]
 
     def _submit_array(self, jobs: Sequence[Job], parallelism: int) -> list[str]:
@@ -88,6 +95,7 @@ class SlurmDispatcher(Dispatcher):
             with outside_of_any_job(), self.executor.batch():
                 submitted = [self.executor.submit(replace(job, limit_s=self._limit_s)) for job in jobs]
         except (submitit.core.utils.FailedJobError, subprocess.CalledProcessError) as error:
+            self._forget_refused()
             words = str(error).strip()
             self._queue_is_full = any(word in words for word in FULL)
             if self._queue_is_full or any(word in words for word in AWAY):
@@ -98,6 +106,12 @@ class SlurmDispatcher(Dispatcher):
         ids = [job.job_id for job in submitted]
         self._known.update(ids)
         return ids
+
+    def _forget_refused(self) -> None:
+        """Remove what submitit has written for jobs that sbatch did not take."""
+        for path in (*self.folder.glob("*.pkl"), *self.folder.glob(".submission_file_*.sh")):
+            if REFUSED.fullmatch(path.name) or (path.suffix == ".sh" and not path.is_symlink()):
+                path.unlink(missing_ok=True)
 
     def alive(self, refs: Iterable[JobRef]) -> list[bool]:
         asked = list(refs)
