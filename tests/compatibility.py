@@ -110,7 +110,7 @@ def check_states(client: Client) -> None:
     assert client.run("wandb", "sweep", "--resume", path).returncode == 0
     run = wait_for(lambda: next((e["run_id"] for e in client.journal(path) if e["event"] == "trial"), None), 120)
     log = client.data / "runs" / "local" / "demo" / f"{run}.jsonl"
-    wait_for(lambda: '"running"' in log.read_text(), 120)
+    wait_for(lambda: log.exists() and '"running"' in log.read_text(), 120)
     assert client.run("wandb", "sweep", "--cancel", path).returncode == 0
     assert agent.wait(400) == 0
     assert '"killed"' in log.read_text(), "the trial was interrupted and says how it ended"

@@ -74,7 +74,7 @@ def test_a_name_that_is_no_folder_name(launch, tmp_path: Path) -> None:
     refused(launch(*OFF, "name=a/b"), tmp_path, "name must be usable as a folder name but got 'a/b'. Try name=b.")
 
 
-def test_a_wandb_agent_is_told_what_this_version_cannot_do(launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_agent_that_names_no_run(launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
     refused(launch(*OFF), tmp_path, "WANDB_SWEEP_ID is set")
 
