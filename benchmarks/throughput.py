@@ -1,6 +1,6 @@
 """The demo sweep's trials as a user would run them today, and with each level of reuse switched on in turn.
 
-    python benchmarks/throughput.py [--trials 8] [--steps 24] [--repeats 3] [--only "(i)" "resident"]
+    python benchmarks/throughput.py [--trials 8] [--steps 24] [--repeats 3] [--only "(i)" "resident"] [--sample 2]
 
 Each row runs the same trials (same model, data, seed, steps, learning rates) one after another and reports processor
 seconds, of the training steps alone too (forward and backward), wall seconds, largest resident memory and the metrics:
@@ -11,7 +11,8 @@ seconds, of the training steps alone too (forward and backward), wall seconds, l
           prompts too; all of it in one resident worker for all trials; in that worker 2 and 4 trials at a time; and the
           whole command with early stopping (4 evaluations a trial, ASHA from the first, eta 3)
 
-Up to the resident worker every trial has a process of its own. The frozen layers' output is made once per sweep; its cost
+Up to the resident worker every trial has a process of its own, so that one costs what another does: ``--sample N`` runs N of
+them and multiplies. The frozen layers' output is made once per sweep; its cost
 is part of the first trial. The metrics are the best trial's, which all rows should agree on.
 """
 
@@ -49,7 +50,7 @@ LEVELS = {
     "ours, all, 4 trials at a time": ("packed 4", ALL),
     "ours, all, early stopping": ("sweep", {**ALL, "orpo.eval_fraction": "0.25"}),
 }
-RATES = (0.2, 0.1, 0.05, 0.3, 0.15, 0.07, 0.25, 0.04)
+RATES = (0.3, 0.1, 0.05, 0.2, 0.15, 0.07, 0.25, 0.04)
 
 
 def compose_experiment(overrides: list[str]) -> Any:
@@ -250,8 +251,12 @@ def run_level(kind: str, options: dict[str, str], args: argparse.Namespace) -> d
     """All trials of one level, one process each; sums of their costs."""
     trials = []
     rates = [str(rate) for rate in RATES[: args.trials]]
+    apart = kind in ("hook", "vector", "ours")
+    if apart and args.sample:
+        rates = rates[: args.sample]
+    times = args.trials / len(rates)
     with tempfile.TemporaryDirectory() as scratch:
-        for together in [[rate] for rate in rates] if kind in ("hook", "vector", "ours") else [rates]:
+        for together in [[rate] for rate in rates] if apart else [rates]:
             overrides = [
                 f"orpo.max_steps={args.steps}",
                 f"data.train_size={args.steps * 4}",
@@ -265,10 +270,10 @@ def run_level(kind: str, options: dict[str, str], args: argparse.Namespace) -> d
                 raise SystemExit(done.stderr[-3000:])
             trials.append(json.loads(done.stdout.strip().splitlines()[-1]))
     return {
-        "cpu_s": sum(t["cpu_s"] for t in trials),
-        "wall_s": sum(t["wall_s"] for t in trials),
+        "cpu_s": sum(t["cpu_s"] for t in trials) * times,
+        "wall_s": sum(t["wall_s"] for t in trials) * times,
         "mem_gib": max(t["mem_gib"] for t in trials),
-        "step_s": sum(t["step_s"] for t in trials) / (args.trials * args.steps),
+        "step_s": sum(t["step_s"] for t in trials) / (len(rates) * args.steps),
         **{key: max(trials, key=lambda t: t["log_odds"])[key] for key in ("log_odds", "nll")},
     }
 
@@ -282,6 +287,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=8)
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--sample", type=int, help="trials to run of those that have a process each; all by default")
     parser.add_argument("--only", nargs="*", default=[""], help="levels whose name holds one of these words")
     args = parser.parse_args()
     levels = {name: level for name, level in LEVELS.items() if any(word in name for word in args.only)}
