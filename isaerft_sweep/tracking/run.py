@@ -6,8 +6,9 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from isaerft_sweep.plain import to_dict
 from isaerft_sweep.specs import TrialSpec
@@ -41,6 +42,8 @@ class WandbRun(Run):
     """A real W&B run. An outage is reported and never ends the trial."""
 
     _lost = False
+    live: ClassVar[int] = 0
+    """How many runs this process has at the moment."""
 
     def __init__(self, spec: TrialSpec, folder: Path, offline: bool) -> None:
         import wandb
@@ -70,6 +73,7 @@ class WandbRun(Run):
             reinit="create_new",
             settings=wandb.Settings(console="off", silent=True, x_disable_stats=True, sweep_id=spec.sweep_id),
         )
+        WandbRun.live += 1
         self.told = not offline
         self.url = None if offline else self._run.url
         self.sweep_url = None if offline else self._run.sweep_url
@@ -100,6 +104,7 @@ class WandbRun(Run):
         if preempted:
             self._shielded(self._run.mark_preempting)
         self._shielded(lambda: self._run.finish(exit_code=exit_code))
+        WandbRun.live -= 1
 
     def _shielded(self, call: Callable[[], Any]) -> None:
         if self._lost:
@@ -122,7 +127,17 @@ def open_run(spec: TrialSpec, folder: Path) -> Run:
         except Exception as error:  # wandb raises many kinds; none of them may cost a trial
             kept = "it is kept on disk, for `isaerft-sweep sync`" if not offline else "this attempt is not tracked"
             print(f"W&B could not be reached ({error}); {kept}.", file=sys.stderr, flush=True)
+            _forget_a_failed_start()
     return Run()
+
+
+def _forget_a_failed_start() -> None:
+    """wandb's service holds the id of a run that could not begin, a new service does not. Other trials' runs stay."""
+    import wandb
+
+    if WandbRun.live == 0:
+        with suppress(Exception):
+            wandb.teardown()
 
 
 def run_config(spec: TrialSpec) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def offline_runs(folder: Path) -> list[Upload]:
         for path in sorted(trial.glob("wandb/wandb/offline-run-*")):
             if any(path.glob("run-*.wandb")) and not any(path.glob("*.synced")):
                 found.append(Upload(*ids, folder=path))
-        if any(trial.glob("wandb/wandb/run-*")) and not any(trial.glob("wandb/wandb/offline-run-*")):
+        if any(trial.glob("wandb/wandb/run-*")) and not any(trial.glob("wandb/wandb/offline-run-*/run-*.wandb")):
             rows = len(TrialFolder(trial).read_metrics())
             found.append(Upload(*ids, trial=trial, rows=rows))
     return found
