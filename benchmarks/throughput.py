@@ -55,15 +55,9 @@ RATES = (0.3, 0.1, 0.05, 0.2, 0.15, 0.07, 0.25, 0.04)
 
 def compose_experiment(overrides: list[str]) -> Any:
     """The demo's experiment with overrides."""
-    from hydra import compose, initialize_config_dir
+    from isaerft_sweep.config.command import compose
 
-    from isaerft_sweep.config.boundary import to_experiment
-    from isaerft_sweep.config.schema import register
-    from isaerft_sweep.resources import folder
-
-    register()
-    with initialize_config_dir(str(folder("conf")), version_base="1.3"):
-        return to_experiment(compose("config", ["tracker=disabled", *overrides]))
+    return compose(["tracker=disabled", *overrides])
 
 
 def run_plain(experiment: Any, folder: Path, vector: bool) -> dict[str, float]:

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from isaerft_sweep.models import random_model
 from isaerft_sweep.specs import ModelSpec
-from isaerft_sweep.trial.layout import Batch, alone, behind_prompts, why_not_shared
-from isaerft_sweep.trial.passes import read_states
+from isaerft_sweep.trial.layout import Batch, alone, behind_prompts
+from isaerft_sweep.trial.passes import read_states, why_not_shared
 
 FAMILIES = ["llama", "gemma2", "gemma3_text", "qwen2", "qwen3", "gpt_neox"]
 TOKENS = st.lists(st.integers(6, 9), max_size=12)

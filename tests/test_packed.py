@@ -160,7 +160,7 @@ def test_an_error_in_a_pass_belongs_to_one_trial(trial: Made, tmp_path: Path, mo
 
     def breaking(self: Any, seat: Any) -> Any:
         if len(self.seats) == 2 and self.seats[2].wanted is not None:
-            decoder_layers(self.seats[2].wanted.model)[seat.site].broken = True
+            decoder_layers(self.seats[2].wanted.model)[self._site].broken = True
         return make(self, seat)
 
     monkeypatch.setattr(IsaerftLayer, "changed", changed)

@@ -16,7 +16,7 @@ from isaerft_sweep.dispatch.snapshot import code_snapshot
 from isaerft_sweep.environment import git_commit
 from isaerft_sweep.errors import ConfigError, FolderError
 from isaerft_sweep.journal.files import write_text
-from isaerft_sweep.journal.folders import COMPLETED, FINAL, SweepFolder
+from isaerft_sweep.journal.folders import COMPLETED, DIVERGED, FINAL, STOPPED, SweepFolder
 from isaerft_sweep.journal.journal import SweepRecord, replay
 from isaerft_sweep.specs import Experiment
 
@@ -75,4 +75,4 @@ def run_made_trial(path: Path, index: int) -> int:
     trial.begin_attempt(attempt)
     state = TrialJob(str(trial.path), attempt, None)()
     print(f"trial {index} {known.name}: {state}")
-    return {COMPLETED: 0, "diverged": 0, "stopped": TRY_AGAIN}.get(state, 1)
+    return {COMPLETED: 0, DIVERGED: 0, STOPPED: TRY_AGAIN}.get(state, 1)

@@ -69,16 +69,16 @@ class ResidentDispatcher(Dispatcher):
     def submit_all(self, jobs: Sequence[Job]) -> list[JobRef]:
         tasks = [Task(job.folder, job.attempt) for job in jobs if isinstance(job, TrialJob)]
         assert len(tasks) == len(jobs)
-        refs = self._give(tasks, to_idle=True)
+        refs, refused = self._give(tasks, to_idle=True), None
         try:
             refs += self._start(tasks[len(refs) :][: max(0, self.inner.slots - len(self._workers))])
-        except LaunchError:
-            # a worker of its own is better than room in another's, but room is better than nothing
-            refs += self._give(tasks[len(refs) :], to_idle=False)
-            if refs:
-                return refs
-            raise
-        return refs + self._give(tasks[len(refs) :], to_idle=False)
+        except LaunchError as error:
+            refused = error
+        # a worker of its own is better than room in another's, but room is better than nothing
+        refs += self._give(tasks[len(refs) :], to_idle=False)
+        if refused and not refs:
+            raise refused
+        return refs
 
     def _room(self, worker: _Worker) -> int:
         """How many more trials a worker can be given now."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import accumulate
 from typing import Any
 
@@ -22,9 +22,10 @@ from transformers import PreTrainedModel
 from isaerft_sweep.adapter.architecture import decoder_layers
 from isaerft_sweep.adapter.layer import IsaerftLayer
 from isaerft_sweep.models.loading import sharing_weights
+from isaerft_sweep.trial.above_site import Inject, Pass
 from isaerft_sweep.trial.layout import Batch
 from isaerft_sweep.trial.passes import Passes, make_layout, token_numbers
-from isaerft_sweep.trial.trunk import Inject, Pass, lowest_site, sequence_key, stream_at
+from isaerft_sweep.trial.trunk import sequence_key, stream_at
 
 ENOUGH = 0.95
 """A larger pack must take less than this share of the time per trial to be worth it."""
@@ -44,16 +45,21 @@ class JointModel:
     """A model that runs parts of several trials at once; the trials' sites must begin at the same layer."""
 
     def __init__(self, model: PreTrainedModel, site: int) -> None:
-        self._whole, self._model, self._inject = model, sharing_weights(model), Inject()
-        self._site_layer = decoder_layers(model)[site]
-        layers = decoder_layers(self._model)
-        for i in range(site):
-            layers[i] = Pass()
-        layers[site] = self._inject
-        for i in range(site, len(layers)):
-            layers[i].register_forward_hook(partial(self._add_changes, i))
+        self.base, self.site, self._inject = model, site, Inject()
         self._present: list[tuple[nn.ModuleList, slice]] = []
         """The layers of each trial in the present call of the decoder, and its rows."""
+
+    @cached_property
+    def _model(self) -> PreTrainedModel:
+        """The model that all rows go through: made when two trials first go together, which most workers' never do."""
+        model = sharing_weights(self.base)
+        layers = decoder_layers(model)
+        for i in range(self.site):
+            layers[i] = Pass()
+        layers[self.site] = self._inject
+        for i in range(self.site, len(layers)):
+            layers[i].register_forward_hook(partial(self._add_changes, i))
+        return model
 
     def forward(self, parts: Sequence[Part]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """For every part what ``Passes.forward`` gives."""
@@ -84,7 +90,7 @@ class JointModel:
         rows = sorted(first.values())
         ids, mask = batch.ids[rows], batch.mask[rows]
         above = parts[0].passes.above
-        stream = above.hidden(ids, mask) if above else stream_at(self._whole, self._site_layer, ids, mask)
+        stream = above.hidden(ids, mask) if above else stream_at(self.base, decoder_layers(self.base)[self.site], ids, mask)
         place = {row: i for i, row in enumerate(rows)}
         return stream[[place[first[key]] for key in keys]]
 
@@ -96,11 +102,6 @@ class JointModel:
             return None
         x = torch.cat([layer.changed(x[rows]) if isinstance(layer, IsaerftLayer) else x[rows] for layer, rows in owned])
         return (x, *output[1:]) if isinstance(output, tuple) else x
-
-
-def site_of(model: PreTrainedModel) -> int:
-    """The lowest layer of the model that has an adapter."""
-    return lowest_site(decoder_layers(model))
 
 
 def measured(joint: JointModel, part: Part, largest: int = LARGEST) -> tuple[int, dict[int, float]]:

@@ -12,10 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
-
-PROBE_ERROR = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""How far states with and without shared prompts may be apart, relative to their size."""
 
 
 @dataclass(frozen=True)
@@ -100,36 +96,6 @@ def behind_prompts(batch: Batch) -> Layout:
         ids[place], positions[place] = batch.ids[side][kept], at[kept]
         branch[place] = torch.where(at < prefix, 0, number)[kept]
     return Layout(ids, positions, branch, row, column, shared=True)
-
-
-def why_not_shared(model: PreTrainedModel) -> str | None:
-    """Why the model cannot take pairs behind a shared prompt; None when it can. Tries it on a small batch."""
-    config = model.config.get_text_config()
-    attention = getattr(config, "_attn_implementation", None)
-    if attention not in ("sdpa", "eager"):
-        return f"attention '{attention}' takes no mask of that kind"
-    if getattr(config, "sliding_window", None) and not getattr(config, "layer_types", None):
-        return "its sliding window cannot be told per layer"
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, config.vocab_size, (4, 12), generator=generator).to(model.device)
-    ids[2:, :5] = ids[:2, :5]
-    mask = torch.ones_like(ids)
-    mask[2, 9:] = mask[1, 10:] = 0
-    batch = Batch(ids, mask, mask[:, 1:].bool(), ((0, 2), (1, 3)))
-    decoder, dtype = getattr(model, model.base_model_prefix), next(model.parameters()).dtype
-    try:
-        with torch.no_grad():
-            both = [_states(decoder, layout, batch, config, dtype) for layout in (alone(batch), behind_prompts(batch))]
-    except Exception as error:  # every family may object in its own way
-        return f"it does not take such a mask ({type(error).__name__}: {str(error)[:100]})"
-    apart = float((both[1] - both[0]).norm() / both[0].norm())
-    return None if apart < PROBE_ERROR.get(dtype, 1e-4) else f"its states would change by {apart:.1g} of their size"
-
-
-def _states(decoder: Any, layout: Layout, batch: Batch, config: Any, dtype: torch.dtype) -> torch.Tensor:
-    rows, width = list(range(len(layout.ids))), layout.ids.shape[1]
-    found = decoder(**layout.inputs(rows, width, config, dtype), use_cache=False).last_hidden_state
-    return found[layout.row[:, :-1][batch.read], layout.column[:, :-1][batch.read]].float()
 
 
 def _additive(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -7,13 +7,16 @@ from collections.abc import Callable
 import torch
 from transformers import PreTrainedModel
 
+from isaerft_sweep.trial.above_site import AboveSite
 from isaerft_sweep.trial.grouping import length_groups
 from isaerft_sweep.trial.layout import Batch, Layout, alone, behind_prompts
 from isaerft_sweep.trial.token_logps import model_head, token_logps
-from isaerft_sweep.trial.trunk import AboveSite
 
 CALL_FLOPS = {"cpu": 2e9, "cuda": 2e12}
 """What a device computes in the time that one more forward pass costs whatever its size: some milliseconds."""
+
+PROBE_ERROR = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""How far states with and without shared prompts may be apart, relative to their size."""
 
 Prepare = Callable[[list[int], int], None]
 
@@ -78,3 +81,26 @@ def read_states(model: PreTrainedModel, batch: Batch, layout: Layout, prepare: P
         start += width * len(rows)
     wanted = begins.to(device)[layout.row] + layout.column
     return torch.cat(states)[wanted[:, :-1][batch.read]]
+
+
+def why_not_shared(model: PreTrainedModel) -> str | None:
+    """Why the model cannot take pairs behind a shared prompt; None when it can. Tries it on a small batch."""
+    config = model.config.get_text_config()
+    attention = getattr(config, "_attn_implementation", None)
+    if attention not in ("sdpa", "eager"):
+        return f"attention '{attention}' takes no mask of that kind"
+    if getattr(config, "sliding_window", None) and not getattr(config, "layer_types", None):
+        return "its sliding window cannot be told per layer"
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, config.vocab_size, (4, 12), generator=generator).to(model.device)
+    ids[2:, :5] = ids[:2, :5]
+    mask = torch.ones_like(ids)
+    mask[2, 9:] = mask[1, 10:] = 0
+    batch = Batch(ids, mask, mask[:, 1:].bool(), ((0, 2), (1, 3)))
+    try:
+        with torch.no_grad():
+            both = [read_states(model, batch, layout).float() for layout in (alone(batch), behind_prompts(batch))]
+    except Exception as error:  # every family may object in its own way
+        return f"it does not take such a mask ({type(error).__name__}: {str(error)[:100]})"
+    apart = float((both[1] - both[0]).norm() / both[0].norm())
+    return None if apart < PROBE_ERROR.get(model.dtype, 1e-4) else f"its states would change by {apart:.1g} of their size"

@@ -38,7 +38,7 @@ class Recorder(TrainerCallback):
         status: StatusWriter,
         run: Run,
         metric: str,
-        stopping: Callable[[], str | None],
+        stopping: Asking,
     ) -> None:
         self.folder, self.spec, self.status, self.run, self.metric = folder, spec, status, run, metric
         self.stopping = stopping
@@ -94,8 +94,8 @@ class Recorder(TrainerCallback):
         last = state.global_step >= state.max_steps
         if last:
             control.should_evaluate = True
-        elif self.stopping() or self.folder.stop.exists():
-            self.stopped = self.stopping() or self.folder.stop_asked()
+        elif asked := self.stopping() or self.folder.stop_asked():
+            self.stopped = asked
             control.should_save = control.should_training_stop = True
         due_s = time.monotonic() - self._last_checkpoint_s >= self.spec.checkpoint_every_min * 60
         if not last and (due_s or state.global_step % self.spec.checkpoint_every_steps == 0):

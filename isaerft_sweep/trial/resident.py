@@ -21,8 +21,9 @@ from isaerft_sweep.journal.workers import Progress, Task, WorkerFolder
 from isaerft_sweep.specs import Experiment
 from isaerft_sweep.trial.joint import JointModel
 from isaerft_sweep.trial.passes import Passes
-from isaerft_sweep.trial.run import Shared, run_trial, stop_requests, trunk_key
+from isaerft_sweep.trial.run import Shared, run_trial, trunk_key
 from isaerft_sweep.trial.seats import Seat, best_size, run_passes
+from isaerft_sweep.trial.stopping import stop_requests
 from isaerft_sweep.trial.trainer import resolve_optimizer
 
 POLL_S = 0.05
@@ -56,7 +57,9 @@ class _Worker:
         self.progress, self.number, self.count = folder.progress(), 0, 0
         self.closed = False
         self._pack: str | None = None
-        self._joint: tuple[PreTrainedModel, int, JointModel] | None = None
+        self._next_up: tuple[int, TrialFolder, int, Experiment] | None = None
+        self._site = 0
+        self._joint: JointModel | None = None
 
     def serve(self) -> int:
         idle_since = time.monotonic()
@@ -77,19 +80,29 @@ class _Worker:
     def _sit_down(self) -> None:
         """Begin the tasks that there is room for; one that cannot share a pass with those at hand waits for them."""
         while not self.closed and len(self.seats) < (self.room or 1):
-            number = self._next()
-            task = self.folder.task(number)
-            if task is None:
+            if self._next_up is None:
+                self._next_up = self._read_next()
+            if self._next_up is None:
                 return
-            if task.trial is None:
-                self.closed = True
-                return
-            trial = TrialFolder(Path(task.trial))
-            pack = pack_key(trial.read_spec().experiment)
+            number, trial, attempt, experiment = self._next_up
+            pack = pack_key(experiment)
             if self.seats and (pack is None or pack != self._pack):
                 return
-            self.number, self._pack = number, pack
-            self.seats[number] = Seat(partial(self._run, trial, task.attempt))
+            self.number, self._pack, self._next_up = number, pack, None
+            self._site = min(site.layer for site in experiment.adapter.sites)
+            self.seats[number] = Seat(partial(self._run, trial, attempt, experiment))
+
+    def _read_next(self) -> tuple[int, TrialFolder, int, Experiment] | None:
+        """The first task that has not begun: its number, trial, attempt and what it is about. The word to end closes."""
+        number = self._next()
+        task = self.folder.task(number)
+        if task is None:
+            return None
+        if task.trial is None:
+            self.closed = True
+            return None
+        trial = TrialFolder(Path(task.trial))
+        return number, trial, task.attempt, trial.read_spec().experiment
 
     def _next(self) -> int:
         """The number of the first task that has not begun."""
@@ -121,7 +134,7 @@ class _Worker:
             self.folder.note_room(self.room)
         run_passes(joint, waiting)
 
-    def _run(self, trial: TrialFolder, attempt: int, seat: Seat) -> bool:
+    def _run(self, trial: TrialFolder, attempt: int, experiment: Experiment, seat: Seat) -> bool:
         """Run one attempt; whether the worker should end after it."""
         status = trial.read_status()
         if status.get("attempt") == attempt and status.get("state") in OVER:
@@ -132,7 +145,6 @@ class _Worker:
             except Superseded as error:
                 print(f"ended: {error}", flush=True)
                 return True
-        experiment = trial.read_spec().experiment
         # bitsandbytes never gives the paged state of large parameters back
         paged = resolve_optimizer(experiment.orpo.optimizer).startswith("paged")
         return (paged and experiment.adapter.kind in ("linear", "mlp")) or state not in (*OVER, STOPPED)
@@ -153,9 +165,9 @@ class _Worker:
 
     def _joint_model(self, seat: Seat) -> JointModel:
         assert seat.base is not None
-        if self._joint is None or self._joint[0] is not seat.base or self._joint[1] != seat.site:
-            self._joint = seat.base, seat.site, JointModel(seat.base, seat.site)
-        return self._joint[2]
+        if self._joint is None or self._joint.base is not seat.base or self._joint.site != self._site:
+            self._joint = JointModel(seat.base, self._site)
+        return self._joint
 
 
 def pack_key(experiment: Experiment) -> str | None:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,24 +32,23 @@ from isaerft_sweep.journal.folders import (
     Superseded,
     TrialFolder,
 )
-from isaerft_sweep.journal.workers import STOP_AT
 from isaerft_sweep.models.loading import LoadedModel, compile_layers, load, sharing_weights
 from isaerft_sweep.plain import canonical_json, to_dict
 from isaerft_sweep.resources import cache_folder
 from isaerft_sweep.results.card import make_card, write_card
 from isaerft_sweep.specs import Experiment, TrialSpec
 from isaerft_sweep.tracking.run import open_run
+from isaerft_sweep.trial.above_site import AboveSite, only_above_site
 from isaerft_sweep.trial.data import load_pairs
 from isaerft_sweep.trial.latents import learned, write_changes
-from isaerft_sweep.trial.layout import why_not_shared
-from isaerft_sweep.trial.passes import Passes
+from isaerft_sweep.trial.passes import Passes, why_not_shared
 from isaerft_sweep.trial.recorder import Recorder
 from isaerft_sweep.trial.sparsity import sparsity_callbacks
+from isaerft_sweep.trial.stopping import asked_state, stop_requests
 from isaerft_sweep.trial.trainer import TrialTrainer, attach_adapter, complete_checkpoints, make_trainer
-from isaerft_sweep.trial.trunk import AboveSite, StoredTrunk, lowest_site, only_above_site, sequences_of, stored_trunk
+from isaerft_sweep.trial.trunk import StoredTrunk, lowest_site, sequences_of, stored_trunk
 
 T = TypeVar("T")
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Shared:
@@ -165,17 +162,6 @@ def _train(
     return state
 
 
-def asked_state(stopping: dict[str, bool], by_wandb: bool) -> str | None:
-    """The state in which the trial shall end; None when nobody has asked for it.
-
-    wandb interrupts its process when the run is to be stopped for good, in W&B's page or by its early termination. No other
-    SIGINT comes here: the terminal's is the controller's.
-    """
-    if not stopping["asked"]:
-        return None
-    return STOPPED if stopping.get("by_signal") or not by_wandb else PRUNED
-
-
 def data_key(experiment: Experiment) -> str:
     """Equal for experiments that read the same pairs as the same tokens."""
     sections = [to_dict(experiment.model), experiment.cache, to_dict(experiment.data), experiment.orpo.max_length]
@@ -263,42 +249,3 @@ def _save(
 
 def _device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({torch.get_num_threads()} threads)"
-
-
-@contextmanager
-def stop_requests() -> Iterator[dict[str, bool]]:
-    """While the block runs, a signal to end only sets ``asked``: the step is finished and a checkpoint written first.
-
-    So does a clock when the job's time is nearly over: a scheduler's own signal comes up to a minute early, which is all of
-    a short job, and a C extension (NCCL) may swallow it.
-    """
-    asked = {"asked": False}
-    if signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ()):
-        # a controller shields its workers from the terminal that way, but wandb interrupts with SIGINT: out of the
-        # terminal's reach it can be let through again; one of the terminal's that waits is dropped
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        with suppress(PermissionError):
-            os.setpgid(0, 0)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-
-    def time_is_over() -> None:
-        print("the job's time limit is near: checkpoint, then stop", flush=True)
-        asked["asked"] = True
-
-    clock = threading.Timer(max(0.0, float(os.environ.get(STOP_AT, "inf")) - time.time()), time_is_over)
-    clock.daemon = True
-    if STOP_AT in os.environ:
-        clock.start()
-
-    def note(number: int, _frame: Any) -> None:
-        print(f"received {signal.Signals(number).name}: checkpoint, then stop", flush=True)
-        asked["asked"] = True
-        asked["by_signal"] = asked.get("by_signal", False) or number != signal.SIGINT
-
-    before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
-    try:
-        yield asked
-    finally:
-        clock.cancel()
-        for number, handler in before.items():
-            signal.signal(number, handler)

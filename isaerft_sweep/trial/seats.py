@@ -13,7 +13,7 @@ import torch
 from greenlet import getcurrent, greenlet
 from transformers import PreTrainedModel
 
-from isaerft_sweep.trial.joint import JointModel, Part, measured, site_of
+from isaerft_sweep.trial.joint import JointModel, Part, measured
 from isaerft_sweep.trial.layout import Batch
 from isaerft_sweep.trial.passes import Passes
 from isaerft_sweep.trial.process_state import ProcessState
@@ -36,8 +36,6 @@ class Seat(Passes):
         self._answer: Numbers | Exception | None = None
         self.wanted: Part | None = None
         """The forward pass that the trial waits for; None: the backward pass of the last one."""
-        self.site = 0
-        """The lowest layer that has the trial's adapter."""
         self.trains = False
         self.numbers: torch.Tensor | None = None
         """Log-probabilities of the last forward pass, with the graph that leads to the trial's parameters."""
@@ -56,7 +54,6 @@ class Seat(Passes):
         return bool(ended) if self._greenlet.dead else None
 
     def forward(self, model: PreTrainedModel, batch: Batch) -> Numbers:
-        self.site = site_of(model)
         self.wanted, self.trains = Part(model, batch, self.own), torch.is_grad_enabled()
         self._wait()
         answer, self._answer = self._answer, None

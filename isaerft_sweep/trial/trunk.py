@@ -15,7 +15,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -39,23 +39,6 @@ _STORED: dict[torch.dtype, np.dtype[Any]] = {
     torch.float16: np.dtype("float16"),
     torch.bfloat16: np.dtype("uint16"),
 }
-
-
-class Pass(nn.Module):
-    """A layer below the site: gives back what it got."""
-
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return hidden_states
-
-
-class Inject(nn.Module):
-    """The site's own layer: gives out the stored residual stream [row, position, hidden] of the present call."""
-
-    hidden: torch.Tensor | None = None
-
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        assert self.hidden is not None
-        return self.hidden
 
 
 class _Reached(Exception):
@@ -154,7 +137,8 @@ def lowest_site(layers: nn.ModuleList) -> int:
     return next(i for i, layer in enumerate(layers) if isinstance(layer, IsaerftLayer))
 
 
-def _site_layer(layers: nn.ModuleList, site: int) -> IsaerftLayer:
+def site_layer(layers: nn.ModuleList, site: int) -> IsaerftLayer:
+    """The decoder layer with an adapter on it."""
     return cast(IsaerftLayer, layers[site])
 
 
@@ -215,7 +199,7 @@ def _compute(
         width = max(len(s) for s in batch)
         ids = torch.tensor([s + [0] * (width - len(s)) for s in batch], device=first.device)
         mask = torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in batch], device=first.device)
-        stream = stream_at(base, _site_layer(layers, site).base_layer, ids, mask)
+        stream = stream_at(base, site_layer(layers, site).base_layer, ids, mask)
         for row, sequence in zip(stream.cpu(), batch, strict=True):
             kept = row[: len(sequence)].contiguous()
             values[at : at + len(sequence)] = (
@@ -247,55 +231,3 @@ def _places(sequences: list[list[int]]) -> dict[str, tuple[int, int]]:
         places[sequence_key(sequence)] = (at, len(sequence))
         at += len(sequence)
     return places
-
-
-class AboveSite:
-    """What hands out stored values in the place of the layers up to the site."""
-
-    def __init__(self, stored: StoredTrunk, device: torch.device) -> None:
-        self.stored, self.device, self.inject = stored, device, Inject()
-        self._given: torch.Tensor | None = None
-
-    def hidden(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """The residual stream [sequence, position, hidden] for ids and mask [sequence, position]."""
-        found = self.stored.batch(ids, mask, self.device)
-        if found is None:
-            raise IsaerftError(
-                "a batch holds a token sequence whose activations were not stored; set launcher.trunk_cache_gb=0."
-            )
-        return found
-
-    def give(self, hidden: torch.Tensor) -> None:
-        """What to hand out in the next call, in the order of its rows; without it the call's ids and mask decide."""
-        self._given = hidden
-
-    def before_call(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A hook on the decoder."""
-        ids = args[0] if args else kwargs["input_ids"]
-        given, self._given = self._given, None
-        self.inject.hidden = self.hidden(ids, kwargs["attention_mask"]) if given is None else given
-
-
-@contextmanager
-def only_above_site(model: peft.PeftModel, stored: StoredTrunk) -> Iterator[AboveSite]:
-    """While the block runs, the model's layers up to the site hand out stored values instead of computing them.
-
-    The layers keep their places and names, so that saving and loading the adapter work meanwhile.
-    """
-    base = model.get_base_model()
-    layers = decoder_layers(base)
-    site = lowest_site(layers)
-    wrapped, below = _site_layer(layers, site), list(layers[:site])
-    own = wrapped.base_layer
-    above = AboveSite(stored, next(own.parameters()).device)
-    handle = getattr(base, base.base_model_prefix).register_forward_pre_hook(above.before_call, with_kwargs=True)
-    for i in range(site):
-        layers[i] = Pass()
-    wrapped.base_layer = above.inject
-    try:
-        yield above
-    finally:
-        handle.remove()
-        wrapped.base_layer = own
-        for i, layer in enumerate(below):
-            layers[i] = layer

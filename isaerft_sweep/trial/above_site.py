@@ -1,0 +1,84 @@
+"""A model that runs only what is above the lowest site: the layers up to it hand out their stored output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import peft
+import torch
+from torch import nn
+
+from isaerft_sweep.adapter.architecture import decoder_layers
+from isaerft_sweep.errors import IsaerftError
+from isaerft_sweep.trial.trunk import StoredTrunk, lowest_site, site_layer
+
+
+class Pass(nn.Module):
+    """A layer below the site: gives back what it got."""
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return hidden_states
+
+
+class Inject(nn.Module):
+    """The site's own layer: gives out the stored residual stream [row, position, hidden] of the present call."""
+
+    hidden: torch.Tensor | None = None
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        assert self.hidden is not None
+        return self.hidden
+
+
+class AboveSite:
+    """What hands out stored values in the place of the layers up to the site."""
+
+    def __init__(self, stored: StoredTrunk, device: torch.device) -> None:
+        self.stored, self.device, self.inject = stored, device, Inject()
+        self._given: torch.Tensor | None = None
+
+    def hidden(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """The residual stream [sequence, position, hidden] for ids and mask [sequence, position]."""
+        found = self.stored.batch(ids, mask, self.device)
+        if found is None:
+            raise IsaerftError(
+                "a batch holds a token sequence whose activations were not stored; set launcher.trunk_cache_gb=0."
+            )
+        return found
+
+    def give(self, hidden: torch.Tensor) -> None:
+        """What to hand out in the next call, in the order of its rows; without it the call's ids and mask decide."""
+        self._given = hidden
+
+    def before_call(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A hook on the decoder."""
+        ids = args[0] if args else kwargs["input_ids"]
+        given, self._given = self._given, None
+        self.inject.hidden = self.hidden(ids, kwargs["attention_mask"]) if given is None else given
+
+
+@contextmanager
+def only_above_site(model: peft.PeftModel, stored: StoredTrunk) -> Iterator[AboveSite]:
+    """While the block runs, the model's layers up to the site hand out stored values instead of computing them.
+
+    The layers keep their places and names, so that saving and loading the adapter work meanwhile.
+    """
+    base = model.get_base_model()
+    layers = decoder_layers(base)
+    site = lowest_site(layers)
+    wrapped, below = site_layer(layers, site), list(layers[:site])
+    own = wrapped.base_layer
+    above = AboveSite(stored, next(own.parameters()).device)
+    handle = getattr(base, base.base_model_prefix).register_forward_pre_hook(above.before_call, with_kwargs=True)
+    for i in range(site):
+        layers[i] = Pass()
+    wrapped.base_layer = above.inject
+    try:
+        yield above
+    finally:
+        handle.remove()
+        wrapped.base_layer = own
+        for i, layer in enumerate(below):
+            layers[i] = layer
