@@ -23,6 +23,8 @@ from isaerft_sweep.specs import Experiment
 
 SITE, PERSON, TRIAL = Verdict("SLURM: PREEMPTED", "site"), Verdict("SLURM: CANCELLED", "person"), Verdict("SLURM: FAILED")
 DONE = (COMPLETED, 0, TRIAL)
+SILENT = "silent"
+"""The state of an attempt that dies before it says a word."""
 
 
 class StandInCluster(Dispatcher):
@@ -35,6 +37,7 @@ class StandInCluster(Dispatcher):
     ) -> None:
         self.script, self.takes, self.slots = script, list(takes), slots
         self.asked: list[int] = []
+        self.times: list[float] = []
 
     def submit_all(self, jobs: Sequence[Any]) -> list[JobRef]:
         self.asked.append(len(jobs))
@@ -53,6 +56,9 @@ class StandInCluster(Dispatcher):
             ]
         )
         state, checkpoint, _ = self.script[min(started, len(self.script) - 1)]
+        self.times.append(time.monotonic())
+        if state == SILENT:
+            return {"number": started}
         writer = StatusWriter(folder, job.attempt)
         facts = {"metric": 0.5, "ended": time.time()} if state == COMPLETED else {}
         writer.write(state, {"checkpoint": checkpoint, **facts})
@@ -140,6 +146,13 @@ def test_a_queue_that_takes_some_and_then_none(run: Callable[..., Any]) -> None:
     assert len(ends) == 6 and all(e["state"] == "completed" for e in ends)
     assert cluster.asked[:4] == [4, 4, 4, 4], "two of four were taken, then none, twice"
     assert len(view.notes) == 2 and "tried again" in view.notes[0]
+
+
+def test_trials_that_die_without_a_word_wait_longer_each_time(run: Callable[..., Any]) -> None:
+    cluster = StandInCluster([(SILENT, 0, TRIAL)])
+    ends, _ = run(cluster, poll_s=0.2)
+    assert [e["state"] for e in ends] == ["failed", "failed"] and ends[1]["given_up"]
+    assert cluster.times[1] - cluster.times[0] >= 0.4
 
 
 def test_workers_that_wait_get_trials_while_the_queue_takes_no_jobs(run: Callable[..., Any]) -> None:

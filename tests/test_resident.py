@@ -19,7 +19,7 @@ from test_sweep import ended_states, start, statuses, stepping, wait_for
 from isaerft_sweep.dispatch.base import Dispatcher, JobRef
 from isaerft_sweep.dispatch.job import TrialJob, WorkerJob
 from isaerft_sweep.dispatch.resident import ResidentDispatcher
-from isaerft_sweep.journal.folders import PRUNED, TrialFolder
+from isaerft_sweep.journal.folders import PRUNED, STOPPED, TrialFolder
 from isaerft_sweep.journal.workers import Progress, Task, WorkerFolder
 from isaerft_sweep.trial.resident import serve_trials
 from isaerft_sweep.trial.run import run_trial
@@ -247,6 +247,24 @@ def test_a_worker_ends_after_an_error_and_when_nobody_wants_it(trial: Made, tmp_
     nobody = WorkerFolder(tmp_path / "nobody")
     assert serve_trials(nobody, idle_s=0.3) == 0
     assert nobody.progress() == Progress(ending=True)
+
+
+def test_a_worker_told_to_stop_within_a_step_is_given_nothing_more(
+    trial: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trial given between the word that the last one is over and the word that the worker ends would be lost with it."""
+
+    def stopped_in_its_last_step(_trial: TrialFolder, _attempt: int, _shared: Any, stopping: dict[str, bool]) -> str:
+        stopping["asked"] = True
+        return STOPPED
+
+    said: list[Progress] = []
+    monkeypatch.setattr("isaerft_sweep.trial.resident.run_trial", stopped_in_its_last_step)
+    monkeypatch.setattr(WorkerFolder, "note", lambda _folder, progress: said.append(progress))
+    worker = WorkerFolder(tmp_path / "worker")
+    worker.claim(Task(str(trial(*OFF, name="t").path), 1))
+    assert serve_trials(worker, idle_s=5) == 1
+    assert said and all(progress.ending for progress in said)
 
 
 @pytest.mark.slow

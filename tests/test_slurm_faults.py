@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -127,7 +128,8 @@ def test_kill_9_of_a_worker_without_accounting(tmp_path: Path, monkeypatch: pyte
         os.kill(wait_for(past(sweep, 12))[0]["pid"], signal.SIGKILL)
         ends = finish(controller, tmp_path)
         assert [e["state"] for e in ends] == ["failed", "completed"]
-        assert "ended without a word (SLURM: FAILED" in ends[0]["message"] and "step 1" in ends[0]["message"]
+        assert "ended without a word (SLURM: FAILED" in ends[0]["message"]
+        assert re.search(r"step \d+/80: train/loss", ends[0]["message"]), "its last lines"
     check_same_as_alone(sweep, tmp_path)
 
 
@@ -197,8 +199,10 @@ def test_slurmctld_is_killed_and_started_again(slurm: Bed, tmp_path: Path) -> No
     time.sleep(2)  # the trial is over and its job cannot be asked after, nor the next one be submitted
     slurm.start_controller()
     ends = finish(controller, tmp_path)
-    assert [e["state"] for e in ends] == ["completed", "completed"]
-    assert len([e for e in events(sweep) if e["event"] == "dispatch"]) == 2
+    assert [(e["index"], e["state"]) for e in ends if e["state"] == "completed"] == [(0, "completed"), (1, "completed")]
+    # a slurmctld that has just begun does not know its nodes' GPUs yet and may refuse a job's first step
+    refused = [e for e in ends if e["state"] != "completed"]
+    assert all(e["index"] == 1 and "Unable to create step" in e["message"] for e in refused), ends
 
 
 def test_kill_9_of_the_controller_with_jobs_running_and_pending(slurm: Bed, tmp_path: Path) -> None:

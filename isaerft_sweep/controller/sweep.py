@@ -22,7 +22,7 @@ ENDING_S = 120.0
 ALIVE_S = 120.0
 """A worker that has said nothing for so long is taken for dead when nobody can be asked whether it lives."""
 LONGEST_PAUSE_S = 60.0
-"""Between two tries to submit jobs to a queue that takes none."""
+"""Between two tries to submit jobs to a queue that takes none, or where they die before they say a word."""
 
 
 class View(Protocol):
@@ -242,6 +242,9 @@ class SweepController:
             self._count_ended(record)
         else:
             self.waiting.append(record)
+            if not status and ending.counted:  # a node that ends every job at once must not use up the trials' retries
+                pause_s = min(LONGEST_PAUSE_S, self.launcher.poll_s * 2**failures)
+                self._pause_until = max(self._pause_until, time.monotonic() + pause_s)
         self.view.event(record)
 
     def _count_ended(self, record: TrialRecord) -> None:

@@ -119,7 +119,8 @@ class _Worker:
                 del self.seats[number], seat
                 self.count += 1
                 self.progress = self.progress.with_over(number)
-                if spoiled and not self.closed:
+                # before the trial's end is noted: a worker that has room and is about to go must be given nothing
+                if (spoiled or self.stopping["asked"]) and not self.closed:
                     self._close()
                 self._note(self.progress)
                 gc.collect()  # a trainer and its model refer to each other
