@@ -42,7 +42,7 @@ class Serving:
 
     @property
     def address(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"{'https' if '--certificate' in self.options else 'http'}://127.0.0.1:{self.port}"
 
     @property
     def data(self) -> Path:

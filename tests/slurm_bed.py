@@ -110,6 +110,12 @@ class Bed:
         self.daemons[key].kill()
         self.daemons.pop(key).wait()
 
+    def reconfigure(self, key: str, value: str) -> None:
+        """Change a setting while the cluster runs."""
+        lines = [f"{key}={value}" if line.startswith(f"{key}=") else line for line in self.conf.read_text().splitlines()]
+        self.conf.write_text("\n".join(lines) + "\n")
+        self.command("scontrol", "reconfigure")
+
     def command(self, *command: str) -> str:
         """What a command of this cluster prints."""
         return subprocess.run(command, env=self._env(), capture_output=True, text=True, check=True, timeout=60).stdout
@@ -238,6 +244,7 @@ class Bed:
         lines += [
             "PartitionName=main Nodes=ALL Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=20 MaxTime=INFINITE State=UP",
             "PartitionName=urgent Nodes=ALL PriorityTier=10 PreemptMode=OFF MaxTime=INFINITE State=UP",
+            "PartitionName=hasty Nodes=ALL PriorityTier=1 PreemptMode=REQUEUE GraceTime=1 MaxTime=INFINITE State=UP",
             "PartitionName=short Nodes=n1 PriorityTier=1 PreemptMode=REQUEUE MaxTime=5 State=UP",
         ]
         self.conf.write_text("\n".join(lines) + "\n")

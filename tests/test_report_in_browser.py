@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-from selenium import webdriver
-from selenium.webdriver.chrome.service import Service
+from browsing import browser, complaints, needs_browser  # noqa: F401  (a fixture)
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 from test_report import full_sweep  # noqa: F401  (a fixture)
@@ -19,27 +15,7 @@ from isaerft_sweep.journal.folders import SweepFolder
 from isaerft_sweep.results.reading import read_sweep_folder
 from isaerft_sweep.results.report.write import write_report
 
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs Debian's packages chromium and chromium-driver"),
-]
-ARGUMENTS = (
-    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--enable-unsafe-swiftshader", "--window-size=1200,900",
-)  # fmt: skip
-
-
-@pytest.fixture
-def browser(tmp_path: Path) -> Iterator[Any]:
-    options = webdriver.ChromeOptions()
-    for argument in (*ARGUMENTS, f"--user-data-dir={tmp_path / 'profile'}"):
-        options.add_argument(argument)
-    options.binary_location = str(CHROMIUM)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(str(DRIVER)))
-    yield driver
-    driver.quit()
+pytestmark = [pytest.mark.slow, needs_browser]
 
 
 def test_the_page_draws_everything_without_a_network(full_sweep: SweepFolder, browser: Any) -> None:  # noqa: F811
@@ -75,7 +51,6 @@ def test_the_page_draws_everything_without_a_network(full_sweep: SweepFolder, br
     assert [a.text for a in answers] == ["Curt.", "Gladly."]
     fetched = browser.execute_script("return performance.getEntriesByType('resource').map(e => e.name)")
     assert fetched == [], "one file, no network"
-    errors = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
-    assert errors == []
+    assert complaints(browser) == []
     narrow = browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
     assert narrow, "nothing sticks out at the side"

@@ -7,20 +7,26 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import pytest
 import slurm_bed
 from conftest import TINY, events
 from slurm_bed import Bed
 from test_sweep import ended_states, start, statuses, stepping, wait_for
 
+from isaerft_sweep.dispatch.slurm import SlurmDispatcher
 from isaerft_sweep.journal.folders import TrialFolder
+from isaerft_sweep.specs import LauncherSpec
 from isaerft_sweep.trial.run import run_trial
 
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # jobs cannot import tests
 pytestmark = pytest.mark.slow
 STEPS = 80
 ONE = (
@@ -58,7 +64,8 @@ def check_same_as_alone(sweep: Path, tmp_path: Path) -> None:
         assert run_trial(whole, 1) == "completed"
         rows = [[{k: v for k, v in row.items() if k != "time"} for row in t.read_metrics()] for t in (cut, whole)]
         assert rows[0] == rows[1]
-        assert [row["step"] for row in rows[0] if "train/loss" in row] == list(range(1, STEPS + 1))
+        steps = cut.read_spec().experiment.orpo.max_steps
+        assert [row["step"] for row in rows[0] if "train/loss" in row] == list(range(1, steps + 1))
         states = [(t.adapter / "adapter_model.safetensors").read_bytes() for t in (cut, whole)]
         assert states[0] == states[1]
         runs = {p.name.rsplit("-", 1)[1] for p in path.glob("wandb/wandb/offline-run-*")}
@@ -89,31 +96,26 @@ def test_preemption_when_the_signal_is_swallowed(slurm: Bed, tmp_path: Path) -> 
     swallow = tmp_path / "swallow"
     swallow.touch()
     lines = f"launcher.slurm.setup=['export PYTHONPATH={tmp_path} SWALLOW={swallow}']"
-    controller = start(tmp_path, *ONE, lines, "orpo.max_steps=2000")
+    controller = start(tmp_path, *ONE, lines, "launcher.slurm.partition=hasty", "orpo.max_steps=600")
     wait_for(past(sweep, 12))
     swallow.unlink()
     slurm.command("sbatch", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
-    reached = wait_for(lambda: [e for e in events(sweep) if e["event"] == "end"])[0]
-    assert reached["state"] == "stopped" and "SLURM: PREEMPTED" in reached["message"] and not reached["counted"]
-    wait_for(past(sweep, reached["checkpoint"], attempt=2))
-    controller.send_signal(signal.SIGINT)
-    finish(controller, tmp_path, 130)
-    rows = TrialFolder(next((sweep / "trials").iterdir())).read_metrics()
-    steps = [row["step"] for row in rows if "train/loss" in row]
-    assert steps == list(range(1, len(steps) + 1)), "it went on from its last checkpoint by steps, without a hole"
+    ends = finish(controller, tmp_path)
+    assert [e["state"] for e in ends] == ["stopped", "completed"] and not ends[0]["counted"]
+    assert "SLURM: PREEMPTED" in ends[0]["message"] and ends[0]["checkpoint"] > 0, "from its last checkpoint by steps"
+    check_same_as_alone(sweep, tmp_path)
 
 
 def test_a_time_limit_of_a_minute(slurm: Bed, tmp_path: Path) -> None:
+    """Half of which the site's own setup lines take."""
     sweep = tmp_path / "outputs" / "s"
-    options = (*ONE, "launcher.timeout_min=1", "orpo.max_steps=100000")
-    controller = start(tmp_path, *options)
-    first = wait_for(lambda: (sweep / "journal.jsonl").exists() and [e for e in events(sweep) if e["event"] == "end"])[0]
-    assert first["state"] == "stopped" and not first["counted"] and first["checkpoint"] > 0
-    wait_for(past(sweep, first["checkpoint"], attempt=2))
-    controller.send_signal(signal.SIGINT)
-    finish(controller, tmp_path, 130)
+    options = (*ONE, "launcher.timeout_min=1", "launcher.slurm.setup=['sleep 30']", "orpo.max_steps=300")
+    ends = finish(start(tmp_path, *options), tmp_path)
+    assert len(ends) > 1 and ends[-1]["state"] == "completed"
+    assert all(e["state"] == "stopped" and not e["counted"] and e["checkpoint"] > 0 for e in ends[:-1])
     assert "the job's time limit is near: checkpoint, then stop" in log_of(sweep, 0)
     assert slurm.jobs() == []
+    check_same_as_alone(sweep, tmp_path)
 
 
 def test_kill_9_of_a_worker_without_accounting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,7 +155,7 @@ def test_memory_runs_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_lost_node(slurm: Bed, tmp_path: Path) -> None:
     """Its slurmd is gone, but the worker lives on as an orphan: the attempt that takes its place must not meet it."""
     sweep = tmp_path / "outputs" / "s"
-    controller = start(tmp_path, *ONE, "orpo.max_steps=3000")
+    controller = start(tmp_path, *ONE, "orpo.max_steps=600")
     orphan = wait_for(past(sweep, 12))[0]["pid"]
     slurm.kill(slurm.command("squeue", "-h", "-o", "%N").strip())
     lost = wait_for(lambda: [e for e in events(sweep) if e["event"] == "end"])[0]
@@ -161,8 +163,8 @@ def test_a_lost_node(slurm: Bed, tmp_path: Path) -> None:
     wait_for(past(sweep, lost["checkpoint"], attempt=2))
     assert wait_for(lambda: "was replaced by attempt 2" in log_of(sweep, 0)), "the orphan sees that it is one"
     assert stepping(sweep)[0]["pid"] != orphan
-    controller.send_signal(signal.SIGINT)
-    finish(controller, tmp_path, 130)
+    assert [e["state"] for e in finish(controller, tmp_path)] == ["stopped", "completed"]
+    check_same_as_alone(sweep, tmp_path)
 
 
 def log_of(sweep: Path, number: int) -> str:
@@ -269,6 +271,64 @@ def test_a_worker_that_always_dies_under_a_slow_scheduler(
     assert [e["given_up"] for e in ends] == [False, True] and slurm.jobs() == []
     assert output(tmp_path).count("SLURM: FAILED") >= 2
     assert "sacct" not in calls.read_text(), "squeue still remembers the job: accounting is a second opinion"
+
+
+SLOW_DISK = """
+import os, sys, time
+# Stands in for a slow shared file system: every call that has to ask its server takes a third of a second.
+def slowly(call):
+    def waits(*args, **kwargs):
+        if any(FOLDER in os.fsdecode(a) for a in args[:2] if isinstance(a, (str, bytes, os.PathLike))) or call is fsync:
+            time.sleep(0.3)
+        return call(*args, **kwargs)
+    return waits
+fsync, FOLDER = os.fsync, os.environ["SLOW_FOLDER"]
+for name in ("fsync", "replace", "rename", "link", "mkdir", "unlink"):
+    setattr(os, name, slowly(getattr(os, name)))
+"""
+
+
+def test_a_slow_shared_disk(slurm: Bed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the controller as for the trials; nothing is taken for dead."""
+    (tmp_path / "slow").mkdir()
+    (tmp_path / "slow" / "sitecustomize.py").write_text(SLOW_DISK)
+    sweep = tmp_path / "outputs" / "s"
+    monkeypatch.setenv("SLOW_FOLDER", str(sweep))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "slow"))  # jobs inherit both
+    began = time.monotonic()
+    ends = finish(start(tmp_path, *ONE, "sweep.run_cap=2", "launcher.slots=2", "orpo.max_steps=20"), tmp_path)
+    assert [e["state"] for e in ends] == ["completed"] * 2 and time.monotonic() - began > 10, "it was slow"
+    assert len([e for e in events(sweep) if e["event"] == "dispatch"]) == 2 and slurm.jobs() == []
+    check_same_as_alone(sweep, tmp_path)
+
+
+def test_accounting_knows_what_squeue_has_forgotten(slurm: Bed, tmp_path: Path) -> None:
+    """As when a controller comes back after days."""
+    spec = LauncherSpec(kind="slurm", slurm={"partition": "main"})
+    dispatcher = SlurmDispatcher(spec, tmp_path / "s" / "jobs")
+    refs = dispatcher.submit_all([Dies()])  # type: ignore[arg-type]
+    wait_for(lambda: not any(dispatcher.alive(refs)))
+    told = dispatcher.verdict(refs[0])
+    assert told.words.startswith("SLURM: FAILED")
+    slurm.reconfigure("MinJobAge", "2")
+    try:
+        job = refs[0]["id"].split("_")[0]
+        wait_for(lambda: job not in slurm.command("squeue", "-h", "-t", "all", "-o", "%A").split())
+    finally:
+        slurm.reconfigure("MinJobAge", "600")
+    later = SlurmDispatcher(spec, tmp_path / "s" / "jobs")
+    assert later.alive(refs) == [False]
+    assert later.verdict(refs[0]).words.startswith("SLURM: FAILED") and later.verdict(refs[0]).cause == told.cause
+
+
+@dataclass
+class Dies:
+    """A job that is killed."""
+
+    limit_s: float | None = None
+
+    def __call__(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_full_shared_disk(slurm: Bed, tmp_path: Path) -> None:

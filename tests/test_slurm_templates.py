@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import re
-import stat
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 from conftest import TINY
+from serving import Serving
 from slurm_bed import Bed
+from test_agent_signals import grid_of
+from test_serve_sweep import read_sweep, trial_id
+from test_serve_sweep import stepping as running
 from test_slurm_dispatch import Note
 from test_sweep import ended_states, wait_for
 
@@ -24,10 +27,9 @@ TEMPLATES = Path(__file__).parent.parent / "slurm"
 GOLDEN = Path(__file__).parent / "golden"
 
 
-def sbatch(cwd: Path, *arguments: str, path: Path | None = None) -> str:
+def sbatch(cwd: Path, *arguments: str, environment: Mapping[str, str] = os.environ) -> str:
     """Submit as a user does, from ``cwd``; the job's id."""
-    first = [str(path)] if path else []
-    environment = {**os.environ, "PATH": ":".join([*first, str(Path(sys.executable).parent), os.environ["PATH"]])}
+    environment = {**environment, "PATH": f"{Path(sys.executable).parent}:{environment['PATH']}"}
     command = ["sbatch", "--parsable", *arguments]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=True).stdout.strip()
 
@@ -68,31 +70,34 @@ def test_an_array_of_made_trials(slurm: Bed, tmp_path: Path) -> None:
     assert done.returncode == 0 and ended_states(sweep) == {"completed": 2} and "Leaderboard" in done.stdout, done.stderr
 
 
-STAND_IN_AGENT = """#!/bin/bash
-# Stands in for the real `wandb`, which needs a server: starts one "trial" as the agent does, and ends when that has ended.
-echo "$*" >>CALLS
-(trap 'echo checkpoint >>CALLS; exit' TERM; echo running >>CALLS; for _ in $(seq 600); do sleep 0.1; done) &
-trap : INT
-trial=$!
-while kill -0 "$trial" 2>/dev/null; do wait "$trial"; done
-"""
-
-
 def test_an_array_of_agents(slurm: Bed, tmp_path: Path) -> None:
-    """Up to W&B's own command, which a stand-in takes the place of."""
-    calls, program = tmp_path / "calls", tmp_path / "bin" / "wandb"
-    program.parent.mkdir()
-    program.write_text(STAND_IN_AGENT.replace("CALLS", str(calls)))
-    program.chmod(program.stat().st_mode | stat.S_IXUSR)
-    agents = str(TEMPLATES / "agents.sbatch")
-    job = sbatch(tmp_path, "--array=0-1", "--time=10", agents, "me/project/abcd1234", "--count", "2", path=program.parent)
-    lines: Callable[[], list[str]] = lambda: calls.read_text().splitlines() if calls.exists() else []  # noqa: E731
-    wait_for(lambda: lines().count("running") == 2)
-    assert lines().count("agent me/project/abcd1234 --count 2") == 2
-    slurm.command("scancel", "--batch", "--signal=TERM", f"{job}_0")
-    wait_for(lambda: lines().count("checkpoint") == 1)
-    wait_for(lambda: lines().count("running") == 3)
-    assert slurm.command("squeue", "-h", "-r", "-o", "%i", "-t", "RUNNING").split() == [f"{job}_0", f"{job}_1"]
+    """The real ``wandb agent`` with a server of our own; one element is preempted: queued again, its trial goes on."""
+    serving = Serving(tmp_path, "--crash-after", "25")
+    serving.start()
+    try:
+        path = serving.sweep(grid_of(tmp_path, (0.1, 0.2), (*TINY, "launcher.threads=1", "orpo.max_steps=400")))
+        job = sbatch(
+            tmp_path, "--array=0-1", "--time=10", str(TEMPLATES / "agents.sbatch"), path, environment=serving.environment
+        )
+        runs = [trial_id(serving, path, index) for index in (0, 1)]
+        wait_for(lambda: all(running(tmp_path, run, least=12) for run in runs))
+        slurm.command("scancel", "--batch", "--signal=TERM", f"{job}_0")
+        wait_for(lambda: "checkpoint, then stop" in logs_of(tmp_path))
+        wait_for(lambda: slurm.jobs() == [], 400)
+        found = read_sweep(serving, path)
+        assert found["state"] == "FINISHED" and set(found["runs"]) == set(runs)
+        for run in found["runs"].values():
+            assert run["state"] == "finished" and run["steps"] == list(range(run["steps"][0], 401))
+        attempts = sorted(e["attempt"] for e in serving.journal(path) if e["event"] == "dispatch")
+        assert attempts == [1, 1, 2], "one went on"
+        assert slurm.command("sacct", "-X", "-n", "-o", "State", "-j", job).split() == ["COMPLETED"] * 2
+    finally:
+        serving.kill()
+
+
+def logs_of(folder: Path) -> str:
+    """What all trials of agents have printed."""
+    return "".join(path.read_text() for path in folder.glob("outputs/*/*/trials/*/log.txt"))
 
 
 @pytest.mark.parametrize("name", ["agents.sbatch", "trials.sbatch", "controller.sbatch"])

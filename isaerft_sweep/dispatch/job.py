@@ -27,7 +27,7 @@ def prepare_process(threads: int | None, device: str | None, limit_s: float | No
 
 
 def started() -> float:
-    """When this job's time began to run, in seconds since the epoch: newer SLURMs say so, else when the process did."""
+    """When this job's time began to run, in seconds since the epoch: a SLURM job says so, else when the process did."""
     import psutil
 
     said = os.environ.get("SLURM_JOB_START_TIME", "")

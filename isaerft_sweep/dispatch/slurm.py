@@ -57,7 +57,9 @@ class SlurmDispatcher(Dispatcher):
         self.name = parameters["job_name"]
         code = code_snapshot(folder.parent / "code")
         path = f"export PYTHONPATH={shlex.quote(str(code.absolute()))}${{PYTHONPATH:+:$PYTHONPATH}}"
-        parameters["setup"] = [*parameters.get("setup", []), path]
+        # SLURM tells it from 23.02 on; a job's time runs while its setup lines do (module load, conda activate)
+        began = "export SLURM_JOB_START_TIME=${SLURM_JOB_START_TIME:-$(date +%s)}"
+        parameters["setup"] = [began, *parameters.get("setup", []), path]
         self._limit_s = working_s(parameters["time"], spec.grace_s)
         self._parallelism = int(parameters.pop("array_parallelism", self.slots))
         self._array_size = site.array_size

@@ -167,6 +167,13 @@ class Sampler:
             yield Point(params, unit)
 
 
+def load_libraries() -> None:
+    """Import what random and bayes need, which else happens at the first point: it takes a second."""
+    import optuna.samplers  # noqa: F401
+
+    _sobol_block(1, 0, 0)
+
+
 def _sobol(dimensions: int, seed: int, index: int) -> list[float]:
     """Row ``index`` of the scrambled Sobol sequence of ``seed`` (Owen 1998), from scipy."""
     return _sobol_block(dimensions, seed, index // BLOCK)[index % BLOCK] if dimensions else []

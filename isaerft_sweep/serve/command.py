@@ -36,6 +36,7 @@ def serve(options: Options) -> int:
     try:
         import uvicorn
 
+        from isaerft_sweep.search.sampler import load_libraries
         from isaerft_sweep.serve.app import Application
         from isaerft_sweep.serve.server import Server
         from isaerft_sweep.serve.signing import Signer
@@ -47,6 +48,7 @@ def serve(options: Options) -> int:
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", force=True)
     server = Server(options.data, options.entity, options.crash_after_s)
     keys = KeyRing(options.data / "keys.jsonl")
+    load_libraries()  # no agent's heartbeat shall wait for it
     introduce(options, keys)
     application = Application(server, keys, Signer(options.data / "secret"), options.max_upload_mb << 20)
     config = uvicorn.Config(

@@ -1,0 +1,118 @@
+"""Real agents, told to end in every way: the trial checkpoints, nothing is left behind, the run says the truth."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import TINY, processes_of
+from serving import Serving, wait_for
+from slurm_bed import Bed
+from test_serve_sweep import read_sweep, stepping, trial_id
+
+pytestmark = pytest.mark.slow
+SWEEP = """\
+program: isaerft_sweep/launch.py
+method: grid
+metric: {{name: eval/nll_loss, goal: minimize}}
+parameters:
+  orpo.learning_rate: {{values: {rates}}}
+  orpo.beta: {{value: 1.0}}
+command: ["${{env}}", "${{interpreter}}", -m, isaerft_sweep.launch, sweep=none, sweep.file={file}, {options}, "${{args_no_hyphens}}"]
+"""
+OPTIONS = (*TINY, "launcher.threads=1", "orpo.checkpoint_every_steps=10", "orpo.eval_fraction=0.2")
+PLACES: dict[str, tuple[str, ...]] = {"local": (), "slurm": ("launcher=slurm", "launcher.poll_s=0.3")}
+
+
+def grid_of(folder: Path, rates: tuple[float, ...], options: tuple[str, ...]) -> Path:
+    """A sweep file of one trial for each learning rate."""
+    file = folder / "s.yaml"
+    file.write_text(SWEEP.format(file=file, rates=list(rates), options=", ".join(options)))
+    return file
+
+
+@pytest.fixture
+def serving(tmp_path: Path) -> Iterator[Serving]:
+    server = Serving(tmp_path, "--crash-after", "25")
+    yield server
+    server.kill()
+    for process in processes_of(tmp_path):
+        process.kill()
+
+
+def begin(
+    serving: Serving, tmp_path: Path, steps: int, place: str, *flags: str
+) -> tuple[str, str, subprocess.Popen[str], int]:
+    """A sweep of one trial that an agent is at: the sweep's path, the run, the agent, the step reached."""
+    serving.start()
+    path = serving.sweep(grid_of(tmp_path, (0.1,), (*OPTIONS, *PLACES[place], f"orpo.max_steps={steps}")))
+    agent = serving.agent(path, "first", *flags)
+    run = trial_id(serving, path, 0)
+    return path, run, agent, int(wait_for(lambda: stepping(tmp_path, run, least=12))["step"])
+
+
+def check_nothing_left(serving: Serving, tmp_path: Path, agent: subprocess.Popen[str], run: str) -> None:
+    agent.wait(150)
+    assert serving.process is not None
+    wait_for(lambda: [p.pid for p in processes_of(tmp_path)] in ([], [serving.process.pid]), 60)
+    assert list(tmp_path.glob(f"outputs/*/{run}/trials/*/checkpoints/checkpoint-*/.complete"))
+
+
+def outcome(serving: Serving, path: str, run: str) -> dict[str, Any]:
+    found: dict[str, Any] = read_sweep(serving, path)["runs"]
+    assert set(found) == {run}, "one trial, one run"
+    return dict(found[run])
+
+
+@pytest.mark.parametrize(("place", "way"), [("local", "forwarded"), ("local", "ctrl-c twice"), ("slurm", "forwarded")])
+def test_an_agent_that_is_told_to_end(
+    place: str, way: str, serving: Serving, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Its trial checkpoints and is preempted; the next agent goes on with it, in the same run."""
+    bed: Bed | None = request.getfixturevalue("slurm") if place == "slurm" else None
+    path, run, agent, reached = begin(serving, tmp_path, 250, place, *(["--forward-signals"] if way == "forwarded" else []))
+    if way == "forwarded":
+        agent.terminate()
+    else:
+        agent.send_signal(signal.SIGINT)
+        wait_for(lambda: "Waiting for runs to end" in (tmp_path / "first.out").read_text(), 60)
+        agent.send_signal(signal.SIGINT)
+    check_nothing_left(serving, tmp_path, agent, run)
+    assert bed is None or bed.jobs() == []
+    cut = outcome(serving, path, run)
+    assert cut["state"] == "preempted" and reached <= cut["steps"][-1] < 250
+    assert serving.agent(path, "second").wait(200) == 0, (tmp_path / "second.out").read_text()
+    whole = outcome(serving, path, run)
+    assert whole["state"] == "finished" and whole["steps"] == list(range(whole["steps"][0], 251)), "every step once"
+    assert whole["name"] == cut["name"]
+    attempts = [(e["event"], e.get("attempt"), e.get("state")) for e in serving.journal(path) if e["event"] != "trial"]
+    assert attempts[1:] == [
+        ("dispatch", 1, None),
+        ("end", None, "stopped"),
+        ("dispatch", 2, None),
+        ("end", None, "completed"),
+    ]
+
+
+CANCEL = ("wandb", "sweep", "--cancel")
+BUTTON = (
+    sys.executable,
+    "-c",
+    "import sys, wandb; wandb.Api().run('/'.join(sys.argv[1].split('/')[:2] + sys.argv[2:])).stop()",
+)
+
+
+@pytest.mark.parametrize("command", [CANCEL, BUTTON], ids=["cancel", "stop button"])
+def test_a_run_that_is_stopped_for_good(command: tuple[str, ...], serving: Serving, tmp_path: Path) -> None:
+    path, run, agent, _ = begin(serving, tmp_path, 100_000, "local")
+    done = serving.run(*command, path, *([run] if command is BUTTON else []))
+    assert done.returncode == 0, done.stderr
+    check_nothing_left(serving, tmp_path, agent, run)
+    assert outcome(serving, path, run)["state"] == "killed"
+    ends = [e for e in serving.journal(path) if e["event"] == "end"]
+    assert [(e["state"], e["given_up"]) for e in ends] == [("stopped", True)]
