@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 import warnings
@@ -12,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from isaerft_sweep import __version__
+from isaerft_sweep.cli_serve import add_serve_commands
 from isaerft_sweep.cli_sweeps import add_sweep_commands
+from isaerft_sweep.cli_types import at_least_one, labels
 from isaerft_sweep.errors import FolderError, IsaerftError
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--out", type=Path, help="the folder for report.html and figures/ (default: the sweep's)")
     report.add_argument(
         "--labels",
-        type=_labels,
+        type=labels,
         action="append",
         default=[],
         metavar="[LAYER=]FILE",
@@ -98,19 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     importer.add_argument("--base", help="the base model, ORG/NAME, where the folder's name does not tell")
     importer.set_defaults(run=_import)
 
-    _serve_arguments(
-        commands.add_parser("serve", help="a W&B backend of your own: wandb sweep and wandb agent without a network")
-    )
-
-    sync = commands.add_parser("sync", help="upload runs to a W&B server, with their sweep and run ids")
-    sync.add_argument("source", type=Path, help="a sweep's folder (offline runs), or the data folder of serve")
-    sync.add_argument(
-        "--to", metavar="URL", help="the server (default: WANDB_BASE_URL, else W&B's cloud); key: WANDB_API_KEY"
-    )
-    sync.add_argument("--sweep", help="of a data folder only this sweep's runs")
-    sync.add_argument("--entity")
-    sync.add_argument("--project", help="default: the runs' own")
-    sync.set_defaults(run=_sync)
+    add_serve_commands(commands)
 
     generate = commands.add_parser("generate", help="answer prompts with and without an adapter")
     generate.add_argument(
@@ -122,19 +111,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _serve_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", type=Path, default=Path("isaerft-serve"), help="the folder that keeps everything")
-    parser.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: this machine alone)")
-    parser.add_argument("--port", type=int, default=8090)
-    parser.add_argument("--entity", default="local", help="the name that projects belong to (default local)")
-    parser.add_argument("--certificate", type=Path, help="a PEM file, for https")
-    parser.add_argument("--private-key", type=Path, help="the certificate's key, where it is not in the same file")
-    parser.add_argument("--new-key", action="store_true", help="make and show another access key")
-    parser.add_argument("--crash-after", type=float, default=90.0, metavar="SECONDS", help="silence that means death")
-    parser.add_argument("--max-upload-mb", type=_at_least_one, default=1024, help="of one uploaded file")
-    parser.set_defaults(run=_serve)
-
-
 def _sweep_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("sweep", help=f"the sweep's folder, outputs/NAME, or {WANDB}ENTITY/PROJECT/ID")
     parser.add_argument("--metric", help="rank by this one, not the sweep's own (eval/log_odds_chosen, ...)")
@@ -142,18 +118,7 @@ def _sweep_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _prompt_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", action="append", help="to be answered; may be given several times")
-    parser.add_argument("--max-new-tokens", type=_at_least_one, default=60)
-
-
-def _at_least_one(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1 but got '{text}'")
-    return int(text)
-
-
-def _labels(text: str) -> tuple[int | None, Path]:
-    layer, equals, path = text.partition("=")
-    return (int(layer), Path(path)) if equals and layer.isdecimal() else (None, Path(text))
+    parser.add_argument("--max-new-tokens", type=at_least_one, default=60)
 
 
 def _leaderboard(args: argparse.Namespace) -> None:
@@ -250,40 +215,6 @@ def _import(args: argparse.Namespace) -> None:
     print(made.folder)
     told = f", {made.name.learning_rate:.1e}, beta {made.name.beta}, {made.name.started:%Y-%m-%d %H:%M}" if made.name else ""
     print(f"{made.kind} at layer {', '.join(map(str, made.layers))} of {made.base}{told}")
-
-
-def _serve(args: argparse.Namespace) -> int:
-    from isaerft_sweep.serve.command import Options, serve
-
-    options = Options(
-        args.data,
-        args.host,
-        args.port,
-        args.entity,
-        args.certificate,
-        args.private_key,
-        args.new_key,
-        args.crash_after,
-        args.max_upload_mb,
-    )
-    return serve(options)
-
-
-def _sync(args: argparse.Namespace) -> int:
-    from isaerft_sweep.serve.export import is_data_folder, served_uploads
-    from isaerft_sweep.tracking import upload
-
-    target = upload.target_from(os.environ, args.to, args.entity, args.project)
-    if is_data_folder(args.source):
-        uploads, configs = served_uploads(args.source, args.sweep)
-    else:
-        uploads, configs = upload.offline_uploads(args.source)
-    if not uploads:
-        raise upload.nothing_to_upload(args.source)
-    outcome = upload.upload(uploads, configs, target, print)
-    there = f", {len(outcome.there)} there already" if outcome.there else ""
-    print(f"{len(outcome.uploaded)} of {len(uploads)} runs uploaded{there}")
-    return 1 if outcome.failed else 0
 
 
 def _generate(args: argparse.Namespace) -> None:

@@ -286,10 +286,10 @@ def test_a_run_that_nobody_hears_of_has_crashed_and_is_handed_out_again_three_ti
         client.begin(name, sweep)
         client.stream(name, [{"_step": attempt}], offset=attempt)
         clock(60)
-        client.server.watch()
+        client.server.fleet.watch()
         assert client.run(name)["state"] == "running", "not so soon"
         clock(60)
-        client.server.watch()
+        client.server.fleet.watch()
         assert client.run(name)["state"] == "crashed"
         again = client.beat(agent)
         if attempt < 2:
@@ -305,7 +305,7 @@ def test_while_its_agent_lists_it_a_silent_run_lives(client: Client, clock: Call
     for _ in range(5):
         clock(60)
         client.beat(agent, name)
-        client.server.watch()
+        client.server.fleet.watch()
     assert client.run(name)["state"] == "pending"
 
 
@@ -349,7 +349,7 @@ def test_a_program_that_begins_again_without_resuming_begins_anew(client: Client
     client.begin(name, sweep)
     client.stream(name, [{"_step": 0, "a": 1}, {"_step": 1, "a": 1}])
     clock(200)
-    client.server.watch()
+    client.server.fleet.watch()
     assert client.beat(agent)[0]["run_id"] == name
     client.begin(name, sweep)
     client.stream(name, [{"_step": 0, "a": 2}])

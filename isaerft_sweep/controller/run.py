@@ -24,7 +24,7 @@ from isaerft_sweep.dispatch.base import Dispatcher
 from isaerft_sweep.environment import describe_environment, git_commit
 from isaerft_sweep.errors import FolderError
 from isaerft_sweep.journal.files import write_json, write_text
-from isaerft_sweep.journal.folders import COMPLETED, PRUNED, SweepFolder
+from isaerft_sweep.journal.folders import COMPLETED, SweepFolder
 from isaerft_sweep.journal.journal import Journal
 from isaerft_sweep.plain import to_dict
 from isaerft_sweep.results import leaderboard
@@ -92,10 +92,9 @@ def run_trials(
             factory = TrialFactory(experiment, definition, folder, sweep_id, git_commit(), overrides, given)
             early = make_early_stopping(experiment, definition)
             controller = SweepController(
-                journal, sampler, factory, dispatcher, experiment.launcher, trials, view, lambda: stop.urgency, early
-            )
-            if given:  # whoever starts a run again that was stopped early wants it to go on
-                controller.waiting += [r for r in journal.record.trials.values() if r.state == PRUNED]
+                journal, sampler, factory, dispatcher, experiment.launcher, trials, view, lambda: stop.urgency, early,
+                revive=given is not None,  # whoever starts a run again that was stopped early wants it to go on
+            )  # fmt: skip
             try:
                 with disk_errors_named(folder):
                     controller.run()

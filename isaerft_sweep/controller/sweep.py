@@ -62,7 +62,9 @@ class SweepController:
         view: View,
         stopping: Callable[[], int],
         early: EarlyStopping | None = None,
+        revive: bool = False,
     ) -> None:
+        """``revive``: whether trials that were stopped early go on."""
         self.journal, self.sampler, self.factory, self.dispatcher = journal, sampler, factory, dispatcher
         self.launcher, self.trials, self.view, self.stopping, self.early = launcher, trials, view, stopping, early
         self.records = journal.record.trials
@@ -73,7 +75,7 @@ class SweepController:
         self._told_to_stop: dict[int, float] = {}
         self._pause_s = self._pause_until = 0.0
         self._completed = self._given_up = 0
-        self._restore()
+        self._restore(revive)
 
     def run(self) -> None:
         """Return when every trial has ended, or after a request to stop when no job is left running."""
@@ -93,7 +95,7 @@ class SweepController:
         """Whether trials only fail: none has completed and as many as allowed were given up."""
         return self._completed == 0 and self._given_up >= self.launcher.max_failures
 
-    def _restore(self) -> None:
+    def _restore(self, revive: bool) -> None:
         elsewhere = []
         for record in sorted(self.records.values(), key=lambda r: r.index):
             self.sampler.restore(record.point)
@@ -103,6 +105,8 @@ class SweepController:
                 self.early.note(record.index, self.factory.folder.trial(record.name).read_status())
             if record.ended:
                 self._count_ended(record)
+                if revive and record.state == PRUNED:
+                    self.waiting.append(record)
             elif record.job is not None:
                 self.active[record.index] = record
             elif status := self._status_from_elsewhere(record):

@@ -25,8 +25,9 @@ from isaerft_sweep.errors import IsaerftError
 from isaerft_sweep.serve import graphql, page
 from isaerft_sweep.serve import runs as states
 from isaerft_sweep.serve.caller import Caller
+from isaerft_sweep.serve.checks import RequestError
 from isaerft_sweep.serve.keys import KeyRing
-from isaerft_sweep.serve.server import RequestError, Server
+from isaerft_sweep.serve.server import Server
 from isaerft_sweep.serve.signing import Signer
 
 log = logging.getLogger("isaerft.serve")
@@ -73,7 +74,7 @@ class Application:
         while True:
             await asyncio.sleep(WATCH_S)
             try:
-                self.server.watch()
+                self.server.fleet.watch()
             except Exception:  # the server must go on; what failed is tried again
                 log.exception("looking for crashed runs failed")
 

@@ -6,7 +6,7 @@ import secrets
 from typing import Any
 
 from isaerft_sweep.serve.caller import Caller
-from isaerft_sweep.serve.server import RequestError, checked_name
+from isaerft_sweep.serve.checks import RequestError, checked_name
 
 MANIFEST = "wandb_manifest.json"
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from isaerft_sweep.serve.server import RequestError, Server
+from isaerft_sweep.serve.checks import RequestError
+from isaerft_sweep.serve.server import Server
 from isaerft_sweep.serve.signing import Signer
 
 

@@ -7,8 +7,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from isaerft_sweep.serve.checks import RequestError
 from isaerft_sweep.serve.runs import ServedRun
-from isaerft_sweep.serve.server import RequestError
 
 T = TypeVar("T")
 PAGE = 1000

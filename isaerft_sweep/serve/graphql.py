@@ -26,8 +26,8 @@ from isaerft_sweep.errors import IsaerftError
 from isaerft_sweep.resources import asset
 from isaerft_sweep.serve import artifacts
 from isaerft_sweep.serve.caller import Caller, global_id, parse_id
+from isaerft_sweep.serve.checks import RequestError
 from isaerft_sweep.serve.runs import RunKey
-from isaerft_sweep.serve.server import RequestError
 from isaerft_sweep.serve.views import (
     AgentView,
     FileView,
@@ -196,11 +196,11 @@ class Root:
     def create_agent(self, input: dict[str, Any]) -> Any:
         server = self.caller.server
         sweep = server.find_sweep(input.get("entityName"), input.get("projectName"), input["sweep"])
-        return {"agent": AgentView(self.caller, server.create_agent(sweep, input["host"], self.caller.user))}
+        return {"agent": AgentView(self.caller, server.fleet.create_agent(sweep, input["host"], self.caller.user))}
 
     def agent_heartbeat(self, input: dict[str, Any]) -> Any:
         told = _json_object("runState", input.get("runState"))
-        commands = self.caller.server.heartbeat(input["id"], told)
+        commands = self.caller.server.fleet.heartbeat(input["id"], told)
         agent = self.caller.server.agents[input["id"]]
         return {"agent": AgentView(self.caller, agent), "commands": json.dumps(commands)}
 

@@ -14,9 +14,10 @@ from typing import Any
 from isaerft_sweep.serve import artifacts
 from isaerft_sweep.serve import runs as states
 from isaerft_sweep.serve.caller import Caller, global_id, stamp, thinned
+from isaerft_sweep.serve.checks import RequestError
 from isaerft_sweep.serve.filters import page, select
+from isaerft_sweep.serve.fleet import ServedAgent
 from isaerft_sweep.serve.runs import EVENTS, HISTORY, OUTPUT, RunKey, ServedRun
-from isaerft_sweep.serve.server import RequestError, ServedAgent
 from isaerft_sweep.serve.sweeps import ServedSweep
 
 TAIL = 1

@@ -1,0 +1,19 @@
+"""What the commands' options take."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def at_least_one(text: str) -> int:
+    """A whole number from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1 but got '{text}'")
+    return int(text)
+
+
+def labels(text: str) -> tuple[int | None, Path]:
+    """A file of labels: ``LAYER=PATH``, or ``PATH`` for every layer."""
+    layer, equals, path = text.partition("=")
+    return (int(layer), Path(path)) if equals and layer.isdecimal() else (None, Path(text))

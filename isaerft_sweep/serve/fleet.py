@@ -1,0 +1,168 @@
+"""The agents: who is there, what each shall do, and what becomes of a run that nobody hears of."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from isaerft_sweep.journal.journal import TrialRecord
+from isaerft_sweep.serve import runs as states
+from isaerft_sweep.serve import sweeps
+from isaerft_sweep.serve.checks import RequestError
+from isaerft_sweep.serve.runs import RunKey, ServedRun
+from isaerft_sweep.serve.sweeps import ServedSweep
+
+if TYPE_CHECKING:
+    from isaerft_sweep.serve.server import Server
+
+log = logging.getLogger("isaerft.serve")
+SETTLING_S = 3.0
+"""A run that its agent does not list so long after it was handed out never began: the answer was lost, or it died."""
+TELL_AGENT_S = 75.0
+"""A run hears that it should stop with its next sign of life; its agent is told when that has not helped for so long."""
+STOP_AGAIN_S = 120.0
+"""An agent kills a run that it is told to stop twice: our trials need the time to write their checkpoint."""
+
+
+@dataclass
+class ServedAgent:
+    """``running``: the runs that it said it was running, last time."""
+
+    id: str
+    sweep: str
+    host: str
+    user: str
+    created: float
+    heard: float = 0.0
+    heard_at: float = 0.0
+    running: set[str] = field(default_factory=set)
+    told: dict[str, float] = field(default_factory=dict)
+    total: int = 0
+    gone: bool = False
+
+
+class Fleet:
+    """The agents of one server. Who they are is in the server's log; what is here is forgotten when it ends."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self._stop_since: dict[RunKey, float] = {}
+        self.unsettled: set[RunKey] = set()
+        """Runs that have ended but for finishing, whose agents may still be at them: our trials are tried again in place."""
+
+    def create_agent(self, sweep: ServedSweep, host: str, user: str) -> ServedAgent:
+        agent_id = secrets.token_hex(8)
+        self.server.write(event="agent", id=agent_id, sweep=sweep.id, host=host[:200], user=user)
+        return self.server.agents[agent_id]
+
+    def heartbeat(self, agent_id: str, run_states: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """What the agent shall do now. Raises RequestError (404) when the agent is not known here."""
+        agent = self.server.agents.get(agent_id)
+        if agent is None:
+            raise RequestError(f"there is no agent {agent_id} on this server. Start `wandb agent` again.", 404)
+        sweep, now = self.server.sweeps[agent.sweep], time.monotonic()
+        agent.heard, agent.heard_at, agent.gone = time.time(), now, False
+        agent.running = {name for name, runs in run_states.items() if runs}
+        commands = [*self._stops(sweep, agent, now)]
+        for name in agent.running:
+            run = self.server.runs.get(RunKey(sweep.entity, sweep.project, name))
+            if run is not None and run.agent in ("", agent.id):
+                run.heard = now
+        self._settle_all()
+        self._notice_lost(sweep, agent, now)
+        if agent.running:
+            return commands
+        if sweep.definition is None or sweep.state in (sweeps.FINISHED, sweeps.CANCELED):
+            return self._dismissed(agent)
+        if sweep.state == sweeps.PAUSED:
+            return commands
+        return commands + self._handed_out(sweep, agent)
+
+    def _stops(self, sweep: ServedSweep, agent: ServedAgent, now: float) -> Iterator[dict[str, Any]]:
+        for name in agent.running:
+            run = self.server.runs.get(RunKey(sweep.entity, sweep.project, name))
+            if run is None or not run.stop or now - agent.told.get(name, now - STOP_AGAIN_S) < STOP_AGAIN_S:
+                continue
+            if run.active and now - self._stop_since.setdefault(run.key, now) < TELL_AGENT_S:
+                continue
+            agent.told[name] = now
+            yield {"type": "stop", "run_id": name}
+
+    def _notice_lost(self, sweep: ServedSweep, agent: ServedAgent, now: float) -> None:
+        """A run that was given to this agent, that it does not have and that has never begun."""
+        for run in self.server.runs_of(sweep):
+            waited = now - run.heard
+            if run.agent == agent.id and run.state == states.PENDING and run.key.name not in agent.running:
+                record = sweep.record_of(run.key.name)
+                if record is not None and record.job is not None and waited > SETTLING_S:
+                    self.crash(run, "it ended before it told anything")
+
+    def _handed_out(self, sweep: ServedSweep, agent: ServedAgent) -> list[dict[str, Any]]:
+        record = sweep.next(agent.id)
+        if record is not None:
+            run = self.begin_attempt(sweep, record, agent.id)
+            agent.told.pop(record.run_id, None)
+            agent.total += 1
+            return [sweep.command(record, resume=any(run.lines.values()))]
+        if sweep.over:
+            self.server.update_sweep(sweep, None, sweeps.FINISHED, {})
+        needed = any(self._may_come_back(run, agent) for run in self.server.runs_of(sweep))
+        return self._dismissed(agent) if sweep.nothing_left() and not needed else []
+
+    def _may_come_back(self, run: ServedRun, agent: ServedAgent) -> bool:
+        """Whether the run may have to be handed out again soon, so that an idle agent had better wait."""
+        silent = time.monotonic() - run.heard > self.server.silence_s / 2
+        return run.key in self.unsettled or (run.active and (silent or run.agent == agent.id))
+
+    def _dismissed(self, agent: ServedAgent) -> list[dict[str, Any]]:
+        """Nothing is running on the agent and nothing is left for it."""
+        agent.gone = True
+        return [{"type": "exit"}]
+
+    def begin_attempt(self, sweep: ServedSweep, record: TrialRecord, agent: str) -> ServedRun:
+        run = self.server.run_of(RunKey(sweep.entity, sweep.project, record.run_id))
+        run.metric = sweep.metric
+        facts = {} if run.sweep else {"facts": {"sweep": sweep.id}}
+        values = {"state": states.PENDING, "agent": agent, "stop": "", "exitcode": None, "attempt": record.attempt}
+        run.write(**facts, set=values)
+        run.heard = time.monotonic()
+        return run
+
+    def watch(self) -> None:
+        """Find the runs that nobody hears of any more. Called every few seconds."""
+        now = time.monotonic()
+        self._settle_all()
+        for run in list(self.server.runs.values()):
+            if run.active and now - run.heard > self.server.silence_s:
+                self.crash(run, "neither the run nor its agent has been heard of")
+
+    def crash(self, run: ServedRun, why: str) -> None:
+        """A run has died without a word."""
+        log.warning("run %s of sweep %s has crashed: %s", run.key.name, run.sweep or "none", why)
+        run.write(set={"state": states.KILLED if run.stop else states.CRASHED})
+        self.settle(run)
+
+    def settle(self, run: ServedRun) -> None:
+        """A run has ended: tell its sweep, at once or when its agent has nothing to do with it any more."""
+        self._stop_since.pop(run.key, None)
+        sweep = self.server.sweeps.get(run.sweep)
+        if sweep is None or sweep.definition is None:
+            return
+        if run.state == states.FINISHED:
+            sweep.settle(run)
+        else:
+            self.unsettled.add(run.key)
+            self._settle_all()
+
+    def _settle_all(self) -> None:
+        for key in list(self.unsettled):
+            run = self.server.runs[key]
+            agent = self.server.agents.get(run.agent)
+            held = agent is not None and time.monotonic() - agent.heard_at < self.server.silence_s
+            if run.active or not (held and agent is not None and key.name in agent.running):
+                self.unsettled.discard(key)
+                self.server.sweeps[run.sweep].settle(run)
