@@ -63,8 +63,7 @@ def pack(folder: WorkerFolder, trials: list[TrialFolder], packed: int | None, si
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trunk_gb", [0, 1])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "trunk_gb"), [*((family, 1) for family in FAMILIES), ("llama", 0), ("gemma2", 0)])
 def test_packed_trials_have_the_numbers_of_trials_alone(family: str, trunk_gb: int, trial: Made, tmp_path: Path) -> None:
     shared = (*OFF, f"model.architecture={family}", f"launcher.trunk_cache_gb={trunk_gb}", "orpo.eval_fraction=0.5")
     settings = [
@@ -217,7 +216,7 @@ def test_the_size_of_a_pack_is_measured(trial: Made, tmp_path: Path, monkeypatch
 @pytest.mark.slow
 def test_a_packed_sweep_and_a_crash_in_it(tmp_path: Path) -> None:
     sweep = tmp_path / "outputs" / "s"
-    options = (*TINY, "name=s", "sweep.run_cap=4", "launcher.packed=2", "orpo.max_steps=60", "orpo.checkpoint_every_steps=5")
+    options = (*TINY, "name=s", "sweep.run_cap=4", "launcher.packed=2", "orpo.max_steps=30", "orpo.checkpoint_every_steps=5")
     controller = start(tmp_path, *options)
     both = wait_for(lambda: found if len(found := [s for s in stepping(sweep) if s["step"] > 10]) == 2 else None)
     assert both[0]["pid"] == both[1]["pid"], "two trials in one process"
@@ -227,5 +226,5 @@ def test_a_packed_sweep_and_a_crash_in_it(tmp_path: Path) -> None:
     assert processes_of(tmp_path) == []
     for folder in sweep.glob("trials/*"):
         steps = [row["step"] for row in rows_of(TrialFolder(folder)) if "train/loss" in row]
-        assert steps == list(range(1, 61)), "every step once"
-    check_wandb_runs(sweep, trials=4, last_step=60)
+        assert steps == list(range(1, 31)), "every step once"
+    check_wandb_runs(sweep, trials=4, last_step=30)

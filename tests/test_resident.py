@@ -299,15 +299,15 @@ def test_memory_does_not_grow_over_100_trials(trial: Made, tmp_path: Path) -> No
 @pytest.mark.slow
 def test_one_worker_runs_a_whole_sweep_and_a_crash_costs_one_trial(tmp_path: Path) -> None:
     sweep = tmp_path / "outputs" / "s"
-    options = (*TINY, "name=s", "sweep.run_cap=4", "orpo.max_steps=60", "orpo.checkpoint_every_steps=5")
+    options = (*TINY, "name=s", "sweep.run_cap=3", "orpo.max_steps=30", "orpo.checkpoint_every_steps=5")
     controller = start(tmp_path, *options)
     wait_for(lambda: (sweep / "journal.jsonl").exists() and ended_states(sweep)["completed"] == 1)
     victim = wait_for(lambda: [s for s in stepping(sweep) if s["step"] > 10])[0]
     os.kill(victim["pid"], signal.SIGKILL)
     assert controller.wait(240) == 0, (tmp_path / "controller.out").read_text()
-    assert ended_states(sweep) == {"completed": 4, "failed": 1}
+    assert ended_states(sweep) == {"completed": 3, "failed": 1}
     pids = {s["pid"] for s in statuses(sweep)}
-    assert len(pids) == 2 and victim["pid"] in pids, "two processes for four trials: a new one after the crash"
+    assert len(pids) == 2 and victim["pid"] in pids, "two processes for three trials: a new one after the crash"
     assert len(list((sweep / "workers").iterdir())) == 2
     assert processes_of(tmp_path) == [], "the waiting worker was told to end"
     runs = {p.name.rsplit("-", 1)[1] for p in sweep.glob("trials/*/wandb/wandb/offline-run-*")}
@@ -318,7 +318,7 @@ def test_one_worker_runs_a_whole_sweep_and_a_crash_costs_one_trial(tmp_path: Pat
 def test_a_controller_that_comes_back_finds_the_worker_and_goes_on_with_it(tmp_path: Path) -> None:
     sweep = tmp_path / "outputs" / "s"
     # long enough that the trial still runs when the next controller is there
-    options = (*TINY, "name=s", "sweep.run_cap=2", "orpo.max_steps=400", "tracker=disabled")
+    options = (*TINY, "name=s", "sweep.run_cap=2", "orpo.max_steps=250", "tracker=disabled")
     controller = start(tmp_path, *options)
     wait_for(lambda: (sweep / "journal.jsonl").exists() and stepping(sweep))
     controller.kill()

@@ -72,16 +72,22 @@ def check_same_as_alone(sweep: Path, tmp_path: Path) -> None:
         assert runs == {cut.read_spec().run_id}
 
 
-def test_preemption(slurm: Bed, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("setting", "number"), [("youngest_first", "SIGTERM"), ("send_user_signal", "SIGUSR2")])
+def test_preemption(setting: str, number: str, slurm: Bed, tmp_path: Path) -> None:
+    """By sites that send SIGTERM first, and by those that send what the job asked for with --signal."""
     sweep = tmp_path / "outputs" / "s"
-    controller = start(tmp_path, *ONE)
-    wait_for(past(sweep, 12))
-    urgent = ["sbatch", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 3"]
-    slurm.command(*urgent)
-    ends = finish(controller, tmp_path)
+    slurm.reconfigure("PreemptParameters", setting)
+    try:
+        controller = start(tmp_path, *ONE)
+        wait_for(past(sweep, 12))
+        urgent = ["sbatch", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 3"]
+        slurm.command(*urgent)
+        ends = finish(controller, tmp_path)
+    finally:
+        slurm.reconfigure("PreemptParameters", "youngest_first")
     assert [e["state"] for e in ends] == ["stopped", "completed"] and not ends[0]["counted"]
     log = (sweep / "jobs").glob("*_log.out")
-    assert any("received SIGTERM: checkpoint, then stop" in path.read_text() for path in log)
+    assert any(f"received {number}: checkpoint, then stop" in path.read_text() for path in log)
     assert slurm.jobs() == []
     check_same_as_alone(sweep, tmp_path)
 
