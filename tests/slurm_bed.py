@@ -226,7 +226,7 @@ class Bed:
             "DefMemPerCPU": "100", "GresTypes": "gpu", "SlurmdParameters": "config_overrides", "ReturnToService": "2",
             "SlurmctldTimeout": "10", "SlurmdTimeout": "10", "KillWait": "5", "MinJobAge": "600", "CompleteWait": "0",
             "PropagateResourceLimits": "NONE", "PreemptType": "preempt/partition_prio", "PreemptMode": "REQUEUE",
-            "PreemptParameters": "youngest_first", "JobCompType": "jobcomp/none", "MaxArraySize": "1001",
+            "SlurmctldParameters": "user_resv_delete", "JobCompType": "jobcomp/none", "MaxArraySize": "1001",
         }  # fmt: skip
         if self.accounting:
             settings |= {

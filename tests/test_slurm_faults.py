@@ -72,11 +72,11 @@ def check_same_as_alone(sweep: Path, tmp_path: Path) -> None:
         assert runs == {cut.read_spec().run_id}
 
 
-@pytest.mark.parametrize(("setting", "number"), [("youngest_first", "SIGTERM"), ("send_user_signal", "SIGUSR2")])
+@pytest.mark.parametrize(("setting", "number"), [("user_resv_delete", "SIGTERM"), ("preempt_send_user_signal", "SIGUSR2")])
 def test_preemption(setting: str, number: str, slurm: Bed, tmp_path: Path) -> None:
     """By sites that send SIGTERM first, and by those that send what the job asked for with --signal."""
     sweep = tmp_path / "outputs" / "s"
-    slurm.reconfigure("PreemptParameters", setting)
+    slurm.reconfigure("SlurmctldParameters", setting)
     try:
         controller = start(tmp_path, *ONE)
         wait_for(past(sweep, 12))
@@ -84,7 +84,7 @@ def test_preemption(setting: str, number: str, slurm: Bed, tmp_path: Path) -> No
         slurm.command(*urgent)
         ends = finish(controller, tmp_path)
     finally:
-        slurm.reconfigure("PreemptParameters", "youngest_first")
+        slurm.reconfigure("SlurmctldParameters", "user_resv_delete")
     assert [e["state"] for e in ends] == ["stopped", "completed"] and not ends[0]["counted"]
     log = (sweep / "jobs").glob("*_log.out")
     assert any(f"received {number}: checkpoint, then stop" in path.read_text() for path in log)

@@ -61,10 +61,20 @@ def run_for_agent(experiment: Experiment, overrides: Sequence[str], environment:
         experiment, definition, GivenPoints([point]), folder, overrides, show=False, given=given, check=not checked.exists()
     )
     checked.touch()
+    if untold := untold_trial(folder):
+        report_again(untold)
     if ended is not None:  # the agent asks for it, so its server does not know
         print("it had ended already: telling W&B again", flush=True)
         report_again(ended)
     return exit_code(folder)
+
+
+def untold_trial(folder: SweepFolder) -> TrialFolder | None:
+    """The folder's trial, when it has been stopped and could not say so to W&B."""
+    record = SweepRecord()
+    replay(folder.journal, record)
+    stopped = [folder.trial(trial.name) for trial in record.trials.values() if trial.state == STOPPED]
+    return next((trial for trial in stopped if trial.read_status().get("untold")), None)
 
 
 def ended_trial(folder: SweepFolder) -> TrialFolder | None:

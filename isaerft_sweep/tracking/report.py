@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from isaerft_sweep.journal.folders import COMPLETED, TrialFolder
+from isaerft_sweep.journal.folders import COMPLETED, STOPPED, TrialFolder
 from isaerft_sweep.tracking.run import WandbRun, open_run
 
 
@@ -23,8 +23,9 @@ def report_again(trial: TrialFolder, aside: Path | None = None) -> None:
         run.replay({name: value for name, value in row.items() if name not in ("step", "time")}, row["step"])
     if trial.adapter.is_dir():
         run.log_adapter(trial.adapter, spec.model_name)
-    completed = status.get("state") == COMPLETED
-    run.finish({**(status.get("metrics") or {}), "state": status.get("state")}, exit_code=0 if completed else 1)
+    state = status.get("state")
+    summary = {**(status.get("metrics") or {}), "state": state}
+    run.finish(summary, exit_code=0 if state == COMPLETED else 1, preempted=state == STOPPED)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ class Run:
     url: str | None = None
     sweep_url: str | None = None
     offline_folder: str | None = None
+    lost = False
+    """Whether W&B has not been told everything: its process is gone, as SLURM sends signals to every process of a step."""
     told = False
     """Whether W&B can tell the trial to stop: it interrupts the process then."""
 
@@ -41,7 +43,6 @@ class Run:
 class WandbRun(Run):
     """A real W&B run. An outage is reported and never ends the trial."""
 
-    _lost = False
     live: ClassVar[int] = 0
     """How many runs this process has at the moment."""
 
@@ -107,12 +108,12 @@ class WandbRun(Run):
         WandbRun.live -= 1
 
     def _shielded(self, call: Callable[[], Any]) -> None:
-        if self._lost:
+        if self.lost:
             return
         try:
             call()
         except Exception as error:  # wandb raises many kinds; none of them may cost a trial
-            self._lost = True
+            self.lost = True
             print(f"W&B is lost ({error}); the rest of this attempt is not tracked there.", file=sys.stderr, flush=True)
 
 

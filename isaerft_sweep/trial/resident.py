@@ -127,6 +127,7 @@ class _Worker:
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
         if not self.seats:
+            self._joint = None  # the next trial may want another model: one at a time is in memory
             return
         waiting = list(self.seats.values())
         joint = self._joint_model(waiting[0])

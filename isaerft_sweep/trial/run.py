@@ -150,7 +150,7 @@ def _train(
         return _end(status, PRUNED, {"message": "stopped early; its checkpoint is kept", **_results(recorder, started)})
     if recorder.stopped:
         run.finish({"state": STOPPED}, exit_code=1, preempted=True)
-        return _end(status, STOPPED, {"message": "asked to stop; a checkpoint was written"})
+        return _end(status, STOPPED, {"message": "asked to stop; a checkpoint was written", "untold": run.lost})
     write_changes(folder.latents, changes)
     results = _results(recorder, started)
     results["wandb"] = {"url": run.url, "sweep_url": run.sweep_url, "offline": run.offline_folder is not None}

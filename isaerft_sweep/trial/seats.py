@@ -98,15 +98,16 @@ def _forward(joint: JointModel, seats: Sequence[Seat]) -> None:
     """One pass for all; in halves where it does not fit into the device's memory, and an error to whom it belongs."""
     if not seats:
         return
+    found = None
     try:
         found = joint.forward([seat.wanted for seat in seats if seat.wanted is not None])
     except Exception as error:
         if len(seats) == 1:
-            seats[0].fail(error)
+            seats[0].fail(error.with_traceback(None))  # which would keep the failed pass in memory
             return
         if not isinstance(error, torch.cuda.OutOfMemoryError):
             print(f"a pass of {len(seats)} trials failed ({error}); run in halves", flush=True)
-        del error
+    if found is None:  # out here the error is gone, and with it all that the failed pass held
         torch.cuda.empty_cache()
         _forward(joint, seats[: len(seats) // 2])
         _forward(joint, seats[len(seats) // 2 :])
