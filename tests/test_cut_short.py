@@ -23,8 +23,8 @@ from isaerft_sweep.specs import Experiment
 
 SITE, PERSON, TRIAL = Verdict("SLURM: PREEMPTED", "site"), Verdict("SLURM: CANCELLED", "person"), Verdict("SLURM: FAILED")
 DONE = (COMPLETED, 0, TRIAL)
-SILENT = "silent"
-"""The state of an attempt that dies before it says a word."""
+UNBEGUN, SILENT = "unbegun", "silent"
+"""States of an attempt that its worker gave back, and of one that died before it said a word."""
 
 
 class StandInCluster(Dispatcher):
@@ -60,6 +60,9 @@ class StandInCluster(Dispatcher):
         if state == SILENT:
             return {"number": started}
         writer = StatusWriter(folder, job.attempt)
+        if state == UNBEGUN:
+            writer.write(STOPPED, {"begun": False, "message": "its worker ended before it began"})
+            return {"number": started}
         facts = {"metric": 0.5, "ended": time.time()} if state == COMPLETED else {}
         writer.write(state, {"checkpoint": checkpoint, **facts})
         return {"number": started}
@@ -120,6 +123,8 @@ def run(experiment: Callable[..., Experiment], tmp_path: Path) -> Callable[..., 
         # never any further: jobs that are too short must not go on for ever
         ([(RUNNING, 5, SITE), (RUNNING, 5, SITE), (RUNNING, 5, SITE)], ["stopped", "failed", "failed"]),
         ([(STOPPED, 0, SITE)], ["failed", "failed"]),
+        # never begun, since its worker ended for another trial's sake: nobody's fault, however often
+        ([(UNBEGUN, 0, TRIAL)] * 4 + [DONE], ["stopped"] * 4 + ["completed"]),
         # by a person: counted, whatever it has reached
         ([(STOPPED, 5, PERSON), (STOPPED, 10, PERSON)], ["failed", "failed"]),
         # of its own

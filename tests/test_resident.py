@@ -249,6 +249,21 @@ def test_a_worker_ends_after_an_error_and_when_nobody_wants_it(trial: Made, tmp_
     assert nobody.progress() == Progress(ending=True)
 
 
+def test_a_trial_that_a_worker_has_not_begun_goes_back_when_it_ends(trial: Made, tmp_path: Path) -> None:
+    """The second one cannot go with the first, whose error ends the worker."""
+    broken, waiting = trial(*OFF, name="broken"), trial(*OFF, "adapter.sites.0.layer=1", name="waiting")
+    spec = json.loads(broken.spec.read_text())
+    spec["experiment"]["data"] |= {"path": str(tmp_path / "nothing.jsonl"), "source": "files"}
+    broken.spec.write_text(json.dumps(spec))
+    worker = WorkerFolder(tmp_path / "worker")
+    for one in (broken, waiting):
+        worker.claim(Task(str(one.path), 1), room=None)
+    assert serve_trials(worker, packed=2) == 1
+    assert broken.read_status()["state"] == "failed"
+    assert (waiting.read_status()["state"], waiting.read_status()["begun"]) == ("stopped", False)
+    assert worker.progress() == Progress(2, ending=True) and worker.task(3) == Task(None)
+
+
 def test_a_worker_told_to_stop_within_a_step_is_given_nothing_more(
     trial: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

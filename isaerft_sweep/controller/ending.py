@@ -48,6 +48,8 @@ def cut_short(record: TrialRecord, status: Mapping[str, Any], dispatcher: Dispat
     assert record.job is not None
     verdict = dispatcher.verdict(record.job)
     ordered = status.get("state") == STOPPED
+    if ordered and status.get("begun") is False:  # its worker ended for another trial's sake
+        return Ending(STOPPED, None, str(status.get("message", "")), 0.0)
     further = int(status.get("checkpoint") or 0) > record.checkpoint
     if ordered and verdict.cause != "person" and further:
         return Ending(STOPPED, None, str(status.get("message", "")), seconds)

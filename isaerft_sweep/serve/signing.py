@@ -8,17 +8,22 @@ import secrets
 import time
 from pathlib import Path
 
+from isaerft_sweep.journal.files import write_text
+
 VALID_S = 24 * 3600
+SECRET_BYTES = 32
 
 
 class Signer:
     """The secret lies in ``path``, so that addresses stay valid over a restart."""
 
     def __init__(self, path: Path) -> None:
-        if not path.exists():
-            path.touch(mode=0o600)
-            path.write_text(secrets.token_hex(32), encoding="ascii")
-        self._secret = path.read_text(encoding="ascii").encode()
+        secret = path.read_text(encoding="ascii") if path.exists() else ""
+        if len(secret) < 2 * SECRET_BYTES:  # a torn one would be anybody's guess
+            secret = secrets.token_hex(SECRET_BYTES)
+            write_text(path, secret)
+            path.chmod(0o600)
+        self._secret = secret.encode()
 
     def sign(self, method: str, path: str) -> str:
         """The query string of an address for ``method`` on ``path``."""

@@ -89,7 +89,7 @@ def offline_runs(folder: Path) -> list[Upload]:
             if any(path.glob("run-*.wandb")) and not any(path.glob("*.synced")):
                 found.append(Upload(*ids, folder=path))
         if any(trial.glob("wandb/wandb/run-*")) and not any(trial.glob("wandb/wandb/offline-run-*/run-*.wandb")):
-            rows = len(TrialFolder(trial).read_metrics())
+            rows = len({row["step"] for row in TrialFolder(trial).read_metrics()})  # W&B has one row a step
             found.append(Upload(*ids, trial=trial, rows=rows))
     return found
 
@@ -123,10 +123,10 @@ def upload(
     announced: set[tuple[str, str]] = set()
     for one in uploads:
         place = (one.sweep_id, target.project or one.project)
-        if one.sweep_id in configs and place not in announced:
-            _retried(lambda one=one: _announce(one, configs[one.sweep_id], target), wait_s)  # type: ignore[misc]
-            announced.add(place)
         try:
+            if one.sweep_id in configs and place not in announced:
+                _retried(lambda one=one: _announce(one, configs[one.sweep_id], target), wait_s)  # type: ignore[misc]
+                announced.add(place)
             if one.trial is not None and _has(one, target):
                 outcome.there.append(one.run_id)
                 continue

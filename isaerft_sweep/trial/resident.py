@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -152,15 +152,24 @@ class _Worker:
         return (paged and experiment.adapter.kind in ("linear", "mlp")) or state not in (*OVER, STOPPED)
 
     def _close(self) -> None:
-        """Take no further task; one that was given at the last moment goes back as it came."""
-        self.closed = True
-        while self.folder.claim(Task(None), room=None) is None:
-            number = self._next()
-            task = self.folder.task(number)
-            if task is None or task.trial is None:
-                return
-            StatusWriter(TrialFolder(Path(task.trial)), task.attempt).write(STOPPED, {"message": "its worker ended before"})
+        """Take no further task; those that were given and have not begun go back as they came."""
+        self.closed, self._next_up = True, None
+        while self.folder.claim(Task(None), room=None) is None and not self._last_word_is_there():
+            pass  # somebody else was first with that number
+        while (task := self.folder.task(number := self._next())) is not None and task.trial is not None:
+            with suppress(Superseded):
+                facts = {"message": "its worker ended before it began", "begun": False}
+                StatusWriter(TrialFolder(Path(task.trial)), task.attempt).write(STOPPED, facts)
             self.number, self.progress = number, self.progress.with_over(number)
+        self._note(self.progress)
+
+    def _last_word_is_there(self) -> bool:
+        number = self._next()
+        while (task := self.folder.task(number)) is not None:
+            if task.trial is None:
+                return True
+            number += 1
+        return False
 
     def _note(self, progress: Progress) -> None:
         self.folder.note(replace(progress, ending=self.closed))
