@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -93,6 +94,31 @@ def test_an_array_of_agents(slurm: Bed, tmp_path: Path) -> None:
         assert slurm.command("sacct", "-X", "-n", "-o", "State", "-j", job).split() == ["COMPLETED"] * 2
     finally:
         serving.kill()
+
+
+@pytest.mark.parametrize("name", ["agents.sbatch", "controller.sbatch"])
+def test_what_somebody_cancels_does_not_come_back(name: str, slurm: Bed, tmp_path: Path) -> None:
+    """``wandb`` and ``python`` are stand-ins here: what matters is that the template does not queue itself again."""
+    for program in ("wandb", "python"):
+        file = tmp_path / "bin" / program
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("#!/bin/bash\ntouch begun\nexec sleep 300\n")
+        file.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    command = [
+        "sbatch",
+        "--parsable",
+        "--time=10",
+        *(["--array=0"] if name == "agents.sbatch" else []),
+        str(TEMPLATES / name),
+    ]
+    job = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+    wait_for((tmp_path / "begun").exists)
+    slurm.command("scancel", job)
+    wait_for(lambda: slurm.jobs() == [], 60)
+    time.sleep(1)
+    assert slurm.jobs() == []
+    assert set(slurm.command("squeue", "-h", "-r", "-t", "all", "-o", "%T", "-j", job).split()) == {"CANCELLED"}
 
 
 @pytest.mark.parametrize("name", ["agents.sbatch", "trials.sbatch", "controller.sbatch"])
