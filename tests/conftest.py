@@ -16,6 +16,7 @@ import pytest
 import slurm_bed
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from serving import Serving
 
 from isaerft_sweep import naming
 from isaerft_sweep.config.boundary import to_experiment
@@ -152,6 +153,17 @@ def processes_of(cwd: Path, started_there: bool = False) -> list[psutil.Process]
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
     return found
+
+
+@pytest.fixture
+def serving(tmp_path: Path) -> Iterator[Serving]:
+    """A real ``isaerft-sweep serve`` that takes a run for dead after 25 s; nothing that a test started there is left."""
+    server = Serving(tmp_path, "--crash-after", "25")
+    server.start()
+    yield server
+    server.kill()
+    for process in processes_of(tmp_path):
+        process.kill()
 
 
 def launch_command(*overrides: str) -> list[str]:

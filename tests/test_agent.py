@@ -171,15 +171,15 @@ def test_one_trial_each_in_a_shared_folder_and_true_exit_codes(tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_ctrl_c_checkpoints_and_the_same_run_goes_on(tmp_path: Path) -> None:
-    """SIGTERM, which comes from real agents: test_agent_signals."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_checkpoints_and_the_same_run_goes_on(number: int, tmp_path: Path) -> None:
     command = launch_command(*OPTIONS, "orpo.max_steps=100000")
     launch = subprocess.Popen(command, cwd=tmp_path, env=under_agent("run1"), stdout=subprocess.DEVNULL, process_group=0)
     reached = wait_for(lambda: next((s["step"] for s in statuses(tmp_path, "run1") if s.get("step", 0) > 3), None))
-    launch.send_signal(signal.SIGINT)
+    launch.send_signal(number)
     assert launch.wait(120) == 130 and processes_of(tmp_path) == []
     assert list(tmp_path.glob("outputs/sweep123/run1/trials/*/checkpoints/checkpoint-*/.complete"))
     launch = subprocess.Popen(command, cwd=tmp_path, env=under_agent("run1"), stdout=subprocess.DEVNULL, process_group=0)
     wait_for(lambda: [s for s in statuses(tmp_path, "run1") if s["attempt"] == 2 and s.get("step", 0) > reached])
-    launch.send_signal(signal.SIGINT)
+    launch.send_signal(number)
     assert launch.wait(120) == 130 and processes_of(tmp_path) == []

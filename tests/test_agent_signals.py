@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,44 +12,18 @@ import pytest
 from conftest import TINY, processes_of
 from serving import Serving, wait_for
 from slurm_bed import Bed
-from test_serve_sweep import read_sweep, stepping, trial_id
+from test_serve_sweep import read_sweep, stepping, sweep_file, trial_id
 
 pytestmark = pytest.mark.slow
-SWEEP = """\
-program: isaerft_sweep/launch.py
-method: grid
-metric: {{name: eval/nll_loss, goal: minimize}}
-parameters:
-  orpo.learning_rate: {{values: {rates}}}
-  orpo.beta: {{value: 1.0}}
-command: ["${{env}}", "${{interpreter}}", -m, isaerft_sweep.launch, sweep=none, sweep.file={file}, {options}, "${{args_no_hyphens}}"]
-"""
 OPTIONS = (*TINY, "launcher.threads=1", "orpo.checkpoint_every_steps=10", "orpo.eval_fraction=0.2")
 PLACES: dict[str, tuple[str, ...]] = {"local": (), "slurm": ("launcher=slurm", "launcher.poll_s=0.3")}
-
-
-def grid_of(folder: Path, rates: tuple[float, ...], options: tuple[str, ...]) -> Path:
-    """A sweep file of one trial for each learning rate."""
-    file = folder / "s.yaml"
-    file.write_text(SWEEP.format(file=file, rates=list(rates), options=", ".join(options)))
-    return file
-
-
-@pytest.fixture
-def serving(tmp_path: Path) -> Iterator[Serving]:
-    server = Serving(tmp_path, "--crash-after", "25")
-    yield server
-    server.kill()
-    for process in processes_of(tmp_path):
-        process.kill()
 
 
 def begin(
     serving: Serving, tmp_path: Path, steps: int, place: str, *flags: str
 ) -> tuple[str, str, subprocess.Popen[str], int]:
     """A sweep of one trial that an agent is at: the sweep's path, the run, the agent, the step reached."""
-    serving.start()
-    path = serving.sweep(grid_of(tmp_path, (0.1,), (*OPTIONS, *PLACES[place], f"orpo.max_steps={steps}")))
+    path = serving.sweep(sweep_file(tmp_path, (*OPTIONS, *PLACES[place], f"orpo.max_steps={steps}"), (0.1,)))
     agent = serving.agent(path, "first", *flags)
     run = trial_id(serving, path, 0)
     return path, run, agent, int(wait_for(lambda: stepping(tmp_path, run, least=12))["step"])

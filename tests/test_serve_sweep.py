@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,9 @@ SWEEP = """\
 program: isaerft_sweep/launch.py
 method: grid
 metric: {{name: eval/nll_loss, goal: minimize}}
-early_terminate: {{type: hyperband, min_iter: 2, eta: 2}}
+{early}
 parameters:
-  orpo.learning_rate: {{values: [0.1, 0.15, 1.0e-7, 0.2]}}
+  orpo.learning_rate: {{values: {rates}}}
   orpo.beta: {{value: 1.0}}
 command: ["${{env}}", "${{interpreter}}", -m, isaerft_sweep.launch, sweep=none, sweep.file={file}, {options}, "${{args_no_hyphens}}"]
 """
@@ -40,19 +39,14 @@ LONG = (
 """Long enough to be stopped in the middle: wandb asks every 15 s whether it should be."""
 
 
-@pytest.fixture
-def serving(tmp_path: Path) -> Iterator[Serving]:
-    server = Serving(tmp_path, "--crash-after", "25")
-    server.start()
-    yield server
-    server.kill()
-    for process in processes_of(tmp_path):
-        process.kill()
+EARLY = "early_terminate: {type: hyperband, min_iter: 2, eta: 2}"
 
 
-def sweep_file(folder: Path, options: tuple[str, ...]) -> Path:
+def sweep_file(folder: Path, options: tuple[str, ...], rates: tuple[float, ...], early: str = "") -> Path:
+    """A sweep of one trial for each learning rate."""
     file = folder / "s.yaml"
-    file.write_text(SWEEP.format(file=file, options=", ".join(options)))
+    values = ", ".join(f"{rate:.2e}" for rate in rates)  # YAML takes 1e-07 for a word
+    file.write_text(SWEEP.format(file=file, options=", ".join(options), rates=f"[{values}]", early=early))
     return file
 
 
@@ -94,7 +88,7 @@ def trial_id(serving: Serving, path: str, index: int) -> str:
 
 
 def test_a_sweep_survives_whatever_dies(serving: Serving, tmp_path: Path) -> None:
-    path = serving.sweep(sweep_file(tmp_path, LONG))
+    path = serving.sweep(sweep_file(tmp_path, LONG, (0.1, 0.15, 1.0e-7, 0.2), EARLY))
     sweep_id = path.rpartition("/")[2]
     agents = [serving.agent(path, f"agent{i}") for i in range(2)]
     orphan, third = trial_id(serving, path, 0), trial_id(serving, path, 1)

@@ -280,7 +280,7 @@ def test_a_worker_that_always_dies_under_a_slow_scheduler(
 
 
 SLOW_DISK = """
-import os, sys, time
+import os, time
 # Stands in for a slow shared file system: every call that has to ask its server takes a third of a second.
 def slowly(call):
     def waits(*args, **kwargs):

@@ -14,8 +14,7 @@ import pytest
 from conftest import TINY
 from serving import Serving
 from slurm_bed import Bed
-from test_agent_signals import grid_of
-from test_serve_sweep import read_sweep, trial_id
+from test_serve_sweep import read_sweep, sweep_file, trial_id
 from test_serve_sweep import stepping as running
 from test_slurm_dispatch import Note
 from test_sweep import ended_states, wait_for
@@ -28,9 +27,9 @@ TEMPLATES = Path(__file__).parent.parent / "slurm"
 GOLDEN = Path(__file__).parent / "golden"
 
 
-def sbatch(cwd: Path, *arguments: str, environment: Mapping[str, str] = os.environ) -> str:
-    """Submit as a user does, from ``cwd``; the job's id."""
-    environment = {**environment, "PATH": f"{Path(sys.executable).parent}:{environment['PATH']}"}
+def sbatch(cwd: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> str:
+    """Submit as a user does, from ``cwd``, with this interpreter's commands first unless told otherwise; the job's id."""
+    environment = environment or {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     command = ["sbatch", "--parsable", *arguments]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=True).stdout.strip()
 
@@ -54,7 +53,7 @@ def test_the_workers_script(slurm: Bed, tmp_path: Path) -> None:
 def test_an_array_of_made_trials(slurm: Bed, tmp_path: Path) -> None:
     """One element is preempted by hand: it is queued again and goes on."""
     sweep = tmp_path / "outputs" / "s"
-    options = ("name=s", "sweep.method=random", "sweep.run_cap=2", "orpo.max_steps=400", f"output={tmp_path / 'outputs'}")
+    options = ("name=s", "sweep.method=random", "sweep.run_cap=2", "orpo.max_steps=800", f"output={tmp_path / 'outputs'}")
     refused = cli("make", *TINY, "name=t", f"output={tmp_path / 'outputs'}", "sweep.run_cap=2")
     assert refused.returncode == 2 and "only when none depends on another's result" in refused.stderr
     made = cli("make", *TINY, *options, "tracker=disabled")
@@ -71,29 +70,24 @@ def test_an_array_of_made_trials(slurm: Bed, tmp_path: Path) -> None:
     assert done.returncode == 0 and ended_states(sweep) == {"completed": 2} and "Leaderboard" in done.stdout, done.stderr
 
 
-def test_an_array_of_agents(slurm: Bed, tmp_path: Path) -> None:
+def test_an_array_of_agents(slurm: Bed, serving: Serving, tmp_path: Path) -> None:
     """The real ``wandb agent`` with a server of our own; one element is preempted: queued again, its trial goes on."""
-    serving = Serving(tmp_path, "--crash-after", "25")
-    serving.start()
-    try:
-        path = serving.sweep(grid_of(tmp_path, (0.1, 0.2), (*TINY, "launcher.threads=1", "orpo.max_steps=400")))
-        job = sbatch(
-            tmp_path, "--array=0-1", "--time=10", str(TEMPLATES / "agents.sbatch"), path, environment=serving.environment
-        )
-        runs = [trial_id(serving, path, index) for index in (0, 1)]
-        wait_for(lambda: all(running(tmp_path, run, least=12) for run in runs))
-        slurm.command("scancel", "--batch", "--signal=TERM", f"{job}_0")
-        wait_for(lambda: [e for e in serving.journal(path) if e.get("state") == "stopped"])
-        wait_for(lambda: slurm.jobs() == [], 400)
-        found = read_sweep(serving, path)
-        assert found["state"] == "FINISHED" and set(found["runs"]) == set(runs)
-        for run in found["runs"].values():
-            assert run["state"] == "finished" and run["steps"] == list(range(run["steps"][0], 401))
-        attempts = sorted(e["attempt"] for e in serving.journal(path) if e["event"] == "dispatch")
-        assert attempts == [1, 1, 2], "one went on"
-        assert slurm.command("sacct", "-X", "-n", "-o", "State", "-j", job).split() == ["COMPLETED"] * 2
-    finally:
-        serving.kill()
+    path = serving.sweep(sweep_file(tmp_path, (*TINY, "launcher.threads=1", "orpo.max_steps=400"), (0.1, 0.2)))
+    job = sbatch(
+        tmp_path, "--array=0-1", "--time=10", str(TEMPLATES / "agents.sbatch"), path, environment=serving.environment
+    )
+    runs = [trial_id(serving, path, index) for index in (0, 1)]
+    wait_for(lambda: all(running(tmp_path, run, least=12) for run in runs))
+    slurm.command("scancel", "--batch", "--signal=TERM", f"{job}_0")
+    wait_for(lambda: [e for e in serving.journal(path) if e.get("state") == "stopped"])
+    wait_for(lambda: slurm.jobs() == [], 400)
+    found = read_sweep(serving, path)
+    assert found["state"] == "FINISHED" and set(found["runs"]) == set(runs)
+    for run in found["runs"].values():
+        assert run["state"] == "finished" and run["steps"] == list(range(run["steps"][0], 401))
+    attempts = sorted(e["attempt"] for e in serving.journal(path) if e["event"] == "dispatch")
+    assert attempts == [1, 1, 2], "one went on"
+    assert slurm.command("sacct", "-X", "-n", "-o", "State", "-j", job).split() == ["COMPLETED"] * 2
 
 
 @pytest.mark.parametrize("name", ["agents.sbatch", "controller.sbatch"])
@@ -105,14 +99,8 @@ def test_what_somebody_cancels_does_not_come_back(name: str, slurm: Bed, tmp_pat
         file.write_text("#!/bin/bash\ntouch begun\nexec sleep 300\n")
         file.chmod(0o755)
     environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
-    command = [
-        "sbatch",
-        "--parsable",
-        "--time=10",
-        *(["--array=0"] if name == "agents.sbatch" else []),
-        str(TEMPLATES / name),
-    ]
-    job = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+    flags = ["--time=10", *(["--array=0"] if name == "agents.sbatch" else [])]
+    job = sbatch(tmp_path, *flags, str(TEMPLATES / name), environment=environment)
     wait_for((tmp_path / "begun").exists)
     slurm.command("scancel", job)
     wait_for(lambda: slurm.jobs() == [], 60)

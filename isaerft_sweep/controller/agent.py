@@ -21,7 +21,7 @@ from isaerft_sweep.controller.run import INTERRUPTED, run_trials, write_question
 from isaerft_sweep.controller.trials import GivenIds
 from isaerft_sweep.errors import LaunchError
 from isaerft_sweep.journal.folders import COMPLETED, FINAL, PRUNED, STOPPED, SweepFolder, TrialFolder
-from isaerft_sweep.journal.journal import SweepRecord, replay
+from isaerft_sweep.journal.journal import SweepRecord, TrialRecord, replay
 from isaerft_sweep.search.distributions import Distribution
 from isaerft_sweep.search.sampler import GivenPoints, Point
 from isaerft_sweep.search.sweep_file import SweepDefinition
@@ -71,17 +71,20 @@ def run_for_agent(experiment: Experiment, overrides: Sequence[str], environment:
 
 def untold_trial(folder: SweepFolder) -> TrialFolder | None:
     """The folder's trial, when it has been stopped and could not say so to W&B."""
-    record = SweepRecord()
-    replay(folder.journal, record)
-    stopped = [folder.trial(trial.name) for trial in record.trials.values() if trial.state == STOPPED]
+    stopped = [folder.trial(trial.name) for trial in journaled(folder) if trial.state == STOPPED]
     return next((trial for trial in stopped if trial.read_status().get("untold")), None)
 
 
 def ended_trial(folder: SweepFolder) -> TrialFolder | None:
     """The folder's trial, when it has come to its own end before."""
+    return next((folder.trial(trial.name) for trial in journaled(folder) if trial.state in FINAL), None)
+
+
+def journaled(folder: SweepFolder) -> list[TrialRecord]:
+    """What the folder's journal says of its trials; none when there is no journal yet."""
     record = SweepRecord()
     replay(folder.journal, record)
-    return next((folder.trial(trial.name) for trial in record.trials.values() if trial.state in FINAL), None)
+    return list(record.trials.values())
 
 
 def given_id(environment: Mapping[str, str], name: str) -> str:
@@ -155,9 +158,7 @@ def adapted(experiment: Experiment, overrides: Sequence[str], environment: Mappi
 
 def exit_code(folder: SweepFolder) -> int:
     """The trial's true outcome: what an agent, a scheduler and a person take it for."""
-    record = SweepRecord()
-    replay(folder.journal, record)
-    states = {trial.state for trial in record.trials.values()}
+    states = {trial.state for trial in journaled(folder)}
     if states and states <= {COMPLETED, PRUNED}:
         return 0
     return INTERRUPTED if STOPPED in states or not states else 1

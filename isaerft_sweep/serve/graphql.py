@@ -27,16 +27,10 @@ from isaerft_sweep.resources import asset
 from isaerft_sweep.serve import artifacts
 from isaerft_sweep.serve.caller import Caller, global_id, parse_id
 from isaerft_sweep.serve.checks import RequestError
+from isaerft_sweep.serve.run_views import FileView, RunView
 from isaerft_sweep.serve.runs import RunKey
-from isaerft_sweep.serve.views import (
-    AgentView,
-    FileView,
-    ProjectView,
-    RunView,
-    SweepView,
-    UserView,
-    entity_view,
-)
+from isaerft_sweep.serve.sweep_views import AgentView, SweepView
+from isaerft_sweep.serve.views import ProjectView, UserView, entity_view
 
 log = logging.getLogger("isaerft.serve")
 MAX_TOKENS = 5000

@@ -17,8 +17,8 @@ from isaerft_sweep.serve import runs as states
 from isaerft_sweep.serve.caller import Caller, stamp, thinned
 from isaerft_sweep.serve.filters import select
 from isaerft_sweep.serve.runs import ServedRun
+from isaerft_sweep.serve.sweep_views import AgentView
 from isaerft_sweep.serve.sweeps import ServedSweep
-from isaerft_sweep.serve.views import AgentView
 
 SHOWN = 200
 POINTS = 300

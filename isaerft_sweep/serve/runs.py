@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from isaerft_sweep.errors import FolderError
+from isaerft_sweep.journal.folders import PRUNED
 from isaerft_sweep.journal.log import AppendLog, whole_lines
 
 PENDING, RUNNING, FINISHED, FAILED, CRASHED = "pending", "running", "finished", "failed", "crashed"
@@ -194,3 +195,23 @@ def values_of(rows: list[str], metric: str) -> list[float]:
 def is_number(value: Any) -> bool:
     """Whether ``value`` is a finite number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def next_state(run: ServedRun, ending: Mapping[str, Any]) -> dict[str, Any]:
+    """What a stream's request says of the run's state, as far as it changes."""
+    preempting = bool(ending.get("preempting")) or run.state == PREEMPTING
+    if not ending.get("complete"):
+        wanted = PREEMPTING if preempting else RUNNING
+        # one that was thought dead and speaks is alive; one that has ended stays so
+        alive = run.active or run.state == CRASHED
+        return {"state": wanted} if alive and run.state != wanted else {}
+    code = ending.get("exitcode")
+    code = code if isinstance(code, int) and not isinstance(code, bool) else 1
+    # one that had come to its end before it heard of the stop has finished; ours end in order when they are stopped
+    if run.stop and (code or json.loads(run.summary).get("state") == PRUNED):
+        state = KILLED
+    elif preempting and code:
+        state = PREEMPTED
+    else:
+        state = FAILED if code else FINISHED
+    return {} if (run.state, run.exitcode) == (state, code) else {"state": state, "exitcode": code}

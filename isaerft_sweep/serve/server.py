@@ -16,7 +16,7 @@ from typing import Any
 
 from isaerft_sweep.controller.trials import new_sweep_id
 from isaerft_sweep.errors import FolderError
-from isaerft_sweep.journal.folders import PRUNED, SweepFolder
+from isaerft_sweep.journal.folders import SweepFolder
 from isaerft_sweep.journal.log import AppendLog, whole_lines
 from isaerft_sweep.serve import runs as states
 from isaerft_sweep.serve import sweeps
@@ -258,7 +258,7 @@ class Server:
         if ending.get("complete") and event["files"]:
             run.write(**event)  # the summary says how it ended
             event["files"] = {}
-        values = _next_state(run, ending)
+        values = states.next_state(run, ending)
         if values:
             event["set"] = values
         if event["files"] or values:
@@ -291,23 +291,3 @@ class Server:
     def note_artifact(self, artifact_id: str, **facts: Any) -> dict[str, Any]:
         self.write(event="artifact", id=artifact_id, facts=facts)
         return self.artifacts[artifact_id]
-
-
-def _next_state(run: ServedRun, ending: Mapping[str, Any]) -> dict[str, Any]:
-    """What a stream's request says of the run's state, as far as it changes."""
-    preempting = bool(ending.get("preempting")) or run.state == states.PREEMPTING
-    if not ending.get("complete"):
-        wanted = states.PREEMPTING if preempting else states.RUNNING
-        # one that was thought dead and speaks is alive; one that has ended stays so
-        alive = run.active or run.state == states.CRASHED
-        return {"state": wanted} if alive and run.state != wanted else {}
-    code = ending.get("exitcode")
-    code = code if isinstance(code, int) and not isinstance(code, bool) else 1
-    # one that had come to its end before it heard of the stop has finished; ours end in order when they are stopped
-    if run.stop and (code or json.loads(run.summary).get("state") == PRUNED):
-        state = states.KILLED
-    elif preempting and code:
-        state = states.PREEMPTED
-    else:
-        state = states.FAILED if code else states.FINISHED
-    return {} if (run.state, run.exitcode) == (state, code) else {"state": state, "exitcode": code}

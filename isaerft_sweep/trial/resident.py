@@ -122,7 +122,8 @@ class _Worker:
                 # before the trial's end is noted: a worker that has room and is about to go must be given nothing
                 if (spoiled or self.stopping["asked"]) and not self.closed:
                     self._close()
-                self._note(self.progress)
+                else:
+                    self._note(self.progress)
                 gc.collect()  # a trainer and its model refer to each other
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
@@ -154,22 +155,19 @@ class _Worker:
     def _close(self) -> None:
         """Take no further task; those that were given and have not begun go back as they came."""
         self.closed, self._next_up = True, None
-        while self.folder.claim(Task(None), room=None) is None and not self._last_word_is_there():
-            pass  # somebody else was first with that number
-        while (task := self.folder.task(number := self._next())) is not None and task.trial is not None:
+        while True:
+            number = self._next()
+            task = self.folder.task(number)
+            if task is None:
+                self.folder.claim(Task(None), room=None)  # in vain where a trial comes at this moment: that goes back too
+                continue
+            if task.trial is None:
+                break
             with suppress(Superseded):
                 facts = {"message": "its worker ended before it began", "begun": False}
                 StatusWriter(TrialFolder(Path(task.trial)), task.attempt).write(STOPPED, facts)
             self.number, self.progress = number, self.progress.with_over(number)
         self._note(self.progress)
-
-    def _last_word_is_there(self) -> bool:
-        number = self._next()
-        while (task := self.folder.task(number)) is not None:
-            if task.trial is None:
-                return True
-            number += 1
-        return False
 
     def _note(self, progress: Progress) -> None:
         self.folder.note(replace(progress, ending=self.closed))

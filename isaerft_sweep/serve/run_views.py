@@ -1,0 +1,258 @@
+"""What GraphQL shows of runs and their files; see ``views``."""
+
+from __future__ import annotations
+
+import json
+import math
+import mimetypes
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from isaerft_sweep.serve import runs as states
+from isaerft_sweep.serve import sweep_views, views
+from isaerft_sweep.serve.caller import Caller, global_id, stamp, thinned
+from isaerft_sweep.serve.filters import page
+from isaerft_sweep.serve.runs import EVENTS, HISTORY, OUTPUT, ServedRun
+
+SAMPLES = 500
+
+
+@dataclass(frozen=True)
+class RunView:
+    """A run, with its rows and files."""
+
+    caller: Caller
+    run: ServedRun
+    read_only = False
+    system_metrics = "{}"
+
+    @property
+    def id(self) -> str:
+        key = self.run.key
+        return global_id("Run", key.name, key.project, key.entity)
+
+    @property
+    def name(self) -> str:
+        return self.run.key.name
+
+    @property
+    def display_name(self) -> str:
+        return str(self.run.facts.get("displayName") or self.run.key.name)
+
+    @property
+    def group(self) -> Any:
+        return self.run.facts.get("groupName")
+
+    def __getattr__(self, name: str) -> Any:
+        """Facts that are shown as the client has told them."""
+        told = {"description": "description", "notes": "notes", "group_name": "groupName", "job_type": "jobType",
+                "commit": "commit", "host": "host"}  # fmt: skip
+        if name in told:
+            return self.run.facts.get(told[name])
+        raise AttributeError(name)
+
+    @property
+    def tags(self) -> list[str]:
+        return list(self.run.facts.get("tags") or [])
+
+    @property
+    def state(self) -> str:
+        return self.run.state
+
+    @property
+    def exitcode(self) -> int | None:
+        return self.run.exitcode
+
+    @property
+    def stopped(self) -> bool:
+        return bool(self.run.stop)
+
+    should_stop = stopped
+
+    @property
+    def failed(self) -> bool:
+        return self.run.state in (states.FAILED, states.CRASHED)
+
+    @property
+    def running(self) -> bool:
+        return self.run.active
+
+    @property
+    def config(self) -> str:
+        return self.run.config
+
+    @property
+    def summary_metrics(self) -> str:
+        return self.run.summary
+
+    @property
+    def created_at(self) -> str:
+        return stamp(self.run.created)
+
+    @property
+    def updated_at(self) -> str:
+        return stamp(self.run.updated)
+
+    @property
+    def heartbeat_at(self) -> str:
+        # the run's own word, which is not written to the disk each time
+        return stamp(max(self.run.updated, time.time() - (time.monotonic() - self.run.heard) if self.run.active else 0.0))
+
+    @property
+    def history_line_count(self) -> int:
+        return self.run.lines[HISTORY]
+
+    @property
+    def events_line_count(self) -> int:
+        return self.run.lines[EVENTS]
+
+    @property
+    def log_line_count(self) -> int:
+        return self.run.lines[OUTPUT]
+
+    @property
+    def history_tail(self) -> str:
+        return json.dumps([self.run.last.get(HISTORY, "{}")])  # wandb 0.18 cannot take an empty list
+
+    @property
+    def events_tail(self) -> str:
+        return json.dumps([self.run.last.get(EVENTS, "{}")])
+
+    def wandb_config(self, keys: list[str] | None = None) -> str:
+        inner = self.run.config_values().get("_wandb") or {}
+        return json.dumps({key: inner.get(key, {}) for key in keys or inner})
+
+    @property
+    def history_keys(self) -> Any:
+        count = self.run.lines[HISTORY]
+        last = json.loads(self.run.last[HISTORY]) if HISTORY in self.run.last else {}
+        kinds = {key: {"typeCounts": [{"type": "number", "count": count}]} for key in json.loads(self.run.summary)}
+        return {"lastStep": int(last.get("_step", count - 1)), "keys": kinds, "sets": []}
+
+    def sampled_history(self, specs: list[str]) -> list[Any]:
+        found = []
+        for text in specs:
+            spec = json.loads(text)
+            keys, samples = list(spec.get("keys") or ()), int(spec.get("samples") or SAMPLES)
+            rows = list(self.run.steps())
+            if keys:
+                rows = [{k: row[k] for k in keys} for row in rows if all(k in row for k in keys)]
+            found.append(thinned(rows, samples))
+        return found
+
+    def history(self, min_step: Any = None, max_step: Any = None, samples: int | None = None) -> list[str]:
+        if min_step is None and max_step is None:
+            return thinned(self.run.rows(), samples or SAMPLES)
+        low, high = int(min_step or 0), int(max_step) if max_step is not None else math.inf
+        inside = [row for row in self.run.steps() if low <= row["_step"] < high]
+        return [json.dumps(row) for row in inside[: samples or None]]
+
+    def events(self, samples: int | None = None) -> list[str]:
+        return thinned(self.run.rows(EVENTS), samples or SAMPLES)
+
+    def parquet_history(self, live_keys: list[str]) -> Any:
+        return {"parquetUrls": [], "liveData": []}
+
+    @property
+    def user(self) -> views.UserView:
+        return views.UserView(self.caller.user, self.run.key.entity)
+
+    @property
+    def project(self) -> views.ProjectView:
+        return views.ProjectView(self.caller, (self.run.key.entity, self.run.key.project))
+
+    @property
+    def project_id(self) -> int:
+        return int(self.project.internal_id)
+
+    @property
+    def sweep_name(self) -> str | None:
+        return self.run.sweep or None
+
+    @property
+    def sweep(self) -> sweep_views.SweepView | None:
+        found = self.caller.server.sweeps.get(self.run.sweep)
+        return sweep_views.SweepView(self.caller, found) if found else None
+
+    def _paths(self) -> list[Path]:
+        folder = self.caller.server.files_of(self.run)
+        return sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".upload"))
+
+    @property
+    def file_count(self) -> int:
+        return len(self._paths())
+
+    def files(
+        self,
+        names: list[str] | None = None,
+        after: str | None = None,
+        first: int | None = None,
+        pattern: str | None = None,
+    ) -> Any:
+        folder = self.caller.server.files_of(self.run)
+        found = [(path.relative_to(folder).as_posix(), path) for path in self._paths()]
+        if names:
+            found = [(name, path) for name, path in found if name in names]
+        if pattern:
+            found = [(name, path) for name, path in found if _like(name, pattern)]
+        return page(found, after, first, lambda one: FileView(self.caller, self.run, *one))
+
+
+@dataclass(frozen=True)
+class FileView:
+    """An uploaded file, or one that will be."""
+
+    caller: Caller
+    run: ServedRun
+    name: str
+    path: Path
+
+    @property
+    def id(self) -> str:
+        return global_id("File", self.run.key.name, self.name)
+
+    @property
+    def size_bytes(self) -> int:
+        return self.path.stat().st_size if self.path.is_file() else 0
+
+    @property
+    def mimetype(self) -> str:
+        return mimetypes.guess_type(self.name)[0] or "application/octet-stream"
+
+    @property
+    def updated_at(self) -> str:
+        return stamp(self.path.stat().st_mtime)
+
+    md5 = None
+
+    def url(self, upload: bool = False) -> str:
+        return self.upload_url if upload else self.direct_url
+
+    @property
+    def direct_url(self) -> str:
+        return self.caller.file_url(self._address, "GET")
+
+    @property
+    def upload_url(self) -> str:
+        return self.caller.file_url(self._address, "PUT")
+
+    @property
+    def _address(self) -> str:
+        key = self.run.key
+        return f"/uploads/runs/{key.entity}/{key.project}/{key.name}/{self.name}"
+
+
+def _like(name: str, pattern: str) -> bool:
+    """SQL's LIKE with % alone."""
+    parts = pattern.split("%")
+    if not name.startswith(parts[0]) or not name.endswith(parts[-1]):
+        return False
+    at = len(parts[0])
+    for part in parts[1:-1]:
+        found = name.find(part, at)
+        if found < 0:
+            return False
+        at = found + len(part)
+    return len(parts) > 1 or name == pattern
