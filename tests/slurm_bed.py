@@ -300,8 +300,12 @@ def guard(root: Path) -> None:
             process = psutil.Process(pid)
             if any(str(root) in value for value in process.environ().values()) or str(root) in " ".join(process.cmdline()):
                 process.kill()
+    end = time.monotonic() + STARTING_S
+    while root.exists() and time.monotonic() < end:  # a step that was being started may write once more
+        kill_jobs_of(root / "slurm.conf")
+        shutil.rmtree(root, ignore_errors=True)
+        time.sleep(0.2)
     kill_jobs_of(root / "slurm.conf")
-    shutil.rmtree(root, ignore_errors=True)
 
 
 def main() -> None:

@@ -287,6 +287,9 @@ def test_half_written_trials_and_foreign_folders(
 ) -> None:
     with full_sweep.trial("run-now").metrics.open("a") as file:
         file.write('{"step": 4, "train/lo')  # the worker writes at this moment
+    foreign = SweepFolder(tmp_path / "foreign")
+    foreign.path.mkdir()
+    foreign.journal.write_bytes(b"\xff\n")
     assert main(["report", str(full_sweep.path)]) == 0
     assert main(["report", str(tmp_path)]) == 2
     assert "must be a sweep's folder" in capsys.readouterr().err

@@ -48,7 +48,7 @@ def test_kill_9_of_the_process_that_started_a_bed_ends_the_bed() -> None:
     assert len(of_bed(root)) >= 7, "munged, slurmctld, four slurmds and a job"
     starter.kill()
     starter.wait()
-    wait_for(lambda: not of_bed(root) and not Path(root).exists(), 30)
+    wait_for(lambda: not of_bed(root) and not Path(root).exists(), 90)
 
 
 def test_a_cluster_that_a_test_has_broken_is_mended_for_the_next(slurm: Bed) -> None:

@@ -136,7 +136,7 @@ def test_a_time_limit_and_a_cluster_without_a_default_partition() -> None:
 @pytest.mark.slow
 def test_what_a_real_cluster_says(slurm: Bed) -> None:
     site = read_site()
-    assert site.partitions == ("main", "urgent", "short") and site.default_partition == "main"
+    assert site.partitions == ("main", "urgent", "hasty", "short") and site.default_partition == "main"
     assert site.array_size == 1001 and site.accounts == ("lab", "root") and set(site.qos or ()) == {"few", "normal"}
     assert {kind.max_min for kind in site.kinds_of("short")} == {5} and site.kinds[0].gpus == 2
     with pytest.raises(LaunchError, match=r"has no 'reservtion'.*Did you mean 'reservation'"):
@@ -233,7 +233,7 @@ def test_no_cluster_and_a_wrong_partition(
     slurm: Bed, launch: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done = launch(*TINY, "launcher=slurm", "launcher.slurm.partition=mian", "name=s")
-    assert done.returncode == 2 and "Did you mean 'main'? Valid: main, short, urgent." in done.stderr, done.stderr
+    assert done.returncode == 2 and "Did you mean 'main'? Valid: hasty, main, short, urgent." in done.stderr, done.stderr
     assert not (tmp_path / "outputs" / "s" / "trials").exists() and "checking model" not in done.stdout
     monkeypatch.setenv("PATH", "/nowhere")
     done = launch(*TINY, "launcher=slurm", "name=t")

@@ -133,7 +133,7 @@ class SweepFolder:
 
     def belongs_to(self, sweep_id: str) -> bool:
         """Whether the journal is of that sweep."""
-        with self.journal.open(encoding="utf-8") as file:
+        with self.journal.open("rb") as file:
             first = file.readline()
         try:
             return bool(json.loads(first).get("sweep_id") == sweep_id)
