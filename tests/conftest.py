@@ -6,10 +6,11 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
@@ -24,6 +25,9 @@ from isaerft_sweep.config.schema import register
 from isaerft_sweep.journal.folders import TrialFolder
 from isaerft_sweep.resources import folder
 from isaerft_sweep.specs import Experiment, TrialSpec, identity
+
+if TYPE_CHECKING:
+    from serve_client import Client
 
 os.environ.update(HF_HUB_OFFLINE="1", TRL_EXPERIMENTAL_SILENCE="1", TOKENIZERS_PARALLELISM="false", WANDB_SILENT="true")
 register()
@@ -153,6 +157,31 @@ def processes_of(cwd: Path, started_there: bool = False) -> list[psutil.Process]
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
     return found
+
+
+@pytest.fixture
+def client(tmp_path: Path) -> Iterator[Client]:
+    """The server's application in this process."""
+    from serve_client import Client
+
+    made = Client(tmp_path / "data")
+    yield made
+    made.server.close()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Lets the server's clock jump."""
+    from isaerft_sweep.serve import server
+
+    ahead = [0.0]
+    real = time.monotonic
+    monkeypatch.setattr(server.time, "monotonic", lambda: real() + ahead[0])
+
+    def jump(seconds: float) -> None:
+        ahead[0] += seconds
+
+    return jump
 
 
 @pytest.fixture

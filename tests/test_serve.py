@@ -1,115 +1,20 @@
-"""The server's answers, one by one: who may ask, what is refused, what is handed out, what is on the disk."""
+"""The server's answers, one by one: who may ask, what is refused, what is handed out. What is on the disk: test_serve_disk."""
 
 from __future__ import annotations
 
 import base64
 import json
-import shutil
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from starlette.testclient import TestClient
+from serve_client import AGENT, BEAT, BUCKET, CONFIG, CREATE, RESUME, STATE, Client
 
 from isaerft_sweep.errors import FolderError
-from isaerft_sweep.serve import server as server_module
-from isaerft_sweep.serve.app import Application
 from isaerft_sweep.serve.command import is_loopback
 from isaerft_sweep.serve.keys import KeyRing
 from isaerft_sweep.serve.server import Server
-from isaerft_sweep.serve.signing import Signer
-
-CONFIG = """\
-method: {method}
-metric: {{name: loss, goal: minimize}}
-run_cap: {cap}
-{more}
-parameters:
-  lr: {{distribution: log_uniform_values, min: 1.0e-4, max: 1.0}}
-  net: {{parameters: {{kind: {{values: [a, b, c]}}}}}}
-program: train.py
-"""
-CREATE = "mutation UpsertSweep($c: String, $p: String) { upsertSweep(input: {config: $c, projectName: $p}) { sweep { id name state } configValidationWarnings } }"
-STATE = "mutation UpsertSweep($id: ID, $s: String) { upsertSweep(input: {id: $id, state: $s}) { sweep { name state } } }"
-AGENT = 'mutation CreateAgent($s: String!) { createAgent(input: {host: "h", projectName: "p", sweep: $s}) { agent { id } } }'
-BEAT = "mutation Heartbeat($id: ID!, $r: JSONString) { agentHeartbeat(input: {id: $id, runState: $r}) { agent { id } commands } }"
-BUCKET = 'mutation UpsertBucket($n: String, $c: JSONString, $s: String) { upsertBucket(input: {name: $n, modelName: "p", config: $c, sweep: $s}) { bucket { id name state historyLineCount } inserted } }'
-RESUME = 'query RunResumeStatus($n: String!) { model(name: "p") { bucket(name: $n, missingOk: true) { historyLineCount historyTail wandbConfig(keys: ["t"]) } } }'
-RUN = 'query Run($n: String!) { project(name: "p") { run(name: $n) { id state summaryMetrics historyLineCount stopped history(samples: 100000) } } }'
-
-
-class Client:
-    """Speaks to the application as wandb does, without a network."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.server = Server(folder, "local")
-        keys = KeyRing(folder / "keys.jsonl")
-        self.key = keys.add("someone")
-        self.http = TestClient(Application(self.server, keys, Signer(folder / "secret"), 1 << 20).asgi())
-        self.headers = {"Authorization": "Basic " + base64.b64encode(f"api:{self.key}".encode()).decode()}
-
-    def ask(self, query: str, **variables: Any) -> Any:
-        answer = self.http.post("/graphql", json={"query": query, "variables": variables}, headers=self.headers)
-        return {"status": answer.status_code, **answer.json()}
-
-    def get(self, query: str, **variables: Any) -> Any:
-        answer = self.ask(query, **variables)
-        assert "errors" not in answer, answer
-        return answer["data"]
-
-    def sweep(self, method: str = "random", cap: int = 9, more: str = "") -> dict[str, Any]:
-        config = CONFIG.format(method=method, cap=cap, more=more)
-        found: dict[str, Any] = self.get(CREATE, c=config, p="p")["upsertSweep"]["sweep"]
-        return found
-
-    def agent(self, sweep: dict[str, Any]) -> str:
-        return str(self.get(AGENT, s=sweep["name"])["createAgent"]["agent"]["id"])
-
-    def beat(self, agent: str, *running: str) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = json.loads(
-            self.get(BEAT, id=agent, r=json.dumps(dict.fromkeys(running, True)))["agentHeartbeat"]["commands"]
-        )
-        return found
-
-    def begin(self, run: str, sweep: dict[str, Any] | None = None) -> Any:
-        return self.get(BUCKET, n=run, c="{}", s=sweep["name"] if sweep else None)["upsertBucket"]
-
-    def stream(self, run: str, rows: list[dict[str, Any]], offset: int = 0, summary: Any = None, **ending: Any) -> Any:
-        files: dict[str, Any] = (
-            {"wandb-history.jsonl": {"offset": offset, "content": [json.dumps(row) for row in rows]}} if rows else {}
-        )
-        if summary is not None:
-            files["wandb-summary.json"] = {"offset": 0, "content": [json.dumps(summary)]}
-        return self.http.post(f"/files/local/p/{run}/file_stream", json={"files": files, **ending}, headers=self.headers)
-
-    def run(self, name: str) -> Any:
-        return self.get(RUN, n=name)["project"]["run"]
-
-
-@pytest.fixture
-def client(tmp_path: Path) -> Iterator[Client]:
-    made = Client(tmp_path / "data")
-    yield made
-    made.server.close()
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """Lets the server's clock jump."""
-    ahead = [0.0]
-    real = time.monotonic
-    monkeypatch.setattr(server_module.time, "monotonic", lambda: real() + ahead[0])
-
-    def jump(seconds: float) -> None:
-        ahead[0] += seconds
-
-    return jump
-
 
 # -- who may ask
 
@@ -432,6 +337,22 @@ def test_a_sweep_keeps_its_question(client: Client) -> None:
     assert client.server.sweeps[sweep["name"]].cap == 5
 
 
+def test_a_sweep_whose_agents_have_left_is_finished_and_a_larger_cap_opens_it_again(client: Client) -> None:
+    sweep = client.sweep(cap=1)
+    name = client.beat(client.agent(sweep))[0]["run_id"]  # wandb agent --count 1: it never asks again
+    client.begin(name, sweep)
+    client.server.fleet.watch()
+    assert client.server.sweeps[sweep["name"]].state == "RUNNING"
+    client.stream(name, [{"_step": 0}], summary={"loss": 1.0}, complete=True, exitcode=0)
+    client.server.fleet.watch()
+    assert client.server.sweeps[sweep["name"]].state == "FINISHED"
+    update = "mutation UpsertSweep($id: ID, $c: String) { upsertSweep(input: {id: $id, config: $c}) { sweep { state } } }"
+    for cap, state in ((1, "FINISHED"), (2, "RUNNING")):
+        config = CONFIG.format(method="random", cap=cap, more="")
+        assert client.get(update, id=sweep["id"], c=config)["upsertSweep"]["sweep"]["state"] == state
+    assert client.beat(client.agent(sweep))[0]["type"] == "run"
+
+
 # -- what wandb.Api asks
 
 
@@ -497,140 +418,3 @@ def test_the_pages_for_people(client: Client) -> None:
         assert answer.status_code == 200 and wanted in answer.text and "<b>bold" not in answer.text
         assert "<script" not in answer.text and "default-src 'none'" in answer.headers["Content-Security-Policy"]
     assert client.http.get("/local/p/runs/nothere", headers=client.headers).status_code == 404
-
-
-# -- what is on the disk
-
-
-def facts(server: Server) -> Any:
-    """All that was acknowledged, as far as it does not depend on the clock."""
-    runs = {
-        run.key.name: (
-            run.state,
-            run.exitcode,
-            run.stop,
-            run.agent,
-            run.attempt,
-            run.config,
-            run.summary,
-            run.lines,
-            run.curve,
-            run.rows(),
-            run.facts,
-        )
-        for run in server.runs.values()
-        if run.created
-    }
-    sweeps = {
-        s.id: (
-            s.state,
-            s.config,
-            [(r.index, dict(r.point.params), r.state, r.attempt, r.job, r.metric, r.given_up) for r in s.records.values()],
-        )
-        for s in server.sweeps.values()
-    }
-    agents = {a.id: (a.sweep, a.host, a.user) for a in server.agents.values()}
-    return runs, sweeps, agents, list(server.projects)
-
-
-class Drive:
-    """Random steps of agents and runs."""
-
-    def __init__(self, client: Client) -> None:
-        self.client, self.agents, self.runs, self.rows = client, [], {}, {}
-        self.sweep = client.sweep("bayes", cap=6, more="early_terminate: {type: hyperband, min_iter: 2, eta: 2}")
-
-    def step(self, what: int, which: int) -> None:
-        client = self.client
-        if what == 0 or not self.agents:
-            self.agents.append(client.agent(self.sweep))
-        elif what == 1:
-            agent = self.agents[which % len(self.agents)]
-            mine = [run for run, owner in self.runs.items() if owner == agent]
-            for command in client.beat(agent, *mine):
-                if command["type"] in ("run", "resume"):
-                    self.runs[command["run_id"]] = agent
-                    client.begin(command["run_id"], self.sweep)
-        elif self.runs:
-            name = sorted(self.runs)[which % len(self.runs)]
-            count = client.run(name)["historyLineCount"]
-            if what == 2:
-                client.stream(
-                    name, [{"_step": count + 1, "loss": (which * 37 % 11) / 7}], offset=count, summary={"loss": which / 7}
-                )
-            else:
-                client.stream(name, [], complete=True, exitcode=(0, 0, 1)[which % 3], preempting=which % 5 == 0)
-                del self.runs[name]
-
-
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 20)), max_size=40), st.binary(max_size=40))
-def test_nothing_that_was_acknowledged_is_lost_in_a_crash(
-    tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[int, int]], torn: bytes
-) -> None:
-    client = Client(tmp_path_factory.mktemp("data"))
-    drive = Drive(client)
-    for what, which in steps:
-        drive.step(what, which)
-    copy = tmp_path_factory.mktemp("copy") / "data"
-    shutil.copytree(client.folder, copy)  # as a kill -9 leaves it
-    for log in [copy / "server.jsonl", *copy.glob("runs/*/*/*.jsonl"), *copy.glob("sweeps/*/journal.jsonl")]:
-        with log.open("ab") as file:
-            file.write(torn.replace(b"\n", b""))
-    again = Server(copy, "local")
-    try:
-        assert facts(again) == facts(client.server)
-        name = drive.sweep["name"]
-        if client.server.sweeps[name].next("a") is not None:
-            ours, theirs = client.server.sweeps[name].records, None
-            again.sweeps[name].next("a")
-            theirs = again.sweeps[name].records
-            assert [dict(r.point.params) for r in theirs.values()] == [dict(r.point.params) for r in ours.values()], (
-                "the same next point"
-            )
-    finally:
-        again.close()
-        client.server.close()
-
-
-def test_rows_sent_again_are_kept_once(client: Client) -> None:
-    client.begin("r1")
-    rows = [{"_step": i, "loss": float(i)} for i in range(6)]
-    client.stream("r1", rows[:3])
-    client.stream("r1", rows[:5])
-    client.stream("r1", rows[5:], offset=5)
-    assert [json.loads(row)["_step"] for row in client.run("r1")["history"]] == list(range(6))
-
-
-def test_a_run_that_is_synced_on_top_of_its_beginning_has_every_step_once(client: Client) -> None:
-    client.begin("r1")
-    client.stream("r1", [{"_step": i, "loss": float(i)} for i in range(3)])
-    client.get(RESUME, n="r1")
-    client.stream("r1", [{"_step": i, "loss": float(i)} for i in range(4)], offset=3)
-    client.stream("r1", [{"_step": i, "loss": float(i)} for i in range(4, 6)], offset=7, complete=True, exitcode=0)
-    assert [json.loads(row)["_step"] for row in client.run("r1")["history"]] == list(range(6))
-
-
-def test_a_broken_line_is_named(client: Client) -> None:
-    client.begin("r1")
-    copy = client.folder.parent / "copy"
-    shutil.copytree(client.folder, copy)
-    with (copy / "runs" / "local" / "p" / "r1.jsonl").open("ab") as file:
-        file.write(b'{"set": {"magic": 1}, "t": 1}\n')
-    with pytest.raises(FolderError, match="line 2 is not a record of a run"):
-        Server(copy, "local")
-
-
-def test_a_full_disk_is_an_error_and_not_an_acknowledgement(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    client.begin("r1")
-    client.stream("r1", [{"_step": 0}])
-
-    def full(*_args: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("isaerft_sweep.journal.log.os.fsync", full)
-    assert client.stream("r1", [{"_step": 1}], offset=1).status_code == 507
-    monkeypatch.undo()
-    assert client.run("r1")["historyLineCount"] == 1
-    client.stream("r1", [{"_step": 1}], offset=1)
-    assert [json.loads(row)["_step"] for row in client.run("r1")["history"]] == [0, 1]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_serve import AGENT, BEAT, BUCKET, CREATE, RESUME, RUN, STATE, Client, facts
+from serve_client import AGENT, BEAT, BUCKET, CREATE, RESUME, RUN, STATE, Client, facts
 
 from isaerft_sweep.serve.server import Server
 

@@ -25,7 +25,7 @@ from isaerft_sweep.errors import IsaerftError
 from isaerft_sweep.serve import graphql, page
 from isaerft_sweep.serve import runs as states
 from isaerft_sweep.serve.caller import Caller
-from isaerft_sweep.serve.checks import RequestError
+from isaerft_sweep.serve.checks import RequestError, disk_refused
 from isaerft_sweep.serve.keys import KeyRing
 from isaerft_sweep.serve.server import Server
 from isaerft_sweep.serve.signing import Signer
@@ -94,11 +94,12 @@ class Application:
                 return await handler(request, caller)
             except RequestError as error:
                 return JSONResponse({"error": str(error), "errors": [{"message": str(error)}]}, error.status)
-            except IsaerftError as error:
-                return JSONResponse({"error": str(error), "errors": [{"message": str(error)}]}, 400)
-            except OSError as error:  # acknowledged is only what is on the disk; clients try again
+            except (IsaerftError, OSError) as error:
+                if not disk_refused(error):
+                    return JSONResponse({"error": str(error), "errors": [{"message": str(error)}]}, 400)
+                # acknowledged is only what is on the disk; clients try again
                 log.error("the disk does not take it: %s", error)
-                return JSONResponse({"error": f"the server's disk does not take it: {error.strerror}"}, 507)
+                return JSONResponse({"error": f"the server's disk does not take it: {error}"}, 507)
             except ClientDisconnect:
                 return Response(status_code=400)
 

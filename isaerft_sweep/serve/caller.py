@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -48,9 +49,9 @@ def parse_id(kind: str, text: str) -> list[str]:
     return found[2:]
 
 
-def thinned(rows: list[Any], samples: int) -> list[Any]:
+def thinned(rows: Sequence[Any], samples: int) -> list[Any]:
     """At most ``samples`` rows, evenly spread, the last one among them."""
     samples = max(1, min(samples, 10_000_000))
     if len(rows) <= samples:
-        return rows
+        return list(rows)
     return [rows[(i + 1) * len(rows) // samples - 1] for i in range(samples)]

@@ -17,6 +17,11 @@ class RequestError(IsaerftError):
         self.status = status
 
 
+def disk_refused(error: BaseException | None) -> bool:
+    """Whether the disk did not take what was to be written: nothing was acknowledged, and the client may try again."""
+    return isinstance(error, OSError) or (isinstance(error, IsaerftError) and isinstance(error.__cause__, OSError))
+
+
 def checked_name(what: str, name: str) -> str:
     """``name``, if it can name an entity, a project, a run or a sweep. Raises RequestError."""
     if not NAME.fullmatch(name):

@@ -43,6 +43,8 @@ class ServedAgent:
     told: dict[str, float] = field(default_factory=dict)
     total: int = 0
     gone: bool = False
+    spoken: bool = False
+    """Whether it has told this process what it is running."""
 
 
 class Fleet:
@@ -66,7 +68,7 @@ class Fleet:
             raise RequestError(f"there is no agent {agent_id} on this server. Start `wandb agent` again.", 404)
         sweep, now = self.server.sweeps[agent.sweep], time.monotonic()
         agent.heard, agent.heard_at, agent.gone = time.time(), now, False
-        agent.running = {name for name, runs in run_states.items() if runs}
+        agent.running, agent.spoken = {name for name, runs in run_states.items() if runs}, True
         commands = [*self._stops(sweep, agent, now)]
         for name in agent.running:
             run = self.server.runs.get(RunKey(sweep.entity, sweep.project, name))
@@ -85,9 +87,13 @@ class Fleet:
     def _stops(self, sweep: ServedSweep, agent: ServedAgent, now: float) -> Iterator[dict[str, Any]]:
         for name in agent.running:
             run = self.server.runs.get(RunKey(sweep.entity, sweep.project, name))
-            if run is None or not run.stop or now - agent.told.get(name, now - STOP_AGAIN_S) < STOP_AGAIN_S:
+            if run is None or now - agent.told.get(name, now - STOP_AGAIN_S) < STOP_AGAIN_S:
                 continue
-            if run.active and now - self._stop_since.setdefault(run.key, now) < TELL_AGENT_S:
+            # it was cut off from here, was taken for dead, and another agent does the run now
+            elsewhere = run.agent not in ("", agent.id)
+            if not elsewhere and not run.stop:
+                continue
+            if not elsewhere and run.active and now - self._stop_since.setdefault(run.key, now) < TELL_AGENT_S:
                 continue
             agent.told[name] = now
             yield {"type": "stop", "run_id": name}
@@ -104,7 +110,11 @@ class Fleet:
     def _handed_out(self, sweep: ServedSweep, agent: ServedAgent) -> list[dict[str, Any]]:
         record = sweep.next(agent.id)
         if record is not None:
-            run = self.begin_attempt(sweep, record, agent.id)
+            try:
+                run = self.begin_attempt(sweep, record, agent.id)
+            except OSError:  # the agent asks again
+                sweep.waiting.insert(0, record)
+                raise
             agent.told.pop(record.run_id, None)
             agent.total += 1
             return [sweep.command(record, resume=any(run.lines.values()))]
@@ -139,12 +149,21 @@ class Fleet:
         for run in list(self.server.runs.values()):
             if run.active and now - run.heard > self.server.silence_s:
                 self.crash(run, "neither the run nor its agent has been heard of")
+        for sweep in self.server.sweeps.values():
+            if sweep.definition is not None and sweep.state == sweeps.RUNNING and sweep.over:
+                self.server.update_sweep(sweep, None, sweeps.FINISHED, {})  # no agent is left that would ask
 
     def crash(self, run: ServedRun, why: str) -> None:
         """A run has died without a word."""
         log.warning("run %s of sweep %s has crashed: %s", run.key.name, run.sweep or "none", why)
         run.write(set={"state": states.KILLED if run.stop else states.CRASHED})
         self.settle(run)
+
+    def returned(self, run: ServedRun) -> None:
+        """A run that was taken for dead speaks."""
+        sweep = self.server.sweeps.get(run.sweep)
+        if sweep is not None and sweep.definition is not None:
+            sweep.returned(run)
 
     def settle(self, run: ServedRun) -> None:
         """A run has ended: tell its sweep, at once or when its agent has nothing to do with it any more."""
@@ -162,7 +181,11 @@ class Fleet:
         for key in list(self.unsettled):
             run = self.server.runs[key]
             agent = self.server.agents.get(run.agent)
-            held = agent is not None and time.monotonic() - agent.heard_at < self.server.silence_s
-            if run.active or not (held and agent is not None and key.name in agent.running):
-                self.unsettled.discard(key)
+            held = (
+                agent is not None
+                and time.monotonic() - agent.heard_at < self.server.silence_s
+                and (key.name in agent.running or not agent.spoken)
+            )
+            if run.active or not held:
                 self.server.sweeps[run.sweep].settle(run)
+                self.unsettled.discard(key)

@@ -26,7 +26,7 @@ from isaerft_sweep.errors import IsaerftError
 from isaerft_sweep.resources import asset
 from isaerft_sweep.serve import artifacts
 from isaerft_sweep.serve.caller import Caller, global_id, parse_id
-from isaerft_sweep.serve.checks import RequestError
+from isaerft_sweep.serve.checks import RequestError, disk_refused
 from isaerft_sweep.serve.run_views import FileView, RunView
 from isaerft_sweep.serve.runs import RunKey
 from isaerft_sweep.serve.sweep_views import AgentView, SweepView
@@ -84,7 +84,7 @@ def _response(result: ExecutionResult, document: DocumentNode) -> dict[str, Any]
         return {"data": result.data}
     for error in result.errors:
         cause = error.original_error
-        if isinstance(cause, OSError):
+        if cause is not None and disk_refused(cause):
             raise cause
         if isinstance(cause, RequestError) and cause.status == 404 and _is_heartbeat(document):
             raise cause  # the agent takes this alone for a sweep that is gone

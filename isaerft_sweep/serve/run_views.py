@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import mimetypes
@@ -145,9 +146,8 @@ class RunView:
     def history(self, min_step: Any = None, max_step: Any = None, samples: int | None = None) -> list[str]:
         if min_step is None and max_step is None:
             return thinned(self.run.rows(), samples or SAMPLES)
-        low, high = int(min_step or 0), int(max_step) if max_step is not None else math.inf
-        inside = [row for row in self.run.steps() if low <= row["_step"] < high]
-        return [json.dumps(row) for row in inside[: samples or None]]
+        inside = self.run.steps(int(min_step or 0), int(max_step) if max_step is not None else math.inf)
+        return [json.dumps(row) for row in itertools.islice(inside, samples or None)]
 
     def events(self, samples: int | None = None) -> list[str]:
         return thinned(self.run.rows(EVENTS), samples or SAMPLES)

@@ -6,11 +6,14 @@ decides. Rows of the history stay on the disk; memory holds their number, the la
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -151,22 +154,16 @@ class ServedRun:
         steps = [json.loads(row).get("_step") for row in rows]
         return [row for row, step in zip(rows, steps, strict=True) if not is_number(step) or step > last]
 
-    def rows(self, name: str = HISTORY) -> list[str]:
+    def rows(self, name: str = HISTORY) -> Sequence[str]:
         """The lines of a stream, from the disk."""
-        found: list[str] = []
-        quoted = f'"{name}"'.encode()
-        for line in whole_lines(self.path)[0] if self.lines[name] else ():
-            if b'"anew"' in line and json.loads(line).get("set", {}).get("anew"):
-                found = []
-            if quoted in line:
-                found += json.loads(line).get("files", {}).get(name, (0, ()))[1]
-        return found
+        return rows_in(self.path, self._length, name) if self.lines[name] else ()
 
-    def steps(self) -> Iterator[dict[str, Any]]:
-        """The history's rows."""
-        for i, text in enumerate(self.rows()):
-            row = json.loads(text)
-            yield {"_step": i, **row}
+    def steps(self, low: float = -math.inf, high: float = math.inf) -> Iterator[dict[str, Any]]:
+        """The history's rows whose step is at least ``low`` and less than ``high``."""
+        rows = self.rows()
+        steps = steps_in(self.path, self._length) if rows else ()
+        for i in range(bisect_left(steps, low), bisect_left(steps, high)):
+            yield {"_step": i, **json.loads(rows[i])}
 
     def config_values(self) -> dict[str, Any]:
         """The config without W&B's wrapping."""
@@ -178,6 +175,26 @@ class ServedRun:
         found: Any = json.loads(self.summary)
         value = found.get(name)
         return float(value) if is_number(value) else None
+
+
+@lru_cache(maxsize=4)
+def rows_in(path: Path, length: int, name: str) -> tuple[str, ...]:
+    """The lines of a stream in a run's log of that ``length``: whoever pages through them asks many times."""
+    found: list[str] = []
+    quoted = f'"{name}"'.encode()
+    for line in whole_lines(path)[0]:
+        if b'"anew"' in line and json.loads(line).get("set", {}).get("anew"):
+            found = []
+        if quoted in line:
+            found += json.loads(line).get("files", {}).get(name, (0, ()))[1]
+    return tuple(found)
+
+
+@lru_cache(maxsize=4)
+def steps_in(path: Path, length: int) -> tuple[float, ...]:
+    """The step of each row of the history, which only grow; a row without one has its number."""
+    steps = (json.loads(row).get("_step") for row in rows_in(path, length, HISTORY))
+    return tuple(itertools.accumulate((step if is_number(step) else i for i, step in enumerate(steps)), max))
 
 
 def values_of(rows: list[str], metric: str) -> list[float]:

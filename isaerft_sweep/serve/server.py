@@ -186,6 +186,8 @@ class Server:
         if config is not None:
             before = sweep.config
             sweep.update(config)
+            if state is None and sweep.state == sweeps.FINISHED and not sweep.over:
+                state = sweeps.RUNNING
             sweep.update(before)
         self.write(event="sweep_update", id=sweep.id, config=config, state=state, **facts)
         if state == sweeps.CANCELED:
@@ -259,6 +261,8 @@ class Server:
             run.write(**event)  # the summary says how it ended
             event["files"] = {}
         values = states.next_state(run, ending)
+        if values and run.state == states.CRASHED:
+            self.fleet.returned(run)
         if values:
             event["set"] = values
         if event["files"] or values:

@@ -16,7 +16,7 @@ from isaerft_sweep.journal.folders import COMPLETED, DIVERGED, FAILED, PRUNED, S
 from isaerft_sweep.journal.journal import Journal, TrialRecord
 from isaerft_sweep.plain import canonical_json
 from isaerft_sweep.search.pruning import make_pruner
-from isaerft_sweep.search.sampler import Sampler
+from isaerft_sweep.search.sampler import Point, Sampler
 from isaerft_sweep.search.sweep_file import SweepDefinition, read_sweep
 from isaerft_sweep.serve import runs as states
 from isaerft_sweep.serve.runs import RunKey, ServedRun
@@ -41,6 +41,8 @@ class ServedSweep:
         self.raw = parse_config(config)
         self.definition = read_definition(self.raw) if not imported else None
         self.waiting: list[TrialRecord] = []
+        self._asked: Point | None = None
+        """A point that the sampler has given and the journal has not taken yet."""
         self.seconds: dict[int, float] = {}
         if self.definition is not None:
             self._open(self.definition)
@@ -100,20 +102,25 @@ class ServedSweep:
 
     def next(self, agent: str) -> TrialRecord | None:
         """The run that an idle agent shall do, noted as given to it; None when there is none now."""
-        record = self.waiting.pop(0) if self.waiting else (self._revived() or self._new())
-        if record is not None:
-            self.journal.write("dispatch", index=record.index, attempt=record.attempt + 1, job={"agent": agent})
-            self.seconds[record.index] = time.monotonic()
+        if not self.waiting:
+            self.waiting += [record for record in [self._revived() or self._new()] if record is not None]
+        if not self.waiting:
+            return None
+        record = self.waiting[0]
+        self.journal.write("dispatch", index=record.index, attempt=record.attempt + 1, job={"agent": agent})
+        self.waiting.pop(0)  # only now: a disk that is full must not lose it
+        self.seconds[record.index] = time.monotonic()
         return record
 
     def _new(self) -> TrialRecord | None:
         if len(self.records) >= self.cap:
             return None
-        point = self.sampler.ask()
+        point = self._asked = self._asked or self.sampler.ask()
         if point is None:
             return None
         index, name = len(self.records), run_id(self.id, len(self.records))
         self.journal.write("trial", index=index, name=name, run_id=name, params=dict(point.params), unit=dict(point.unit))
+        self._asked = None
         return self.records[index]
 
     def _revived(self) -> TrialRecord | None:
@@ -123,7 +130,7 @@ class ServedSweep:
 
     def end(self, record: TrialRecord, state: str, metric: float | None, message: str, given_up: bool = False) -> None:
         """An attempt is over; ``stopped`` and ``failed`` ones that are not given up are handed out again."""
-        seconds = time.monotonic() - self.seconds.pop(record.index, time.monotonic())
+        seconds = time.monotonic() - self.seconds.get(record.index, time.monotonic())
         self.journal.write(
             "end",
             index=record.index,
@@ -133,6 +140,7 @@ class ServedSweep:
             seconds=round(seconds, 3),
             given_up=given_up,
         )
+        self.seconds.pop(record.index, None)
         if self.early and state != PRUNED:
             self.early.forget(record.index)
         if not record.ended:
@@ -160,6 +168,15 @@ class ServedSweep:
         else:
             self._note_curve(record, run, {"state": DIVERGED})
             self.end(record, FAILED, None, f"ended with code {run.exitcode}", given_up=True)
+
+    def returned(self, run: ServedRun) -> None:
+        """A run that was taken for dead speaks: unless it has been handed out again, its attempt goes on."""
+        record = self.record_of(run.key.name)
+        if record is None or record.job is not None or record.state != FAILED:
+            return
+        self.journal.write("dispatch", index=record.index, attempt=record.attempt, job={"agent": run.agent})
+        self.waiting = [other for other in self.waiting if other is not record]
+        self.seconds[record.index] = time.monotonic()
 
     def should_stop(self, run: ServedRun) -> bool:
         """Whether the pruner has had enough of the run; each evaluation is judged once."""

@@ -1,0 +1,286 @@
+"""What the server has acknowledged is on the disk: after a crash, a restart, a full disk, and when a client comes back."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from serve_client import BEAT, RESUME, Client, facts
+
+from isaerft_sweep.errors import FolderError
+from isaerft_sweep.serve import runs as states
+from isaerft_sweep.serve.server import Server
+
+
+class Drive:
+    """Random steps of agents and runs."""
+
+    def __init__(self, client: Client) -> None:
+        self.client, self.agents, self.runs, self.rows = client, [], {}, {}
+        self.sweep = client.sweep("bayes", cap=6, more="early_terminate: {type: hyperband, min_iter: 2, eta: 2}")
+
+    def step(self, what: int, which: int) -> None:
+        client = self.client
+        if what == 0 or not self.agents:
+            self.agents.append(client.agent(self.sweep))
+        elif what == 1:
+            agent = self.agents[which % len(self.agents)]
+            mine = [run for run, owner in self.runs.items() if owner == agent]
+            for command in client.beat(agent, *mine):
+                if command["type"] in ("run", "resume"):
+                    self.runs[command["run_id"]] = agent
+                    client.begin(command["run_id"], self.sweep)
+        elif self.runs:
+            name = sorted(self.runs)[which % len(self.runs)]
+            count = client.run(name)["historyLineCount"]
+            if what == 2:
+                client.stream(
+                    name, [{"_step": count + 1, "loss": (which * 37 % 11) / 7}], offset=count, summary={"loss": which / 7}
+                )
+            else:
+                client.stream(name, [], complete=True, exitcode=(0, 0, 1)[which % 3], preempting=which % 5 == 0)
+                del self.runs[name]
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 20)), max_size=40), st.binary(max_size=40))
+def test_nothing_that_was_acknowledged_is_lost_in_a_crash(
+    tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[int, int]], torn: bytes
+) -> None:
+    client = Client(tmp_path_factory.mktemp("data"))
+    drive = Drive(client)
+    for what, which in steps:
+        drive.step(what, which)
+    copy = tmp_path_factory.mktemp("copy") / "data"
+    shutil.copytree(client.folder, copy)  # as a kill -9 leaves it
+    for log in [copy / "server.jsonl", *copy.glob("runs/*/*/*.jsonl"), *copy.glob("sweeps/*/journal.jsonl")]:
+        with log.open("ab") as file:
+            file.write(torn.replace(b"\n", b""))
+    again = Server(copy, "local")
+    try:
+        assert facts(again) == facts(client.server)
+        name = drive.sweep["name"]
+        if client.server.sweeps[name].next("a") is not None:
+            ours, theirs = client.server.sweeps[name].records, None
+            again.sweeps[name].next("a")
+            theirs = again.sweeps[name].records
+            assert [dict(r.point.params) for r in theirs.values()] == [dict(r.point.params) for r in ours.values()], (
+                "the same next point"
+            )
+    finally:
+        again.close()
+        client.server.close()
+
+
+def test_rows_sent_again_are_kept_once(client: Client) -> None:
+    client.begin("r1")
+    rows = [{"_step": i, "loss": float(i)} for i in range(6)]
+    client.stream("r1", rows[:3])
+    client.stream("r1", rows[:5])
+    client.stream("r1", rows[5:], offset=5)
+    assert [json.loads(row)["_step"] for row in client.run("r1")["history"]] == list(range(6))
+
+
+def test_a_run_that_is_synced_on_top_of_its_beginning_has_every_step_once(client: Client) -> None:
+    client.begin("r1")
+    client.stream("r1", [{"_step": i, "loss": float(i)} for i in range(3)])
+    client.get(RESUME, n="r1")
+    client.stream("r1", [{"_step": i, "loss": float(i)} for i in range(4)], offset=3)
+    client.stream("r1", [{"_step": i, "loss": float(i)} for i in range(4, 6)], offset=7, complete=True, exitcode=0)
+    assert [json.loads(row)["_step"] for row in client.run("r1")["history"]] == list(range(6))
+
+
+def test_a_broken_line_is_named(client: Client) -> None:
+    client.begin("r1")
+    copy = client.folder.parent / "copy"
+    shutil.copytree(client.folder, copy)
+    with (copy / "runs" / "local" / "p" / "r1.jsonl").open("ab") as file:
+        file.write(b'{"set": {"magic": 1}, "t": 1}\n')
+    with pytest.raises(FolderError, match="line 2 is not a record of a run"):
+        Server(copy, "local")
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """From so many writes on no write succeeds; a negative number: each does again."""
+    left = [-1]
+    real = os.fsync
+
+    def fsync(file: int) -> None:
+        if left[0] == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        left[0] -= 1
+        real(file)
+
+    monkeypatch.setattr("isaerft_sweep.journal.log.os.fsync", fsync)
+
+    def after(writes: int) -> None:
+        left[0] = writes
+
+    return after
+
+
+def test_a_full_disk_is_an_error_and_not_an_acknowledgement(client: Client, full_disk: Callable[[int], None]) -> None:
+    client.begin("r1")
+    client.stream("r1", [{"_step": 0}])
+    full_disk(0)
+    assert client.stream("r1", [{"_step": 1}], offset=1).status_code == 507
+    full_disk(-1)
+    assert client.run("r1")["historyLineCount"] == 1
+    client.stream("r1", [{"_step": 1}], offset=1)
+    assert [json.loads(row)["_step"] for row in client.run("r1")["history"]] == [0, 1]
+
+
+@pytest.mark.parametrize("writes", range(4), ids=["point", "dispatch", "run", "none"])
+def test_a_disk_that_fills_while_a_run_is_handed_out_loses_no_point(
+    client: Client, full_disk: Callable[[int], None], writes: int
+) -> None:
+    sweep = client.sweep(cap=2)
+    agent = client.agent(sweep)
+    full_disk(writes)
+    refused = client.ask(BEAT, id=agent, r="{}")
+    assert refused["status"] == (507 if writes < 3 else 200), "wandb's agent asks again at 5xx"
+    full_disk(-1)
+    commands = client.beat(agent) if writes < 3 else json.loads(refused["data"]["agentHeartbeat"]["commands"])
+    again = Server(shutil.copytree(client.folder, client.folder.parent / "copy"), "local")
+    assert facts(again) == facts(client.server)
+    again.close()
+    client.begin(commands[0]["run_id"], sweep)
+    other = client.beat(client.agent(sweep))
+    assert len({command["run_id"] for command in commands + other}) == 2
+    points = [tuple(r.point.params.values()) for r in client.server.sweeps[sweep["name"]].records.values()]
+    assert len(points) == len(set(points)) == 2
+
+
+def test_a_disk_that_fills_as_a_run_ends_takes_its_end_when_it_is_told_again(
+    client: Client, full_disk: Callable[[int], None]
+) -> None:
+    sweep = client.sweep(cap=1)
+    name = client.beat(client.agent(sweep))[0]["run_id"]
+    client.begin(name, sweep)
+    end = {"summary": {"loss": 0.5}, "complete": True, "exitcode": 0}
+    for writes in (0, 1, 2):
+        full_disk(writes)
+        assert client.stream(name, [{"_step": 0, "loss": 0.5}], **end).status_code == 507
+    full_disk(-1)
+    assert client.stream(name, [{"_step": 0, "loss": 0.5}], **end).status_code == 200
+    record = client.server.sweeps[sweep["name"]].record_of(name)
+    assert record is not None and record.state == "completed" and record.metric == 0.5
+    assert client.run(name)["historyLineCount"] == 1
+
+
+# -- a client that was cut off comes back
+
+
+def lost(client: Client, clock: Callable[[float], None], cap: int = 1) -> tuple[dict[str, Any], str, str]:
+    """A sweep, an agent and its run, which the network has cut off for too long."""
+    sweep = client.sweep(cap=cap)
+    agent = client.agent(sweep)
+    name = client.beat(agent)[0]["run_id"]
+    client.begin(name, sweep)
+    client.stream(name, [{"_step": 0, "loss": 3.0}])
+    clock(200)
+    client.server.fleet.watch()
+    assert client.run(name)["state"] == "crashed"
+    return sweep, agent, name
+
+
+@pytest.mark.parametrize("ending", [{}, {"complete": True, "exitcode": 0}], ids=["runs on", "has finished"])
+def test_a_run_that_comes_back_before_it_was_handed_out_again_goes_on(
+    client: Client, clock: Callable[[float], None], ending: dict[str, Any]
+) -> None:
+    sweep, agent, name = lost(client, clock)
+    client.stream(name, [{"_step": 1, "loss": 2.0}], offset=1, summary={"loss": 2.0}, **ending)
+    other = client.agent(sweep)
+    assert all(command["type"] == "exit" for command in client.beat(other)), "it is not done twice"
+    again = Server(shutil.copytree(client.folder, client.folder.parent / "copy"), "local")
+    assert facts(again) == facts(client.server)
+    again.close()
+    if not ending:
+        client.beat(agent, name)
+        client.stream(name, [], complete=True, exitcode=0)
+    record = client.server.sweeps[sweep["name"]].record_of(name)
+    assert record is not None and record.state == "completed" and record.metric == 2.0 and record.attempt == 1
+
+
+def test_a_run_that_was_given_up_and_comes_back_counts(client: Client, clock: Callable[[float], None]) -> None:
+    sweep, agent, name = lost(client, clock)
+    for step in (1, 2):
+        assert client.beat(agent)[0]["run_id"] == name
+        client.get(RESUME, n=name)
+        client.begin(name, sweep)
+        client.stream(name, [{"_step": step, "loss": 2.0}], offset=step)
+        clock(200)
+        client.server.fleet.watch()
+    record = client.server.sweeps[sweep["name"]].record_of(name)
+    assert record is not None and record.given_up
+    client.stream(name, [{"_step": 3, "loss": 1.0}], offset=3, summary={"loss": 1.0}, complete=True, exitcode=0)
+    assert (record.state, record.metric) == ("completed", 1.0) and not record.given_up
+
+
+def test_an_agent_that_comes_back_to_find_its_run_with_another_is_told_to_stop_it(
+    client: Client, clock: Callable[[float], None]
+) -> None:
+    sweep, agent, name = lost(client, clock)
+    other = client.agent(sweep)
+    assert client.beat(other)[0]["run_id"] == name
+    client.get(RESUME, n=name)
+    client.begin(name, sweep)
+    assert client.beat(agent, name) == [{"type": "stop", "run_id": name}]
+    assert client.beat(agent, name) == [], "twice would kill it before it has written its checkpoint"
+    assert client.beat(other, name) == []
+    client.stream(name, [{"_step": 1, "loss": 1.0}], offset=1, summary={"loss": 1.0}, complete=True, exitcode=0)
+    record = client.server.sweeps[sweep["name"]].record_of(name)
+    assert record is not None and record.state == "completed" and record.attempt == 2
+
+
+def test_after_a_restart_an_agent_may_still_be_at_a_run_that_it_tries_again(client: Client) -> None:
+    sweep = client.sweep(cap=1)
+    agent, other = client.agent(sweep), client.agent(sweep)
+    name = client.beat(agent)[0]["run_id"]
+    client.begin(name, sweep)
+    client.beat(agent, name)
+    client.stream(name, [{"_step": 0}], complete=True, exitcode=1)
+    restarted = Client(shutil.copytree(client.folder, client.folder.parent / "copy"))
+    try:
+        restarted.server.fleet.watch()
+        assert restarted.beat(other) == [], "its agent has not spoken yet"
+        restarted.beat(agent, name)
+        restarted.get(RESUME, n=name)
+        restarted.begin(name, sweep)
+        end = {"summary": {"loss": 1.0}, "complete": True, "exitcode": 0}
+        restarted.stream(name, [{"_step": 1, "loss": 1.0}], offset=1, **end)
+        record = restarted.server.sweeps[sweep["name"]].record_of(name)
+        assert record is not None and record.state == "completed" and record.attempt == 1
+    finally:
+        restarted.server.close()
+
+
+# -- long histories
+
+
+def test_a_long_history_is_read_once_for_all_its_pages(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = []
+    real = states.whole_lines
+    monkeypatch.setattr(states, "whole_lines", lambda path: reads.append(path) or real(path))
+    client.begin("r1")
+    for start in range(0, 5000, 500):
+        client.stream("r1", [{"_step": 3 * i, "loss": float(i)} for i in range(start, start + 500)], offset=start)
+    page = (
+        'query HistoryPage($low: Int64!, $high: Int64!) { project(name: "p") { run(name: "r1") '
+        "{ history(minStep: $low, maxStep: $high, samples: 500) } } }"
+    )
+    found: list[int] = []
+    for low in range(0, 15000, 1000):
+        rows = client.get(page, low=low, high=low + 1000)["project"]["run"]["history"]
+        found += [json.loads(row)["_step"] for row in rows]
+    assert found == list(range(0, 15000, 3)) and len(reads) == 1
+    client.stream("r1", [{"_step": 15000}], offset=5000)
+    assert len(client.run("r1")["history"]) == 5001, "it is read again when there is more"
