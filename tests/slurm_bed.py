@@ -268,13 +268,18 @@ def wait_for(condition: Callable[[], object], what: str, explain: Callable[[], s
 
 
 def kill_jobs_of(conf: Path) -> None:
-    """kill -9 whatever jobs of that cluster still run; a killed slurmd leaves them behind."""
+    """kill -9 whatever jobs of that cluster still run, and what looks after them; a killed slurmd leaves both behind."""
     for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
+        with contextlib.suppress(psutil.Error, OSError):
             environment = process.environ()
-            in_a_job = "SLURM_JOB_ID" in environment or process.name() == "slurmstepd"
-            if in_a_job and environment.get("SLURM_CONF") == str(conf):
+            in_a_job = "SLURM_JOB_ID" in environment and environment.get("SLURM_CONF") == str(conf)
+            if in_a_job or (process.name() == "slurmstepd" and holds_file_below(process, conf.parent)):
                 process.kill()
+
+
+def holds_file_below(process: psutil.Process, root: Path) -> bool:
+    """Whether the process has a file below ``root`` open, be it deleted; slurmstepd's title hides its environment."""
+    return any(root in link.readlink().parents for link in Path(f"/proc/{process.pid}/fd").iterdir())
 
 
 @contextlib.contextmanager

@@ -146,20 +146,44 @@ def test_what_becomes_of_one_trial_leaves_the_others_alone(trial: Made, tmp_path
     assert_near(pruned, expected)
 
 
+class Broken(torch.autograd.Function):
+    """Passes its input on, and fails on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("this adapter is broken")
+
+
 @pytest.mark.slow
-def test_an_error_in_a_pass_belongs_to_one_trial(trial: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    good, bad, never = (trial(*OFF, f"orpo.beta={beta}", name=name) for name, beta in (("a", 1.0), ("b", 2.0), ("c", 3.0)))
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_an_error_in_a_pass_belongs_to_one_trial(
+    direction: str, trial: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accumulating = (*OFF, "orpo.gradient_accumulation=2")  # the error finds gradients of an earlier pass
+    good, bad, never = (
+        trial(*accumulating, f"orpo.beta={beta}", name=name) for name, beta in (("a", 1.0), ("b", 2.0), ("c", 3.0))
+    )
+    alone = trial(*accumulating, "orpo.beta=1.0", name="alone")
+    assert run_trial(alone, 1) == "completed"
     original = IsaerftLayer.changed
 
     def changed(self: IsaerftLayer, x: torch.Tensor) -> torch.Tensor:
-        if getattr(self, "broken", False):
+        if not getattr(self, "broken", False):
+            return original(self, x)
+        if direction == "forward":
             raise RuntimeError("this adapter is broken")
-        return original(self, x)
+        return Broken.apply(original(self, x)) if torch.is_grad_enabled() else original(self, x)
 
+    passes = [0]
     make = resident._Worker._joint_model
 
     def breaking(self: Any, seat: Any) -> Any:
-        if len(self.seats) == 2 and self.seats[2].wanted is not None:
+        passes[0] += 1
+        if passes[0] > 2 and len(self.seats) == 2 and self.seats[2].wanted is not None and self.seats[2].trains:
             decoder_layers(self.seats[2].wanted.model)[self._site].broken = True
         return make(self, seat)
 
@@ -168,6 +192,7 @@ def test_an_error_in_a_pass_belongs_to_one_trial(trial: Made, tmp_path: Path, mo
     folder = WorkerFolder(tmp_path / "worker")
     assert pack(folder, [good, bad, never], 2) == 2
     assert good.read_status()["state"] == "completed"
+    assert_near(good, alone)
     assert bad.read_status()["state"] == "failed" and "this adapter is broken" in bad.read_status()["message"]
     assert never.read_status()["state"] == "stopped", "handed back: the worker ends after an error"
     assert folder.progress() == Progress(3, ending=True)

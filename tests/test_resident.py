@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import threading
 from collections import Counter
@@ -118,6 +119,21 @@ def test_what_a_stopped_trial_had_switched_on_is_switched_off_again(trial: Made,
     after = trial(*options, f"launcher.scratch={tmp_path / 'trunk'}", name="after")
     assert serve(WorkerFolder(tmp_path / "worker"), [stopped, after]) == 2
     assert stopped.read_status()["state"] == "pruned" and rows_of(after) == rows_of(alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["torn", "gone"])
+def test_a_trial_whose_folder_cannot_be_read_costs_only_itself(how: str, trial: Made, tmp_path: Path) -> None:
+    trials = [trial(*OFF, name=name) for name in ("before", "unreadable", "after")]
+    if how == "torn":
+        trials[1].spec.write_text('{"index": 1,')
+    else:
+        shutil.rmtree(trials[1].path)
+    worker = WorkerFolder(tmp_path / "worker")
+    assert serve(worker, trials) == 2 and worker.progress() == Progress(3, ending=True)
+    assert [trials[i].read_status()["state"] for i in (0, 2)] == ["completed", "completed"]
+    status = trials[1].read_status()
+    assert status == {} if how == "gone" else (status["state"] == "failed" and "could not be read" in status["message"])
 
 
 def test_a_worker_that_is_started_again_does_not_repeat_what_is_done(trial: Made, tmp_path: Path) -> None:

@@ -31,9 +31,10 @@ def of_bed(root: str) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         try:
-            if root in " ".join([*process.cmdline(), *process.environ().values()]):
+            named = root in " ".join([*process.cmdline(), *process.environ().values()])
+            if named or slurm_bed.holds_file_below(process, Path(root)):
                 found.append(process)
-        except (psutil.NoSuchProcess, psutil.ZombieProcess, psutil.AccessDenied):
+        except (psutil.Error, OSError):
             continue
     return found
 

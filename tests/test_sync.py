@@ -178,6 +178,28 @@ def test_a_trial_goes_on_while_its_server_is_away(serving: Serving, tmp_path: Pa
     assert json.loads(done.stdout.splitlines()[-1]) == list(range(0, 301)), done.stderr
 
 
+def test_a_trial_whose_server_stays_away_ends_and_is_uploaded_later(serving: Serving, tmp_path: Path) -> None:
+    options = (*TINY, "name=s", "sweep.run_cap=1", "tracker=wandb", "launcher.threads=1", "orpo.max_steps=40")
+    with (tmp_path / "launch.out").open("w") as out:
+        environment = {**serving.environment, "WANDB_FINISH_TIMEOUT": "3"}
+        launch = subprocess.Popen(
+            launch_command(*options), cwd=tmp_path, env=environment, stdout=out, stderr=subprocess.STDOUT
+        )
+    wait_for(lambda: any(path.read_text() for path in tmp_path.glob("outputs/s/trials/*/metrics.jsonl")))
+    serving.kill(signal.SIGKILL)
+    assert launch.wait(300) == 0, (tmp_path / "launch.out").read_text()
+    made, ended = (next(e for e in events(tmp_path / "outputs" / "s") if e["event"] == name) for name in ("trial", "end"))
+    assert ended["state"] == "completed" and ended["message"] == ""
+    log = next(tmp_path.glob("outputs/s/trials/*/log.out")).read_text()
+    assert "W&B is lost (Timed out finishing run.)" in log and "isaerft-sweep sync" in log
+    assert "the adapter is not in W&B" in log and "/adapter." in log
+    serving.start()
+    synced = sync(serving, str(tmp_path / "outputs" / "s"))
+    assert synced.returncode == 0 and "1 of 1 runs uploaded" in synced.stdout, synced.stdout + synced.stderr
+    run = read_sweep(serving, f"local/orpo-isaerft-sweep/{events(tmp_path / 'outputs' / 's')[0]['sweep_id']}")["runs"]
+    assert run[made["run_id"]]["steps"] == list(range(41)) and run[made["run_id"]]["state"] == "finished"
+
+
 def test_a_trial_without_a_server_keeps_its_run_on_disk(serving: Serving, tmp_path: Path) -> None:
     serving.kill()
     environment = {**serving.environment, "WANDB_INIT_TIMEOUT": "5", "WANDB_HTTP_TIMEOUT": "2"}

@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 from isaerft_sweep.plain import to_dict
 from isaerft_sweep.specs import TrialSpec
 
+FINISH_S = 100.0
+"""How long W&B may take to upload the rest of a run; the controller ends a worker that is over and stays for 120 s."""
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
 
 
@@ -72,7 +74,9 @@ class WandbRun(Run):
             mode="offline" if offline else "online",
             resume=None if offline else "allow",
             reinit="create_new",
-            settings=wandb.Settings(console="off", silent=True, x_disable_stats=True, sweep_id=spec.sweep_id),
+            settings=wandb.Settings(
+                console="off", silent=True, x_disable_stats=True, sweep_id=spec.sweep_id, **_time_to_finish()
+            ),
         )
         WandbRun.live += 1
         self.told = not offline
@@ -98,7 +102,12 @@ class WandbRun(Run):
                 artifact.add_file(str(folder / file), policy="immutable", skip_cache=True)
             self._run.log_artifact(artifact)
 
-        self._shielded(log)
+        if self.lost:
+            return
+        try:
+            log()
+        except Exception as error:  # this asks W&B at once, and an outage at this moment must not cost the run's end
+            print(f"the adapter is not in W&B ({error}); it lies in {folder}.", file=sys.stderr, flush=True)
 
     def finish(self, summary: Mapping[str, Any], exit_code: int, preempted: bool = False) -> None:
         self._shielded(lambda: self._run.summary.update(dict(summary)))
@@ -114,7 +123,7 @@ class WandbRun(Run):
             call()
         except Exception as error:  # wandb raises many kinds; none of them may cost a trial
             self.lost = True
-            print(f"W&B is lost ({error}); the rest of this attempt is not tracked there.", file=sys.stderr, flush=True)
+            print(f"W&B is lost ({error}); what it lacks of this attempt, `isaerft-sweep sync` uploads.", file=sys.stderr)
 
 
 def open_run(spec: TrialSpec, folder: Path) -> Run:
@@ -130,6 +139,16 @@ def open_run(spec: TrialSpec, folder: Path) -> Run:
             print(f"W&B could not be reached ({error}); {kept}.", file=sys.stderr, flush=True)
             _forget_a_failed_start()
     return Run()
+
+
+def _time_to_finish() -> dict[str, Any]:
+    """An upload that hangs must not hold up the trials that share the process. Older wandb cannot be told so."""
+    import wandb
+
+    if "finish_timeout" not in wandb.Settings.model_fields:
+        return {}
+    limit = {} if "WANDB_FINISH_TIMEOUT" in os.environ else {"finish_timeout": FINISH_S}
+    return {**limit, "finish_timeout_raises": True}
 
 
 def _forget_a_failed_start() -> None:

@@ -104,26 +104,28 @@ class JointModel:
         return (x, *output[1:]) if isinstance(output, tuple) else x
 
 
-def measured(joint: JointModel, part: Part, largest: int = LARGEST) -> tuple[int, dict[int, float]]:
+def measured(joint: JointModel, part: Part, largest: int = LARGEST) -> tuple[int, dict[int, float], tuple[int, str] | None]:
     """How many trials should go together on this device, and seconds per trial and step for each number tried.
 
-    Tries 1, 2, 4 … copies of ``part``, forward and backward, until one more doubling does not pay or does not fit.
+    Tries 1, 2, 4 … copies of ``part``, forward and backward, until one more doubling does not pay or fails, for want of
+    memory mostly; then the third is the number that failed and why. An error of the trial's own will meet it again.
     """
     parameters = [p for p in part.model.parameters() if p.requires_grad]
     before = [None if p.grad is None else p.grad.clone() for p in parameters]
     seconds: dict[int, float] = {}
-    number, best = 1, 1
+    number, best, failed = 1, 1, None
     while number <= largest:
         try:
             seconds[number] = min(_step_seconds(joint, [part] * number) for _ in range(2)) / number
-        except torch.cuda.OutOfMemoryError:
+        except Exception as error:
+            failed = number, str(error)[:300]
             break
         if number > 1 and seconds[number] > ENOUGH * seconds[best]:
             break
         number, best = number * 2, number
     for parameter, gradient in zip(parameters, before, strict=True):
         parameter.grad = gradient
-    return best, seconds
+    return best, seconds, failed
 
 
 def _step_seconds(joint: JointModel, parts: list[Part]) -> float:

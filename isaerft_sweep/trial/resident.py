@@ -6,6 +6,7 @@ import gc
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -16,7 +17,7 @@ from typing import Any, TextIO, TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from isaerft_sweep.journal.folders import COMPLETED, DIVERGED, PRUNED, STOPPED, StatusWriter, Superseded, TrialFolder
+from isaerft_sweep.journal.folders import COMPLETED, DIVERGED, FAILED, PRUNED, STOPPED, StatusWriter, Superseded, TrialFolder
 from isaerft_sweep.journal.workers import Progress, Task, WorkerFolder
 from isaerft_sweep.specs import Experiment
 from isaerft_sweep.trial.joint import JointModel
@@ -94,15 +95,24 @@ class _Worker:
 
     def _read_next(self) -> tuple[int, TrialFolder, int, Experiment] | None:
         """The first task that has not begun: its number, trial, attempt and what it is about. The word to end closes."""
-        number = self._next()
-        task = self.folder.task(number)
-        if task is None:
-            return None
-        if task.trial is None:
-            self.closed = True
-            return None
-        trial = TrialFolder(Path(task.trial))
-        return number, trial, task.attempt, trial.read_spec().experiment
+        while (task := self.folder.task(number := self._next())) is not None:
+            if task.trial is None:
+                self.closed = True
+                return None
+            trial = TrialFolder(Path(task.trial))
+            try:
+                return number, trial, task.attempt, trial.read_spec().experiment
+            except Exception as error:
+                self._cannot_begin(number, trial, task.attempt, error)
+        return None
+
+    def _cannot_begin(self, number: int, trial: TrialFolder, attempt: int, error: Exception) -> None:
+        """A trial whose folder cannot be read has failed; the others of this worker have not."""
+        traceback.print_exception(error)
+        with suppress(Exception):  # its status may be as far away: then it has died without a word
+            StatusWriter(trial, attempt).write(FAILED, {"message": f"its folder could not be read: {error}"[:2000]})
+        self.progress = self.progress.with_over(number)
+        self._note(self.progress)
 
     def _next(self) -> int:
         """The number of the first task that has not begun."""
@@ -147,6 +157,9 @@ class _Worker:
                 state = run_trial(trial, attempt, _SharedInSeat(self.kept, seat), self.stopping)
             except Superseded as error:
                 print(f"ended: {error}", flush=True)
+                return True
+            except Exception:  # not even its status could be written
+                traceback.print_exc()
                 return True
         # bitsandbytes never gives the paged state of large parameters back
         paged = resolve_optimizer(experiment.orpo.optimizer).startswith("paged")

@@ -36,6 +36,8 @@ class Seat(Passes):
         self._answer: Numbers | Exception | None = None
         self.wanted: Part | None = None
         """The forward pass that the trial waits for; None: the backward pass of the last one."""
+        self.last: Part | None = None
+        """The last forward pass that it waited for."""
         self.trains = False
         self.numbers: torch.Tensor | None = None
         """Log-probabilities of the last forward pass, with the graph that leads to the trial's parameters."""
@@ -54,7 +56,8 @@ class Seat(Passes):
         return bool(ended) if self._greenlet.dead else None
 
     def forward(self, model: PreTrainedModel, batch: Batch) -> Numbers:
-        self.wanted, self.trains = Part(model, batch, self.own), torch.is_grad_enabled()
+        self.wanted = self.last = Part(model, batch, self.own)
+        self.trains = torch.is_grad_enabled()
         self._wait()
         answer, self._answer = self._answer, None
         if isinstance(answer, Exception):
@@ -88,7 +91,7 @@ def run_passes(joint: JointModel, seats: Sequence[Seat]) -> None:
     """Give every seat the pass that it waits for."""
     training = [seat for seat in seats if seat.wanted is not None and seat.trains]
     evaluating = [seat for seat in seats if seat.wanted is not None and not seat.trains]
-    _backward([seat for seat in seats if seat.wanted is None])
+    _backward(joint, [seat for seat in seats if seat.wanted is None])
     _forward(joint, training)
     with torch.no_grad():
         _forward(joint, evaluating)
@@ -105,8 +108,7 @@ def _forward(joint: JointModel, seats: Sequence[Seat]) -> None:
         if len(seats) == 1:
             seats[0].fail(error.with_traceback(None))  # which would keep the failed pass in memory
             return
-        if not isinstance(error, torch.cuda.OutOfMemoryError):
-            print(f"a pass of {len(seats)} trials failed ({error}); run in halves", flush=True)
+        _say_why(error, len(seats))
     if found is None:  # out here the error is gone, and with it all that the failed pass held
         torch.cuda.empty_cache()
         _forward(joint, seats[: len(seats) // 2])
@@ -116,23 +118,71 @@ def _forward(joint: JointModel, seats: Sequence[Seat]) -> None:
         seat.answer(logps, means)
 
 
-def _backward(seats: Sequence[Seat]) -> None:
+def _backward(joint: JointModel, seats: Sequence[Seat], again: bool = False) -> None:
+    """One backward pass for all, or in halves as above: ``again``, since a failed pass has used up the forward one."""
     if not seats:
         return
-    pairs = [(seat.numbers, seat.read.grad) for seat in seats if seat.numbers is not None and seat.read is not None]
+    before = [_set_aside(seat.last.model) for seat in seats if seat.last is not None] if len(seats) > 1 else []
+    done = _went_back(joint, seats, again)
+    for gradients in before:
+        for parameter, gradient in gradients:
+            _put_back(parameter, gradient, keep=done)
+    if not done and len(seats) > 1:
+        torch.cuda.empty_cache()
+        _backward(joint, seats[: len(seats) // 2], again=True)
+        _backward(joint, seats[len(seats) // 2 :], again=True)
+
+
+def _went_back(joint: JointModel, seats: Sequence[Seat], again: bool) -> bool:
+    """Whether the pass went well; nothing holds what is left of it afterwards. One trial alone is told of its error."""
     try:
+        if again:
+            found = joint.forward([seat.last for seat in seats if seat.last is not None])
+            for seat, (logps, _) in zip(seats, found, strict=True):
+                seat.numbers = logps
+        pairs = [(seat.numbers, seat.read.grad) for seat in seats if seat.numbers is not None and seat.read is not None]
         torch.autograd.backward([numbers for numbers, _ in pairs], [gradient for _, gradient in pairs])
+        return True
     except Exception as error:
+        if len(seats) == 1:
+            seats[0].fail(error.with_traceback(None))
+        else:
+            _say_why(error, len(seats))
+        return False
+    finally:
         for seat in seats:
-            seat.fail(error)
-    for seat in seats:
-        seat.numbers = None
+            seat.numbers = None
+
+
+Gradients = list[tuple[torch.nn.Parameter, torch.Tensor | None]]
+
+
+def _set_aside(model: PreTrainedModel) -> Gradients:
+    """Take the gradients of earlier passes off the trained parameters: a pass that fails may have added to some."""
+    gradients = [(p, p.grad) for p in model.parameters() if p.requires_grad]
+    for parameter, _ in gradients:
+        parameter.grad = None
+    return gradients
+
+
+def _put_back(parameter: torch.nn.Parameter, before: torch.Tensor | None, keep: bool) -> None:
+    """Give a parameter its earlier gradient back, with the new one added to it if that is to ``keep``."""
+    new = parameter.grad if keep else None
+    if before is not None and new is not None:
+        new = before.add_(new)  # as autograd does
+    parameter.grad = before if new is None else new
+
+
+def _say_why(error: Exception, trials: int) -> None:
+    if not isinstance(error, torch.cuda.OutOfMemoryError):
+        print(f"a pass of {trials} trials failed ({error}); run in halves", flush=True)
 
 
 def best_size(joint: JointModel, seat: Seat) -> int:
     """How many trials pay on this device, measured with the batch that the seat waits for."""
     assert seat.wanted is not None
-    best, seconds = measured(joint, seat.wanted)
+    best, seconds, failed = measured(joint, seat.wanted)
     words = ", ".join(f"{number}: {each:.3f}" for number, each in seconds.items())
-    print(f"{best} trials at a time pay here (seconds per trial and step by number of trials: {words})", flush=True)
+    more = f"; a pass of {failed[0]} failed: {failed[1]}" if failed else ""
+    print(f"{best} trials at a time pay here (seconds per trial and step by number of trials: {words}{more})", flush=True)
     return best
