@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
-from conftest import TINY
+from conftest import TINY, launch_command
 from rich.console import Console
 from slurm_bed import Bed
 
@@ -127,41 +130,75 @@ def test_doctor_looks_from_a_compute_node(slurm: Bed, tmp_path: Path) -> None:
 
 
 class StandInModelHub:
-    """Stands in for the Hub, which cannot be reached here: serves one repository's files; what huggingface_hub asks for."""
+    """Stands in for the Hub, which cannot be reached here: serves files of repositories; what huggingface_hub asks for.
+
+    ``folders``: by repository ("org/name", or "datasets/org/name") the folder that holds its files.
+    """
 
     commit = "a" * 40
 
-    def __init__(self, name: str, folder: Path) -> None:
-        self.name, self.files = name, {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
-        self.files["pytorch_model.bin"] = b"weights in another format"
+    def __init__(self, folders: Mapping[str, Path]) -> None:
+        self.files = {
+            name: {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+            for name, folder in folders.items()
+        }
         self.asked: list[str] = []
 
-    def answer(self, method: str, path: str) -> tuple[int, dict[str, str], bytes]:
+    def answer(self, method: str, path: str, body: bytes) -> tuple[int, dict[str, str], bytes]:
         self.asked.append(path)
-        if path.startswith(f"/api/models/{self.name}"):
-            siblings = [{"rfilename": name} for name in self.files]
-            facts = {
-                "id": self.name,
-                "modelId": self.name,
-                "sha": self.commit,
-                "private": False,
-                "tags": [],
-                "siblings": siblings,
-            }
-            tree = [{"type": "file", "path": n, "size": len(c), "oid": n} for n, c in self.files.items()]
-            return 200, {"Content-Type": "application/json"}, json.dumps(tree if "/tree/" in path else facts).encode()
-        wanted = path.rsplit("/", 1)[-1]
-        if f"/{self.name}/resolve/" not in path or wanted not in self.files:
-            return 404, {"X-Error-Code": "EntryNotFound"}, b""
-        content = self.files[wanted]
-        return 200, {"ETag": f'"{wanted}"', "X-Repo-Commit": self.commit, "Content-Length": str(len(content))}, content
+        path = unquote(path.split("?")[0]).removeprefix("/")
+        if path.startswith("api/"):
+            name = next((n for n in self.files if f"{path}/".startswith(f"api/{_with_kind(n)}/")), None)
+            recursive = "recursive=true" in self.asked[-1].lower()
+            return (
+                self._described(name, path.removeprefix(f"api/{_with_kind(name)}/"), body, recursive)
+                if name
+                else (404, {}, b"")
+            )
+        name = next((n for n in self.files if path.startswith(f"{n}/resolve/")), None)
+        wanted = path.removeprefix(f"{name}/resolve/").partition("/")[2]
+        if name is None or wanted not in self.files[name]:
+            return 404, {"X-Error-Code": "EntryNotFound" if name else "RepoNotFound"}, b""
+        content = self.files[name][wanted]
+        etag = hashlib.sha1(content).hexdigest()
+        return 200, {"ETag": f'"{etag}"', "X-Repo-Commit": self.commit, "Content-Length": str(len(content))}, content
+
+    def _described(self, name: str, rest: str, body: bytes, recursive: bool) -> tuple[int, dict[str, str], bytes]:
+        files = self.files[name]
+        entries = [{"type": "file", "path": n, "size": len(c), "oid": n} for n, c in files.items()]
+        plain = name.removeprefix("datasets/")
+        found: Any = {"id": plain, "modelId": plain, "sha": self.commit, "private": False, "tags": [],
+                      "siblings": [{"rfilename": n} for n in files]}  # fmt: skip
+        if rest.startswith("tree/"):
+            folder = "".join(f"{part}/" for part in rest.split("/")[2:])
+            below = [e for e in entries if e["path"].startswith(folder)]
+            if not below:
+                return 404, {"X-Error-Code": "EntryNotFound"}, b""
+            inner = sorted(
+                {
+                    folder + e["path"].removeprefix(folder).split("/")[0]
+                    for e in below
+                    if "/" in e["path"].removeprefix(folder)
+                }
+            )
+            flat = [e for e in below if "/" not in e["path"].removeprefix(folder)]
+            found = below if recursive else [*flat, *({"type": "directory", "path": path, "oid": path} for path in inner)]
+        elif rest.startswith("paths-info/"):
+            wanted = json.loads(body)["paths"]
+            found = [e for e in entries if e["path"] in wanted]
+        return 200, {"Content-Type": "application/json"}, json.dumps(found).encode()
+
+
+def _with_kind(name: str) -> str:
+    return name if name.startswith("datasets/") else f"models/{name}"
 
 
 @contextmanager
 def served(hub: StandInModelHub) -> Iterator[str]:
     class Handler(BaseHTTPRequestHandler):
         def _reply(self) -> None:
-            status, headers, content = hub.answer(self.command, self.path)
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            status, headers, content = hub.answer(self.command, self.path, body)
             self.send_response(status)
             for name, value in {"Content-Length": str(len(content)), **headers}.items():
                 self.send_header(name, value)
@@ -169,7 +206,7 @@ def served(hub: StandInModelHub) -> Iterator[str]:
             if self.command != "HEAD":
                 self.wfile.write(content)
 
-        do_GET = do_HEAD = _reply  # noqa: N815
+        do_GET = do_HEAD = do_POST = _reply  # noqa: N815
 
         def log_message(self, *args: Any) -> None: ...
 
@@ -184,23 +221,47 @@ def served(hub: StandInModelHub) -> Iterator[str]:
 
 @pytest.mark.slow
 def test_fetch_fills_the_cache_from_the_hub(
-    experiment: Callable[..., Experiment], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    experiment: Callable[..., Experiment], saes: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Model, SAE and data from three repositories; then the Hub is gone, and the doctor and a trial find all of it."""
     made = made_folder(experiment("model=tiny").model, tmp_path / "made")
-    hub = StandInModelHub("org/tiny", made)
+    (made / "pytorch_model.bin").write_bytes(b"weights in another format")
+    shutil.copytree(saes["jumprelu"], tmp_path / "sae" / "layer_2")
+    pairs = tmp_path / "pairs" / "data"
+    pairs.mkdir(parents=True)
+    for split, count in (("train", 30), ("test", 10)):
+        rows = [{"prompt": f"Say {i}.", "chosen": f"{i}, with pleasure.", "rejected": "No."} for i in range(count)]
+        (pairs / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    hub = StandInModelHub({"org/tiny": made, "org/sae": tmp_path / "sae", "datasets/org/pairs": tmp_path / "pairs"})
     monkeypatch.delenv("HF_HUB_OFFLINE")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    options = (*TINY, "model.name=org/tiny", "model.source=hub", "model.architecture=null")
+    options = (
+        *("model=tiny", "model.name=org/tiny", "model.source=hub", "model.architecture=null", "orpo.max_steps=2"),
+        *("adapter.sites=[{layer: 2, sae_release: org/sae, sae_id: layer_2}]", "orpo.max_length=300"),
+        *(
+            "data=ultrafeedback",
+            "orpo=quick",
+            "data.name=org/pairs",
+            "data.train_split='train[:20]'",
+            "data.eval_split=test",
+        ),
+        *("data.train_size=20", "data.eval_size=8", "tracker=disabled"),
+    )
     with served(hub) as address:
         monkeypatch.setenv("HF_ENDPOINT", address)
         done = cli("fetch", *options)
-    assert done.returncode == 0 and "org/tiny: 4 layers, hidden size 64" in done.stdout, done.stderr
+    assert done.returncode == 0, done.stderr
+    for words in ("org/tiny: 4 layers, hidden size 64", "layer 2, 96 latents (org/sae/layer_2)", "org/pairs: 20 pairs"):
+        assert words in done.stdout, done.stdout
     cached = {path.name for path in (tmp_path / "hf").rglob("snapshots/*/*")}
     assert "model.safetensors" in cached and "tokenizer.json" in cached
     assert "pytorch_model.bin" not in cached, "no weights that nothing reads"
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # the Hub is gone now
     done = cli("doctor", *options, "launcher=local", f"output={tmp_path}")
     assert "in the cache: org/tiny" in done.stdout, done.stdout + done.stderr
+    command = launch_command(*options, "sweep=none", "name=s", f"output={tmp_path}", "launcher.threads=1")
+    trained = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert trained.returncode == 0, trained.stdout + trained.stderr
 
 
 @pytest.mark.slow
