@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
-from transformers import TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from isaerft_sweep.adapter import load_model
@@ -32,6 +33,7 @@ from isaerft_sweep.journal.folders import Superseded, TrialFolder
 from isaerft_sweep.models.loading import load
 from isaerft_sweep.plain import to_dict
 from isaerft_sweep.resources import asset
+from isaerft_sweep.specs import Experiment
 from isaerft_sweep.trial.data import load_pairs
 from isaerft_sweep.trial.run import run_trial
 
@@ -266,6 +268,28 @@ def test_the_card_has_all_that_the_published_card_has(trial: Made) -> None:
     ):  # fmt: skip
         assert wanted in card, wanted
     assert (folder.adapter / "README.md").read_text() == card
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("opt", {"word_embed_proj_dim": 32, "ffn_dim": 64, "dropout": 0.5, "attention_dropout": 0.5, "layerdrop": 0.5}),
+        ("gpt_neox", {"intermediate_size": 64, "hidden_dropout": 0.5, "attention_dropout": 0.5}),
+        ("llama", {"intermediate_size": 64, "attention_dropout": 0.5}),
+    ],
+)
+def test_no_kind_of_dropout_is_left(
+    family: str, options: dict[str, Any], experiment: Callable[..., Experiment], tmp_path: Path
+) -> None:
+    spec = experiment("model=tiny").model
+    load(spec, None).tokenizer.save_pretrained(tmp_path)
+    config = AutoConfig.for_model(
+        family, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=262, **options
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model = load(replace(spec, name=str(tmp_path), source="hub", architecture=None, attention="eager"), None).model.train()
+    ids = torch.arange(6, 40)[None]
+    torch.testing.assert_close(model(ids).logits, model(ids).logits, rtol=0, atol=0)
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from isaerft_sweep.specs import ModelSpec
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in evaluation mode with every parameter frozen, on ``device``, and its tokenizer."""
+    """A model in evaluation mode without dropout, every parameter frozen, on ``device``, and its tokenizer."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -69,6 +69,7 @@ def load(spec: ModelSpec, cache: str | None) -> LoadedModel:
         ),
     )
     model.requires_grad_(False)
+    _switch_dropout_off(model)
     model.config.use_cache = False
     # cards and adapters must name the model that people know, not this machine's folder
     model.config._name_or_path = model.name_or_path = spec.name
@@ -79,6 +80,17 @@ def sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
     """A copy of the model's modules over the same parameters and buffers: what is put on the copy leaves ``model`` alone."""
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def _switch_dropout_off(model: nn.Module) -> None:
+    """TRL's ORPO trains without dropout, but reaches only modules: attention's, and all of OPT's, is a number of a layer.
+
+    What is stored for all trials, or computed for some together, could not hold each one's draws.
+    """
+    for module in model.modules():
+        numbers = [name for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]
+        for name in [*numbers, *(["p"] if isinstance(module, nn.Dropout) else [])]:
+            setattr(module, name, 0.0)
 
 
 def compile_layers(layers: Iterable[nn.Module]) -> None:
