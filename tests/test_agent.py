@@ -23,6 +23,7 @@ from isaerft_sweep.config.schema import sweep_files
 from isaerft_sweep.controller import agent
 from isaerft_sweep.errors import LaunchError
 from isaerft_sweep.journal.folders import SweepFolder
+from isaerft_sweep.journal.journal import Journal
 from isaerft_sweep.resources import folder
 from isaerft_sweep.results.reading import read_sweep_folder
 from isaerft_sweep.serve.server import Server
@@ -115,6 +116,28 @@ def under_agent(run: str) -> dict[str, str]:
 
 def statuses(where: Path, run: str) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in where.glob(f"outputs/sweep123/{run}/trials/*/status.json")]
+
+
+@pytest.mark.parametrize(
+    ("state", "given_up", "code"),
+    [
+        ("completed", False, 0),
+        ("pruned", False, 0),
+        ("diverged", False, 1),
+        ("failed", True, 1),
+        ("failed", False, 130),
+        ("stopped", False, 130),
+    ],
+)
+def test_the_exit_code_tells_how_the_trial_ended(state: str, given_up: bool, code: int, tmp_path: Path) -> None:
+    folder = SweepFolder(tmp_path)
+    assert agent.exit_code(folder) == 130, "it never began"
+    journal = Journal(folder)
+    journal.write("trial", index=0, name="a", run_id="a", params={}, unit={})
+    journal.write("dispatch", index=0, attempt=1, job={})
+    journal.write("end", index=0, state=state, metric=None, message="", seconds=1.0, given_up=given_up)
+    journal.close()
+    assert agent.exit_code(folder) == code
 
 
 @pytest.mark.slow

@@ -158,7 +158,7 @@ def adapted(experiment: Experiment, overrides: Sequence[str], environment: Mappi
 
 def exit_code(folder: SweepFolder) -> int:
     """The trial's true outcome: what an agent, a scheduler and a person take it for."""
-    states = {trial.state for trial in journaled(folder)}
-    if states and states <= {COMPLETED, PRUNED}:
-        return 0
-    return INTERRUPTED if STOPPED in states or not states else 1
+    trials = journaled(folder)
+    if not trials or not all(trial.ended for trial in trials):  # one that was stopped, or failed and would be tried again
+        return INTERRUPTED
+    return 0 if {trial.state for trial in trials} <= {COMPLETED, PRUNED} else 1
