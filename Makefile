@@ -11,11 +11,11 @@ demo: $(READY)
 	$(BIN)/isaerft-sweep report outputs/demo --generate
 
 test: $(READY) lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q -n 2
 
 # the tests that take seconds, for use while working
 fast: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n 2
+	$(BIN)/python -m pytest -q -m "not slow" -n 2
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from serve_client import Client
 
 os.environ.update(HF_HUB_OFFLINE="1", TRL_EXPERIMENTAL_SILENCE="1", TOKENIZERS_PARALLELISM="false", WANDB_SILENT="true")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything loads torch
 register()
 
 TINY = (
@@ -39,6 +40,7 @@ TINY = (
     "orpo.max_steps=4",
     "orpo.max_length=300",
     "launcher.poll_s=0.2",
+    "launcher.threads=1",  # tests run beside each other, and threads that wait for each other spin
 )
 """A trial of a few seconds: four steps of a tiny random model."""
 

@@ -30,7 +30,7 @@ from isaerft_sweep.serve.server import Server
 from isaerft_sweep.specs import Experiment
 
 AGENT = {"WANDB_SWEEP_ID": "sweep123", "WANDB_PROJECT": "p", "WANDB_ENTITY": "e"}
-OPTIONS = (*TINY, "sweep=none", "tracker=disabled", "launcher.threads=1")
+OPTIONS = (*TINY, "sweep=none", "tracker=disabled")
 
 
 @pytest.mark.parametrize("file", sweep_files(), ids=lambda file: file.stem)

@@ -15,7 +15,7 @@ from slurm_bed import Bed
 from test_serve_sweep import read_sweep, stepping, sweep_file, trial_id
 
 pytestmark = pytest.mark.slow
-OPTIONS = (*TINY, "launcher.threads=1", "orpo.checkpoint_every_steps=10", "orpo.eval_fraction=0.2")
+OPTIONS = (*TINY, "orpo.checkpoint_every_steps=10", "orpo.eval_fraction=0.2")
 PLACES: dict[str, tuple[str, ...]] = {"local": (), "slurm": ("launcher=slurm", "launcher.poll_s=0.3")}
 
 

@@ -30,7 +30,6 @@ command: ["${{env}}", "${{interpreter}}", -m, isaerft_sweep.launch, sweep=none, 
 """
 LONG = (
     *TINY,
-    "launcher.threads=1",
     "orpo.max_steps=400",
     "orpo.eval_fraction=0.05",
     "orpo.checkpoint_every_steps=10",

@@ -72,7 +72,7 @@ def test_an_array_of_made_trials(slurm: Bed, tmp_path: Path) -> None:
 
 def test_an_array_of_agents(slurm: Bed, serving: Serving, tmp_path: Path) -> None:
     """The real ``wandb agent`` with a server of our own; one element is preempted: queued again, its trial goes on."""
-    path = serving.sweep(sweep_file(tmp_path, (*TINY, "launcher.threads=1", "orpo.max_steps=400"), (0.1, 0.2)))
+    path = serving.sweep(sweep_file(tmp_path, (*TINY, "orpo.max_steps=400"), (0.1, 0.2)))
     job = sbatch(
         tmp_path, "--array=0-1", "--time=10", str(TEMPLATES / "agents.sbatch"), path, environment=serving.environment
     )

@@ -90,7 +90,7 @@ def test_served_runs_go_to_another_server_with_their_ids(serving: Serving, targe
 
 def test_an_offline_sweep_of_the_embedded_controller_goes_to_a_server(target: Serving, tmp_path: Path) -> None:
     done = subprocess.run(
-        launch_command(*TINY, "name=s", "sweep.run_cap=2", "launcher.threads=1"),
+        launch_command(*TINY, "name=s", "sweep.run_cap=2"),
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -147,7 +147,6 @@ def test_a_trial_goes_on_while_its_server_is_away(serving: Serving, tmp_path: Pa
         "name=s",
         "sweep.run_cap=1",
         "tracker=wandb",
-        "launcher.threads=1",
         "orpo.max_steps=300",
         "orpo.checkpoint_every_steps=50",
     )
@@ -179,7 +178,7 @@ def test_a_trial_goes_on_while_its_server_is_away(serving: Serving, tmp_path: Pa
 
 
 def test_a_trial_whose_server_stays_away_ends_and_is_uploaded_later(serving: Serving, tmp_path: Path) -> None:
-    options = (*TINY, "name=s", "sweep.run_cap=1", "tracker=wandb", "launcher.threads=1", "orpo.max_steps=40")
+    options = (*TINY, "name=s", "sweep.run_cap=1", "tracker=wandb", "orpo.max_steps=40")
     with (tmp_path / "launch.out").open("w") as out:
         environment = {**serving.environment, "WANDB_FINISH_TIMEOUT": "3"}
         launch = subprocess.Popen(
@@ -204,7 +203,7 @@ def test_a_trial_without_a_server_keeps_its_run_on_disk(serving: Serving, tmp_pa
     serving.kill()
     environment = {**serving.environment, "WANDB_INIT_TIMEOUT": "5", "WANDB_HTTP_TIMEOUT": "2"}
     done = subprocess.run(
-        launch_command(*TINY, "name=s", "sweep.run_cap=1", "tracker=wandb", "launcher.threads=1"),
+        launch_command(*TINY, "name=s", "sweep.run_cap=1", "tracker=wandb"),
         cwd=tmp_path,
         env=environment,
         capture_output=True,
