@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import TINY, events
 
 from isaerft_sweep.controller.preflight import check_disk
-from isaerft_sweep.errors import DataError, FolderError
+from isaerft_sweep.errors import DataError, FolderError, IsaerftError
 from isaerft_sweep.models.random_model import byte_tokenizer
+from isaerft_sweep.specs import Experiment
 from isaerft_sweep.trial.data import load_pairs
+from isaerft_sweep.trial.prepare import prepare
 
+Composed = Callable[..., Experiment]
 OFF = (*TINY, "name=s", "sweep.run_cap=1", "tracker=disabled")
 GOOD_ROW = {"prompt": "p", "chosen": "c", "rejected": "r"}
 
@@ -28,7 +33,19 @@ def refused(done: subprocess.CompletedProcess[str], tmp_path: Path, said: str) -
     assert not trials.exists() or not list(trials.iterdir()), "no trial was made"
 
 
+def prepare_refuses(composed: Experiment, said: str) -> None:
+    """What the preflight's process does; ``test_what_the_preflight_finds_is_the_command_s_error`` starts it."""
+    with pytest.raises(IsaerftError, match=re.escape(said)):
+        prepare(composed)
+
+
 @pytest.mark.slow
+def test_what_the_preflight_finds_is_the_command_s_error(launch, tmp_path: Path) -> None:
+    (tmp_path / "broken.jsonl").write_text(json.dumps(GOOD_ROW) + "\n{oops\n")
+    refused(launch(*OFF, "model.architecture=gpt9"), tmp_path, "model.architecture is unknown: 'gpt9'")
+    refused(launch(*OFF, "data=jsonl", "data.path=broken.jsonl"), tmp_path, "line 2: not valid JSON")
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [
@@ -41,11 +58,10 @@ def refused(done: subprocess.CompletedProcess[str], tmp_path: Path, said: str) -
         (("data=jsonl", "data.path=nowhere.jsonl"), "data.path must be a file that exists but got 'nowhere.jsonl'"),
     ],
 )  # fmt: skip
-def test_what_the_preflight_finds(override: tuple[str, ...], said: str, launch, tmp_path: Path) -> None:
-    refused(launch(*OFF, *override), tmp_path, said)
+def test_what_the_preflight_finds(override: tuple[str, ...], said: str, experiment: Composed) -> None:
+    prepare_refuses(experiment(*OFF, *override), said)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "lines", "said"),
     [
@@ -59,10 +75,10 @@ def test_what_the_preflight_finds(override: tuple[str, ...], said: str, launch, 
         ("data.csv", [], "must end in .jsonl, .jsonl.gz or .parquet"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_with_the_data(name: str, lines: list, said: str, launch, tmp_path: Path) -> None:
+def test_what_is_wrong_with_the_data(name: str, lines: list, said: str, experiment: Composed, tmp_path: Path) -> None:
     path = tmp_path / name
     path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
-    refused(launch(*OFF, "data=jsonl", f"data.path={path}", "data.eval_size=8"), tmp_path, said)
+    prepare_refuses(experiment(*OFF, "data=jsonl", f"data.path={path}", "data.eval_size=8"), said)
 
 
 def test_a_disk_without_room(tmp_path: Path) -> None:
@@ -121,7 +137,6 @@ def test_grid_over_a_continuous_parameter(launch, tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "said"),
     [
@@ -129,8 +144,8 @@ def test_grid_over_a_continuous_parameter(launch, tmp_path: Path) -> None:
         (("adapter.hidden_size=8",), "hidden_size must go with kind mlp but got 8 with kind=bias"),
     ],
 )  # fmt: skip
-def test_settings_that_would_fail_in_every_trial(override: tuple[str, ...], said: str, launch, tmp_path: Path) -> None:
-    refused(launch(*OFF, *override), tmp_path, said)
+def test_settings_that_would_fail_in_every_trial(override: tuple[str, ...], said: str, experiment: Composed) -> None:
+    prepare_refuses(experiment(*OFF, *override), said)
 
 
 def test_a_torn_archive_and_rows_of_different_form(experiment, tmp_path: Path) -> None:

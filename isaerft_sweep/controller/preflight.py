@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from isaerft_sweep.environment import versions
 from isaerft_sweep.errors import FolderError, LaunchError, ModelError
+from isaerft_sweep.journal.files import read_json, write_json
 from isaerft_sweep.plain import canonical_json, to_dict
+from isaerft_sweep.resources import PACKAGE, cache_folder
 from isaerft_sweep.specs import Experiment
+
+GOOD_FOR_S = 3600.0
+"""How long a check counts. What the Hub's cache holds can change under it, local files and versions cannot."""
+PLACES = ("name", "tokenizer", "path", "eval_path", "sae_path")
+"""Options that may name a local file or folder."""
 
 
 def check_disk(folder: Path, min_free_gb: float) -> None:
@@ -43,3 +56,50 @@ def check_trial_needs(experiment: Experiment) -> dict[str, Any]:
         raise ModelError(answer["error"])
     facts: dict[str, Any] = answer["ok"]
     return facts
+
+
+def known_trial_needs(experiment: Experiment) -> dict[str, Any]:
+    """``check_trial_needs``, or what it found within the last hour when nothing has changed: it takes ten seconds.
+
+    So a sweep that is continued, attached to, or run by many agents starts at once.
+    """
+    folder = cache_folder(experiment.cache) / "checked"
+    path = folder / f"{_what_is_checked(experiment)}.json"
+    try:
+        kept = read_json(path)
+        if kept and 0 <= time.time() - kept["time"] < GOOD_FOR_S:
+            found: dict[str, Any] = kept["facts"]
+            return found
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # half a file, or another version's: the check itself will tell
+    facts = check_trial_needs(experiment)
+    with suppress(OSError):  # a cache that cannot be written costs only the time
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.glob("*.json"):
+            if time.time() - old.stat().st_mtime > GOOD_FOR_S:
+                old.unlink(missing_ok=True)
+        write_json(path, {"time": time.time(), "facts": facts})
+    return facts
+
+
+def _what_is_checked(experiment: Experiment) -> str:
+    """A hash of all that the outcome of the check depends on, as far as it can be seen without reading it."""
+    sections = {name: to_dict(getattr(experiment, name)) for name in ("model", "data", "adapter", "orpo")}
+    places = [sections["model"], sections["data"], *sections["adapter"]["sites"]]
+    named = [str(place[option]) for place in places for option in PLACES if place.get(option)]
+    content = [
+        {**sections, "compile": experiment.launcher.compile},
+        [facts for name in named for facts in _files(Path(name).expanduser().absolute())],
+        [facts for facts in _files(PACKAGE) if facts[0].endswith(".py")],
+        sorted((k, v) for k, v in os.environ.items() if k.startswith(("HF_", "TRANSFORMERS_", "CUDA_"))),
+        [sys.executable, versions()],
+    ]
+    return hashlib.sha256(canonical_json(content).encode()).hexdigest()[:32]
+
+
+def _files(path: Path) -> Iterator[tuple[str, int, int]]:
+    """Name, size and time of change of a file, or of every file in a folder."""
+    for one in [path] if path.is_file() else sorted(path.rglob("*")) if path.is_dir() else []:
+        with suppress(OSError):
+            facts = one.stat()
+            yield str(one), facts.st_size, facts.st_mtime_ns

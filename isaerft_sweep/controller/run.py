@@ -13,7 +13,7 @@ from rich.console import Console
 
 from isaerft_sweep.config.boundary import to_definition
 from isaerft_sweep.controller.early import EarlyStopping
-from isaerft_sweep.controller.preflight import check_disk, check_trial_needs
+from isaerft_sweep.controller.preflight import check_disk, known_trial_needs
 from isaerft_sweep.controller.presence import presence
 from isaerft_sweep.controller.progress import Progress
 from isaerft_sweep.controller.question import open_journal, question, sweep_folder
@@ -84,7 +84,7 @@ def run_trials(
         dispatcher = make_dispatcher(experiment.launcher, folder)  # first of all: a cluster's answer takes no time
         if ended < trials and check:
             console.print("checking model, SAE and data; the first time may download or convert the model", style="dim")
-            print_facts(console, check_trial_needs(experiment))
+            print_facts(console, known_trial_needs(experiment))
         begin_sweep(experiment, definition, folder, journal, asked, given.sweep_id if given else None)
         stop = StopRequest(folder.cancel)
         with stop.heard(), presence(folder, trials, overrides), Progress(console, definition.metric.name, trials) as view:

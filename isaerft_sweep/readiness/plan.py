@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from isaerft_sweep.config.boundary import to_definition
-from isaerft_sweep.controller.preflight import check_trial_needs
+from isaerft_sweep.controller.preflight import known_trial_needs
 from isaerft_sweep.controller.progress import duration
 from isaerft_sweep.controller.question import sweep_folder
 from isaerft_sweep.controller.run import count_trials, introduction, make_sampler
@@ -44,7 +44,7 @@ def plan(console: Console, experiment: Experiment, calibrating: bool) -> None:
     console.print("\n".join(lines), soft_wrap=True, highlight=False)
     estimate = from_earlier_sweeps(experiment, list(definition.parameters))
     if calibrating:
-        steps = int(check_trial_needs(experiment)["steps"])
+        steps = int(known_trial_needs(experiment)["steps"])
         estimate = calibrate(experiment, definition, points[0], steps)
     console.print(time_words(estimate, trials, workers, gpus), soft_wrap=True, highlight=False)
 
