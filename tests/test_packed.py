@@ -199,6 +199,18 @@ def test_an_error_in_a_pass_belongs_to_one_trial(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("what", ["log", "status"])
+def test_a_trial_that_cannot_write_leaves_the_others_of_its_pack_alone(what: str, trial: Made, tmp_path: Path) -> None:
+    fine, broken = trial(*OFF, name="fine"), trial(*OFF, name="broken")
+    (broken.log if what == "log" else broken.status).mkdir()
+    folder = WorkerFolder(tmp_path / "worker")
+    assert pack(folder, [fine, broken], 2) == 2
+    assert fine.read_status()["state"] == "completed"
+    assert what == "status" or "could not be used: IsADirectoryError" in broken.read_status()["message"]
+    assert folder.progress() == Progress(2, ending=True)
+
+
+@pytest.mark.slow
 def test_a_pack_that_does_not_fit_into_memory_goes_in_halves(
     trial: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -305,6 +305,24 @@ def test_early_termination_stops_the_bad_run_and_revives_it_when_it_was_good(cli
     assert not client.run(names[1])["stopped"]
 
 
+def test_a_run_that_was_stopped_early_can_be_revived_though_all_others_have_ended(client: Client) -> None:
+    sweep = client.sweep(cap=4, more="early_terminate: {type: hyperband, min_iter: 2, eta: 2}")
+    agent, names = client.agent(sweep), []
+    for curve in ([1.0, 1.0], [2.0, 2.0], [5.0, 5.0], [0.5, 9.0]):
+        name = client.beat(agent)[0]["run_id"]
+        names.append(name)
+        client.begin(name, sweep)
+        client.beat(agent, name)
+        for step, loss in enumerate(curve, 1):
+            answer = client.stream(name, [{"_step": step, "loss": loss}], offset=step - 1, summary={"loss": loss})
+        client.stream(name, [], complete=True, exitcode=int(answer.json().get("stopped", False)))
+        client.server.fleet.watch()
+    states = [client.run(name)["state"] for name in names]
+    assert states == ["finished", "killed", "killed", "finished"]
+    again = client.beat(agent)[0]
+    assert (again["type"], again["run_id"]) == ("resume", names[1])
+
+
 def test_the_stop_button(client: Client) -> None:
     sweep = client.sweep(cap=1)
     agent = client.agent(sweep)
@@ -337,7 +355,9 @@ def test_a_sweep_keeps_its_question(client: Client) -> None:
     assert client.server.sweeps[sweep["name"]].cap == 5
 
 
-def test_a_sweep_whose_agents_have_left_is_finished_and_a_larger_cap_opens_it_again(client: Client) -> None:
+def test_a_sweep_whose_agents_have_left_is_finished_and_a_larger_cap_opens_it_again(
+    client: Client, clock: Callable[[float], None]
+) -> None:
     sweep = client.sweep(cap=1)
     name = client.beat(client.agent(sweep))[0]["run_id"]  # wandb agent --count 1: it never asks again
     client.begin(name, sweep)
@@ -345,12 +365,20 @@ def test_a_sweep_whose_agents_have_left_is_finished_and_a_larger_cap_opens_it_ag
     assert client.server.sweeps[sweep["name"]].state == "RUNNING"
     client.stream(name, [{"_step": 0}], summary={"loss": 1.0}, complete=True, exitcode=0)
     client.server.fleet.watch()
+    assert client.server.sweeps[sweep["name"]].state == "RUNNING", "its agent may still ask"
+    clock(200)
+    client.server.fleet.watch()
     assert client.server.sweeps[sweep["name"]].state == "FINISHED"
     update = "mutation UpsertSweep($id: ID, $c: String) { upsertSweep(input: {id: $id, config: $c}) { sweep { state } } }"
     for cap, state in ((1, "FINISHED"), (2, "RUNNING")):
         config = CONFIG.format(method="random", cap=cap, more="")
         assert client.get(update, id=sweep["id"], c=config)["upsertSweep"]["sweep"]["state"] == state
     assert client.beat(client.agent(sweep))[0]["type"] == "run"
+    client.get(STATE, id=sweep["id"], s="FINISHED")  # wandb sweep --stop
+    assert (
+        client.get(update, id=sweep["id"], c=config + "\ndescription: a word")["upsertSweep"]["sweep"]["state"] == "FINISHED"
+    )
+    assert client.beat(client.agent(sweep)) == [{"type": "exit"}]
 
 
 # -- what wandb.Api asks

@@ -263,13 +263,132 @@ def test_after_a_restart_an_agent_may_still_be_at_a_run_that_it_tries_again(clie
         restarted.server.close()
 
 
+@pytest.mark.parametrize("last_words", [{"preempting": True, "exitcode": 1}, {"exitcode": 1}], ids=["ours", "another's"])
+@pytest.mark.parametrize("when", ["before its first word", "while it runs"])
+def test_the_last_words_of_a_run_that_was_cut_off_do_not_end_its_next_attempt(
+    client: Client, clock: Callable[[float], None], last_words: dict[str, Any], when: str
+) -> None:
+    sweep, _, name = lost(client, clock)
+    other = client.agent(sweep)
+    assert client.beat(other)[0]["run_id"] == name
+    if when == "while it runs":
+        client.get(RESUME, n=name)
+        client.begin(name, sweep)
+        client.beat(other, name)
+    client.stream(name, [], complete=True, **last_words)  # of the old process, which was told to stop
+    client.server.fleet.watch()
+    if when != "while it runs":
+        client.get(RESUME, n=name)
+        client.begin(name, sweep)
+    client.beat(other, name)
+    client.server.fleet.watch()
+    client.stream(name, [{"_step": 1, "loss": 1.0}], offset=1, summary={"loss": 1.0})
+    assert client.run(name)["state"] == "running", "so it can be told to stop"
+    assert client.beat(client.agent(sweep)) == [{"type": "exit"}], "nobody else gets it"
+    client.stream(name, [], complete=True, exitcode=0)
+    record = client.server.sweeps[sweep["name"]].record_of(name)
+    assert record is not None and (record.state, record.metric, record.attempt) == ("completed", 1.0, 2)
+
+
+def test_a_run_that_comes_back_by_resuming_is_not_handed_out_again(client: Client, clock: Callable[[float], None]) -> None:
+    sweep, _, name = lost(client, clock)
+    client.get(RESUME, n=name)  # launch has started the trial's process again
+    client.begin(name, sweep)
+    assert client.beat(client.agent(sweep)) == [{"type": "exit"}]
+    client.stream(name, [{"_step": 1, "loss": 1.0}], offset=1, summary={"loss": 1.0}, complete=True, exitcode=0)
+    record = client.server.sweeps[sweep["name"]].record_of(name)
+    assert record is not None and (record.state, record.metric) == ("completed", 1.0)
+
+
+def test_a_run_that_was_given_up_opens_its_sweep_again_and_is_news_to_the_sampler(
+    client: Client, clock: Callable[[float], None]
+) -> None:
+    sweep = client.sweep("bayes", cap=1)
+    agent = client.agent(sweep)
+    for step in range(3):
+        name = client.beat(agent)[0]["run_id"]
+        client.get(RESUME, n=name)
+        client.begin(name, sweep)
+        client.stream(name, [{"_step": step, "loss": 2.0}], offset=step)
+        clock(200)
+        client.server.fleet.watch()
+    served = client.server.sweeps[sweep["name"]]
+    assert served.state == "FINISHED" and served.records[0].given_up
+    told: list[float | None] = []
+    tell = served.sampler.tell
+    served.sampler.tell = lambda point, value: told.append(value) or tell(point, value)  # type: ignore[method-assign]
+    client.stream(name, [{"_step": 3, "loss": 1.0}], offset=3, preempting=True)
+    client.stream(name, [], complete=True, exitcode=1)
+    clock(200)
+    client.server.fleet.watch()
+    assert served.state == "RUNNING" and not served.records[0].given_up
+    assert client.beat(client.agent(sweep))[0]["run_id"] == name, "it was preempted, and goes on"
+    client.get(RESUME, n=name)
+    client.begin(name, sweep)
+    client.stream(name, [{"_step": 4, "loss": 0.5}], offset=4, summary={"loss": 0.5}, complete=True, exitcode=0)
+    model = served.sampler._model
+    assert told == [0.5] and model is not None and model.study.best_value == -0.5, "larger is better there"
+
+
+@pytest.mark.parametrize("told_again", [True, False])
+def test_a_disk_that_fills_between_a_run_s_end_and_the_sweep_s_knowledge_of_it(
+    client: Client, clock: Callable[[float], None], full_disk: Callable[[int], None], told_again: bool
+) -> None:
+    sweep = client.sweep(cap=1)
+    name = client.beat(client.agent(sweep))[0]["run_id"]
+    client.begin(name, sweep)
+    rows = [{"_step": 0, "loss": 0.5}]
+    full_disk(2)  # the rows and the run's state, not the sweep's journal
+    assert client.stream(name, rows, summary={"loss": 0.5}, complete=True, exitcode=0).status_code == 507
+    full_disk(-1)
+    if told_again:
+        client.stream(name, rows, summary={"loss": 0.5}, complete=True, exitcode=0)
+    clock(200)
+    client.server.fleet.watch()
+    client.server.fleet.watch()
+    record = client.server.sweeps[sweep["name"]].record_of(name)
+    assert record is not None and (record.state, record.metric) == ("completed", 0.5)
+    assert client.server.sweeps[sweep["name"]].state == "FINISHED"
+
+
+def test_a_decision_to_stop_early_that_the_disk_does_not_take_is_made_again(
+    client: Client, full_disk: Callable[[int], None]
+) -> None:
+    sweep = client.sweep(cap=4, more="early_terminate: {type: hyperband, min_iter: 2, eta: 2}")
+    agent = client.agent(sweep)
+    for number, losses in enumerate(([1.0, 1.0], [1.1, 1.1], [5.0, 5.0])):
+        name = client.beat(agent)[0]["run_id"]
+        client.begin(name, sweep)
+        rows = [{"_step": step, "loss": loss} for step, loss in enumerate(losses, 1)]
+        if number == 2:
+            full_disk(1)  # the rows, not the decision
+            assert client.stream(name, rows).status_code == 507
+            full_disk(-1)
+        answer = client.stream(name, rows)
+        client.stream(name, [], summary={"loss": losses[-1]}, complete=True, exitcode=0)
+    assert answer.json()["stopped"] is True and client.run(name)["historyLineCount"] == 2
+
+
+def test_a_file_that_the_disk_does_not_take_is_refused_as_such(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    client.begin("r1")
+    create = 'mutation CreateRunFiles($f: [String!]!) { createRunFiles(input: {entityName: "local", projectName: "p", runName: "r1", files: $f}) { files { uploadUrl } } }'
+    url = client.get(create, f=["a.txt"])["createRunFiles"]["files"][0]["uploadUrl"]
+
+    def full(*_args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for place in ("os.fsync", "tempfile.mkstemp"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"isaerft_sweep.serve.app.{place}", full if place == "os.fsync" else lambda **_: full())
+            assert client.http.put(url, content=b"hello").status_code == 507
+    assert client.http.put(url, content=b"hello").status_code == 200
+
+
 # -- long histories
 
 
-def test_a_long_history_is_read_once_for_all_its_pages(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    reads = []
-    real = states.whole_lines
-    monkeypatch.setattr(states, "whole_lines", lambda path: reads.append(path) or real(path))
+def test_a_long_history_is_read_once_for_all_its_pages(client: Client) -> None:
+    states.rows_in.cache_clear()
     client.begin("r1")
     for start in range(0, 5000, 500):
         client.stream("r1", [{"_step": 3 * i, "loss": float(i)} for i in range(start, start + 500)], offset=start)
@@ -281,6 +400,6 @@ def test_a_long_history_is_read_once_for_all_its_pages(client: Client, monkeypat
     for low in range(0, 15000, 1000):
         rows = client.get(page, low=low, high=low + 1000)["project"]["run"]["history"]
         found += [json.loads(row)["_step"] for row in rows]
-    assert found == list(range(0, 15000, 3)) and len(reads) == 1
+    assert found == list(range(0, 15000, 3)) and states.rows_in.cache_info().misses == 1
     client.stream("r1", [{"_step": 15000}], offset=5000)
     assert len(client.run("r1")["history"]) == 5001, "it is read again when there is more"

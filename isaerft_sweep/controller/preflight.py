@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,10 @@ GOOD_FOR_S = 3600.0
 """How long a check counts. What the Hub's cache holds can change under it, local files and versions cannot."""
 PLACES = ("name", "tokenizer", "path", "eval_path", "sae_path")
 """Options that may name a local file or folder."""
+READ = ("optimizer", "max_length", "max_steps", "epochs", "batch_size", "gradient_accumulation")
+"""What of ``orpo`` the check reads: learning rate and beta are each trial's own."""
+ENVIRONMENT = ("HF_", "TRANSFORMERS_", "CUDA_", "HOME", "XDG_", "PATH", "CC", "CXX")
+"""Beginnings of variables that say where models, data and compilers are."""
 
 
 def check_disk(folder: Path, min_free_gb: float) -> None:
@@ -84,22 +89,24 @@ def known_trial_needs(experiment: Experiment) -> dict[str, Any]:
 
 def _what_is_checked(experiment: Experiment) -> str:
     """A hash of all that the outcome of the check depends on, as far as it can be seen without reading it."""
-    sections = {name: to_dict(getattr(experiment, name)) for name in ("model", "data", "adapter", "orpo")}
+    sections = {name: to_dict(getattr(experiment, name)) for name in ("model", "data", "adapter")}
+    orpo = to_dict(experiment.orpo)
     places = [sections["model"], sections["data"], *sections["adapter"]["sites"]]
     named = [str(place[option]) for place in places for option in PLACES if place.get(option)]
     content = [
         {**sections, "compile": experiment.launcher.compile},
-        [facts for name in named for facts in _files(Path(name).expanduser().absolute())],
+        {name: orpo[name] for name in READ},
+        [facts for name in named for facts in _files(Path(os.path.expanduser(name)).absolute())],  # noqa: PTH111 (~nobody)
         [facts for facts in _files(PACKAGE) if facts[0].endswith(".py")],
-        sorted((k, v) for k, v in os.environ.items() if k.startswith(("HF_", "TRANSFORMERS_", "CUDA_"))),
-        [sys.executable, versions()],
+        sorted((k, v) for k, v in os.environ.items() if k.startswith(ENVIRONMENT)),
+        [platform.node(), sys.executable, versions()],
     ]
     return hashlib.sha256(canonical_json(content).encode()).hexdigest()[:32]
 
 
 def _files(path: Path) -> Iterator[tuple[str, int, int]]:
     """Name, size and time of change of a file, or of every file in a folder."""
-    for one in [path] if path.is_file() else sorted(path.rglob("*")) if path.is_dir() else []:
-        with suppress(OSError):
+    with suppress(OSError):  # a name that no file can have
+        for one in [path] if path.is_file() else sorted(path.rglob("*")) if path.is_dir() else []:
             facts = one.stat()
             yield str(one), facts.st_size, facts.st_mtime_ns

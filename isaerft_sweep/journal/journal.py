@@ -72,7 +72,7 @@ class SweepRecord:
 
     def _on_dispatch(self, event: Mapping[str, Any]) -> None:
         trial = self.trials[event["index"]]
-        trial.attempt, trial.job, trial.state = event["attempt"], event["job"], "queued"
+        trial.attempt, trial.job, trial.state, trial.given_up = event["attempt"], event["job"], "queued", False
 
     def _on_end(self, event: Mapping[str, Any]) -> None:
         trial = self.trials[event["index"]]

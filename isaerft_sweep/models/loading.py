@@ -21,7 +21,7 @@ from isaerft_sweep.specs import ModelSpec
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in evaluation mode without dropout, every parameter frozen, on ``device``, and its tokenizer."""
+    """A model in evaluation mode with every parameter frozen, on ``device``, and its tokenizer."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -69,7 +69,6 @@ def load(spec: ModelSpec, cache: str | None) -> LoadedModel:
         ),
     )
     model.requires_grad_(False)
-    _switch_dropout_off(model)
     model.config.use_cache = False
     # cards and adapters must name the model that people know, not this machine's folder
     model.config._name_or_path = model.name_or_path = spec.name
@@ -82,15 +81,18 @@ def sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
-def _switch_dropout_off(model: nn.Module) -> None:
-    """TRL's ORPO trains without dropout, but reaches only modules: attention's, and all of OPT's, is a number of a layer.
+def without_dropout(loaded: LoadedModel) -> LoadedModel:
+    """The same model with no dropout left, for training.
 
-    What is stored for all trials, or computed for some together, could not hold each one's draws.
+    TRL's ORPO switches it off too, but reaches only modules: attention's, and all of OPT's, is a number of a layer, Falcon's
+    one of the config. What is stored for all trials, or computed for some together, could not hold each one's draws.
     """
-    for module in model.modules():
-        numbers = [name for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]
-        for name in [*numbers, *(["p"] if isinstance(module, nn.Dropout) else [])]:
-            setattr(module, name, 0.0)
+    model = loaded.model
+    for place in (*model.modules(), model.config, model.config.get_text_config()):
+        numbers = [name for name, value in vars(place).items() if "drop" in name and isinstance(value, float)]
+        for name in [*numbers, *(["p"] if isinstance(place, nn.Dropout) else [])]:
+            setattr(place, name, 0.0)
+    return loaded
 
 
 def compile_layers(layers: Iterable[nn.Module]) -> None:

@@ -127,6 +127,11 @@ class Sampler:
     def restore(self, point: Point) -> None:
         self._note(point)
 
+    def pending_again(self, point: Point) -> None:
+        """The outcome of a point that was told of is open again."""
+        if self._model:
+            self._model.add_pending(point)
+
     def _note(self, point: Point) -> None:
         self.tried.add(point.key)
         self.count += 1

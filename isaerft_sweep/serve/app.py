@@ -144,7 +144,7 @@ class Application:
             target.parent.mkdir(parents=True, exist_ok=True)
             handle, aside = tempfile.mkstemp(dir=target.parent, prefix=".upload.")
         except OSError as error:
-            raise HTTPException(400, f"the file cannot be written ({error.strerror}).") from error
+            raise HTTPException(507, f"the server's disk does not take it: {error.strerror}") from error
         try:
             with os.fdopen(handle, "wb") as file:
                 async for chunk in _limited(request, self.max_upload):
@@ -152,8 +152,10 @@ class Application:
                 file.flush()
                 await run_in_threadpool(os.fsync, file.fileno())
             os.replace(aside, target)
-        except BaseException:
+        except BaseException as error:
             Path(aside).unlink(missing_ok=True)
+            if isinstance(error, OSError):
+                raise HTTPException(507, f"the server's disk does not take it: {error.strerror}") from error
             raise
         return Response(status_code=200)
 

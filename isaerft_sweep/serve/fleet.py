@@ -54,7 +54,7 @@ class Fleet:
         self.server = server
         self._stop_since: dict[RunKey, float] = {}
         self.unsettled: set[RunKey] = set()
-        """Runs that have ended but for finishing, whose agents may still be at them: our trials are tried again in place."""
+        """Runs that have ended and their sweeps do not know: launch, and so the agent, may be trying them again in place."""
 
     def create_agent(self, sweep: ServedSweep, host: str, user: str) -> ServedAgent:
         agent_id = secrets.token_hex(8)
@@ -115,6 +115,7 @@ class Fleet:
             except OSError:  # the agent asks again
                 sweep.waiting.insert(0, record)
                 raise
+            agent.spoken = False  # whether it is at it, its next words tell
             agent.told.pop(record.run_id, None)
             agent.total += 1
             return [sweep.command(record, resume=any(run.lines.values()))]
@@ -150,8 +151,13 @@ class Fleet:
             if run.active and now - run.heard > self.server.silence_s:
                 self.crash(run, "neither the run nor its agent has been heard of")
         for sweep in self.server.sweeps.values():
-            if sweep.definition is not None and sweep.state == sweeps.RUNNING and sweep.over:
-                self.server.update_sweep(sweep, None, sweeps.FINISHED, {})  # no agent is left that would ask
+            if sweep.definition is not None and sweep.state == sweeps.RUNNING and sweep.over and not self._asks(sweep, now):
+                self.server.update_sweep(sweep, None, sweeps.FINISHED, {})
+
+    def _asks(self, sweep: ServedSweep, now: float) -> bool:
+        """Whether an agent is left that will ask for more: it may be told to go on with a run that was stopped early."""
+        agents = (agent for agent in self.server.agents.values() if agent.sweep == sweep.id)
+        return any(not agent.gone and now - agent.heard_at < self.server.silence_s for agent in agents)
 
     def crash(self, run: ServedRun, why: str) -> None:
         """A run has died without a word."""
@@ -162,8 +168,13 @@ class Fleet:
     def returned(self, run: ServedRun) -> None:
         """A run that was taken for dead speaks."""
         sweep = self.server.sweeps.get(run.sweep)
-        if sweep is not None and sweep.definition is not None:
-            sweep.returned(run)
+        if sweep is None or sweep.definition is None:
+            return
+        self.unsettled.add(run.key)  # should the disk not take what follows; one that is active is not settled
+        was_over = sweep.over
+        sweep.returned(run)
+        if sweep.state == sweeps.FINISHED and was_over and not sweep.over:
+            self.server.update_sweep(sweep, None, sweeps.RUNNING, {})
 
     def settle(self, run: ServedRun) -> None:
         """A run has ended: tell its sweep, at once or when its agent has nothing to do with it any more."""
@@ -171,11 +182,8 @@ class Fleet:
         sweep = self.server.sweeps.get(run.sweep)
         if sweep is None or sweep.definition is None:
             return
-        if run.state == states.FINISHED:
-            sweep.settle(run)
-        else:
-            self.unsettled.add(run.key)
-            self._settle_all()
+        self.unsettled.add(run.key)
+        self._settle_all()
 
     def _settle_all(self) -> None:
         for key in list(self.unsettled):
@@ -186,6 +194,6 @@ class Fleet:
                 and time.monotonic() - agent.heard_at < self.server.silence_s
                 and (key.name in agent.running or not agent.spoken)
             )
-            if run.active or not held:
+            if run.active or run.state == states.FINISHED or not held:
                 self.server.sweeps[run.sweep].settle(run)
                 self.unsettled.discard(key)

@@ -179,10 +179,10 @@ class ServedRun:
 
 @lru_cache(maxsize=4)
 def rows_in(path: Path, length: int, name: str) -> tuple[str, ...]:
-    """The lines of a stream in a run's log of that ``length``: whoever pages through them asks many times."""
+    """The lines of a stream in the first ``length`` bytes of a run's log: whoever pages through them asks many times."""
     found: list[str] = []
     quoted = f'"{name}"'.encode()
-    for line in whole_lines(path)[0]:
+    for line in path.read_bytes()[:length].split(b"\n"):
         if b'"anew"' in line and json.loads(line).get("set", {}).get("anew"):
             found = []
         if quoted in line:
@@ -214,13 +214,13 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def next_state(run: ServedRun, ending: Mapping[str, Any]) -> dict[str, Any]:
-    """What a stream's request says of the run's state, as far as it changes."""
+def next_state(run: ServedRun, ending: Mapping[str, Any], held: bool) -> dict[str, Any]:
+    """What a stream's request says of the run's state, as far as it changes. ``held``: its agent is still at it."""
     preempting = bool(ending.get("preempting")) or run.state == PREEMPTING
     if not ending.get("complete"):
         wanted = PREEMPTING if preempting else RUNNING
-        # one that was thought dead and speaks is alive; one that has ended stays so
-        alive = run.active or run.state == CRASHED
+        # one that was thought dead and speaks is alive, or that an older process of it has ended; another stays ended
+        alive = run.active or run.state == CRASHED or held
         return {"state": wanted} if alive and run.state != wanted else {}
     code = ending.get("exitcode")
     code = code if isinstance(code, int) and not isinstance(code, bool) else 1

@@ -185,9 +185,10 @@ class Server:
             raise RequestError(f"a sweep's state must be one of {', '.join(known)} but got '{state}'.")
         if config is not None:
             before = sweep.config
+            was_over = sweep.over
             sweep.update(config)
-            if state is None and sweep.state == sweeps.FINISHED and not sweep.over:
-                state = sweeps.RUNNING
+            if state is None and sweep.state == sweeps.FINISHED and was_over and not sweep.over:
+                state = sweeps.RUNNING  # it was not somebody's stop that finished it
             sweep.update(before)
         self.write(event="sweep_update", id=sweep.id, config=config, state=state, **facts)
         if state == sweeps.CANCELED:
@@ -237,6 +238,8 @@ class Server:
             if not run.resuming and any(run.lines.values()):
                 event["set"]["anew"] = True
         run.resuming = run.resuming and not from_run
+        if begins and run.state == states.CRASHED:
+            self.fleet.returned(run)
         if event:
             run.write(**event)
         run.heard = time.monotonic()
@@ -260,7 +263,7 @@ class Server:
         if ending.get("complete") and event["files"]:
             run.write(**event)  # the summary says how it ended
             event["files"] = {}
-        values = states.next_state(run, ending)
+        values = states.next_state(run, ending, run.key in self.fleet.unsettled)
         if values and run.state == states.CRASHED:
             self.fleet.returned(run)
         if values:
@@ -274,11 +277,15 @@ class Server:
         if (
             sweep is not None
             and sweep.definition is not None
-            and states.HISTORY in event["files"]
+            and states.HISTORY in files  # be it only again: the disk may have been full
             and sweep.should_stop(run)
         ):
             log.info("run %s of sweep %s is stopped early", run.key.name, sweep.id)
-            run.write(set={"stop": "pruner"})
+            try:
+                run.write(set={"stop": "pruner"})
+            except OSError:
+                sweep.judge_again(run)
+                raise
         return bool(run.stop)
 
     def stop_run(self, run: ServedRun) -> None:

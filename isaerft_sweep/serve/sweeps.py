@@ -174,6 +174,8 @@ class ServedSweep:
         record = self.record_of(run.key.name)
         if record is None or record.job is not None or record.state != FAILED:
             return
+        if record.given_up:
+            self.sampler.pending_again(record.point)
         self.journal.write("dispatch", index=record.index, attempt=record.attempt, job={"agent": run.agent})
         self.waiting = [other for other in self.waiting if other is not record]
         self.seconds[record.index] = time.monotonic()
@@ -184,6 +186,12 @@ class ServedSweep:
         if record is None or record.job is None or not run.active or run.stop:
             return False
         return self._note_curve(record, run, {}, judge=True)
+
+    def judge_again(self, run: ServedRun) -> None:
+        """The decision to stop the run could not be kept."""
+        record = self.record_of(run.key.name)
+        if record is not None and self.early is not None:
+            self.early.forget(record.index)
 
     def _note_curve(self, record: TrialRecord, run: ServedRun, status: dict[str, Any], judge: bool = False) -> bool:
         assert self.definition is not None

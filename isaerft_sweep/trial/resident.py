@@ -108,9 +108,7 @@ class _Worker:
 
     def _cannot_begin(self, number: int, trial: TrialFolder, attempt: int, error: Exception) -> None:
         """A trial whose folder cannot be read has failed; the others of this worker have not."""
-        traceback.print_exception(error)
-        with suppress(Exception):  # its status may be as far away: then it has died without a word
-            StatusWriter(trial, attempt).write(FAILED, {"message": f"its folder could not be read: {error}"[:2000]})
+        _note_failure(trial, attempt, error)
         self.progress = self.progress.with_over(number)
         self._note(self.progress)
 
@@ -149,18 +147,19 @@ class _Worker:
 
     def _run(self, trial: TrialFolder, attempt: int, experiment: Experiment, seat: Seat) -> bool:
         """Run one attempt; whether the worker should end after it."""
-        status = trial.read_status()
-        if status.get("attempt") == attempt and status.get("state") in OVER:
-            return False  # a scheduler that started this worker again does not know that the trial has ended
-        with logged_to(trial.log):
-            try:
-                state = run_trial(trial, attempt, _SharedInSeat(self.kept, seat), self.stopping)
-            except Superseded as error:
-                print(f"ended: {error}", flush=True)
-                return True
-            except Exception:  # not even its status could be written
-                traceback.print_exc()
-                return True
+        try:
+            status = trial.read_status()
+            if status.get("attempt") == attempt and status.get("state") in OVER:
+                return False  # a scheduler that started this worker again does not know that the trial has ended
+            with logged_to(trial.log):
+                try:
+                    state = run_trial(trial, attempt, _SharedInSeat(self.kept, seat), self.stopping)
+                except Superseded as error:
+                    print(f"ended: {error}", flush=True)
+                    return True
+        except Exception as error:  # its folder cannot be read or written
+            _note_failure(trial, attempt, error)
+            return True
         # bitsandbytes never gives the paged state of large parameters back
         paged = resolve_optimizer(experiment.orpo.optimizer).startswith("paged")
         return (paged and experiment.adapter.kind in ("linear", "mlp")) or state not in (*OVER, STOPPED)
@@ -190,6 +189,14 @@ class _Worker:
         if self._joint is None or self._joint.base is not seat.base or self._joint.site != self._site:
             self._joint = JointModel(seat.base, self._site)
         return self._joint
+
+
+def _note_failure(trial: TrialFolder, attempt: int, error: Exception) -> None:
+    """Say in a trial's status, as far as that can be written, that its folder is of no use."""
+    traceback.print_exception(error)
+    with suppress(Exception):  # then it has died without a word
+        message = f"its folder could not be used: {type(error).__name__}: {error}"
+        StatusWriter(trial, attempt).write(FAILED, {"message": message[:2000]})
 
 
 def pack_key(experiment: Experiment) -> str | None:

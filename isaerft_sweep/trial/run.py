@@ -32,7 +32,7 @@ from isaerft_sweep.journal.folders import (
     Superseded,
     TrialFolder,
 )
-from isaerft_sweep.models.loading import LoadedModel, compile_layers, load, sharing_weights
+from isaerft_sweep.models.loading import LoadedModel, compile_layers, load, sharing_weights, without_dropout
 from isaerft_sweep.plain import canonical_json, to_dict
 from isaerft_sweep.resources import cache_folder
 from isaerft_sweep.results.card import make_card, write_card
@@ -93,7 +93,7 @@ def run_trial(
 def _run(folder: TrialFolder, spec: TrialSpec, status: StatusWriter, stopping: dict[str, bool], shared: Shared) -> str:
     experiment = spec.experiment
     key = canonical_json([to_dict(experiment.model), experiment.cache])
-    loaded = shared.get("model", key, lambda: load(experiment.model, experiment.cache))
+    loaded = shared.get("model", key, lambda: without_dropout(load(experiment.model, experiment.cache)))
     # on a copy over the same weights: whatever becomes of this trial, the next one finds the model as it was loaded
     own = replace(loaded, model=sharing_weights(loaded.model))
     model = attach_adapter(own, experiment.adapter, experiment.orpo.seed, experiment.model.revision)
@@ -149,8 +149,10 @@ def _train(
         run.finish({**recorder.latest, "state": PRUNED}, exit_code=0)
         return _end(status, PRUNED, {"message": "stopped early; its checkpoint is kept", **_results(recorder, started)})
     if recorder.stopped:
+        words = {"message": "asked to stop; a checkpoint was written"}
+        _end(status, STOPPED, {**words, "untold": True})  # whoever asked may not wait until W&B has answered
         run.finish({"state": STOPPED}, exit_code=1, preempted=True)
-        return _end(status, STOPPED, {"message": "asked to stop; a checkpoint was written", "untold": run.lost})
+        return _end(status, STOPPED, {**words, "untold": run.lost})
     write_changes(folder.latents, changes)
     results = _results(recorder, started)
     results["wandb"] = {"url": run.url, "sweep_url": run.sweep_url, "offline": run.offline_folder is not None}
