@@ -20,7 +20,7 @@ from serving import Serving, wait_for
 PROGRAM = """\
 import os, sys, time, wandb
 run = wandb.init(resume="allow", settings=wandb.Settings(silent=True))
-first = run.step
+first = run.starting_step  # run.step of 0.31 is 0 until the first log, whatever the server says
 mode = run.config.get("mode")
 for step in range(first, 6):
     run.log({"loss": run.config.lr + 1 / (1 + step)}, step=step)
