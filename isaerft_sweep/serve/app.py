@@ -139,12 +139,16 @@ class Application:
         return self.server.folder.joinpath(*parts)
 
     async def upload(self, request: Request) -> Response:
-        target = self._place(request)
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            handle, aside = tempfile.mkstemp(dir=target.parent, prefix=".upload.")
+            await self._receive(request, self._place(request))
         except OSError as error:
             raise HTTPException(507, f"the server's disk does not take it: {error.strerror}") from error
+        return Response(status_code=200)
+
+    async def _receive(self, request: Request, target: Path) -> None:
+        """Write the body beside ``target``, then put it in its place whole. Raises HTTPException, OSError."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, aside = tempfile.mkstemp(dir=target.parent, prefix=".upload.")
         try:
             with os.fdopen(handle, "wb") as file:
                 async for chunk in _limited(request, self.max_upload):
@@ -152,12 +156,9 @@ class Application:
                 file.flush()
                 await run_in_threadpool(os.fsync, file.fileno())
             os.replace(aside, target)
-        except BaseException as error:
+        except BaseException:
             Path(aside).unlink(missing_ok=True)
-            if isinstance(error, OSError):
-                raise HTTPException(507, f"the server's disk does not take it: {error.strerror}") from error
             raise
-        return Response(status_code=200)
 
     async def download(self, request: Request) -> Response:
         target = self._place(request)

@@ -157,7 +157,10 @@ class Fleet:
     def _asks(self, sweep: ServedSweep, now: float) -> bool:
         """Whether an agent is left that will ask for more: it may be told to go on with a run that was stopped early."""
         agents = (agent for agent in self.server.agents.values() if agent.sweep == sweep.id)
-        return any(not agent.gone and now - agent.heard_at < self.server.silence_s for agent in agents)
+        return any(not agent.gone and self._lives(agent, now) for agent in agents)
+
+    def _lives(self, agent: ServedAgent, now: float) -> bool:
+        return now - agent.heard_at < self.server.silence_s
 
     def crash(self, run: ServedRun, why: str) -> None:
         """A run has died without a word."""
@@ -173,8 +176,20 @@ class Fleet:
         self.unsettled.add(run.key)  # should the disk not take what follows; one that is active is not settled
         was_over = sweep.over
         sweep.returned(run)
-        if sweep.state == sweeps.FINISHED and was_over and not sweep.over:
+        if sweep.opens_again(was_over):
             self.server.update_sweep(sweep, None, sweeps.RUNNING, {})
+
+    def judge(self, run: ServedRun) -> None:
+        """A run has logged something: is it stopped early?"""
+        sweep = self.server.sweeps.get(run.sweep)
+        if sweep is None or not sweep.should_stop(run):
+            return
+        log.info("run %s of sweep %s is stopped early", run.key.name, sweep.id)
+        try:
+            run.write(set={"stop": "pruner"})
+        except OSError:
+            sweep.judge_again(run)
+            raise
 
     def settle(self, run: ServedRun) -> None:
         """A run has ended: tell its sweep, at once or when its agent has nothing to do with it any more."""
@@ -191,7 +206,7 @@ class Fleet:
             agent = self.server.agents.get(run.agent)
             held = (
                 agent is not None
-                and time.monotonic() - agent.heard_at < self.server.silence_s
+                and self._lives(agent, time.monotonic())
                 and (key.name in agent.running or not agent.spoken)
             )
             if run.active or run.state == states.FINISHED or not held:

@@ -187,8 +187,8 @@ class Server:
             before = sweep.config
             was_over = sweep.over
             sweep.update(config)
-            if state is None and sweep.state == sweeps.FINISHED and was_over and not sweep.over:
-                state = sweeps.RUNNING  # it was not somebody's stop that finished it
+            if state is None and sweep.opens_again(was_over):
+                state = sweeps.RUNNING
             sweep.update(before)
         self.write(event="sweep_update", id=sweep.id, config=config, state=state, **facts)
         if state == sweeps.CANCELED:
@@ -273,19 +273,8 @@ class Server:
         if not run.active:
             self.fleet.settle(run)
             return False
-        sweep = self.sweeps.get(run.sweep)
-        if (
-            sweep is not None
-            and sweep.definition is not None
-            and states.HISTORY in files  # be it only again: the disk may have been full
-            and sweep.should_stop(run)
-        ):
-            log.info("run %s of sweep %s is stopped early", run.key.name, sweep.id)
-            try:
-                run.write(set={"stop": "pruner"})
-            except OSError:
-                sweep.judge_again(run)
-                raise
+        if states.HISTORY in files:  # be it only again: the disk may have been full
+            self.fleet.judge(run)
         return bool(run.stop)
 
     def stop_run(self, run: ServedRun) -> None:

@@ -224,6 +224,10 @@ class ServedSweep:
         exhausted = len(self.records) >= self.cap
         return exhausted and not self.waiting and all(r.ended and r.job is None for r in records)
 
+    def opens_again(self, was_over: bool) -> bool:
+        """Whether it had finished by itself, not by somebody's stop, and has something to do now."""
+        return self.state == FINISHED and was_over and not self.over
+
     def nothing_left(self) -> bool:
         """Whether there is nothing to hand out, nor will be unless a run dies."""
         return not self.waiting and len(self.records) >= self.cap

@@ -104,14 +104,21 @@ class JointModel:
         return (x, *output[1:]) if isinstance(output, tuple) else x
 
 
+def set_gradients_aside(model: PreTrainedModel) -> list[tuple[nn.Parameter, torch.Tensor | None]]:
+    """Take the gradients of earlier passes off the trained parameters: a measured or failed pass would add to them."""
+    gradients = [(p, p.grad) for p in model.parameters() if p.requires_grad]
+    for parameter, _ in gradients:
+        parameter.grad = None
+    return gradients
+
+
 def measured(joint: JointModel, part: Part, largest: int = LARGEST) -> tuple[int, dict[int, float], tuple[int, str] | None]:
     """How many trials should go together on this device, and seconds per trial and step for each number tried.
 
     Tries 1, 2, 4 … copies of ``part``, forward and backward, until one more doubling does not pay or fails, for want of
     memory mostly; then the third is the number that failed and why. An error of the trial's own will meet it again.
     """
-    parameters = [p for p in part.model.parameters() if p.requires_grad]
-    before = [None if p.grad is None else p.grad.clone() for p in parameters]
+    before = set_gradients_aside(part.model)
     seconds: dict[int, float] = {}
     number, best, failed = 1, 1, None
     while number <= largest:
@@ -123,7 +130,7 @@ def measured(joint: JointModel, part: Part, largest: int = LARGEST) -> tuple[int
         if number > 1 and seconds[number] > ENOUGH * seconds[best]:
             break
         number, best = number * 2, number
-    for parameter, gradient in zip(parameters, before, strict=True):
+    for parameter, gradient in before:
         parameter.grad = gradient
     return best, seconds, failed
 

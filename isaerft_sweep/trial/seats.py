@@ -13,7 +13,7 @@ import torch
 from greenlet import getcurrent, greenlet
 from transformers import PreTrainedModel
 
-from isaerft_sweep.trial.joint import JointModel, Part, measured
+from isaerft_sweep.trial.joint import JointModel, Part, measured, set_gradients_aside
 from isaerft_sweep.trial.layout import Batch
 from isaerft_sweep.trial.passes import Passes
 from isaerft_sweep.trial.process_state import ProcessState
@@ -122,11 +122,11 @@ def _backward(joint: JointModel, seats: Sequence[Seat], again: bool = False) -> 
     """One backward pass for all, or in halves as above: ``again``, since a failed pass has used up the forward one."""
     if not seats:
         return
-    before = [_set_aside(seat.last.model) for seat in seats if seat.last is not None] if len(seats) > 1 else []
+    models = [seat.last.model for seat in seats if seat.last is not None] if len(seats) > 1 else []
+    before = [pair for model in models for pair in set_gradients_aside(model)]
     done = _went_back(joint, seats, again)
-    for gradients in before:
-        for parameter, gradient in gradients:
-            _put_back(parameter, gradient, keep=done)
+    for parameter, gradient in before:
+        _put_back(parameter, gradient, keep=done)
     if not done and len(seats) > 1:
         torch.cuda.empty_cache()
         _backward(joint, seats[: len(seats) // 2], again=True)
@@ -152,17 +152,6 @@ def _went_back(joint: JointModel, seats: Sequence[Seat], again: bool) -> bool:
     finally:
         for seat in seats:
             seat.numbers = None
-
-
-Gradients = list[tuple[torch.nn.Parameter, torch.Tensor | None]]
-
-
-def _set_aside(model: PreTrainedModel) -> Gradients:
-    """Take the gradients of earlier passes off the trained parameters: a pass that fails may have added to some."""
-    gradients = [(p, p.grad) for p in model.parameters() if p.requires_grad]
-    for parameter, _ in gradients:
-        parameter.grad = None
-    return gradients
 
 
 def _put_back(parameter: torch.nn.Parameter, before: torch.Tensor | None, keep: bool) -> None:
