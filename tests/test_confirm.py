@@ -47,6 +47,8 @@ def test_confirm_runs_new_seeds_of_the_leaders(launch, tmp_path: Path) -> None:
     specs = [e["params"] for e in events(folder) if e["event"] == "trial"]
     assert len(specs) == 4 and {p["orpo.seed"] for p in specs} == {43, 44}
 
+    attached = command(tmp_path, "attach", "outputs/s-confirm")
+    assert attached.returncode == 2 and f"isaerft-sweep confirm {tmp_path / 'outputs' / 's'}" in attached.stderr
     more = command(tmp_path, "confirm", "outputs/s", "--top", "2", "--seeds", "3")
     assert more.returncode == 0 and "4 already ended" in more.stdout, "a larger number adds trials"
     assert len([e for e in events(folder) if e["event"] == "trial"]) == 6

@@ -21,6 +21,7 @@ from isaerft_sweep.controller.stopping import ask_to_stop
 from isaerft_sweep.errors import ConfigError, FolderError
 from isaerft_sweep.journal.folders import SweepFolder
 from isaerft_sweep.plain import from_mapping
+from isaerft_sweep.results.confirmation import first_sweep
 from isaerft_sweep.specs import Experiment
 
 POLL_S = 0.2
@@ -71,6 +72,11 @@ def attach(path: Path) -> int:
     except KeyboardInterrupt:
         console.print("Left. The sweep goes on.")
         return 0
+    if first := first_sweep(folder):
+        raise FolderError(
+            f"{folder.path} runs the leaders of {first.path} again, and no controller runs it now. Go on with it: "
+            f"isaerft-sweep confirm {first.path}, with the --top and --seeds of before."
+        )
     console.print("No controller runs this sweep: going on with it.", style="dim")
     known = last_presence(folder)
     return run_sweep(read_experiment(folder), known.overrides if known else ())

@@ -12,6 +12,7 @@ import numpy as np
 from rich.table import Table
 
 from isaerft_sweep.journal.folders import SweepFolder
+from isaerft_sweep.journal.journal import SweepRecord, replay
 from isaerft_sweep.naming import show_beta
 from isaerft_sweep.plain import canonical_json
 from isaerft_sweep.results.leaderboard import number, short_name, show_lr
@@ -19,6 +20,7 @@ from isaerft_sweep.results.reading import Entry, ReadSweep, read_sweep_folder
 from isaerft_sweep.results.statistics import probability_best
 
 SEED = "orpo.seed"
+SUFFIX = "-confirm"
 
 
 @dataclass
@@ -46,7 +48,18 @@ class Candidate:
 
 def confirm_folder(sweep: SweepFolder) -> SweepFolder:
     """Where the leaders of ``sweep`` are run again."""
-    return SweepFolder(sweep.path.with_name(f"{sweep.path.name}-confirm"))
+    return SweepFolder(sweep.path.with_name(f"{sweep.path.name}{SUFFIX}"))
+
+
+def first_sweep(again: SweepFolder) -> SweepFolder | None:
+    """The sweep whose leaders ``again`` runs, None when it is a sweep of its own."""
+    first = SweepFolder(again.path.with_name(again.path.name.removesuffix(SUFFIX)))
+    if first.path == again.path or not first.journal.is_file():
+        return None
+    asked, records = SweepRecord(), SweepRecord()
+    replay(first.journal, asked)
+    replay(again.journal, records)
+    return first if records.question == confirm_question(asked.question) else None
 
 
 def confirm_question(question: str) -> str:
