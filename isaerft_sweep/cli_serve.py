@@ -20,6 +20,7 @@ def add_serve_commands(commands: Any) -> None:
     serve.add_argument("--certificate", type=Path, help="a PEM file, for https")
     serve.add_argument("--private-key", type=Path, help="the certificate's key, where it is not in the same file")
     serve.add_argument("--new-key", action="store_true", help="make and show another access key")
+    serve.add_argument("--revoke", metavar="USER", help="make a user's keys invalid (the server must be down), and leave")
     serve.add_argument("--crash-after", type=float, default=90.0, metavar="SECONDS", help="silence that means death")
     serve.add_argument("--max-upload-mb", type=at_least_one, default=1024, help="of one uploaded file")
     serve.set_defaults(run=_serve)
@@ -46,6 +47,7 @@ def _serve(args: argparse.Namespace) -> int:
         args.certificate,
         args.private_key,
         args.new_key,
+        args.revoke,
         args.crash_after,
         args.max_upload_mb,
     )

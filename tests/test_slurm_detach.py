@@ -87,6 +87,14 @@ def test_cancel_after_a_kill_9_of_the_controller(slurm: Bed, tmp_path: Path) -> 
     controller.kill()
     controller.wait()
     assert len(slurm.jobs()) == 2
+    # another controller adopts them, and can be left though nothing new happens
+    options = ("orpo.max_steps=100000", "launcher.slots=2", "sweep.run_cap=2")
+    left = subprocess.run(launch_command(*OPTIONS, *options, "--detach"), cwd=tmp_path, timeout=120, capture_output=True)
+    assert left.returncode == 0 and b"isaerft-sweep attach" in left.stdout, left.stderr
+    adopted = json.loads((sweep / "controller.json").read_text())["pid"]
+    psutil.Process(adopted).kill()
+    wait_for(lambda: not psutil.pid_exists(adopted))
+    assert len(slurm.jobs()) == 2 and len([e for e in events(sweep) if e["event"] == "dispatch"]) == 2
     done = cli("cancel", str(sweep))
     assert done.returncode == 0, done.stderr
     assert slurm.jobs() == [] and ended_states(sweep) == {"stopped": 2}

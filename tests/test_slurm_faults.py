@@ -309,11 +309,11 @@ def test_a_slow_shared_disk(slurm: Bed, tmp_path: Path, monkeypatch: pytest.Monk
     check_same_as_alone(sweep, tmp_path)
 
 
-def test_accounting_knows_what_squeue_has_forgotten(slurm: Bed, tmp_path: Path) -> None:
-    """As when a controller comes back after days."""
-    spec = LauncherSpec(kind="slurm", slurm={"partition": "main"})
+def test_accounting_knows_what_squeue_has_forgotten(slurm: Bed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a controller comes back after days: one question for all jobs."""
+    spec = LauncherSpec(kind="slurm", slots=3, slurm={"partition": "main"})
     dispatcher = SlurmDispatcher(spec, tmp_path / "s" / "jobs")
-    refs = dispatcher.submit_all([Dies()])  # type: ignore[arg-type]
+    refs = dispatcher.submit_all([Dies(), Dies(), Dies()])  # type: ignore[list-item]
     wait_for(lambda: not any(dispatcher.alive(refs)))
     told = dispatcher.verdict(refs[0])
     assert told.words.startswith("SLURM: FAILED")
@@ -324,8 +324,26 @@ def test_accounting_knows_what_squeue_has_forgotten(slurm: Bed, tmp_path: Path) 
     finally:
         slurm.reconfigure("MinJobAge", "600")
     later = SlurmDispatcher(spec, tmp_path / "s" / "jobs")
-    assert later.alive(refs) == [False]
-    assert later.verdict(refs[0]).words.startswith("SLURM: FAILED") and later.verdict(refs[0]).cause == told.cause
+    calls = count_calls(tmp_path, monkeypatch, "sacct")
+    for _ in range(2):
+        assert later.alive(refs) == [False] * 3
+        for ref in refs:
+            assert later.verdict(ref).words.startswith("SLURM: FAILED") and later.verdict(ref).cause == told.cause
+    assert len(calls.read_text().splitlines()) == 1
+
+
+def test_a_suspended_job_is_not_taken_for_hung(slurm: Bed, tmp_path: Path) -> None:
+    """As by gang scheduling (PreemptMode=SUSPEND) or by an administrator."""
+    sweep = tmp_path / "outputs" / "s"
+    controller = start(tmp_path, *ONE, "launcher.heartbeat_s=15", "tracker=disabled", "orpo.max_steps=400")
+    wait_for(past(sweep, 10))
+    job = job_of(sweep)
+    slurm.command("scontrol", "suspend", job)
+    time.sleep(22)
+    assert slurm.command("squeue", "-h", "-o", "%T", "-j", job).split() == ["SUSPENDED"]
+    slurm.command("scontrol", "resume", job)
+    ends = finish(controller, tmp_path)
+    assert [e["state"] for e in ends] == ["completed"] and slurm.jobs() == []
 
 
 @dataclass

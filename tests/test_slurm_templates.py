@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from conftest import TINY
+from conftest import TINY, processes_of
 from serving import Serving
 from slurm_bed import Bed
 from test_serve_sweep import read_sweep, sweep_file, trial_id
@@ -68,6 +68,22 @@ def test_an_array_of_made_trials(slurm: Bed, tmp_path: Path) -> None:
     assert (tmp_path / f"isaerft-trial-{job}_1.out").read_text().splitlines()[-1].endswith("completed")
     done = cli("attach", str(sweep))
     assert done.returncode == 0 and ended_states(sweep) == {"completed": 2} and "Leaderboard" in done.stdout, done.stderr
+
+
+def test_an_array_of_made_trials_is_seen_and_ended(slurm: Bed, tmp_path: Path) -> None:
+    sweep = tmp_path / "outputs" / "s"
+    options = ("name=s", "sweep.method=random", "sweep.run_cap=3", "orpo.max_steps=100000", f"output={tmp_path / 'outputs'}")
+    assert cli("make", *TINY, *options, "tracker=disabled").returncode == 0
+    other = sbatch(tmp_path, "--hold", "--array=0-2", str(TEMPLATES / "trials.sbatch"), "outputs/other")
+    sbatch(tmp_path, "--array=0-2%1", str(TEMPLATES / "trials.sbatch"), "outputs/s")
+    wait_for(lambda: list(sweep.glob("trials/*/metrics.jsonl")))
+    status = cli("status", str(sweep)).stdout
+    assert "0 of 3 ended" in status and "2 created, 1 running" in status, status
+    ended = cli("cancel", str(sweep))
+    assert ended.returncode == 0 and "is left running; 0 of 3 trials" in ended.stdout, ended.stderr
+    assert {job.split("_")[0] for job in slurm.jobs()} == {other}, "another sweep's array stays"
+    wait_for(lambda: not processes_of(tmp_path))
+    slurm.command("scancel", other)
 
 
 def test_an_array_of_agents(slurm: Bed, serving: Serving, tmp_path: Path) -> None:

@@ -180,6 +180,15 @@ def test_ctrl_c_leaves_nothing_running_and_the_same_command_goes_on(number: int,
     assert controller.wait(90) == 130 and processes_of(tmp_path) == []
 
 
+def test_ctrl_c_while_a_controller_is_sent_to_the_background_ends_it(tmp_path: Path) -> None:
+    leaving = start(tmp_path, *LONG, "--detach")
+    wait_for((tmp_path / "outputs" / "s" / "controller.log").exists)
+    leaving.send_signal(signal.SIGINT)
+    assert leaving.wait(120) == 130, (tmp_path / "controller.out").read_text()
+    assert "the controller has ended" in (tmp_path / "controller.out").read_text()
+    wait_for(lambda: processes_of(tmp_path, started_there=True) == [], 60)
+
+
 def test_kill_9_of_the_controller_loses_and_repeats_nothing(tmp_path: Path) -> None:
     sweep = tmp_path / "outputs" / "s"
     options = (*TINY, "name=s", "sweep.run_cap=3", "orpo.max_steps=60", "tracker=disabled")

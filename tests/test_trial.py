@@ -224,27 +224,6 @@ def test_a_saved_adapter_gives_the_trained_models_logits(trial: Made, monkeypatc
         assert torch.equal(model(torch.arange(6, 40)[None]).logits, kept["logits"])
 
 
-def test_trunk_is_shared_verified_and_bounded(trial: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    scratch = tmp_path / "scratch"
-    options = (*OFF, f"launcher.scratch={scratch}")
-    first, second = trial(*options, name="a"), trial(*options, "orpo.beta=0.5", "orpo.learning_rate=1e-3", name="b")
-    assert run_trial(first, 1) == run_trial(second, 1) == "completed"
-    entries = [p for p in scratch.iterdir() if p.is_dir()]
-    assert len(entries) == 1, "same model and data: one entry for both trials"
-    values = entries[0] / "values.npy"
-    content = bytearray(values.read_bytes())
-    content[-1] ^= 255
-    values.write_bytes(content)
-    third = trial(*options, name="c")
-    capsys.readouterr()
-    assert run_trial(third, 1) == "completed"
-    assert "are damaged: made again" in capsys.readouterr().out and rows_of(third) == rows_of(first)
-    tiny = trial(*OFF, f"launcher.scratch={tmp_path / 'none'}", "launcher.trunk_cache_gb=0.000001", name="d")
-    capsys.readouterr()
-    assert run_trial(tiny, 1) == "completed"
-    assert "would not fit launcher.trunk_cache_gb" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("form", ["text", "chat", "implicit"])
 def test_data_forms(form: str, trial: Made, tmp_path: Path) -> None:
     def row(i: int) -> dict[str, Any]:

@@ -6,6 +6,8 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
@@ -64,5 +66,12 @@ def load_model(
 
 
 def _tokenizer(adapter: str) -> str | None:
-    """The adapter's own folder when it holds the tokenizer that it was trained with."""
-    return adapter if (Path(adapter) / "tokenizer_config.json").is_file() else None
+    """``adapter`` when it holds the tokenizer that it was trained with (the base's own may have no chat template)."""
+    wanted = "tokenizer_config.json"
+    if Path(adapter).is_dir():
+        return adapter if (Path(adapter) / wanted).is_file() else None
+    try:
+        hf_hub_download(adapter, wanted)
+    except (EntryNotFoundError, LocalEntryNotFoundError):
+        return None
+    return adapter

@@ -15,8 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from rich.console import Console
 
 from isaerft_sweep.config.boundary import to_definition
+from isaerft_sweep.controller.following import follow
+from isaerft_sweep.controller.presence import is_run, last_presence
 from isaerft_sweep.controller.run import INTERRUPTED, run_trials, write_question
 from isaerft_sweep.controller.trials import GivenIds
 from isaerft_sweep.errors import LaunchError
@@ -37,10 +40,14 @@ def run_for_agent(experiment: Experiment, overrides: Sequence[str], environment:
     ``environment``: what the agent has set. Raises IsaerftError before the trial is dispatched when something is wrong that
     the user can mend.
     """
+    agent = os.getppid()
     sweep_id, run_id = (given_id(environment, name) for name in ("WANDB_SWEEP_ID", "WANDB_RUN_ID"))
     output = Path(experiment.output).expanduser().absolute()
     whole = SweepFolder(output / sweep_id)
     folder = SweepFolder(whole.path / run_id, shelf=output)
+    if is_run(folder):  # its agent is gone and the run was handed out again: the trial itself goes on
+        print(f"run {run_id} is already run by {last_presence(folder)}: following it", flush=True)
+        follow(Console(), folder.path)
     definition = to_definition(experiment.sweep, experiment)
     point = given_point(experiment, definition, environment)
     if not contains(definition.parameters, point.params):
@@ -56,7 +63,7 @@ def run_for_agent(experiment: Experiment, overrides: Sequence[str], environment:
         write_question(experiment, definition, whole)
     ended = ended_trial(folder)
     checked = whole.path / ".checked"
-    given = GivenIds(sweep_id, run_id, whole)
+    given = GivenIds(sweep_id, run_id, whole, agent)
     run_trials(
         experiment, definition, GivenPoints([point]), folder, overrides, show=False, given=given, check=not checked.exists()
     )

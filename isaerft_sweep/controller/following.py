@@ -14,7 +14,7 @@ from rich.console import Console
 from isaerft_sweep.controller.presence import is_run, last_presence
 from isaerft_sweep.controller.progress import Progress, duration, time_left_s, trial_table
 from isaerft_sweep.errors import FolderError, JournalError
-from isaerft_sweep.journal.folders import SweepFolder
+from isaerft_sweep.journal.folders import FINAL, RUNNING, SweepFolder
 from isaerft_sweep.journal.journal import SweepRecord, TrialRecord
 
 POLL_S = 1.0
@@ -61,12 +61,14 @@ class Follower:
         return changed
 
     def statuses(self) -> dict[int, dict[str, Any]]:
-        """The last word of each worker whose trial is under way."""
-        found = {}
+        """The last word of each worker whose trial is under way, or was in an array that no controller sees to."""
+        found, made = {}, self.folder.made.exists()
         for record in self.records:
             if record.state == "queued":
                 status = self.folder.trial(record.name).read_status()
                 found[record.index] = status if status.get("attempt") == record.attempt else {}
+            elif made and not record.attempt and (status := self.folder.trial(record.name).read_status()):
+                found[record.index] = status
         return found
 
 
@@ -75,14 +77,14 @@ def show_status(console: Console, path: Path) -> None:
     seen = Follower(path)
     statuses = seen.statuses()
     counts = Counter(shown_state(record, statuses) for record in seen.records)
-    ended = sum(record.ended for record in seen.records)
+    ended = sum(record.ended or statuses.get(record.index, {}).get("state") in FINAL for record in seen.records)
     console.print(f"sweep       {seen.folder.path}", soft_wrap=True, highlight=False)
     told = ", ".join(f"{count} {state}" for state, count in sorted(counts.items())) or "none yet"
     left_s = time_left_s(seen.records, statuses, seen.trials)
     left = f", about {duration(left_s)} left" if left_s is not None and ended < seen.trials else ""
     console.print(f"trials      {ended} of {seen.trials} ended{left}: {told}", soft_wrap=True, highlight=False)
     console.print(f"controller  {controller_words(seen, ended)}", soft_wrap=True, highlight=False)
-    under_way = [record for record in seen.records if record.state == "queued"]
+    under_way = [r for r in seen.records if r.state == "queued" or statuses.get(r.index, {}).get("state") == RUNNING]
     if under_way:
         console.print(trial_table(under_way, statuses, seen.record.metric))
     for record in [record for record in seen.records if record.given_up][-5:]:
@@ -93,7 +95,7 @@ def shown_state(record: TrialRecord, statuses: dict[int, dict[str, Any]]) -> str
     """``given up``, or the worker's own word while a job is under way."""
     if record.given_up:
         return "given up"
-    return str(statuses.get(record.index, {}).get("state", record.state)) if record.state == "queued" else record.state
+    return record.state if record.ended else str(statuses.get(record.index, {}).get("state", record.state))
 
 
 def controller_words(seen: Follower, ended: int) -> str:
@@ -101,7 +103,7 @@ def controller_words(seen: Follower, ended: int) -> str:
     known = last_presence(seen.folder)
     if is_run(seen.folder):
         return str(known) if known else "running"
-    if ended >= seen.trials:
+    if all(record.ended for record in seen.records) and ended >= seen.trials:
         return "none: the sweep has ended"
     return f"none: go on with  isaerft-sweep attach {seen.folder.path}"
 

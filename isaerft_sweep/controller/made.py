@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
+import re
+import shutil
+import subprocess
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +17,8 @@ from isaerft_sweep.controller.question import open_journal, question, sweep_fold
 from isaerft_sweep.controller.run import begin_sweep, count_trials, make_sampler
 from isaerft_sweep.controller.trials import TrialFactory
 from isaerft_sweep.dispatch.job import TrialJob
+from isaerft_sweep.dispatch.slurm import OVER
+from isaerft_sweep.dispatch.slurm_site import ANSWER_S, ask
 from isaerft_sweep.dispatch.snapshot import code_snapshot
 from isaerft_sweep.environment import git_commit
 from isaerft_sweep.errors import ConfigError, FolderError
@@ -20,6 +27,8 @@ from isaerft_sweep.journal.folders import COMPLETED, DIVERGED, FINAL, STOPPED, S
 from isaerft_sweep.journal.journal import SweepRecord, replay
 from isaerft_sweep.specs import Experiment
 
+JOB_FACTS = ("JobId", "UserId", "JobState", "Command", "WorkDir")
+POLL_S = 1.0
 TRY_AGAIN = 75
 """Exit code of a trial that was stopped and can be gone on with (EX_TEMPFAIL of sysexits.h)."""
 
@@ -53,6 +62,29 @@ def make_trials(experiment: Experiment, overrides: Sequence[str]) -> tuple[Path,
         return folder.path, len(journal.record.trials)
     finally:
         journal.close()
+
+
+def end_array(folder: SweepFolder) -> None:
+    """Take out of SLURM's queue, and end, the arrays of ``slurm/trials.sbatch`` that run this sweep; wait for it."""
+    if shutil.which("scontrol") is None:
+        return
+    while jobs := arrays_of(folder.path):
+        subprocess.run(["scancel", *jobs], capture_output=True, timeout=ANSWER_S, check=False)
+        time.sleep(POLL_S)
+
+
+def arrays_of(path: Path) -> list[str]:
+    """SLURM's ids of the user's jobs whose script was given the sweep in ``path``."""
+    found = []
+    for line in ask("scontrol", "--oneliner", "show", "jobs").splitlines():
+        facts = {key: re.search(rf"(?:^| ){key}=(.*?)(?= \w[\w:/]*=|$)", line) for key in JOB_FACTS}
+        job, owner, state, command, place = (match[1].strip() if match else "" for match in facts.values())
+        words = command.split()
+        if not owner.endswith(f"({os.getuid()})") or state in OVER or len(words) < 2:
+            continue
+        if Path(place, Path(words[1]).expanduser()).resolve() == path.resolve():
+            found.append(job)
+    return found
 
 
 def run_made_trial(path: Path, index: int) -> int:

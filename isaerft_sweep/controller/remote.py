@@ -14,9 +14,10 @@ from rich.console import Console
 
 from isaerft_sweep.config.boundary import to_definition
 from isaerft_sweep.controller.following import Follower, follow
+from isaerft_sweep.controller.made import end_array
 from isaerft_sweep.controller.presence import is_run, last_presence
 from isaerft_sweep.controller.question import sweep_folder
-from isaerft_sweep.controller.run import end_jobs, run_sweep
+from isaerft_sweep.controller.run import INTERRUPTED, end_jobs, run_sweep
 from isaerft_sweep.controller.stopping import ask_to_stop
 from isaerft_sweep.errors import ConfigError, FolderError
 from isaerft_sweep.journal.folders import SweepFolder
@@ -25,6 +26,8 @@ from isaerft_sweep.results.confirmation import first_sweep
 from isaerft_sweep.specs import Experiment
 
 POLL_S = 0.2
+BEGUN_S = 20.0
+"""How long a controller that says nothing new (all its trials run already) is watched before it is left."""
 
 
 def detach(experiment: Experiment, overrides: Sequence[str]) -> int:
@@ -45,13 +48,23 @@ def detach(experiment: Experiment, overrides: Sequence[str]) -> int:
             stderr=log,
             start_new_session=True,  # out of reach of this terminal's Ctrl-C and of its end
         )
-    while controller.poll() is None:
-        known = last_presence(folder)
-        if known and known.pid == controller.pid and folder.journal.stat().st_size > already:
-            print(f"The sweep is run by {known}.\nfollow it:  isaerft-sweep attach {folder.path}")
-            print(f"            isaerft-sweep status {folder.path}\nend it:     isaerft-sweep cancel {folder.path}")
-            return 0
-        time.sleep(POLL_S)
+    try:
+        while controller.poll() is None:
+            known = last_presence(folder)
+            if (
+                known
+                and known.pid == controller.pid
+                and (folder.journal.stat().st_size > already or time.time() - known.started > BEGUN_S)
+            ):
+                print(f"The sweep is run by {known}.\nfollow it:  isaerft-sweep attach {folder.path}")
+                print(f"            isaerft-sweep status {folder.path}\nend it:     isaerft-sweep cancel {folder.path}")
+                return 0
+            time.sleep(POLL_S)
+    except KeyboardInterrupt:
+        controller.terminate()
+        controller.wait()
+        print("Stopped: the controller has ended, and its trials with it. The same command goes on.", file=sys.stderr)
+        return INTERRUPTED
     said = folder.controller_log.read_bytes()[begin:].decode("utf-8", "replace")
     print(said, end="", file=sys.stderr if controller.returncode else sys.stdout)
     return controller.returncode
@@ -89,6 +102,8 @@ def cancel(path: Path, at_once: bool) -> int:
     """
     folder = Follower(path).folder
     if not is_run(folder):
+        if folder.made.exists():
+            end_array(folder)
         end_jobs(read_experiment(folder), folder, at_once)
     else:
         ask_to_stop(folder.cancel, at_once)

@@ -86,7 +86,7 @@ def run_trials(
             console.print("checking model, SAE and data; the first time may download or convert the model", style="dim")
             print_facts(console, known_trial_needs(experiment))
         begin_sweep(experiment, definition, folder, journal, asked, given.sweep_id if given else None)
-        stop = StopRequest(folder.cancel)
+        stop = StopRequest(folder.cancel, given.agent if given else None)
         with stop.heard(), presence(folder, trials, overrides), Progress(console, definition.metric.name, trials) as view:
             sweep_id = journal.record.sweep_id
             factory = TrialFactory(experiment, definition, folder, sweep_id, git_commit(), overrides, given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ class StopRequest:
     """How urgently somebody has asked to stop: not at all, ``IN_ORDER`` or ``AT_ONCE``. ``file``: where others may ask."""
 
     file: Path
+    parent: int | None = None
+    """The process whose end is a request too: an agent that has died leaves nothing running."""
     signals: int = 0
 
     @property
@@ -28,6 +31,8 @@ class StopRequest:
             asked = AT_ONCE if self.file.read_text(encoding="utf-8").strip() == "now" else IN_ORDER
         except OSError:
             asked = 0
+        if self.parent is not None and os.getppid() != self.parent:
+            asked = max(asked, IN_ORDER)
         return max(self.signals, asked)
 
     @contextmanager

@@ -73,6 +73,8 @@ class SweepController:
         self.statuses: dict[int, dict[str, Any]] = {}
         self.exhausted = False
         self._told_to_stop: dict[int, float] = {}
+        self._held: dict[int, float] = {}
+        """When a trial was last seen suspended by its place."""
         self._pause_s = self._pause_until = 0.0
         self._completed = self._given_up = 0
         self._restore(revive)
@@ -200,7 +202,7 @@ class SweepController:
             status = self._read_status(record)
             if not living:
                 self._settle(record, self._read_status(record))
-            elif self._overdue(status):
+            elif self._overdue(record, status):
                 assert record.job is not None
                 self.dispatcher.kill([record.job])
             elif self.early and status.get("state") == RUNNING and self.early.stops(record.index, status):
@@ -214,12 +216,15 @@ class SweepController:
         self.statuses[record.index] = status
         return status
 
-    def _overdue(self, status: dict[str, Any]) -> bool:
-        """Whether a living worker has hung: over but not gone, or silent for too long."""
+    def _overdue(self, record: TrialRecord, status: dict[str, Any]) -> bool:
+        """Whether a living worker has hung: over but not gone, or silent for too long while it could speak."""
         if not status:
             return False
+        assert record.job is not None
+        if self.dispatcher.suspended(record.job):
+            self._held[record.index] = time.time()
         limit_s = ENDING_S if status["state"] in (*FINAL, PRUNED, STOPPED, FAILED) else self.launcher.heartbeat_s
-        return bool(time.time() - status["heartbeat"] > limit_s)
+        return time.time() - max(float(status["heartbeat"]), self._held.get(record.index, 0.0)) > limit_s
 
     def _settle(self, record: TrialRecord, status: dict[str, Any]) -> None:
         if self.early:
@@ -242,6 +247,7 @@ class SweepController:
         )
         del self.active[record.index]
         self._told_to_stop.pop(record.index, None)
+        self._held.pop(record.index, None)
         if record.ended:
             self._count_ended(record)
         else:

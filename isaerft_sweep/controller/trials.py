@@ -33,11 +33,15 @@ def run_id(sweep_id: str, index: int) -> str:
 
 @dataclass(frozen=True)
 class GivenIds:
-    """A run that somebody else has named: a W&B agent. ``whole``: the folder of its sweep, see ``SweepFolder``."""
+    """A run that somebody else has named: a W&B agent.
+
+    ``whole``: the folder of its sweep, see ``SweepFolder``. ``agent``: its process, which has started this one.
+    """
 
     sweep_id: str
     run_id: str
     whole: SweepFolder
+    agent: int | None = None
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,10 @@ class Dispatcher(ABC):
         """What the place knows about the end of a job that is not alive."""
         return Verdict()
 
+    def suspended(self, ref: JobRef) -> bool:
+        """Whether the place holds a living job still, so that it cannot say anything."""
+        return False
+
     def close(self) -> None:  # noqa: B027  (most have nothing to do)
         """The sweep has ended: leave nothing running."""
 

@@ -172,6 +172,9 @@ class ResidentDispatcher(Dispatcher):
     def verdict(self, ref: JobRef) -> Verdict:
         return self.inner.verdict(ref["job"])
 
+    def suspended(self, ref: JobRef) -> bool:
+        return self.inner.suspended(ref["job"])
+
     def close(self) -> None:
         """End the workers that wait; one that does not listen is killed. Busy ones go on: they will be adopted."""
         for worker in self._workers.values():

@@ -31,6 +31,8 @@ OVER = {
     "REVOKED", "LAUNCH_FAILED",
 }  # fmt: skip
 SITES_DOING = {"TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "PREEMPTED", "REVOKED", "LAUNCH_FAILED"}
+CORES = '[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"'
+"""From 22.05 on srun does not take over how many cores sbatch was asked for: a step would be bound to one."""
 FULL = ("SubmitJob",)
 """In sbatch's words: as many jobs as the user's account or qos allows are in the queue. There may be room for fewer."""
 AWAY = (
@@ -59,11 +61,12 @@ class SlurmDispatcher(Dispatcher):
         path = f"export PYTHONPATH={shlex.quote(str(code.absolute()))}${{PYTHONPATH:+:$PYTHONPATH}}"
         # SLURM tells it from 23.02 on; a job's time runs while its setup lines do (module load, conda activate)
         began = "export SLURM_JOB_START_TIME=${SLURM_JOB_START_TIME:-$(date +%s)}"
-        parameters["setup"] = [began, *parameters.get("setup", []), path]
+        parameters["setup"] = [began, CORES, *parameters.get("setup", []), path]
         self._limit_s = working_s(parameters["time"], spec.grace_s)
         self._parallelism = int(parameters.pop("array_parallelism", self.slots))
         self._array_size = site.array_size
         self._states: dict[str, tuple[str, str]] = {}
+        self._remembered: dict[str, tuple[str, str]] = {}
         self._known: set[str] = set()
         self._names = {self.name}
         try:
@@ -126,6 +129,7 @@ class SlurmDispatcher(Dispatcher):
             return [True] * len(ids)  # the scheduler does not answer: nothing is known, so nothing has ended
         if strays := [job for job, (state, _) in self._states.items() if state not in OVER and job not in self._known]:
             scancel(*strays)  # of a controller that died between sbatch and its journal: their trials are begun anew
+        self._ask_accounting([job for job in ids if job not in self._states and job not in self._remembered])
         return [self._states.get(job, ("", ""))[0] not in {"", *OVER} for job in ids]
 
     def _read_states(self) -> dict[str, tuple[str, str]]:
@@ -136,22 +140,22 @@ class SlurmDispatcher(Dispatcher):
         return {row[0].strip(): (row[1], ", ".join(part for part in row[2:] if part not in ("", "None"))) for row in rows}
 
     def verdict(self, ref: JobRef) -> Verdict:
-        state, more = self._states.get(ref["id"]) or self._remembered(ref["id"])
+        state, more = self._states.get(ref["id"]) or self._remembered.get(ref["id"], ("", ""))
         if not state or state == "COMPLETED":
             return Verdict()
         cause = "site" if state in SITES_DOING else "person" if state == "CANCELLED" else "trial"
         return Verdict(f"SLURM: {state}" + (f" ({more})" if more else ""), cause)
 
-    def _remembered(self, job: str) -> tuple[str, str]:
-        """What accounting knows of a job that squeue has forgotten; nothing where there is no accounting."""
+    def _ask_accounting(self, jobs: list[str]) -> None:
+        """What accounting knows of jobs that squeue has forgotten, in one query; nothing where there is no accounting."""
+        if not jobs:
+            return
         try:
-            lines = ask("sacct", "-X", "--noheader", "--parsable2", "-j", job, "-o", "State,NodeList").splitlines()
+            lines = ask("sacct", "-X", "-n", "-P", "-j", ",".join(jobs), "-o", "JobID,State,NodeList").splitlines()
         except LaunchError:
-            return "", ""
-        if not lines:
-            return "", ""
-        state, _, node = lines[-1].partition("|")
-        return (state.split() or [""])[0], node
+            return
+        for job, state, node in (line.split("|") for line in lines if line.count("|") == 2):
+            self._remembered[job] = (state.split() or [""])[0], node
 
     def cancel(self, refs: Sequence[JobRef]) -> None:
         ids = self._arrays(refs)
@@ -172,6 +176,9 @@ class SlurmDispatcher(Dispatcher):
 
     def log_tail(self, ref: JobRef, lines: int = 8) -> str:
         return tail(self.folder / f"{ref['id']}_0_log.out", lines)
+
+    def suspended(self, ref: JobRef) -> bool:
+        return self._states.get(ref["id"], ("", ""))[0] == "SUSPENDED"
 
     def close(self) -> None:
         """Take out of the queue what nobody remembers; jobs that are known are told to end by their owner."""

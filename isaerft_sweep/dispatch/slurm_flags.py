@@ -3,6 +3,7 @@ ones where one is wrong."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -18,6 +19,8 @@ DEFAULT_CPUS, DEFAULT_MEM_GB = 4, 32
 """At most this much is asked for when nothing is said; a smaller node's share of one GPU where that is less."""
 ALSO = ("mem_gb", "python", "additional_parameters")
 """Keys of ``launcher.slurm`` that neither sbatch nor submitit's executor knows by that name."""
+FROM_SHELL = ("account", "partition", "qos", "reservation", "constraint")
+"""Flags that people set for good as a variable of their shell."""
 OURS = {
     "array": "launcher.slots",
     "time": "launcher.timeout_min",
@@ -40,6 +43,7 @@ def sbatch_parameters(spec: LauncherSpec, site: Site, name: str) -> dict[str, An
     """The parameters of submitit's SlurmExecutor for the jobs of a sweep. Raises LaunchError on an invalid one."""
     given = {key.replace("-", "_"): value for key, value in spec.slurm.items() if value is not None}
     given.pop("python", None)
+    given = {**users_own(os.environ), **given}
     extra = dict(given.pop("additional_parameters", {}))
     _check_names(given)
     kinds = _partition(given, site)
@@ -67,6 +71,13 @@ def sbatch_parameters(spec: LauncherSpec, site: Site, name: str) -> dict[str, An
             "signal": "USR2@0",
         },
     }
+
+
+def users_own(environment: Mapping[str, str]) -> dict[str, Any]:
+    """What the user's shell sets for every sbatch (``SBATCH_ACCOUNT``). Within a job the variables are that job's."""
+    if "SLURM_JOB_ID" in environment:
+        return {}
+    return {key: value for key in FROM_SHELL if (value := environment.get(f"SBATCH_{key.upper()}"))}
 
 
 def working_s(time_min: int, grace_s: float) -> float:

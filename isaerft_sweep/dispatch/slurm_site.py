@@ -82,7 +82,9 @@ class Site:
 def read_site() -> Site:
     """The cluster that this machine belongs to. Raises LaunchError when there is none, QueueBusy when it does not answer."""
     settings = parse_settings(ask("scontrol", "show", "config"))
-    kinds = tuple(parse_kind(line) for line in ask("sinfo", "--noheader", "--exact", f"--format={SINFO}").splitlines())
+    kinds = tuple(
+        parse_kind(line) for line in ask("sinfo", "--noheader", "--all", "--exact", f"--format={SINFO}").splitlines()
+    )
     accounts, qos = _associations(settings)
     return Site(settings, kinds, accounts, qos)
 

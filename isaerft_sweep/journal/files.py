@@ -73,9 +73,11 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
     """
     if folder.is_dir():
         return folder
-    with locked(folder.parent / f".{folder.name}.lock"):
+    with locked(_lock_of(folder)):
         if folder.is_dir():
             return folder
+        for left in folder.parent.glob(f".{folder.name}.*/"):  # by a maker that was killed: we have its lock
+            shutil.rmtree(left, ignore_errors=True)
         aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         try:
             make(aside)
@@ -86,3 +88,17 @@ def made_once(folder: Path, make: Callable[[Path], None]) -> Path:
             shutil.rmtree(aside, ignore_errors=True)
             raise
     return folder
+
+
+def being_made(aside: Path) -> bool:
+    """Whether somebody is making what ``made_once`` shall rename ``aside`` to: else it was left by one that was killed."""
+    try:
+        with _lock_of(aside.with_name(aside.name[1:].rpartition(".")[0])).open("a", encoding="utf-8") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    return False
+
+
+def _lock_of(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.lock")

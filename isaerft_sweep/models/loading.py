@@ -53,7 +53,8 @@ def load_config(spec: ModelSpec, cache: str | None) -> Any:
 def load_tokenizer(spec: ModelSpec, cache: str | None) -> PreTrainedTokenizerBase:
     """The tokenizer, with a padding token. Raises ModelError when it cannot be had."""
     _, name = resolve(spec, cache)
-    tokenizer = _loading(spec, lambda: AutoTokenizer.from_pretrained(name))
+    revision = spec.revision if name == spec.name else None
+    tokenizer = _loading(spec, lambda: AutoTokenizer.from_pretrained(name, revision=revision))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -6,6 +6,7 @@ import getpass
 import ipaddress
 import logging
 import re
+import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ class Options:
     certificate: Path | None = None
     private_key: Path | None = None
     new_key: bool = False
+    revoke: str | None = None
     crash_after_s: float = 90.0
     max_upload_mb: int = 1024
 
@@ -45,9 +47,11 @@ def serve(options: Options) -> int:
     for path in (options.certificate, options.private_key):
         if path is not None and not path.is_file():
             raise FolderError(f"the certificate or key '{path}' must be a file, but there is none.")
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", force=True)
     server = Server(options.data, options.entity, options.crash_after_s)
     keys = KeyRing(options.data / "keys.jsonl")
+    if options.revoke is not None:
+        return revoke(keys, options.revoke)
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", force=True)
     load_libraries()  # no agent's heartbeat shall wait for it
     introduce(options, keys)
     application = Application(server, keys, Signer(options.data / "secret"), options.max_upload_mb << 20)
@@ -73,7 +77,8 @@ def serve(options: Options) -> int:
 def introduce(options: Options, keys: KeyRing) -> None:
     """Print how to reach the server; a key is made for the first start, or when one is asked for, and shown this once."""
     scheme = "https" if options.certificate else "http"
-    host = "127.0.0.1" if options.host in ("0.0.0.0", "::") else options.host
+    # other machines must be able to use what is printed
+    host = socket.getfqdn() if options.host in ("0.0.0.0", "::") else options.host
     address = f"{scheme}://{f'[{host}]' if ':' in host else host}:{options.port}"
     print(f"serving {options.data} at {address} (also for a browser: any name, the key as password)")
     user = re.sub(r"[^A-Za-z0-9_.-]", "-", getpass.getuser()) or "user"
@@ -91,6 +96,17 @@ def introduce(options: Options, keys: KeyRing) -> None:
             file=sys.stderr,
             flush=True,
         )
+
+
+def revoke(keys: KeyRing, user: str) -> int:
+    """Make a user's keys invalid; 0. Raises LaunchError when there is none."""
+    if user not in keys.users:
+        raise LaunchError(
+            f"--revoke must name a user who has a key but got '{user}'. Valid: {', '.join(sorted(keys.users))}."
+        )
+    keys.revoke(user)
+    print(f"No key of {user} is valid any more. The next start makes another, or: --new-key.")
+    return 0
 
 
 def is_loopback(host: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -105,19 +106,18 @@ def select(runs: Sequence[ServedRun], filters: str | None, order: str | None) ->
         part = part.strip()
         name = part.lstrip("+-")
         # those without a value come last, whatever the direction
-        there = [(run, v) for run in found if _sortable(v := field_of(run, name))]
-        missing = [run for run in found if not _sortable(field_of(run, name))]
-        there.sort(key=lambda pair: _sort_key(pair[1]), reverse=part.startswith("-"))
-        found = [run for run, _ in there] + missing
+        values = {id(run): _sortable(field_of(run, name), name.startswith("summary_metrics")) for run in found}
+        there = [run for run in found if values[id(run)] is not None]
+        there.sort(key=lambda run: values[id(run)], reverse=part.startswith("-"))  # type: ignore[arg-type, return-value]
+        found = there + [run for run in found if values[id(run)] is None]
     return found
 
 
-def _sortable(value: Any) -> bool:
-    return isinstance(value, (int, float, str)) and value == value
-
-
-def _sort_key(value: Any) -> tuple[int, Any]:
-    return (1, value) if isinstance(value, str) else (0, value)
+def _sortable(value: Any, metric: bool) -> tuple[int, Any] | None:
+    """What to sort by; None for what has no place in an order: of metrics all but finite numbers ("NaN" is a string)."""
+    if isinstance(value, str):
+        return None if metric else (1, value)
+    return (0, value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
 def page(found: Sequence[T], after: str | None, first: int | None, view: Callable[[T], Any]) -> dict[str, Any]:

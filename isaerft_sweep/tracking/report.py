@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from isaerft_sweep.journal.folders import COMPLETED, STOPPED, TrialFolder
+from isaerft_sweep.journal.folders import COMPLETED, PRUNED, STOPPED, TrialFolder
 from isaerft_sweep.tracking.run import WandbRun, open_run
 
 
@@ -25,7 +25,7 @@ def report_again(trial: TrialFolder, aside: Path | None = None) -> None:
         run.log_adapter(trial.adapter, spec.model_name)
     state = status.get("state")
     summary = {**(status.get("metrics") or {}), "state": state}
-    run.finish(summary, exit_code=0 if state == COMPLETED else 1, preempted=state == STOPPED)
+    run.finish(summary, exit_code=0 if state in (COMPLETED, PRUNED) else 1, preempted=state == STOPPED)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,10 @@ from isaerft_sweep.journal.folders import TrialFolder
 
 ATTEMPTS = 6
 FIRST_WAIT_S = 2.0
+ENDED = ("finished", "failed", "killed")
+"""States of a run whose end the server has heard: "crashed" says that it has not."""
+LASTING = re.compile(r"(?:HTTP|status|code|error)\D{0,12}\b(?:401|403|404)\b|not valid|invalid|permission", re.IGNORECASE)
+"""What no second try would change, in wandb's words."""
 WRITER, REPORTER = "isaerft_sweep.tracking.rewrite", "isaerft_sweep.tracking.report"
 RUN = """query Run($entity: String!, $project: String!, $name: String!) {
   project(name: $project, entityName: $entity) { run(name: $name) { state historyLineCount } }
@@ -175,7 +180,7 @@ def _sync(one: Upload, target: Target) -> None:
 
 
 def _failure(reason: str, target: Target) -> SyncError:
-    lasting = any(word in reason.lower() for word in ("401", "403", "404", "not valid", "invalid", "permission"))
+    lasting = LASTING.search(reason)
     text = f"it could not be uploaded to {target.url}: {reason[:300]}"
     return SyncError(text) if lasting else Unreachable(text)
 
@@ -204,7 +209,7 @@ def _has(one: Upload, target: Target) -> bool:
     place = {"entity": target.entity or _entity(target), "project": target.project or one.project, "name": one.run_id}
     project = (_ask(target, RUN, place).get("data") or {}).get("project") or {}
     run = project.get("run") or {}
-    return run.get("state") == "finished" and int(run.get("historyLineCount") or 0) >= one.rows
+    return run.get("state") in ENDED and int(run.get("historyLineCount") or 0) >= one.rows
 
 
 def _announce(one: Upload, config: str, target: Target) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import peft
@@ -11,8 +12,11 @@ import torch
 from torch import nn
 
 from isaerft_sweep.adapter.architecture import decoder_layers
-from isaerft_sweep.errors import IsaerftError
-from isaerft_sweep.trial.trunk import StoredTrunk, lowest_site, site_layer
+from isaerft_sweep.models.loading import sharing_weights
+from isaerft_sweep.trial.trunk import StoredTrunk, lowest_site, site_layer, stream_at
+
+Compute = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""From ids and mask [sequence, position] to the residual stream [sequence, position, hidden]."""
 
 
 class Pass(nn.Module):
@@ -35,17 +39,19 @@ class Inject(nn.Module):
 class AboveSite:
     """What hands out stored values in the place of the layers up to the site."""
 
-    def __init__(self, stored: StoredTrunk, device: torch.device) -> None:
-        self.stored, self.device, self.inject = stored, device, Inject()
+    def __init__(self, stored: StoredTrunk, device: torch.device, compute: Compute) -> None:
+        """``compute`` gives what is not stored."""
+        self.stored, self.device, self.inject, self._compute = stored, device, Inject(), compute
+        self.computed = 0
+        """Batches that held a sequence which is not stored."""
         self._given: torch.Tensor | None = None
 
     def hidden(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """The residual stream [sequence, position, hidden] for ids and mask [sequence, position]."""
         found = self.stored.batch(ids, mask, self.device)
         if found is None:
-            raise IsaerftError(
-                "a batch holds a token sequence whose activations were not stored; set launcher.trunk_cache_gb=0."
-            )
+            self.computed += 1
+            found = self._compute(ids, mask) * mask.unsqueeze(-1)
         return found
 
     def give(self, hidden: torch.Tensor) -> None:
@@ -70,7 +76,10 @@ def only_above_site(model: peft.PeftModel, stored: StoredTrunk) -> Iterator[Abov
     site = lowest_site(layers)
     wrapped, below = site_layer(layers, site), list(layers[:site])
     own = wrapped.base_layer
-    above = AboveSite(stored, next(own.parameters()).device)
+    whole = sharing_weights(base)
+    above = AboveSite(
+        stored, next(own.parameters()).device, partial(stream_at, whole, site_layer(decoder_layers(whole), site).base_layer)
+    )
     handle = getattr(base, base.base_model_prefix).register_forward_pre_hook(above.before_call, with_kwargs=True)
     for i in range(site):
         layers[i] = Pass()

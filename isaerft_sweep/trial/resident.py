@@ -22,7 +22,8 @@ from isaerft_sweep.journal.workers import Progress, Task, WorkerFolder
 from isaerft_sweep.specs import Experiment
 from isaerft_sweep.trial.joint import JointModel
 from isaerft_sweep.trial.passes import Passes
-from isaerft_sweep.trial.run import Shared, run_trial, trunk_key
+from isaerft_sweep.trial.reuse import Shared, trunk_key
+from isaerft_sweep.trial.run import run_trial
 from isaerft_sweep.trial.seats import Seat, best_size, run_passes
 from isaerft_sweep.trial.stopping import stop_requests
 from isaerft_sweep.trial.trainer import resolve_optimizer

@@ -7,15 +7,12 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import peft
 import torch
-from transformers import PreTrainedModel
 
 from isaerft_sweep.adapter.architecture import decoder_layers
 from isaerft_sweep.environment import describe_environment
@@ -34,33 +31,18 @@ from isaerft_sweep.journal.folders import (
 )
 from isaerft_sweep.models.loading import LoadedModel, compile_layers, load, sharing_weights, without_dropout
 from isaerft_sweep.plain import canonical_json, to_dict
-from isaerft_sweep.resources import cache_folder
 from isaerft_sweep.results.card import make_card, write_card
-from isaerft_sweep.specs import Experiment, TrialSpec
+from isaerft_sweep.specs import TrialSpec
 from isaerft_sweep.tracking.run import open_run
-from isaerft_sweep.trial.above_site import AboveSite, only_above_site
 from isaerft_sweep.trial.data import load_pairs
 from isaerft_sweep.trial.latents import learned, write_changes
-from isaerft_sweep.trial.passes import Passes, why_not_shared
+from isaerft_sweep.trial.passes import Passes
 from isaerft_sweep.trial.recorder import Recorder
+from isaerft_sweep.trial.reuse import Shared, data_key, reused_trunk, shares_prompts
 from isaerft_sweep.trial.sparsity import sparsity_callbacks
 from isaerft_sweep.trial.stopping import asked_state, stop_requests
-from isaerft_sweep.trial.trainer import TrialTrainer, attach_adapter, complete_checkpoints, make_trainer
-from isaerft_sweep.trial.trunk import StoredTrunk, lowest_site, sequences_of, stored_trunk
-
-T = TypeVar("T")
-
-
-class Shared:
-    """What the trials of one process have in common. This one keeps nothing: for a process of a single trial."""
-
-    def get(self, what: str, key: str, make: Callable[[], T]) -> T:
-        """What ``make`` gives; a worker that stays keeps it for the next trial that asks with the same ``key``."""
-        return make()
-
-    def passes(self, base: PreTrainedModel, own: Passes) -> Passes:
-        """How the trial's trainer gets through the model; ``own``: how it would alone. ``base``: the model as loaded."""
-        return own
+from isaerft_sweep.trial.trainer import attach_adapter, complete_checkpoints, make_trainer
+from isaerft_sweep.trial.trunk import lowest_site
 
 
 def run_trial(
@@ -134,8 +116,8 @@ def _train(
     recorder.rewind(int(checkpoints[-1].name.split("-")[1]) if checkpoints else -1)
     trainer.tokens_seen = int(recorder.latest.get("train/num_tokens", 0))
     try:
-        with _reused_trunk(spec, model, trainer, shared) as above:
-            trainer.passes = shared.passes(loaded.model, Passes(above, _shares_prompts(experiment, loaded, shared)))
+        with reused_trunk(experiment, model, trainer, shared, status) as above:
+            trainer.passes = shared.passes(loaded.model, Passes(above, shares_prompts(experiment, loaded, shared)))
             trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
             changes = [] if recorder.stopped else learned(model, trainer.eval_dataset)
     except TrialDiverged as error:
@@ -162,61 +144,6 @@ def _train(
     run.finish({**recorder.latest, "state": COMPLETED}, exit_code=0)
     shutil.rmtree(folder.checkpoints, ignore_errors=True)  # only now: until the status says so, a retry would need them
     return state
-
-
-def data_key(experiment: Experiment) -> str:
-    """Equal for experiments that read the same pairs as the same tokens."""
-    sections = [to_dict(experiment.model), experiment.cache, to_dict(experiment.data), experiment.orpo.max_length]
-    return canonical_json(sections)
-
-
-def trunk_key(experiment: Experiment) -> str:
-    """Equal for experiments that can use the same stored output of the frozen layers."""
-    launcher, lowest = experiment.launcher, min(site.layer for site in experiment.adapter.sites)
-    return canonical_json([data_key(experiment), lowest, launcher.scratch, launcher.trunk_cache_gb])
-
-
-@contextmanager
-def _reused_trunk(
-    spec: TrialSpec, model: peft.PeftModel, trainer: TrialTrainer, shared: Shared
-) -> Iterator[AboveSite | None]:
-    """The frozen layers below the site, run once per sweep and node, where their output fits the cache."""
-    experiment = spec.experiment
-    limit_gb, scratch = experiment.launcher.trunk_cache_gb, experiment.launcher.scratch
-    if limit_gb == 0:
-        yield None
-        return
-    folder = Path(scratch).expanduser() if scratch else cache_folder(experiment.cache) / "trunk"
-    started = time.monotonic()
-
-    def compute() -> StoredTrunk | None:
-        sequences = sequences_of(trainer.train_dataset, trainer.eval_dataset)
-        return stored_trunk(model, experiment.model, sequences, folder, limit_gb)
-
-    stored = shared.get("trunk", trunk_key(experiment), compute)
-    if stored is None:
-        print(
-            f"the frozen layers' output would not fit launcher.trunk_cache_gb={limit_gb:g}: computed every time", flush=True
-        )
-        yield None
-        return
-    print(f"frozen layers' output of {len(stored.values)} tokens ready after {time.monotonic() - started:.1f} s", flush=True)
-    with only_above_site(model, stored) as above:
-        yield above
-
-
-def _shares_prompts(experiment: Experiment, loaded: LoadedModel, shared: Shared) -> bool:
-    """Whether the two answers of a pair lie behind one prompt."""
-    if not experiment.launcher.share_prompts:
-        return False
-
-    def ask() -> bool:
-        why_not = why_not_shared(loaded.model)
-        if why_not:
-            print(f"every answer is computed with a prompt of its own: {why_not}", flush=True)
-        return why_not is None
-
-    return shared.get("prompts", canonical_json(to_dict(experiment.model)), ask)
 
 
 def _results(recorder: Recorder, started: float) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import importlib.util
 import math
 import shutil
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,15 @@ class TrialTrainer(ORPOTrainer):
             mask = batch["chosen_attention_mask"]
             self._batch_sizes.append((len(mask), int(mask[:, 1:].sum())))
         return outputs
+
+    def reached_rows(self) -> Dataset:
+        """The training pairs that the steps will reach: all of them from one epoch on."""
+        batches = self.args.max_steps * self.args.gradient_accumulation_steps
+        if batches * self.args.per_device_train_batch_size >= len(self.train_dataset):
+            return self.train_dataset
+        with torch.random.fork_rng():  # the order is the seed's, and asking for it must not change what comes after
+            order = self.get_train_dataloader().batch_sampler
+            return self.train_dataset.select([row for batch in islice(order, batches) for row in batch])
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)

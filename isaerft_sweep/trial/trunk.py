@@ -11,10 +11,12 @@ in the last bits; positions of padding are zeros, which no loss reads (but TRL's
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,17 +30,26 @@ from torch import nn
 
 from isaerft_sweep.adapter.architecture import decoder_layers
 from isaerft_sweep.adapter.layer import IsaerftLayer
-from isaerft_sweep.errors import IsaerftError
-from isaerft_sweep.journal.files import locked, made_once, read_json, write_json
+from isaerft_sweep.journal.files import being_made, locked, made_once, read_json, write_json
 from isaerft_sweep.plain import canonical_json
 from isaerft_sweep.specs import ModelSpec
 
 TOKENS_PER_BATCH = 2048
+SPARE_BYTES = 200e6
+"""What a disk keeps free beside the stored output."""
 _STORED: dict[torch.dtype, np.dtype[Any]] = {
     torch.float32: np.dtype("float32"),
     torch.float16: np.dtype("float16"),
     torch.bfloat16: np.dtype("uint16"),
 }
+
+
+SAY_S = 20.0
+"""Between two lines about how far it is."""
+
+
+class NotStored(Exception):
+    """Why the output is not kept: every trial computes it then."""
 
 
 class _Reached(Exception):
@@ -77,16 +88,25 @@ def sequences_of(*datasets: Any) -> list[list[int]]:
 
 
 def stored_trunk(
-    model: peft.PeftModel, spec: ModelSpec, sequences: list[list[int]], folder: Path, limit_gb: float
-) -> StoredTrunk | None:
-    """The trunk's output for ``sequences``, from ``folder`` or computed and put there; None when it would be too large."""
+    model: peft.PeftModel,
+    spec: ModelSpec,
+    sequences: list[list[int]],
+    folder: Path,
+    limit_gb: float,
+    tell: Callable[[float], None] = lambda _share: None,
+) -> StoredTrunk:
+    """The trunk's output for ``sequences``, from ``folder`` or computed and put there.
+
+    ``tell`` hears after every batch which share is done. Raises NotStored when it does not fit the limit or the disk, or
+    the folder cannot be written.
+    """
     layers = decoder_layers(model.get_base_model())
     site = lowest_site(layers)
     dtype, hidden = next(model.parameters()).dtype, model.get_input_embeddings().weight.shape[-1]
-    total = sum(len(s) for s in sequences)
-    needed_bytes = total * hidden * _STORED[dtype].itemsize
+    shape = (sum(len(s) for s in sequences), hidden)
+    needed_bytes = shape[0] * hidden * _STORED[dtype].itemsize
     if needed_bytes > limit_gb * 1e9:
-        return None
+        raise NotStored(f"{needed_bytes / 1e9:.3g} GB would not fit launcher.trunk_cache_gb={limit_gb:g}")
     what = {
         "model": [
             spec.name,
@@ -106,30 +126,56 @@ def stored_trunk(
     def make(aside: Path) -> None:
         with locked(folder / ".room"):
             _make_room(folder, limit_gb * 1e9 - needed_bytes)
-        _compute(model, layers, site, sequences, total, aside)
+            values = _reserve(aside / "values.npy", shape, _STORED[dtype], needed_bytes)
+        _compute(model, site_layer(layers, site).base_layer, sequences, values, aside, tell)
 
-    for _ in range(2):
-        entry = made_once(folder / name, make)
-        values = _open(entry, (total, hidden))
-        if values is not None:
-            os.utime(entry)  # the least recently used goes first
-            return StoredTrunk(values, _places(sequences), dtype)
-        print(f"the stored activations in {entry} are damaged: made again", flush=True)
-        shutil.rmtree(entry, ignore_errors=True)
-    raise IsaerftError(f"the disk of {folder} does not keep what is written to it; choose another: launcher.scratch=PATH.")
+    try:
+        for _ in range(2):
+            entry = made_once(folder / name, make)
+            values = _open(entry, shape)
+            if values is not None:
+                os.utime(entry)  # the least recently used goes first
+                return StoredTrunk(values, _places(sequences), dtype)
+            print(f"the stored activations in {entry} are damaged: made again", flush=True)
+            shutil.rmtree(entry, ignore_errors=True)
+    except OSError as error:
+        raise NotStored(f"{folder} cannot be written ({error.strerror}); another place: launcher.scratch=PATH") from error
+    raise NotStored(f"the disk of {folder} does not keep what is written to it; another place: launcher.scratch=PATH")
 
 
 def _make_room(folder: Path, allowed_bytes: float) -> None:
     """Delete the least recently used entries until the rest is within ``allowed_bytes``.
 
-    A worker that still reads a deleted entry keeps its mapping until it ends.
+    A worker that still reads a deleted entry keeps its mapping until it ends. What a worker left half made when it was
+    killed goes first; what another makes at this moment counts and stays.
     """
-    # names that begin with a dot are being made by another worker at this moment
-    entries = [p.parent for p in folder.glob("*/values.npy") if not p.parent.name.startswith(".")]
-    entries.sort(key=lambda entry: entry.stat().st_mtime)
-    sizes = {entry: (entry / "values.npy").stat().st_size for entry in entries}
-    while entries and sum(sizes[e] for e in entries) > allowed_bytes:
-        shutil.rmtree(entries.pop(0), ignore_errors=True)
+    sizes, entries = 0, []
+    for values in folder.glob("*/values.npy"):
+        if not values.parent.name.startswith("."):
+            entries.append((values.parent.stat().st_mtime, values.stat().st_size, values.parent))
+        elif being_made(values.parent):
+            sizes += values.stat().st_size
+        else:
+            shutil.rmtree(values.parent, ignore_errors=True)
+    sizes += sum(size for _, size, _ in entries)
+    for _, size, entry in sorted(entries):
+        if sizes <= allowed_bytes:
+            break
+        shutil.rmtree(entry, ignore_errors=True)
+        sizes -= size
+    if sizes > allowed_bytes:
+        raise NotStored("other workers are filling launcher.trunk_cache_gb at this moment")
+
+
+def _reserve(path: Path, shape: tuple[int, int], kind: np.dtype[Any], needed_bytes: int) -> np.memmap:
+    """A file for the values, whose place on the disk is its own: a full disk would end a process that writes to a map."""
+    free = shutil.disk_usage(path.parent).free
+    if free < needed_bytes + SPARE_BYTES:
+        raise OSError(errno.ENOSPC, f"{needed_bytes / 1e9:.3g} GB are needed, {free / 1e9:.3g} GB are free", str(path))
+    values = np.lib.format.open_memmap(path, mode="w+", dtype=kind, shape=shape)
+    with path.open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return values
 
 
 def lowest_site(layers: nn.ModuleList) -> int:
@@ -187,28 +233,34 @@ def stream_at(base: nn.Module, layer: nn.Module, ids: torch.Tensor, mask: torch.
 
 @torch.no_grad()
 def _compute(
-    model: peft.PeftModel, layers: nn.ModuleList, site: int, sequences: list[list[int]], total: int, folder: Path
+    model: peft.PeftModel,
+    layer: nn.Module,
+    sequences: list[list[int]],
+    values: np.memmap,
+    folder: Path,
+    tell: Callable[[float], None],
 ) -> None:
     base = model.get_base_model()
     base.eval()  # what is stored must not hold anybody's dropout
     first = next(model.parameters())
-    hidden, stored = model.get_input_embeddings().weight.shape[-1], _STORED[first.dtype]
-    values = np.lib.format.open_memmap(folder / "values.npy", mode="w+", dtype=stored, shape=(total, hidden))
-    at, digest = 0, hashlib.sha256()
+    at, digest, said_s = 0, hashlib.sha256(), time.monotonic()
     for batch in _batches(sequences):
         width = max(len(s) for s in batch)
         ids = torch.tensor([s + [0] * (width - len(s)) for s in batch], device=first.device)
         mask = torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in batch], device=first.device)
-        stream = stream_at(base, site_layer(layers, site).base_layer, ids, mask)
-        for row, sequence in zip(stream.cpu(), batch, strict=True):
+        for row, sequence in zip(stream_at(base, layer, ids, mask).cpu(), batch, strict=True):
             kept = row[: len(sequence)].contiguous()
             values[at : at + len(sequence)] = (
                 kept.view(torch.uint16).numpy() if first.dtype == torch.bfloat16 else kept.numpy()
             )
             digest.update(values[at : at + len(sequence)].tobytes())
             at += len(sequence)
+        tell(at / len(values))
+        if time.monotonic() - said_s > SAY_S:
+            said_s = time.monotonic()
+            print(f"frozen layers' output: {at} of {len(values)} tokens", flush=True)
     values.flush()
-    write_json(folder / "digest.json", {"sha256": digest.hexdigest(), "tokens": total})
+    write_json(folder / "digest.json", {"sha256": digest.hexdigest(), "tokens": len(values)})
 
 
 def _open(entry: Path, shape: tuple[int, int]) -> np.ndarray | None:

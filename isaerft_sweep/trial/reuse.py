@@ -1,0 +1,101 @@
+"""What the trials of a sweep have in common, so that it is loaded or computed once: model, pairs, tokens, frozen layers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import peft
+from transformers import PreTrainedModel
+
+from isaerft_sweep.journal.folders import RUNNING, StatusWriter
+from isaerft_sweep.models.loading import LoadedModel
+from isaerft_sweep.plain import canonical_json, to_dict
+from isaerft_sweep.resources import cache_folder
+from isaerft_sweep.specs import Experiment
+from isaerft_sweep.trial.above_site import AboveSite, only_above_site
+from isaerft_sweep.trial.passes import Passes, why_not_shared
+from isaerft_sweep.trial.trainer import TrialTrainer
+from isaerft_sweep.trial.trunk import NotStored, StoredTrunk, sequences_of, stored_trunk
+
+T = TypeVar("T")
+
+
+class Shared:
+    """What the trials of one process have in common. This one keeps nothing: for a process of a single trial."""
+
+    def get(self, what: str, key: str, make: Callable[[], T]) -> T:
+        """What ``make`` gives; a worker that stays keeps it for the next trial that asks with the same ``key``."""
+        return make()
+
+    def passes(self, base: PreTrainedModel, own: Passes) -> Passes:
+        """How the trial's trainer gets through the model; ``own``: how it would alone. ``base``: the model as loaded."""
+        return own
+
+
+def data_key(experiment: Experiment) -> str:
+    """Equal for experiments that read the same pairs as the same tokens."""
+    sections = [to_dict(experiment.model), experiment.cache, to_dict(experiment.data), experiment.orpo.max_length]
+    return canonical_json(sections)
+
+
+def trunk_key(experiment: Experiment) -> str:
+    """Equal for experiments that can use the same stored output of the frozen layers."""
+    launcher, lowest = experiment.launcher, min(site.layer for site in experiment.adapter.sites)
+    return canonical_json([data_key(experiment), lowest, launcher.scratch, launcher.trunk_cache_gb])
+
+
+@contextmanager
+def reused_trunk(
+    experiment: Experiment, model: peft.PeftModel, trainer: TrialTrainer, shared: Shared, status: StatusWriter
+) -> Iterator[AboveSite | None]:
+    """The frozen layers below the site, run once per sweep and node, where their output fits the cache.
+
+    Stored is what the first trial reads: every pair, or of many pairs and few steps those that its steps reach. What a trial
+    with another order reads besides is computed.
+    """
+    limit_gb, scratch = experiment.launcher.trunk_cache_gb, experiment.launcher.scratch
+    if limit_gb == 0:
+        yield None
+        return
+    folder = Path(scratch).expanduser() if scratch else cache_folder(experiment.cache) / "trunk"
+
+    def tell(share: float) -> None:
+        status.write(RUNNING, {"message": f"frozen layers' output: {share:.0%}"}, force=False)
+
+    def compute() -> StoredTrunk | None:
+        started = time.monotonic()
+        try:
+            sequences = sequences_of(trainer.reached_rows(), trainer.eval_dataset)
+            stored = stored_trunk(model, experiment.model, sequences, folder, limit_gb, tell)
+        except NotStored as reason:
+            print(f"the frozen layers are computed in every step: {reason}", flush=True)
+            return None
+        took = time.monotonic() - started
+        print(f"frozen layers' output of {len(stored.values)} tokens ready after {took:.1f} s", flush=True)
+        return stored
+
+    stored = shared.get("trunk", trunk_key(experiment), compute)
+    status.write(RUNNING, {"message": ""}, force=False)
+    if stored is None:
+        yield None
+        return
+    with only_above_site(model, stored) as above:
+        yield above
+
+
+def shares_prompts(experiment: Experiment, loaded: LoadedModel, shared: Shared) -> bool:
+    """Whether the two answers of a pair lie behind one prompt."""
+    if not experiment.launcher.share_prompts:
+        return False
+
+    def ask() -> bool:
+        why_not = why_not_shared(loaded.model)
+        if why_not:
+            print(f"every answer is computed with a prompt of its own: {why_not}", flush=True)
+        return why_not is None
+
+    return shared.get("prompts", canonical_json(to_dict(experiment.model)), ask)
