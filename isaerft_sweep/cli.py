@@ -49,7 +49,8 @@ def _parser() -> argparse.ArgumentParser:
     best.set_defaults(run=_best)
 
     confirm = commands.add_parser("confirm", help="rerun the leaders with new seeds: which of them is the best?")
-    _sweep_arguments(confirm)
+    confirm.add_argument("sweep", help="the sweep's folder, outputs/NAME")
+    _metric_argument(confirm)
     confirm.add_argument("--top", type=int, default=3, help="how many leaders (default 3)")
     confirm.add_argument("--seeds", type=int, default=3, help="how many new seeds each (default 3)")
     confirm.add_argument("--set", action="append", default=[], metavar="launcher.slots=2", help="may be given several times")
@@ -59,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     card.add_argument("trial", type=Path, nargs="?", help="the folder of a finished trial, or of a sweep (its best trial)")
     card.add_argument("--template", type=Path, help="a Jinja template; start from the one that --fields prints")
     card.add_argument("--fields", action="store_true", help="print the template in use instead")
+    _metric_argument(card)
     card.set_defaults(run=_card)
 
     report = commands.add_parser("report", help="write a page with everything about a sweep, and pictures for papers")
@@ -84,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--out", type=Path, help="the folder to make (default: beside the adapter)")
     export.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights")
     export.add_argument("--cache", default=None, help="where converted models are kept")
+    _metric_argument(export)
     export.set_defaults(run=_export)
 
     push = commands.add_parser("push", help="upload an adapter or an export to the Hub")
@@ -91,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument("--repo", help="ORG/NAME (default: the card's model name, under the token's owner)")
     push.add_argument("--private", action="store_true")
     push.add_argument("--dry-run", action="store_true", help="check, and say what would be uploaded")
+    _metric_argument(push)
     push.set_defaults(run=_push)
 
     importer = commands.add_parser("import", help="read an adapter folder of the published project")
@@ -107,12 +111,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     _prompt_arguments(generate)
     generate.add_argument("--cache", default=None, help="where converted models are kept")
+    _metric_argument(generate)
     generate.set_defaults(run=_generate)
     return parser
 
 
 def _sweep_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("sweep", help=f"the sweep's folder, outputs/NAME, or {WANDB}ENTITY/PROJECT/ID")
+    _metric_argument(parser)
+
+
+def _metric_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--metric", help="rank by this one, not the sweep's own (eval/log_odds_chosen, ...)")
 
 
@@ -131,10 +140,13 @@ def _leaderboard(args: argparse.Namespace) -> None:
 
 def _best(args: argparse.Namespace) -> None:
     from isaerft_sweep.plain import overrides
+    from isaerft_sweep.results.caveats import dependence
     from isaerft_sweep.results.reading import best_as_json, trial_of
 
     sweep = _read(args)
     winner = sweep.best()
+    for text in dependence(sweep.metric.name, sweep.swept):
+        print(text, file=sys.stderr)
     if args.form == "overrides":
         print(shlex.join(overrides(winner.params)))
     elif args.form == "json":
@@ -159,7 +171,7 @@ def _card(args: argparse.Namespace) -> None:
         return
     if args.trial is None:
         raise FolderError("a trial's folder must be given, or --fields.")
-    trial, standing = find_trial(args.trial)
+    trial, standing = find_trial(args.trial, args.metric)
     refresh_card(trial, standing, args.template)
     print(trial.card)
 
@@ -193,7 +205,7 @@ def _export(args: argparse.Namespace) -> None:
     from isaerft_sweep.results.finding import find_adapter
 
     _quiet()
-    made = export(find_adapter(args.folder), args.out, args.form, args.cache, args.dtype)
+    made = export(find_adapter(args.folder, args.metric), args.out, args.form, args.cache, args.dtype)
     print(made.folder)
     print(f"{made.form}; its logits differ from the adapter's by at most {made.difference:.1e} of the largest one")
     print(f"of what the adapter changes {made.lost:.1e} is lost in rounding")
@@ -204,7 +216,7 @@ def _push(args: argparse.Namespace) -> None:
     from isaerft_sweep.results.finding import find_adapter
 
     exported = (args.folder / "config.json").is_file()
-    folder = args.folder if exported else find_adapter(args.folder)
+    folder = args.folder if exported else find_adapter(args.folder, args.metric)
     print(push(folder, args.repo, args.private, args.dry_run).as_text())
 
 
@@ -221,7 +233,7 @@ def _generate(args: argparse.Namespace) -> None:
     from isaerft_sweep.results.finding import find_adapter
     from isaerft_sweep.results.samples import PROMPTS
 
-    adapter = find_adapter(args.folder)
+    adapter = find_adapter(args.folder, args.metric)
     from isaerft_sweep.adapter.generate import compare
 
     _quiet()

@@ -11,13 +11,17 @@ from typing import Any
 
 import hydra
 import hydra.core.hydra_config
+from hydra.types import RunMode
 
+from isaerft_sweep.config.command import from_agent
 from isaerft_sweep.config.schema import register
 from isaerft_sweep.errors import IsaerftError
 from isaerft_sweep.resources import folder
 
 register()
 detaching = False
+failed = 0
+"""The worst exit code among the sweeps of a ``--multirun`` that has gone on."""
 
 
 @hydra.main(version_base="1.3", config_path=str(folder("conf")), config_name="config")
@@ -46,7 +50,10 @@ def main(config: Any) -> None:
     except IsaerftError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
-    if code:
+    if code in (1, 2) and hydra.core.hydra_config.HydraConfig.get().mode == RunMode.MULTIRUN:
+        global failed
+        failed = max(failed, code)  # the other sweeps are none the worse for it
+    elif code:
         sys.exit(code)
 
 
@@ -55,7 +62,11 @@ def run() -> None:
     global detaching
     detaching = "--detach" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--detach"]
+    if "WANDB_SWEEP_ID" in os.environ:
+        sys.argv[1:] = from_agent(sys.argv[1:], os.environ)
     main()
+    if failed:
+        sys.exit(failed)
 
 
 if __name__ == "__main__":

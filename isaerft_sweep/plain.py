@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -12,6 +13,10 @@ from dataclasses import field
 from typing import Any
 
 from isaerft_sweep.errors import ConfigError, suggest
+
+PLAIN_WORD = re.compile(r"[A-Za-z_/][A-Za-z0-9_./-]*")
+NOT_WORDS = ("null", "true", "false", "inf", "nan")
+"""What Hydra reads as something else than a string."""
 
 
 def option(
@@ -119,5 +124,20 @@ def canonical_json(content: Any) -> str:
 
 
 def overrides(params: Mapping[str, Any]) -> list[str]:
-    """Sampled values as Hydra overrides, floats to the last digit: ``["orpo.beta=0.2"]``."""
-    return [f"{key}={value}" if isinstance(value, str) else f"{key}={value!r}" for key, value in params.items()]
+    """Sampled values as Hydra overrides, floats to the last digit: ``["orpo.beta=0.2", "adapter.top_k=null"]``."""
+    return [f"{key}={_in_hydras_words(value)}" for key, value in params.items()]
+
+
+def _in_hydras_words(value: Any) -> str:
+    """A value in the grammar of Hydra's overrides, which is near YAML's flow style but not it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{_in_hydras_words(v)}" for key, v in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ",".join(map(_in_hydras_words, value)) + "]"
+    if not isinstance(value, str) or (PLAIN_WORD.fullmatch(value) and value.lower() not in NOT_WORDS):
+        return str(value) if isinstance(value, str) else repr(value)
+    # backslashes are themselves but before a quote; ${ would be an interpolation
+    escaped = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value.replace("${", "\\${"))
+    return f"'{escaped}'"

@@ -21,6 +21,7 @@ from isaerft_sweep.journal.folders import SweepFolder
 from isaerft_sweep.journal.journal import Journal
 from isaerft_sweep.results import leaderboard
 from isaerft_sweep.results.caveats import dependence, edges
+from isaerft_sweep.results.finding import find_adapter
 from isaerft_sweep.results.reading import read_sweep_folder
 from isaerft_sweep.results.statistics import interval, pair_values, probability_best
 from isaerft_sweep.search.distributions import Categorical, Numeric
@@ -255,3 +256,18 @@ def test_a_trial_without_scores_is_ranked_without_an_interval(tmp_path: Path) ->
     sweep = read_sweep_folder(folder.path)
     assert sweep.best().record.index == 4 and sweep.best().interval is None
     assert sum(e.probability_best or 0 for e in sweep.entries[1:]) == pytest.approx(1)
+
+
+def test_the_best_trial_of_a_sweep_is_best_by_a_metric_of_ones_choice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_sweep(tmp_path / "s", "eval/rewards/margins")
+    find_adapter(folder.path)
+    said = capsys.readouterr().err
+    assert "best trial by eval/rewards/margins" in said and "contains beta itself" in said
+    find_adapter(folder.path, "eval/log_odds_chosen")
+    said = capsys.readouterr().err
+    assert "best trial by eval/log_odds_chosen" in said and "beta itself" not in said
+    assert main(["best", str(folder.path), "--as", "path"]) == 0
+    shown = capsys.readouterr()
+    assert "contains beta itself" in shown.err and shown.out.strip().startswith(str(folder.path)), "on standard error alone"

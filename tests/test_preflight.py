@@ -24,7 +24,7 @@ def checks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Experiment]:
     """The checks that are really made; each finds another number of steps."""
     made: list[Experiment] = []
 
-    def check(experiment: Experiment) -> dict[str, int]:
+    def check(experiment: Experiment, *others: Experiment) -> dict[str, int]:
         made.append(experiment)
         if experiment.orpo.max_steps == 13:
             raise ModelError("it cannot be had")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from isaerft_sweep.errors import SpaceError
-from isaerft_sweep.search.pruning import MedianRule, SuccessiveHalving, make_pruner, rungs
+from isaerft_sweep.search.pruning import GrowingCurves, MedianRule, SuccessiveHalving, evaluations, make_pruner, rungs
 from isaerft_sweep.search.sweep_file import read_sweep
 
 SWEEP = {
@@ -134,3 +135,21 @@ def test_what_a_sweep_file_asks_for() -> None:
     asha = make_pruner({"type": "hyperband", "min_iter": 2, "eta": 4}, 9)
     assert isinstance(asha, SuccessiveHalving) and asha.rungs == [2, 8] and asha.eta == 4
     assert isinstance(make_pruner({"type": "median", "min_iter": 2}, 9), MedianRule)
+
+
+@given(st.lists(st.lists(st.integers(0, 5).map(float), max_size=6), max_size=12), st.randoms())
+def test_curves_that_grow_decide_as_all_sorted_anew(curves: list[list[float]], chance: random.Random) -> None:
+    growing, plain, stopped = GrowingCurves(), {}, set()
+    quick, slow = SuccessiveHalving([1, 3], 3), SuccessiveHalving([1, 3], 3)
+    left = [(i, n) for i, curve in enumerate(curves) for n in range(1, len(curve) + 1)]
+    for i, n in sorted(left, key=lambda pair: (pair[1], chance.random())):
+        growing[i] = plain[i] = curves[i][:n]
+        assert quick.stops(i, growing, n - 1) == (stops := slow.stops(i, dict(plain), n - 1))
+        if stops:
+            stopped.add(i)
+        assert quick.revived(sorted(stopped), growing) == slow.revived(sorted(stopped), dict(plain))
+
+
+def test_evaluations_are_as_many_as_the_trainer_makes() -> None:
+    assert evaluations(0.1, 24) == 8 and evaluations(0.2, 62) == 5 and evaluations(1.0, 7) == 1 and evaluations(0.5, 3) == 2
+    assert evaluations(0.1, -1) == 10 and evaluations(0.3, -1) == 4

@@ -262,8 +262,9 @@ def test_two_trials_at_a_time(launch, tmp_path: Path) -> None:
 
 
 def test_multirun_runs_one_sweep_after_the_other(launch, tmp_path: Path) -> None:
-    done = launch("--multirun", *TINY, "sweep.run_cap=1", "adapter=bias,scale", "tracker=disabled")
-    assert done.returncode == 0, done.stderr
+    """One that cannot begin does not keep the others from running."""
+    done = launch("--multirun", *TINY, "sweep.run_cap=1", "adapter=bias,linear,scale", "adapter.l1=0.5", "tracker=disabled")
+    assert done.returncode == 2 and "adapter.l1 and adapter.top_k must go with" in done.stderr, done.stderr
     folders = sorted(p.name for p in (tmp_path / "outputs").iterdir() if not p.name.startswith("."))
     assert len(folders) == 2 and "-bias-" in folders[0] and "-scale-" in folders[1]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,17 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from isaerft_sweep.errors import ConfigError
-from isaerft_sweep.plain import from_mapping
-from isaerft_sweep.search.distributions import Categorical, Constant
+from isaerft_sweep.plain import from_mapping, overrides
+from isaerft_sweep.search.distributions import Categorical, Constant, Distribution
 from isaerft_sweep.search.sweep_file import Metric, SweepDefinition, check_grid, read_sweep_file
 from isaerft_sweep.specs import Experiment, SweepSpec
+
+TOGETHER = ("adapter.", "data.", "orpo.gradient_checkpointing")
+"""Beginnings of the keys that ``check`` compares with others."""
+LOOKED_AT = ("model.", "orpo.optimizer", "orpo.max_length")
+"""And of those, besides, that name what must be there."""
+MOST_POINTS = 10_000
+MOST_VARIANTS = 100
 
 
 def to_experiment(config: Any) -> Experiment:
@@ -102,8 +111,31 @@ def to_definition(sweep: SweepSpec, experiment: Experiment) -> SweepDefinition:
 
 
 def _check_values(definition: SweepDefinition, experiment: Experiment) -> None:
-    """Every parameter's ends, or each of its values, must be valid for its config key: found now, not in trial 17."""
+    """Every parameter's ends, or each of its values, must be valid for its config key, and what is swept together must go
+    together: found now, not in trial 17."""
     for key, distribution in definition.parameters.items():
-        values = distribution.choices if isinstance(distribution, (Categorical, Constant)) else None
-        for value in values if values is not None else (distribution.at(0.0), distribution.at(1.0)):
-            check(experiment.with_params({key: value}))
+        for value in _ends(distribution):
+            experiment.with_params({key: value})
+    together = {k: _ends(d) for k, d in definition.parameters.items() if k.startswith(TOGETHER)}
+    for values in islice(product(*together.values()), MOST_POINTS):
+        point = dict(zip(together, values, strict=True))
+        try:
+            check(experiment.with_params(point))
+        except ConfigError as error:
+            if not point:
+                raise
+            raise ConfigError(f"the sweep has a point that is not valid, {' '.join(overrides(point))}: {error}") from error
+
+
+def _ends(distribution: Distribution) -> Sequence[Any]:
+    """All values of a parameter, or its least and its largest."""
+    values = distribution.choices if isinstance(distribution, (Categorical, Constant)) else None
+    return list(values) if values is not None else [distribution.at(0.0), distribution.at(1.0)]
+
+
+def variants(experiment: Experiment, definition: SweepDefinition) -> list[Experiment]:
+    """One experiment for each model, data set, adapter and optimiser that the sweep's trials may have, at most
+    ``MOST_VARIANTS``: what has to be looked at before the first trial."""
+    kinds = {k: d.choices for k, d in definition.parameters.items() if d.choices and k.startswith((*TOGETHER, *LOOKED_AT))}
+    points = islice(product(*kinds.values()), MOST_VARIANTS)
+    return [experiment.with_params(dict(zip(kinds, values, strict=True))) for values in points]

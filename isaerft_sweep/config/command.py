@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import hydra
+import yaml
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from isaerft_sweep.config.boundary import to_experiment
 from isaerft_sweep.config.schema import register
 from isaerft_sweep.errors import ConfigError
+from isaerft_sweep.plain import overrides
 from isaerft_sweep.resources import folder
 from isaerft_sweep.specs import Experiment
+
+VERSION = "wandb_version"
+
+
+def from_agent(arguments: Sequence[str], environment: Mapping[str, str]) -> list[str]:
+    """A command line of ``wandb agent``, which writes values as Python does (``None``), in Hydra's words."""
+    try:
+        file = Path(environment["WANDB_SWEEP_PARAM_PATH"])
+        given = {
+            key: entry["value"] for key, entry in yaml.safe_load(file.read_text(encoding="utf-8")).items() if key != VERSION
+        }
+    except (KeyError, OSError, yaml.YAMLError, TypeError, AttributeError):
+        return list(arguments)
+    words = dict(zip((f"{key}={value}" for key, value in given.items()), overrides(given), strict=True))
+    return [words.get(argument, argument) for argument in arguments]
 
 
 def compose(overrides: Sequence[str]) -> Experiment:

@@ -43,6 +43,11 @@ def confirm(path: Path, metric: str | None, top: int, seeds: int, settings: Sequ
             raise ConfigError(f"{name} must be at least 1 but got {value}.")
     sweep = read_sweep_folder(path, metric)
     assert sweep.folder is not None
+    if sweep.folder.of_agents():
+        raise FolderError(
+            f"the trials in {sweep.source} were started by W&B agents, which alone may add to them. Run a leader again with "
+            f"another seed by itself: {sweep.best_command()} orpo.seed=43"
+        )
     if sweep.experiment is None:
         raise FolderError(f"{sweep.folder.config} must hold the sweep's config, but it is not there or was changed by hand.")
     leaders = find_leaders(sweep)[:top]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from isaerft_sweep.journal.folders import DIVERGED
-from isaerft_sweep.search.pruning import Pruner
+from isaerft_sweep.search.pruning import GrowingCurves, Pruner
 
 
 class EarlyStopping:
@@ -15,7 +15,7 @@ class EarlyStopping:
 
     def __init__(self, pruner: Pruner, sign: int, evaluations: int) -> None:
         self.pruner, self.sign, self.evaluations = pruner, sign, evaluations
-        self.curves: dict[int, list[float]] = {}
+        self.curves = GrowingCurves()
         self._asked: dict[int, int] = {}
         self._news = False
 

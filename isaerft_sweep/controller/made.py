@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from isaerft_sweep.config.boundary import to_definition
+from isaerft_sweep.config.boundary import to_definition, variants
 from isaerft_sweep.controller.preflight import known_trial_needs
 from isaerft_sweep.controller.question import open_journal, question, sweep_folder
 from isaerft_sweep.controller.run import begin_sweep, count_trials, make_sampler
@@ -51,7 +51,7 @@ def make_trials(experiment: Experiment, overrides: Sequence[str]) -> tuple[Path,
         trials = count_trials(definition, sampler, len(journal.record.trials))
         if not math.isfinite(trials):
             raise ConfigError("the sweep must have a last trial: give sweep.run_cap=N.")
-        known_trial_needs(experiment)
+        known_trial_needs(*variants(experiment, definition))
         begin_sweep(experiment, definition, folder, journal)
         write_text(folder.made, f"{code_snapshot(folder.path / 'code').absolute()}\n")
         factory = TrialFactory(experiment, definition, folder, journal.record.sweep_id, git_commit(), overrides)

@@ -46,10 +46,15 @@ def check_disk(folder: Path, min_free_gb: float) -> None:
         )
 
 
-def check_trial_needs(experiment: Experiment) -> dict[str, Any]:
-    """Model, SAEs and data, read as a trial will read them; facts about them. Raises ModelError when one is missing."""
+def check_trial_needs(*experiments: Experiment) -> dict[str, Any]:
+    """Model, SAEs and data of each, read as a trial will read them; facts about the first one's.
+
+    Raises ModelError when anything is missing.
+    """
     command = [sys.executable, "-m", "isaerft_sweep.trial.prepare"]
-    done = subprocess.run(command, input=canonical_json(to_dict(experiment)), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, input=canonical_json([to_dict(e) for e in experiments]), capture_output=True, text=True, check=False
+    )
     lines = done.stdout.strip().splitlines()
     try:
         answer = json.loads(lines[-1])
@@ -63,13 +68,13 @@ def check_trial_needs(experiment: Experiment) -> dict[str, Any]:
     return facts
 
 
-def known_trial_needs(experiment: Experiment) -> dict[str, Any]:
+def known_trial_needs(*experiments: Experiment) -> dict[str, Any]:
     """``check_trial_needs``, or what it found within the last hour when nothing has changed: it takes ten seconds.
 
     So a sweep that is continued, attached to, or run by many agents starts at once.
     """
-    folder = cache_folder(experiment.cache) / "checked"
-    path = folder / f"{_what_is_checked(experiment)}.json"
+    folder = cache_folder(experiments[0].cache) / "checked"
+    path = folder / f"{hashlib.sha256(''.join(map(_what_is_checked, experiments)).encode()).hexdigest()[:32]}.json"
     try:
         kept = read_json(path)
         if kept and 0 <= time.time() - kept["time"] < GOOD_FOR_S:
@@ -77,7 +82,7 @@ def known_trial_needs(experiment: Experiment) -> dict[str, Any]:
             return found
     except (OSError, ValueError, KeyError, TypeError):
         pass  # half a file, or another version's: the check itself will tell
-    facts = check_trial_needs(experiment)
+    facts = check_trial_needs(*experiments)
     with suppress(OSError):  # a cache that cannot be written costs only the time
         folder.mkdir(parents=True, exist_ok=True)
         for old in folder.glob("*.json"):

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from isaerft_sweep.config.boundary import to_definition
+from isaerft_sweep.config.boundary import to_definition, variants
 from isaerft_sweep.controller.early import EarlyStopping
 from isaerft_sweep.controller.preflight import check_disk, known_trial_needs
 from isaerft_sweep.controller.presence import presence
@@ -30,7 +30,7 @@ from isaerft_sweep.plain import to_dict
 from isaerft_sweep.results import leaderboard
 from isaerft_sweep.results.card import refresh_cards
 from isaerft_sweep.results.reading import read_sweep_folder
-from isaerft_sweep.search.pruning import make_pruner, rungs
+from isaerft_sweep.search.pruning import evaluations, make_pruner, rungs
 from isaerft_sweep.search.sampler import Asked, GivenPoints, Sampler
 from isaerft_sweep.search.sweep_file import Metric, SweepDefinition
 from isaerft_sweep.specs import Experiment, LauncherSpec
@@ -84,7 +84,7 @@ def run_trials(
         dispatcher = make_dispatcher(experiment.launcher, folder)  # first of all: a cluster's answer takes no time
         if ended < trials and check:
             console.print("checking model, SAE and data; the first time may download or convert the model", style="dim")
-            print_facts(console, known_trial_needs(experiment))
+            print_facts(console, known_trial_needs(*variants(experiment, definition)))
         begin_sweep(experiment, definition, folder, journal, asked, given.sweep_id if given else None)
         stop = StopRequest(folder.cancel, given.agent if given else None)
         with stop.heard(), presence(folder, trials, overrides), Progress(console, definition.metric.name, trials) as view:
@@ -151,7 +151,7 @@ def make_early_stopping(experiment: Experiment, definition: SweepDefinition) -> 
 
 def evaluations_per_trial(experiment: Experiment) -> int:
     """How often a trial is evaluated after its first step."""
-    return math.ceil(1 / experiment.orpo.eval_fraction - 1e-9)
+    return evaluations(experiment.orpo.eval_fraction, experiment.orpo.max_steps)
 
 
 def count_trials(definition: SweepDefinition, sampler: Asked, existing: int) -> int:
@@ -216,22 +216,20 @@ def introduction(
 
 def early_words(experiment: Experiment, definition: SweepDefinition) -> str:
     """What early stopping will do, in a line."""
-    asked, evaluations = definition.early_terminate, evaluations_per_trial(experiment)
+    asked, number = definition.early_terminate, evaluations_per_trial(experiment)
     if asked is None:
         return ""
-    places = (
-        rungs(asked, evaluations)
-        if asked["type"] == "hyperband"
-        else [n for n in [int(asked["min_iter"])] if n < evaluations]
-    )
+    places = rungs(asked, number) if asked["type"] == "hyperband" else [n for n in [int(asked["min_iter"])] if n < number]
     if not places:
-        return f"\n       early_terminate stops nothing: a trial has {evaluations} evaluations. More: orpo.eval_fraction=0.1"
-    return f"\n       stopped early ({asked['type']}) after evaluation {', '.join(map(str, places))} of {evaluations}"
+        return f"\n       early_terminate stops nothing: a trial has {number} evaluations. More: orpo.eval_fraction=0.1"
+    return f"\n       stopped early ({asked['type']}) after evaluation {', '.join(map(str, places))} of {number}"
 
 
 def print_facts(console: Console, facts: dict[str, Any]) -> None:
     """What the preflight found."""
     lines = [f"model  {facts['model']}", *(f"SAE    {sae}" for sae in facts["saes"]), f"data   {facts['data']}"]
+    if facts["more"]:
+        lines.append(f"       and {facts['more']} more that the sweep's points name")
     console.print("\n".join(lines), soft_wrap=True, highlight=False)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from isaerft_sweep import naming
+from isaerft_sweep.config.boundary import check
 from isaerft_sweep.journal.folders import SweepFolder
 from isaerft_sweep.journal.journal import Journal, TrialRecord
 from isaerft_sweep.plain import overrides
@@ -59,6 +60,7 @@ class TrialFactory:
     def make(self, index: int, point: Point) -> TrialSpec:
         """The trial's spec, with names that nobody else has; its folder is written."""
         experiment = self.experiment.with_params(point.params)
+        check(experiment)
         orpo, now = experiment.orpo, datetime.now()
 
         def candidate(grow: int) -> str:

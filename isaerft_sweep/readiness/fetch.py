@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from isaerft_sweep.config.boundary import to_definition, variants
 from isaerft_sweep.controller.preflight import check_trial_needs
 from isaerft_sweep.errors import ConfigError, ModelError
 from isaerft_sweep.specs import Experiment, ModelSpec
@@ -27,11 +28,12 @@ def fetch(experiment: Experiment) -> Mapping[str, Any]:
         raise ConfigError(
             f"{on[0]} must not be set while files are fetched. Run again with: env -u {on[0]} isaerft-sweep fetch …"
         )
-    for name, revision in repositories(experiment.model):
+    wanted = variants(experiment, to_definition(experiment.sweep, experiment))
+    for name, revision in dict.fromkeys(one for variant in wanted for one in repositories(variant.model)):
         download(name, revision)
-    check_trial_needs(experiment)
+    check_trial_needs(*wanted)
     with offline():
-        return check_trial_needs(experiment)
+        return check_trial_needs(*wanted)
 
 
 def repositories(model: ModelSpec) -> list[tuple[str, str | None]]:

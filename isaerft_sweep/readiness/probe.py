@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from isaerft_sweep.config.boundary import to_definition, variants
 from isaerft_sweep.controller.preflight import check_trial_needs
 from isaerft_sweep.dispatch.job import prepare_process
 from isaerft_sweep.errors import IsaerftError
@@ -152,7 +153,7 @@ def needs(experiment: Experiment) -> Finding:
     """Whether model, SAE and data are there without the internet."""
     os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
     try:
-        facts = check_trial_needs(experiment)
+        facts = check_trial_needs(*variants(experiment, to_definition(experiment.sweep, experiment)))
     except IsaerftError as error:
         remedy = "On the login node, with the same overrides: isaerft-sweep fetch …"
         return Finding("model, SAE, data", BAD, str(error), remedy)

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from isaerft_sweep.errors import FolderError
 from isaerft_sweep.journal.folders import COMPLETED, TrialFolder
+from isaerft_sweep.results.caveats import dependence
 from isaerft_sweep.results.reading import is_sweep, read_sweep_folder, trial_of
 from isaerft_sweep.results.standing import Standing, standings
 
 
-def find_trial(folder: Path) -> tuple[TrialFolder, Standing | None]:
+def find_trial(folder: Path, metric: str | None = None) -> tuple[TrialFolder, Standing | None]:
     """The completed trial in ``folder`` (or its adapter's folder, or a sweep's: its best trial), and its place in its sweep.
 
-    Raises FolderError when there is none.
+    ``metric``: what a sweep's best trial is best by, None for the sweep's own. Raises FolderError when there is none.
     """
     path = folder.expanduser().absolute()
     if is_sweep(path):
-        path = trial_of(read_sweep_folder(path).best()).path
+        path = _best(path, metric).path
     elif path.name == "adapter" and (path.parent / "spec.json").is_file():
         path = path.parent
     trial = TrialFolder(path)
@@ -40,14 +42,27 @@ def _standing(trial: TrialFolder) -> Standing | None:
     return next((s for entry, s in standings(read_sweep_folder(sweep)) if entry.folder == trial), None)
 
 
-def find_adapter(folder: Path) -> Path:
-    """The adapter of a trial or of a sweep's best trial, or the folder itself. Raises FolderError when there is none."""
+def _best(sweep: Path, metric: str | None) -> TrialFolder:
+    """A sweep's best trial; what it is best by, and why that may mislead, is said on standard error."""
+    found = read_sweep_folder(sweep, metric)
+    trial = trial_of(found.best())
+    print(f"the best trial by {found.metric.name} (--metric: by another): {trial.path}", file=sys.stderr)
+    for text in dependence(found.metric.name, found.swept):
+        print(text, file=sys.stderr)
+    return trial
+
+
+def find_adapter(folder: Path, metric: str | None = None) -> Path:
+    """The adapter of a trial or of a sweep's best trial by ``metric``, or the folder itself.
+
+    Raises FolderError when there is none.
+    """
     if (folder / "adapter_config.json").is_file():
         return folder
     if (folder / "adapter" / "adapter_config.json").is_file():
         return folder / "adapter"
     if is_sweep(folder):
-        return trial_of(read_sweep_folder(folder).best()).adapter
+        return _best(folder, metric).adapter
     raise FolderError(
         f"'{folder}' must be the folder of a finished trial, of an adapter or of a sweep, but it is none of them."
     )

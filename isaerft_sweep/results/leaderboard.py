@@ -111,10 +111,12 @@ def caveats(sweep: ReadSweep) -> list[str]:
     said += dependence(sweep.metric.name, sweep.swept)
     said += edges(sweep.space, best.record.point)
     if best.probability_best is not None:
+        ours = sweep.folder is not None and not sweep.folder.of_agents()
+        confirms = ": isaerft-sweep confirm reruns the leaders with new ones" if ours else ""
         pairs = len(best.scores["trained"]["pairs"])
         said.append(
             f"95 %: bootstrap interval over the {pairs} held-out pairs. best: how often the trial is the best one when they "
-            "are drawn again. Neither knows of seeds: isaerft-sweep confirm reruns the leaders with new ones."
+            f"are drawn again. Neither knows of seeds{confirms}."
         )
     return said
 

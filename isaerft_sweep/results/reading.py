@@ -94,6 +94,10 @@ class ReadSweep:
             raise FolderError(f"the sweep {self.source} has no winner: {self.why_unranked()}")
         return found
 
+    def best_command(self) -> str:
+        """The command that runs the winner again. Raises FolderError as ``best``."""
+        return trial_of(self.best()).read_spec().command
+
     def why_unranked(self) -> str:
         """Why no trial has a rank."""
         completed = [entry for entry in self.entries if entry.record.state == COMPLETED]

@@ -9,11 +9,29 @@ from __future__ import annotations
 import math
 import statistics
 from abc import ABC, abstractmethod
+from bisect import insort
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 Curves = Mapping[int, Sequence[float]]
 """By trial number."""
+
+
+class GrowingCurves(dict[int, Sequence[float]]):
+    """Curves that only grow, with all trials' values at each place in order: thousands of trials are not sorted anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._at: dict[int, list[float]] = {}
+
+    def __setitem__(self, index: int, curve: Sequence[float]) -> None:
+        for place in range(len(self.get(index, ())), len(curve)):
+            insort(self._at.setdefault(place, []), curve[place])
+        super().__setitem__(index, curve)
+
+    def at(self, place: int) -> list[float]:
+        """The values at a place, the least first."""
+        return self._at.get(place, [])
 
 
 class Pruner(ABC):
@@ -39,6 +57,8 @@ class SuccessiveHalving(Pruner):
 
     def __init__(self, rungs: Sequence[int], eta: float, strict: bool = False) -> None:
         self.rungs, self.eta, self.strict = sorted(set(rungs)), eta, strict
+        self._standing: dict[int, tuple[int, int, float]] = {}
+        """Of stopped trials: evaluations, highest rung, and what they are judged by there."""
 
     def stops(self, index: int, curves: Curves, since: int = 0) -> bool:
         rung = self._rung(index, curves)
@@ -48,17 +68,24 @@ class SuccessiveHalving(Pruner):
         return threshold is not None and self._judged(curves[index], rung) < threshold
 
     def revived(self, stopped: Iterable[int], curves: Curves) -> int | None:
-        at_rung: dict[int, list[int]] = {}
+        best: dict[int, tuple[float, int]] = {}
         for index in stopped:
-            rung = self._rung(index, curves)
-            if rung:
-                at_rung.setdefault(rung, []).append(index)
-        for rung in sorted(at_rung, reverse=True):  # those that have come furthest first
+            rung, judged = self._stands(index, curves)
+            if rung and (rung not in best or judged > best[rung][0]):
+                best[rung] = judged, index
+        for rung in sorted(best, reverse=True):  # those that have come furthest first
             threshold = self._threshold(rung, curves)
-            best = max(at_rung[rung], key=lambda i: self._judged(curves[i], rung))
-            if threshold is not None and self._judged(curves[best], rung) >= threshold:
-                return best
+            if threshold is not None and best[rung][0] >= threshold:
+                return best[rung][1]
         return None
+
+    def _stands(self, index: int, curves: Curves) -> tuple[int, float]:
+        """The trial's highest rung, 0 before the first, and what it is judged by there."""
+        known, count = self._standing.get(index), len(curves.get(index, ()))
+        if known is None or known[0] != count:
+            rung = self._rung(index, curves) or 0
+            known = self._standing[index] = (count, rung, self._judged(curves[index], rung) if rung else 0.0)
+        return known[1:]
 
     def _judged(self, curve: Sequence[float], rung: int) -> float:
         """By what a trial is judged at a rung."""
@@ -70,9 +97,12 @@ class SuccessiveHalving(Pruner):
 
     def _threshold(self, rung: int, curves: Curves) -> float | None:
         """The least value that is among the best 1/eta of those at the rung; None until eta trials are there."""
-        values = sorted((curve[rung - 1] for curve in curves.values() if len(curve) >= rung), reverse=True)
+        if isinstance(curves, GrowingCurves):
+            values = curves.at(rung - 1)
+        else:
+            values = sorted(curve[rung - 1] for curve in curves.values() if len(curve) >= rung)
         places = math.floor(len(values) / self.eta)
-        return values[places - 1] if places else None
+        return values[-places] if places else None
 
 
 class MedianRule(Pruner):
@@ -107,6 +137,19 @@ def make_pruner(early_terminate: Mapping[str, Any] | None, evaluations: int) -> 
         return MedianRule(int(early_terminate["min_iter"]))
     eta, strict = float(early_terminate.get("eta", 3)), bool(early_terminate.get("strict", False))
     return SuccessiveHalving(rungs(early_terminate, evaluations), eta, strict)
+
+
+def evaluations(fraction: float, max_steps: int) -> int:
+    """How often a trial is evaluated after its first step: after each ``fraction`` of its steps, in whole steps, and at the
+    end. Without ``max_steps`` (0 or less) its steps are the data's, and many enough not to matter."""
+    if max_steps > 0:
+        return math.ceil(max_steps / steps_between(fraction, max_steps))
+    return math.ceil(1 / fraction - 1e-9)
+
+
+def steps_between(fraction: float, steps: int) -> int:
+    """From one evaluation to the next."""
+    return max(1, math.ceil(steps * fraction - 1e-9))
 
 
 def rungs(early_terminate: Mapping[str, Any], evaluations: int) -> list[int]:

@@ -47,11 +47,15 @@ def serve(options: Options) -> int:
     for path in (options.certificate, options.private_key):
         if path is not None and not path.is_file():
             raise FolderError(f"the certificate or key '{path}' must be a file, but there is none.")
+    if options.revoke is None:
+        logging.basicConfig(
+            stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", force=True
+        )
     server = Server(options.data, options.entity, options.crash_after_s)
     keys = KeyRing(options.data / "keys.jsonl")
-    if options.revoke is not None:
+    if options.revoke is not None:  # only now: no server runs with these keys
+        server.close()
         return revoke(keys, options.revoke)
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", force=True)
     load_libraries()  # no agent's heartbeat shall wait for it
     introduce(options, keys)
     application = Application(server, keys, Signer(options.data / "secret"), options.max_upload_mb << 20)

@@ -15,7 +15,7 @@ from isaerft_sweep.errors import IsaerftError, SpaceError
 from isaerft_sweep.journal.folders import COMPLETED, DIVERGED, FAILED, PRUNED, STOPPED, SweepFolder
 from isaerft_sweep.journal.journal import Journal, TrialRecord
 from isaerft_sweep.plain import canonical_json
-from isaerft_sweep.search.pruning import make_pruner
+from isaerft_sweep.search.pruning import evaluations, make_pruner
 from isaerft_sweep.search.sampler import Point, Sampler
 from isaerft_sweep.search.sweep_file import SweepDefinition, read_sweep
 from isaerft_sweep.serve import runs as states
@@ -198,10 +198,10 @@ class ServedSweep:
         if self.definition.early_terminate is None:
             return False
         if self.early is None:
-            evaluations = evaluations_of(run.config_values())
-            pruner = make_pruner(self.definition.early_terminate, evaluations)
+            number = evaluations_of(run.config_values())
+            pruner = make_pruner(self.definition.early_terminate, number)
             assert pruner is not None
-            self.early = EarlyStopping(pruner, self.definition.metric.sign, evaluations)
+            self.early = EarlyStopping(pruner, self.definition.metric.sign, number)
         status["evaluations"] = run.curve
         if judge:
             return self.early.stops(record.index, status)
@@ -286,8 +286,12 @@ def nested(params: Mapping[str, Any], blocks: Mapping[str, Any], prefix: str = "
 def evaluations_of(config: Mapping[str, Any]) -> int:
     """How often a run with this config is evaluated after its first step."""
     orpo = config.get("orpo")
-    fraction = orpo.get("eval_fraction") if isinstance(orpo, Mapping) else None
-    return math.ceil(1 / fraction - 1e-9) if states.is_number(fraction) and fraction and fraction > 0 else EVALUATIONS
+    if not isinstance(orpo, Mapping):
+        return EVALUATIONS
+    fraction, steps = orpo.get("eval_fraction"), orpo.get("max_steps")
+    if not states.is_number(fraction) or not fraction or fraction <= 0:
+        return EVALUATIONS
+    return evaluations(fraction, steps if isinstance(steps, int) else -1)
 
 
 def _seed(sweep_id: str) -> int:

@@ -1,6 +1,6 @@
 """Checks everything a trial will need, in a process of its own, before any trial is dispatched.
 
-    python -m isaerft_sweep.trial.prepare < experiment.json
+    python -m isaerft_sweep.trial.prepare < experiments.json
 
 Makes what has to be made once (converted weights, tiny models), so that workers find it. Prints one JSON line:
 ``{"ok": …}`` with facts for people, or ``{"error": …}``.
@@ -8,9 +8,11 @@ Makes what has to be made once (converted weights, tiny models), so that workers
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,36 +20,66 @@ import isaerft_sweep.trial  # noqa: F401  (settings that must come before trl is
 from isaerft_sweep.adapter.sae import FrozenSae, check_fits, describe, load_sae
 from isaerft_sweep.errors import ConfigError, IsaerftError, suggest
 from isaerft_sweep.models.loading import load_config, load_tokenizer
-from isaerft_sweep.plain import from_mapping, to_dict
+from isaerft_sweep.plain import canonical_json, from_mapping, to_dict
 from isaerft_sweep.specs import Experiment
 from isaerft_sweep.trial.data import load_pairs
 from isaerft_sweep.trial.trainer import OPTIMIZERS, adapter_config, total_steps
 
+T = TypeVar("T")
 
-def prepare(experiment: Experiment) -> dict[str, Any]:
-    """Facts about model, SAEs and data. Raises IsaerftError when a trial could not run."""
-    if experiment.orpo.optimizer not in ("auto", *OPTIMIZERS):
-        raise ConfigError(
-            "orpo.optimizer is unknown: " + experiment.orpo.optimizer + "." + suggest(experiment.orpo.optimizer, OPTIMIZERS)
-        )
+
+def prepare(experiment: Experiment, seen: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Facts about model, SAEs and data. Raises IsaerftError when a trial could not run.
+
+    ``seen``: what earlier calls have read, by what it is.
+    """
+    seen = {} if seen is None else seen
+
+    def once(make: Callable[[], T], *what: Any) -> T:
+        key = canonical_json(what)
+        if key not in seen:
+            seen[key] = make()
+        found: T = seen[key]
+        return found
+
+    model, data, max_length = experiment.model, experiment.data, experiment.orpo.max_length
+    _check_packages(experiment)
     adapter_config(experiment.adapter)
     if experiment.launcher.compile:
-        _check_compiler()
-    config = load_config(experiment.model, experiment.cache)
+        once(_check_compiler, "compiler")
+    named = (to_dict(model), experiment.cache)
+    config = once(lambda: load_config(model, experiment.cache), "config", *named)
     text = config.get_text_config()
     saes = []
     for site in (to_dict(s) for s in experiment.adapter.sites):
-        sae = load_sae(site)
+        sae = once(lambda site=site: load_sae(site), "sae", site)  # type: ignore[misc]
         check_fits(sae, site, text.hidden_size, text.num_hidden_layers)
         saes.append(_describe_sae(site, sae))
-    tokenizer = load_tokenizer(experiment.model, experiment.cache)
-    pairs = load_pairs(experiment.data, tokenizer, experiment.orpo.max_length)
+    tokenizer = once(lambda: load_tokenizer(model, experiment.cache), "tokenizer", *named)
+    pairs = once(lambda: load_pairs(data, tokenizer, max_length), "pairs", *named, to_dict(data), max_length)
     return {
-        "model": f"{experiment.model.name}: {text.num_hidden_layers} layers, hidden size {text.hidden_size}",
+        "model": f"{model.name}: {text.num_hidden_layers} layers, hidden size {text.hidden_size}",
         "saes": saes,
-        "data": f"{experiment.data.path or experiment.data.name}: {pairs.summary}",
+        "data": f"{data.path or data.name}: {pairs.summary}",
         "steps": total_steps(experiment.orpo, len(pairs.train)),
     }
+
+
+def _check_packages(experiment: Experiment) -> None:
+    """Optimiser and attention must be known, and what they need must be installed."""
+    optimizer, attention = experiment.orpo.optimizer, experiment.model.attention
+    if optimizer not in ("auto", *OPTIMIZERS):
+        raise ConfigError(f"orpo.optimizer is unknown: {optimizer}." + suggest(optimizer, OPTIMIZERS))
+    needs = {
+        f"orpo.optimizer={optimizer}": "bitsandbytes" if any(word in optimizer for word in ("8bit", "paged", "bnb")) else "",
+        f"model.attention={attention}": "flash_attn" if attention == "flash_attention_2" else "",
+    }
+    for option, package in needs.items():
+        if package and importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                f"{option} needs the package {package.replace('_', '-')}, which is not installed here: pip install "
+                f"{package.replace('_', '-')}, or leave the option out."
+            )
 
 
 def _check_compiler() -> None:
@@ -70,9 +102,11 @@ def _describe_sae(site: dict[str, Any], sae: FrozenSae) -> str:
 
 
 def main() -> int:
-    """Read the experiment from standard input, write the answer as the last line of standard output."""
+    """Read the experiments from standard input, write the answer as the last line of standard output."""
+    seen: dict[str, Any] = {}
     try:
-        answer: dict[str, Any] = {"ok": prepare(from_mapping(Experiment, json.load(sys.stdin), ""))}
+        facts = [prepare(from_mapping(Experiment, raw, ""), seen) for raw in json.load(sys.stdin)]
+        answer: dict[str, Any] = {"ok": {**facts[0], "more": len(facts) - 1}}
     except IsaerftError as error:
         answer = {"error": str(error)}
     print(json.dumps(answer), flush=True)

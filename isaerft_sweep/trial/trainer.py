@@ -22,6 +22,7 @@ from isaerft_sweep.adapter import IsaerftConfig
 from isaerft_sweep.journal.folders import PairScores
 from isaerft_sweep.models.loading import LoadedModel
 from isaerft_sweep.plain import to_dict
+from isaerft_sweep.search.pruning import steps_between
 from isaerft_sweep.specs import AdapterSpec, OrpoSpec
 from isaerft_sweep.trial.data import Pairs
 from isaerft_sweep.trial.layout import Batch
@@ -212,7 +213,7 @@ def make_trainer(
         # a NaN must be seen, not replaced by the mean of the other steps
         logging_nan_inf_filter=False,
         eval_strategy="steps",
-        eval_steps=max(1, math.ceil(steps * spec.eval_fraction)),
+        eval_steps=steps_between(spec.eval_fraction, steps),
         eval_on_start=eval_first,
         save_strategy="no",  # the recorder decides: by steps, by time and on a signal
         # the model is loaded in the dtype it computes in; autocast would only cast the float32 adapter
