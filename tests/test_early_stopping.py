@@ -169,4 +169,8 @@ def test_what_is_said_and_refused(experiment: Any, tmp_path: Path) -> None:
     path.write_text(FILE.replace("eval/nll_loss", "train/loss"))
     with pytest.raises(ConfigError, match="a metric of evaluations"):
         to_definition(composed.sweep, composed)
-    assert [evaluations_per_trial(experiment("orpo.max_steps=-1", f"orpo.eval_fraction={f}")) for f in (0.2, 0.3, 0.1)] == [5, 4, 10]
+    assert [evaluations_per_trial(experiment("orpo.max_steps=-1", f"orpo.eval_fraction={f}")) for f in (0.2, 0.3, 0.1)] == [
+        5,
+        4,
+        10,
+    ]

@@ -144,7 +144,8 @@ def test_curves_that_grow_decide_as_all_sorted_anew(curves: list[list[float]], c
     left = [(i, n) for i, curve in enumerate(curves) for n in range(1, len(curve) + 1)]
     for i, n in sorted(left, key=lambda pair: (pair[1], chance.random())):
         growing[i] = plain[i] = curves[i][:n]
-        assert quick.stops(i, growing, n - 1) == (stops := slow.stops(i, dict(plain), n - 1))
+        stops = slow.stops(i, dict(plain), n - 1)
+        assert quick.stops(i, growing, n - 1) == stops
         if stops:
             stopped.add(i)
         assert quick.revived(sorted(stopped), growing) == slow.revived(sorted(stopped), dict(plain))

@@ -38,6 +38,8 @@ class TrialRecord:
     checkpoint: int = 0
     """The last step that a checkpoint was written after."""
     given_up: bool = False
+    spans: list[tuple[str, float, float]] = field(default_factory=list)
+    """Of each attempt that has ended: which worker ran it, from when to when (seconds since the epoch)."""
 
     @property
     def ended(self) -> bool:
@@ -76,6 +78,9 @@ class SweepRecord:
 
     def _on_end(self, event: Mapping[str, Any]) -> None:
         trial = self.trials[event["index"]]
+        if trial.job is not None and event["seconds"] > 0 and "time" in event:
+            worker = str(trial.job.get("worker", trial.job.get("id", f"trial {trial.index}")))
+            trial.spans.append((worker, event["time"] - event["seconds"], event["time"]))
         trial.job, trial.state, trial.message = None, event["state"], event["message"]
         trial.metric, trial.given_up = event["metric"], event["given_up"]
         trial.seconds += event["seconds"]

@@ -22,6 +22,7 @@ from isaerft_sweep.errors import ConfigError, IsaerftError, LaunchError
 from isaerft_sweep.journal.folders import COMPLETED, SweepFolder, TrialFolder
 from isaerft_sweep.journal.journal import SweepRecord, replay
 from isaerft_sweep.plain import from_mapping
+from isaerft_sweep.results.cost import device_seconds
 from isaerft_sweep.search.sampler import Point
 from isaerft_sweep.search.sweep_file import SweepDefinition
 from isaerft_sweep.specs import Experiment, comparable
@@ -32,33 +33,40 @@ STEPS = 8
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds of one trial, and where they were learned, for people."""
+    """Seconds of one trial, and of them its share of the device, and where they were learned, for people."""
 
     seconds: float
+    device_s: float
     source: str
 
 
 def from_earlier_sweeps(experiment: Experiment, swept: Collection[str]) -> Estimate | None:
     """The median time of completed trials with the same settings but for the swept ones; None without any."""
     seconds: list[float] = []
+    shares: list[float] = []
     names = []
     for journal in sorted(Path(experiment.output).expanduser().absolute().glob("*/journal.jsonl")):
         folder = SweepFolder(journal.parent)
         try:
             raw = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
-            if comparable(from_mapping(Experiment, raw, ""), swept) != comparable(experiment, swept):
+            earlier = from_mapping(Experiment, raw, "")
+            if comparable(earlier, swept) != comparable(experiment, swept):
                 continue
             record = SweepRecord()
             replay(journal, record)
         except (OSError, yaml.YAMLError, IsaerftError, TypeError, AttributeError):
             continue  # another version's, or not whole: there is nothing to learn from it
-        found = [trial.seconds for trial in record.trials.values() if trial.state == COMPLETED and trial.seconds > 0]
+        found = [trial for trial in record.trials.values() if trial.state == COMPLETED and trial.seconds > 0]
         if found:
             names.append(folder.path.name)
-            seconds += found
+            seconds += [trial.seconds for trial in found]
+            shared = device_seconds(record.trials.values(), earlier.launcher.trials_per_gpu)
+            shares += [shared[trial.index] for trial in found]
     if not seconds:
         return None
-    return Estimate(statistics.median(seconds), f"median of {len(seconds)} trials of {', '.join(names)}")
+    return Estimate(
+        statistics.median(seconds), statistics.fmean(shares), f"median of {len(seconds)} trials of {', '.join(names)}"
+    )
 
 
 def calibrate(experiment: Experiment, definition: SweepDefinition, point: Point, steps: int) -> Estimate:
@@ -90,9 +98,8 @@ def calibrate(experiment: Experiment, definition: SweepDefinition, point: Point,
                 f"the calibration must complete but ended as {status.get('state', 'nothing')}: {status.get('message', '')} "
                 f"{dispatcher.verdict(job).words}\n{dispatcher.log_tail(job)}"
             )
-        return Estimate(
-            reckon(trial, status, steps, evaluations_per_trial(experiment)), f"{orpo.max_steps} steps, run just now"
-        )
+        alone_s = reckon(trial, status, steps, evaluations_per_trial(experiment))
+        return Estimate(alone_s, alone_s, f"{orpo.max_steps} steps, run just now by itself")
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

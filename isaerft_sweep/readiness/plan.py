@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -16,7 +17,7 @@ from isaerft_sweep.controller.question import sweep_folder
 from isaerft_sweep.controller.run import count_trials, introduction, make_sampler
 from isaerft_sweep.dispatch.local import visible_gpus
 from isaerft_sweep.dispatch.slurm_flags import sbatch_parameters, working_s
-from isaerft_sweep.dispatch.slurm_site import read_site
+from isaerft_sweep.dispatch.slurm_site import parse_gres, read_site
 from isaerft_sweep.errors import ConfigError
 from isaerft_sweep.readiness.calibrate import Estimate, calibrate, from_earlier_sweeps
 from isaerft_sweep.results.axes import LOG_FAMILIES
@@ -46,7 +47,8 @@ def plan(console: Console, experiment: Experiment, calibrating: bool) -> None:
     if calibrating:
         steps = int(known_trial_needs(experiment)["steps"])
         estimate = calibrate(experiment, definition, points[0], steps)
-    console.print(time_words(estimate, trials, workers, gpus), soft_wrap=True, highlight=False)
+    most = "at most " if definition.early_terminate or (calibrating and experiment.launcher.packed != 1) else ""
+    console.print(time_words(estimate, trials, workers, gpus, most), soft_wrap=True, highlight=False)
 
 
 def space_table(space: Mapping[str, Distribution], points: Sequence[Point]) -> Table:
@@ -89,14 +91,17 @@ def layout(experiment: Experiment, trials: int) -> tuple[list[str], int, int]:
     kind = "workers, each for many trials" if launcher.resident else "jobs, one per trial"
     if launcher.trials_per_job:
         kind = f"workers, each for {launcher.trials_per_job} trials"
+    together = launcher.packed or 1
+    if launcher.packed != 1:
+        kind += f", {launcher.packed or 'as many as pay'} together"
     if launcher.kind == "local":
         devices = visible_gpus()
-        workers = min(trials, launcher.slots or max(1, len(devices)) * launcher.trials_per_gpu)
+        workers = min(-(-trials // together), launcher.slots or max(1, len(devices)) * launcher.trials_per_gpu)
         where = f"{len(devices)} GPUs" if devices else "the processor"
-        return [f"layout      {workers} {kind}, on {where} of this machine"], workers, min(1, len(devices))
+        return [f"layout      {workers} {kind}, on {where} of this machine"], workers * together, min(1, len(devices))
     site = read_site()
     asked = sbatch_parameters(launcher, site, "plan")
-    workers = min(trials, launcher.slots or 1)
+    workers = min(-(-trials // together), launcher.slots or 1)
     sizes = [min(site.array_size, workers - start) for start in range(0, workers, site.array_size)]
     at_once = int(asked.get("array_parallelism") or workers)
     shown = ", ".join(f"--array=0-{size - 1}%{max(1, min(size, at_once // len(sizes)))}" for size in sizes[:3])
@@ -109,29 +114,30 @@ def layout(experiment: Experiment, trials: int) -> tuple[list[str], int, int]:
         f"each job    partition {partition}, {', '.join(words)}, {asked['time']} min, of which it works {works} before "
         "it makes room for the next one",
     ]
-    return lines, min(workers, at_once), gpu_count(asked)
+    return lines, min(workers, at_once) * together, gpu_count(asked)
 
 
-def gpu_count(asked: dict[str, object]) -> int:
+def gpu_count(asked: Mapping[str, Any]) -> int:
     """GPUs of one job."""
-    for key in ("gpus_per_node", "gpus_per_task", "gres"):
-        words = str(asked.get(key, "")).split(":")
-        if words != [""] and (key != "gres" or words[0] == "gpu"):
-            return int(words[-1]) if words[-1].isdecimal() else 1
-    return 0
+    given = {**asked.get("additional_parameters", {}), **asked}
+    for key in ("gpus_per_node", "gpus_per_task", "gpus"):
+        if given.get(key) is not None:
+            number = str(given[key]).rpartition(":")[2]
+            return int(number) if number.isdecimal() else 1
+    return parse_gres(str(given.get("gres", ""))).get("gpu", 0)
 
 
-def time_words(estimate: Estimate | None, trials: int, workers: int, gpus: int) -> str:
-    """Predicted time and GPU-hours."""
+def time_words(estimate: Estimate | None, trials: int, workers: int, gpus: int, most: str = "") -> str:
+    """Predicted time and GPU-hours; ``most``: a word for an estimate that is a bound."""
     if estimate is None:
         return "time        not known yet: --calibrate runs a few steps of one trial through the launcher and reckons"
     if not math.isfinite(estimate.seconds):
         raise ConfigError("a trial's time must be finite: the calibration's clock was set while it ran. Try again.")
-    total_s = trials * estimate.seconds
+    total_s = trials * estimate.device_s
     unit = "GPU-hours" if gpus else "hours of work"
     hours = total_s * max(1, gpus) / 3600
     wall = duration(math.ceil(trials / workers) * estimate.seconds)
     return (
-        f"time        {duration(estimate.seconds)} a trial ({estimate.source}): {hours:.3g} {unit} together, "
+        f"time        {duration(estimate.seconds)} a trial ({estimate.source}): {most}{hours:.3g} {unit} together, "
         f"about {wall} with {workers} at a time, without waiting in the queue"
     )

@@ -17,6 +17,7 @@ from isaerft_sweep.journal.folders import COMPLETED, SweepFolder, TrialFolder
 from isaerft_sweep.journal.journal import SweepRecord, TrialRecord, replay
 from isaerft_sweep.plain import from_mapping
 from isaerft_sweep.results.caveats import dependence
+from isaerft_sweep.results.cost import device_seconds
 from isaerft_sweep.results.statistics import interval, pair_values, probability_best
 from isaerft_sweep.search.distributions import Distribution
 from isaerft_sweep.search.sweep_file import Metric, read_metric_name, read_sweep
@@ -33,6 +34,7 @@ class Entry:
 
     ``state``: the journal's, or while a job is under way the worker's own word. ``problem``: why what the trial has left
     cannot be read, else empty.
+    ``device_s``: device time of all its attempts; what was shared with other trials is divided among them.
     ``scores``: every held-out pair's, as ``TrialFolder.read_evaluation`` gives them. ``interval``: 95 % bootstrap interval
     of the metric over held-out pairs. ``probability_best``: how often it is the best when the pairs are drawn again.
     """
@@ -47,6 +49,7 @@ class Entry:
     probability_best: float | None = None
     state: str = ""
     problem: str = ""
+    device_s: float = 0.0
 
     @property
     def params(self) -> Mapping[str, Any]:
@@ -155,6 +158,11 @@ def read_sweep_folder(path: Path, metric: str | None = None) -> ReadSweep:
         sweep.problems.append(
             f"{folder.definition} is not a valid sweep file any more: the edges of the space are not known."
         )
+    launcher = sweep.experiment.launcher if sweep.experiment else None
+    per_device = launcher.trials_per_gpu if launcher and launcher.kind == "local" and not launcher.slots else 1
+    shares = device_seconds((entry.record for entry in entries), per_device)
+    for entry in entries:
+        entry.device_s = shares[entry.record.index]
     rank(sweep)
     return sweep
 

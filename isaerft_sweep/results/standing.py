@@ -66,7 +66,7 @@ def standings(sweep: ReadSweep) -> list[tuple[Entry, Standing]]:
                 value=entry.value(sweep.metric.name),
                 interval=entry.interval,
                 probability_best=entry.probability_best,
-                seconds=entry.record.seconds,
+                seconds=entry.device_s,
                 untrained=untrained,
                 space=space,
                 seeds=again.get(entry.record.index),

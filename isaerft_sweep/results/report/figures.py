@@ -145,11 +145,11 @@ def importances(report: Report) -> go.Figure | None:
 
 def cost(report: Report) -> go.Figure | None:
     """The best value so far over the device-hours spent, trials in the order of their numbers."""
-    entries = sorted((e for e in report.sweep.entries if e.record.seconds), key=lambda e: e.record.index)
+    entries = sorted((e for e in report.sweep.entries if e.device_s), key=lambda e: e.record.index)
     metric, sign = report.sweep.metric.name, report.sweep.metric.sign
     if not any(e.rank for e in entries):
         return None
-    hours = np.cumsum([e.record.seconds for e in entries]) / 3600
+    hours = np.cumsum([e.device_s for e in entries]) / 3600
     values = np.array([v if e.rank and (v := e.value(metric)) is not None else np.nan for e in entries])
     best = sign * np.fmax.accumulate(sign * values)
     figure = _figure(320)

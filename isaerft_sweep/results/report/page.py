@@ -143,8 +143,8 @@ def failures(report: Report) -> list[tuple[str, str, str]]:
 def costs(report: Report) -> list[tuple[str, str]]:
     """What the sweep took."""
     entries = report.sweep.entries
-    hours = sum(e.record.seconds for e in entries) / 3600
-    wasted = sum(e.record.seconds for e in entries if not e.rank) / 3600
+    hours = sum(e.device_s for e in entries) / 3600
+    wasted = sum(e.device_s for e in entries if not e.rank) / 3600
     tokens = sum(e.metrics.get("train/num_tokens", 0) for e in entries)
     found = [("device-hours", f"{hours:.3f}, of which {wasted:.3f} in trials that have no result")]
     if report.completed:
