@@ -78,6 +78,31 @@ def _cache_in_environment(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
 
 
+PACE = """
+import builtins, os, time
+
+said = builtins.print
+
+def print_and_wait(*args, **kwargs):
+    said(*args, **kwargs)
+    if args and str(args[0]).startswith("step "):
+        time.sleep(float(os.environ["TEST_PACE_S"]))
+
+builtins.print = print_and_wait
+"""
+"""Stands in for a larger model in processes that import it: every step takes a while, and no processor time."""
+
+
+@pytest.fixture
+def paced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trials that this test starts, in processes of their own or in jobs, take a quarter of a second a step."""
+    folder = tmp_path / ".pace"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(PACE)
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    monkeypatch.setenv("TEST_PACE_S", "0.25")
+
+
 @pytest.fixture
 def experiment() -> Iterator[Callable[..., Experiment]]:
     """Compose a config from overrides, as the command line does."""

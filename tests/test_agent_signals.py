@@ -14,7 +14,7 @@ from serving import Serving, wait_for
 from slurm_bed import Bed
 from test_serve_sweep import read_sweep, stepping, sweep_file, trial_id
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("paced")]
 OPTIONS = (*TINY, "orpo.checkpoint_every_steps=10", "orpo.eval_fraction=0.2")
 PLACES: dict[str, tuple[str, ...]] = {"local": (), "slurm": ("launcher=slurm", "launcher.poll_s=0.3")}
 
@@ -48,7 +48,7 @@ def test_an_agent_that_is_told_to_end(
 ) -> None:
     """Its trial checkpoints and is preempted; the next agent goes on with it, in the same run."""
     bed: Bed | None = request.getfixturevalue("slurm") if place == "slurm" else None
-    path, run, agent, reached = begin(serving, tmp_path, 150, place, *(["--forward-signals"] if way == "forwarded" else []))
+    path, run, agent, reached = begin(serving, tmp_path, 100, place, *(["--forward-signals"] if way == "forwarded" else []))
     if way in ("forwarded", "terminated"):
         agent.terminate()  # without --forward-signals wandb's agent ends at once and says nothing to its trial
     else:
@@ -58,10 +58,10 @@ def test_an_agent_that_is_told_to_end(
     check_nothing_left(serving, tmp_path, agent, run)
     assert bed is None or bed.jobs() == []
     cut = outcome(serving, path, run)
-    assert cut["state"] == "preempted" and reached <= cut["steps"][-1] < 150
+    assert cut["state"] == "preempted" and reached <= cut["steps"][-1] < 100
     assert serving.agent(path, "second").wait(200) == 0, (tmp_path / "second.out").read_text()
     whole = outcome(serving, path, run)
-    assert whole["state"] == "finished" and whole["steps"] == list(range(whole["steps"][0], 151)), "every step once"
+    assert whole["state"] == "finished" and whole["steps"] == list(range(whole["steps"][0], 101)), "every step once"
     assert whole["name"] == cut["name"]
     attempts = [(e["event"], e.get("attempt"), e.get("state")) for e in serving.journal(path) if e["event"] != "trial"]
     assert attempts[1:] == [

@@ -346,10 +346,11 @@ def test_one_worker_runs_a_whole_sweep_and_a_crash_costs_one_trial(tmp_path: Pat
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("paced")
 def test_a_controller_that_comes_back_finds_the_worker_and_goes_on_with_it(tmp_path: Path) -> None:
     sweep = tmp_path / "outputs" / "s"
     # long enough that the trial still runs when the next controller is there
-    options = (*TINY, "name=s", "sweep.run_cap=2", "orpo.max_steps=120", "tracker=disabled")
+    options = (*TINY, "name=s", "sweep.run_cap=2", "orpo.max_steps=40", "tracker=disabled")
     controller = start(tmp_path, *options)
     wait_for(lambda: (sweep / "journal.jsonl").exists() and stepping(sweep))
     controller.kill()

@@ -16,7 +16,8 @@ from conftest import TINY
 from serving import Serving, wait_for
 from test_sweep import processes_of
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500), pytest.mark.usefixtures("paced")]
+STEPS = 160
 
 SWEEP = """\
 program: isaerft_sweep/launch.py
@@ -30,7 +31,7 @@ command: ["${{env}}", "${{interpreter}}", -m, isaerft_sweep.launch, sweep=none, 
 """
 LONG = (
     *TINY,
-    "orpo.max_steps=400",
+    f"orpo.max_steps={STEPS}",
     "orpo.eval_fraction=0.05",
     "orpo.checkpoint_every_steps=10",
     "orpo.warmup_steps=0",
@@ -145,7 +146,7 @@ def check_outcome(serving: Serving, path: str, orphan: str, bad: str, third: str
     assert found["state"] == "FINISHED" and found["expected"] == 4 and len(found["runs"]) == 4
     assert len({e["params"]["orpo.learning_rate"] for e in entries if e["event"] == "trial"}) == 4, "no point twice"
     runs = found["runs"]
-    assert runs[orphan]["state"] == "finished" and runs[orphan]["steps"][-1] == 400
+    assert runs[orphan]["state"] == "finished" and runs[orphan]["steps"][-1] == STEPS
     assert runs[bad]["state"] == "killed" and runs[bad]["summary"]["state"] == "pruned"
     first_end = next(e for e in entries if e["event"] == "end" and e["index"] == 2)
     assert first_end["state"] == "pruned", first_end

@@ -17,7 +17,7 @@ from slurm_bed import Bed
 from test_slurm_faults import ONE, past
 from test_sweep import ended_states, wait_for
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("paced")]
 OPTIONS = (*ONE, "tracker=disabled")
 
 
@@ -28,10 +28,10 @@ def cli(*arguments: str, timeout_s: float = 300) -> subprocess.CompletedProcess[
 
 def test_detach_status_attach_cancel(slurm: Bed, launch: Callable, tmp_path: Path) -> None:
     sweep = tmp_path / "outputs" / "s"
-    left = launch(*OPTIONS, "sweep.run_cap=2", "orpo.max_steps=200", "--detach")
+    left = launch(*OPTIONS, "sweep.run_cap=2", "orpo.max_steps=80", "--detach")
     assert left.returncode == 0 and "isaerft-sweep attach" in left.stdout, left.stdout + left.stderr
     controller = psutil.Process(json.loads((sweep / "controller.json").read_text())["pid"])
-    again = launch(*OPTIONS, "sweep.run_cap=2", "orpo.max_steps=200", "--detach")
+    again = launch(*OPTIONS, "sweep.run_cap=2", "orpo.max_steps=80", "--detach")
     assert again.returncode == 2 and "already run by process" in again.stderr
     wait_for(past(sweep, 20))
     status = cli("status", str(sweep)).stdout
@@ -56,7 +56,7 @@ def test_detach_status_attach_cancel(slurm: Bed, launch: Callable, tmp_path: Pat
     assert ended_states(sweep) == {"stopped": 1, "completed": 2}
     assert "none: the sweep has ended" in cli("status", str(sweep)).stdout
     spec = json.loads(next((sweep / "trials").iterdir()).joinpath("spec.json").read_text())
-    assert "orpo.max_steps=200" in spec["command"]
+    assert "orpo.max_steps=80" in spec["command"]
 
 
 def test_detach_shows_why_it_cannot(slurm: Bed, launch: Callable) -> None:
@@ -108,7 +108,7 @@ def test_the_controller_as_a_job_submits_the_rest_and_is_queued_again(slurm: Bed
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     options = [o for o in OPTIONS if o != "launcher=slurm"]
     job = subprocess.run(
-        ["sbatch", "--parsable", "--time=60", "--partition=urgent", str(template), *options, "sweep.run_cap=2", "orpo.max_steps=200"],
+        ["sbatch", "--parsable", "--time=60", "--partition=urgent", str(template), *options, "sweep.run_cap=2", "orpo.max_steps=80"],
         cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=True,
     ).stdout.strip()  # fmt: skip
     wait_for(past(sweep, 10))

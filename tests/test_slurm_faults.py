@@ -17,7 +17,7 @@ from typing import Any
 import cloudpickle
 import pytest
 import slurm_bed
-from conftest import TINY, events
+from conftest import PACE, TINY, events
 from slurm_bed import Bed
 from test_sweep import ended_states, start, statuses, stepping, wait_for
 
@@ -27,8 +27,8 @@ from isaerft_sweep.specs import LauncherSpec
 from isaerft_sweep.trial.run import run_trial
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # jobs cannot import tests
-pytestmark = pytest.mark.slow
-STEPS = 80
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("paced")]
+STEPS = 60
 ONE = (
     *TINY, "launcher=slurm", "launcher.poll_s=0.3", "launcher.slots=1", "name=s", "sweep.run_cap=1", f"orpo.max_steps={STEPS}",
     "orpo.checkpoint_every_steps=10", "orpo.eval_fraction=0.5",
@@ -96,13 +96,13 @@ def test_preemption_when_the_signal_is_swallowed(slurm: Bed, tmp_path: Path) -> 
     """As NCCL or a C extension may do; here a thread mask that the whole process inherits."""
     sweep = tmp_path / "outputs" / "s"
     (tmp_path / "sitecustomize.py").write_text(
-        "import os, signal\nif 'SLURM_STEP_ID' in os.environ and os.path.exists(os.environ['SWALLOW']):\n"
+        PACE + "import signal\nif 'SLURM_STEP_ID' in os.environ and os.path.exists(os.environ['SWALLOW']):\n"
         "    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})\n"
     )
     swallow = tmp_path / "swallow"
     swallow.touch()
     lines = f"launcher.slurm.setup=['export PYTHONPATH={tmp_path} SWALLOW={swallow}']"
-    controller = start(tmp_path, *ONE, lines, "launcher.slurm.partition=hasty", "orpo.max_steps=600")
+    controller = start(tmp_path, *ONE, lines, "launcher.slurm.partition=hasty", "orpo.max_steps=120")
     wait_for(past(sweep, 12))
     swallow.unlink()
     slurm.command("sbatch", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
@@ -116,7 +116,7 @@ def test_preemption_when_the_signal_is_swallowed(slurm: Bed, tmp_path: Path) -> 
 def test_a_time_limit_of_a_minute(slurm: Bed, tmp_path: Path) -> None:
     """Much of which the site's own setup lines take."""
     sweep = tmp_path / "outputs" / "s"
-    options = (*ONE, "launcher.timeout_min=1", "launcher.slurm.setup=['sleep 25']", "orpo.max_steps=250")
+    options = (*ONE, "launcher.timeout_min=1", "launcher.slurm.setup=['sleep 10']", "orpo.max_steps=120")
     ends = finish(start(tmp_path, *options), tmp_path, timeout_s=900)
     assert len(ends) > 1 and ends[-1]["state"] == "completed"
     assert all(e["state"] == "stopped" and not e["counted"] and e["checkpoint"] > 0 for e in ends[:-1])
@@ -162,7 +162,7 @@ def test_memory_runs_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_lost_node(slurm: Bed, tmp_path: Path) -> None:
     """Its slurmd is gone, but the worker lives on as an orphan: the attempt that takes its place must not meet it."""
     sweep = tmp_path / "outputs" / "s"
-    controller = start(tmp_path, *ONE, "orpo.max_steps=600")
+    controller = start(tmp_path, *ONE, "orpo.max_steps=100")
     orphan = wait_for(past(sweep, 12))[0]["pid"]
     slurm.kill(slurm.command("squeue", "-h", "-o", "%N").strip())
     lost = wait_for(lambda: [e for e in events(sweep) if e["event"] == "end"])[0]
@@ -335,7 +335,7 @@ def test_accounting_knows_what_squeue_has_forgotten(slurm: Bed, tmp_path: Path, 
 def test_a_suspended_job_is_not_taken_for_hung(slurm: Bed, tmp_path: Path) -> None:
     """As by gang scheduling (PreemptMode=SUSPEND) or by an administrator."""
     sweep = tmp_path / "outputs" / "s"
-    controller = start(tmp_path, *ONE, "launcher.heartbeat_s=15", "tracker=disabled", "orpo.max_steps=400")
+    controller = start(tmp_path, *ONE, "launcher.heartbeat_s=15", "tracker=disabled")
     wait_for(past(sweep, 10))
     job = job_of(sweep)
     slurm.command("scontrol", "suspend", job)

@@ -22,7 +22,7 @@ from test_sweep import ended_states, wait_for
 from isaerft_sweep.dispatch.slurm import SlurmDispatcher
 from isaerft_sweep.specs import LauncherSpec
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("paced")]
 TEMPLATES = Path(__file__).parent.parent / "slurm"
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -53,7 +53,7 @@ def test_the_workers_script(slurm: Bed, tmp_path: Path) -> None:
 def test_an_array_of_made_trials(slurm: Bed, tmp_path: Path) -> None:
     """One element is preempted by hand: it is queued again and goes on."""
     sweep = tmp_path / "outputs" / "s"
-    options = ("name=s", "sweep.method=random", "sweep.run_cap=2", "orpo.max_steps=800", f"output={tmp_path / 'outputs'}")
+    options = ("name=s", "sweep.method=random", "sweep.run_cap=2", "orpo.max_steps=100", f"output={tmp_path / 'outputs'}")
     refused = cli("make", *TINY, "name=t", f"output={tmp_path / 'outputs'}", "sweep.run_cap=2")
     assert refused.returncode == 2 and "only when none depends on another's result" in refused.stderr
     made = cli("make", *TINY, *options, "tracker=disabled")
@@ -88,7 +88,7 @@ def test_an_array_of_made_trials_is_seen_and_ended(slurm: Bed, tmp_path: Path) -
 
 def test_an_array_of_agents(slurm: Bed, serving: Serving, tmp_path: Path) -> None:
     """The real ``wandb agent`` with a server of our own; one element is preempted: queued again, its trial goes on."""
-    path = serving.sweep(sweep_file(tmp_path, (*TINY, "orpo.max_steps=400"), (0.1, 0.2)))
+    path = serving.sweep(sweep_file(tmp_path, (*TINY, "orpo.max_steps=80"), (0.1, 0.2)))
     job = sbatch(
         tmp_path, "--array=0-1", "--time=10", str(TEMPLATES / "agents.sbatch"), path, environment=serving.environment
     )
@@ -100,7 +100,7 @@ def test_an_array_of_agents(slurm: Bed, serving: Serving, tmp_path: Path) -> Non
     found = read_sweep(serving, path)
     assert found["state"] == "FINISHED" and set(found["runs"]) == set(runs)
     for run in found["runs"].values():
-        assert run["state"] == "finished" and run["steps"] == list(range(run["steps"][0], 401))
+        assert run["state"] == "finished" and run["steps"] == list(range(run["steps"][0], 81))
     attempts = sorted(e["attempt"] for e in serving.journal(path) if e["event"] == "dispatch")
     assert attempts == [1, 1, 2], "one went on"
     assert slurm.command("sacct", "-X", "-n", "-o", "State", "-j", job).split() == ["COMPLETED"] * 2

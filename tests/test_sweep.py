@@ -17,7 +17,7 @@ import pytest
 from conftest import TINY, events, launch_command, processes_of
 from wandb.proto import wandb_internal_pb2
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("paced")]
 SWEEP = (*TINY, "name=s", "sweep.run_cap=3")
 LONG = (*TINY, "name=s", "sweep.run_cap=2", "orpo.max_steps=100000", "tracker=disabled")
 
@@ -191,7 +191,7 @@ def test_ctrl_c_while_a_controller_is_sent_to_the_background_ends_it(tmp_path: P
 
 def test_kill_9_of_the_controller_loses_and_repeats_nothing(tmp_path: Path) -> None:
     sweep = tmp_path / "outputs" / "s"
-    options = (*TINY, "name=s", "sweep.run_cap=3", "orpo.max_steps=60", "tracker=disabled")
+    options = (*TINY, "name=s", "sweep.run_cap=3", "orpo.max_steps=24", "tracker=disabled")
     controller = start(tmp_path, *options)
     wait_for(lambda: (sweep / "journal.jsonl").exists() and ended_states(sweep)["completed"] == 1)
     wait_for(lambda: stepping(sweep))
@@ -208,7 +208,7 @@ def test_kill_9_of_the_controller_loses_and_repeats_nothing(tmp_path: Path) -> N
 
 def test_kill_9_of_a_worker_is_noticed_and_retried(tmp_path: Path) -> None:
     sweep = tmp_path / "outputs" / "s"
-    options = (*TINY, "name=s", "sweep.run_cap=1", "orpo.max_steps=200", "orpo.checkpoint_every_steps=5", "tracker=disabled")
+    options = (*TINY, "name=s", "sweep.run_cap=1", "orpo.max_steps=40", "orpo.checkpoint_every_steps=5", "tracker=disabled")
     controller = start(tmp_path, *options)
     victim = wait_for(lambda: [s for s in stepping(sweep) if s["step"] > 10])[0]
     os.kill(victim["pid"], signal.SIGKILL)
@@ -217,7 +217,7 @@ def test_kill_9_of_a_worker_is_noticed_and_retried(tmp_path: Path) -> None:
     assert [e["state"] for e in ends] == ["failed", "completed"]
     assert "ended without a word" in ends[0]["message"] and "step" in ends[0]["message"], "with the log's last lines"
     rows = [json.loads(line) for line in next(sweep.glob("trials/*/metrics.jsonl")).read_text().splitlines()]
-    assert [r["step"] for r in rows if "train/loss" in r] == list(range(1, 201)), "every step once, none lost"
+    assert [r["step"] for r in rows if "train/loss" in r] == list(range(1, 41)), "every step once, none lost"
 
 
 def test_a_worker_that_always_dies_is_given_up_with_the_reason(tmp_path: Path) -> None:

@@ -100,17 +100,36 @@ def wait_for(condition: Callable[[], bool], timeout_s: float = 120) -> None:
         time.sleep(0.05)
 
 
+SEVERAL_WORKERS = """
+import os, sys
+import isaerft_sweep.trial.run
+from isaerft_sweep.dispatch.job import TrialJob
+
+children = []
+for folder in sys.argv[1:]:
+    if (child := os.fork()) == 0:
+        TrialJob(folder, 1, None)()
+        os._exit(0)
+    children.append(child)
+sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
-def test_a_signal_makes_a_checkpoint_and_stops(number: int, trial: Made) -> None:
-    folder = trial(*OFF, "orpo.max_steps=100000")
-    code = f"from isaerft_sweep.dispatch.job import TrialJob; TrialJob({str(folder.path)!r}, 1, None)()"
-    worker = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_for(lambda: folder.read_status().get("step", 0) > 0)
-    os.kill(worker.pid, number)
-    assert worker.wait(60) == 0
-    assert folder.read_status()["state"] == "stopped"
-    assert list(folder.checkpoints.glob("checkpoint-*/.complete"))
+@pytest.mark.usefixtures("paced")
+def test_a_signal_makes_a_checkpoint_and_stops(trial: Made) -> None:
+    """Each of the four, to a process of its own."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+    folders = [trial(*OFF, "orpo.max_steps=100000", name=number.name) for number in numbers]
+    command = [sys.executable, "-c", SEVERAL_WORKERS, *(str(folder.path) for folder in folders)]
+    workers = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for number, folder in zip(numbers, folders, strict=True):
+        wait_for(lambda folder=folder: folder.read_status().get("step", 0) > 0)
+        os.kill(folder.read_status()["pid"], number)
+    assert workers.wait(60) == 0
+    for folder in folders:
+        assert folder.read_status()["state"] == "stopped"
+        assert list(folder.checkpoints.glob("checkpoint-*/.complete"))
 
 
 def test_a_newer_attempt_fences_off_an_older_one(trial: Made) -> None:
