@@ -3,7 +3,8 @@
     python benchmarks/throughput.py [--trials 8] [--steps 24] [--repeats 3] [--only "(i)" "resident"] [--sample 2]
 
 Each row runs the same trials (same model, data, seed, steps, learning rates) one after another and reports processor
-seconds, of the training steps alone too (forward and backward), wall seconds, largest resident memory and the metrics:
+seconds, of the training steps alone too (forward and backward; wall seconds on a GPU), wall seconds, tokens trained on per
+wall second, largest resident memory, on a GPU also the device's, and the metrics. It runs on the GPU when there is one:
 
     (i)   TRL's ORPOTrainer, the adapter as a forward hook with SAE encode, decode and error term
     (ii)  the same with the bias as x + b @ W_dec
@@ -60,80 +61,25 @@ def compose_experiment(overrides: list[str]) -> Any:
     return compose(["tracker=disabled", *overrides])
 
 
-def run_plain(experiment: Any, folder: Path, vector: bool) -> dict[str, float]:
-    """One trial as a user would write it: ORPOTrainer on the model with a small wrapper at the site."""
+def count_steps() -> list[tuple[float, int]]:
+    """From now on every training step's seconds (of the processor, or of a GPU) and tokens are added to the result."""
     import torch
-    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
-
-    import isaerft_sweep.trial  # noqa: F401
-    from isaerft_sweep.adapter.architecture import decoder_layers
-    from isaerft_sweep.adapter.sae import load_sae
-    from isaerft_sweep.models.loading import load
-    from isaerft_sweep.plain import to_dict
-    from isaerft_sweep.trial.data import load_pairs
-
-    class Steered(torch.nn.Module):
-        def __init__(self, layer: torch.nn.Module, sae: Any) -> None:
-            super().__init__()
-            self.layer, self.sae = layer, (sae,)
-            self.bias = torch.nn.Parameter(torch.zeros(sae.cfg.d_sae))
-
-        def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-            x, sae = self.layer(*args, **kwargs), self.sae[0]
-            if vector:
-                return x + self.bias @ sae.W_dec
-            latents = sae.encode(x)
-            return x + sae.decode(latents + self.bias) - sae.decode(latents)
-
-    orpo, loaded = experiment.orpo, load(experiment.model, None)
-    pairs = load_pairs(experiment.data, loaded.tokenizer, orpo.max_length)
-    site = to_dict(experiment.adapter.sites[0])
-    layers = decoder_layers(loaded.model)
-    layers[site["layer"]] = Steered(layers[site["layer"]], load_sae(site).sae)
-    args = ORPOConfig(
-        output_dir=str(folder),
-        learning_rate=orpo.learning_rate,
-        beta=orpo.beta,
-        max_length=orpo.max_length,
-        max_steps=orpo.max_steps,
-        per_device_train_batch_size=orpo.batch_size,
-        per_device_eval_batch_size=orpo.eval_batch_size,
-        gradient_accumulation_steps=orpo.gradient_accumulation,
-        warmup_steps=orpo.warmup_steps,
-        lr_scheduler_type=orpo.schedule,
-        optim="adamw_torch",
-        seed=orpo.seed,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        bf16=False,
-        gradient_checkpointing=False,
-        use_cpu=True,
-        disable_tqdm=True,
-        remove_unused_columns=False,
-    )
-    trainer = ORPOTrainer(
-        model=loaded.model,
-        args=args,
-        train_dataset=pairs.train,
-        eval_dataset=pairs.evaluation,
-        processing_class=loaded.tokenizer,
-    )
-    trainer.train()
-    found = trainer.evaluate()
-    return {"log_odds": found["eval_log_odds_chosen"], "nll": found["eval_nll_loss"]}
-
-
-def count_step_seconds() -> list[float]:
-    """From now on every training step's processor seconds are added to the list that this returns."""
     from transformers import Trainer
 
     spent, original = [], Trainer.training_step
+    on_gpu = torch.cuda.is_available()
 
-    def timed(self: Any, *args: Any, **kwargs: Any) -> Any:
-        started = time.process_time()
-        loss = original(self, *args, **kwargs)
-        spent.append(time.process_time() - started)
+    def now() -> float:
+        if not on_gpu:
+            return time.process_time()
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def timed(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        tokens = sum(int(inputs[f"{side}_attention_mask"].sum()) for side in ("chosen", "rejected"))
+        started = now()
+        loss = original(self, model, inputs, *args, **kwargs)
+        spent.append((now() - started, tokens))
         return loss
 
     Trainer.training_step = timed  # type: ignore[method-assign]
@@ -159,7 +105,8 @@ def metrics_of(trial: Any) -> dict[str, float]:
     """What a trial that has completed found."""
     assert trial.read_status()["state"] == "completed", trial.read_status()
     metrics = trial.read_status()["metrics"]
-    return {"log_odds": metrics["eval/log_odds_chosen"], "nll": metrics["eval/nll_loss"]}
+    tokens = metrics["train/num_tokens"]
+    return {"log_odds": metrics["eval/log_odds_chosen"], "nll": metrics["eval/nll_loss"], "tokens": tokens}
 
 
 def run_ours(experiment: Any, folder: Path, sweep: str, shared: Any) -> dict[str, float]:
@@ -207,22 +154,43 @@ def run_sweep(rates: list[str], overrides: list[str], folder: Path) -> list[dict
 def child(kind: str, rates: list[str], overrides: list[str], folder: Path) -> None:
     """Run the trials of ``rates`` and print what the best one found and what all cost."""
     started = time.perf_counter()
-    steps: list[float] = []
+    steps: list[tuple[float, int]] = []
     if kind == "sweep":
         results = run_sweep(rates, overrides, folder)
     elif kind.startswith("packed"):
         results = run_packed(rates, overrides, folder, int(kind.split()[1]))
     else:
-        steps = count_step_seconds()
+        steps = count_steps()
         results = run_each(kind, rates, overrides, folder)
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     cost = {
         "cpu_s": sum(u.ru_utime + u.ru_stime for u in used),
         "wall_s": time.perf_counter() - started,
         "mem_gib": max(u.ru_maxrss for u in used) / 2**20,
-        "step_s": sum(steps),
+        "step_s": sum(seconds for seconds, _ in steps),
+        # of a sweep that stops trials early only the others' are known
+        "tokens": sum(tokens for _, tokens in steps)
+        or (0 if kind == "sweep" else sum(found["tokens"] for found in results)),
+        "device_gib": device_gib(),
     }
     print(json.dumps({**max(results, key=lambda found: found["log_odds"]), **cost}))
+
+
+def device_gib() -> float:
+    """The most that this process has had allocated on the GPU; 0 without one."""
+    import torch
+
+    return torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
+
+
+def device_words() -> str:
+    """The machine's description for the table's title."""
+    import torch
+
+    machine = f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}"
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, bfloat16, {machine}"
+    return f"{machine}, float32"
 
 
 def run_each(kind: str, rates: list[str], overrides: list[str], folder: Path) -> list[dict[str, float]]:
@@ -237,6 +205,8 @@ def run_each(kind: str, rates: list[str], overrides: list[str], folder: Path) ->
         if kind in ("ours", "resident"):
             results.append(run_ours(experiment, folder, f"s{number}", kept))
         else:
+            from by_hand import run_plain
+
             results.append(run_plain(experiment, folder, kind == "vector"))
     return results
 
@@ -268,6 +238,8 @@ def run_level(kind: str, options: dict[str, str], args: argparse.Namespace) -> d
         "wall_s": sum(t["wall_s"] for t in trials) * times,
         "mem_gib": max(t["mem_gib"] for t in trials),
         "step_s": sum(t["step_s"] for t in trials) / (len(rates) * args.steps),
+        "tokens": sum(t["tokens"] for t in trials) * times,
+        "device_gib": max(t["device_gib"] for t in trials),
         **{key: max(trials, key=lambda t: t["log_odds"])[key] for key in ("log_odds", "nll")},
     }
 
@@ -289,10 +261,25 @@ def main() -> None:
     for _ in range(args.repeats):
         for name, (kind, options) in levels.items():
             results[name].append(run_level(kind, options, args))
-    machine = f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}"
-    title = f"{args.trials} trials of {args.steps} steps, {machine}, float32"
-    table = Table(title=title)
-    for column in ("", "processor s", "ratio", "a step", "ratio", "wall s", "peak GiB", "log odds", "NLL"):
+    Console(width=140).print(table_of(results, f"{args.trials} trials of {args.steps} steps, {device_words()}"))
+
+
+def table_of(results: dict[str, list[dict[str, float]]], title: str) -> Table:
+    """Medians over the repeats, and ratios to the first row."""
+    table = Table(title=f"{title}, median of {len(next(iter(results.values())))}")
+    for column in (
+        "",
+        "processor s",
+        "ratio",
+        "a step",
+        "ratio",
+        "wall s",
+        "tokens/s",
+        "peak GiB",
+        "GPU GiB",
+        "log odds",
+        "NLL",
+    ):
         table.add_column(column, justify="left" if not column else "right")
     first = {key: statistics.median(r[key] for r in next(iter(results.values()))) for key in ("cpu_s", "step_s")}
     for name, runs in results.items():
@@ -304,11 +291,13 @@ def main() -> None:
             f"{middle['step_s']:.2f}" if middle["step_s"] else "",
             f"{first['step_s'] / middle['step_s']:.2f}×" if middle["step_s"] else "",
             f"{middle['wall_s']:.1f}",
+            f"{middle['tokens'] / middle['wall_s']:.0f}" if middle["tokens"] else "",
             f"{middle['mem_gib']:.2f}",
+            f"{middle['device_gib']:.2f}" if middle["device_gib"] else "",
             f"{middle['log_odds']:.4f}",
             f"{middle['nll']:.4f}",
         )
-    Console(width=120).print(table)
+    return table
 
 
 if __name__ == "__main__":

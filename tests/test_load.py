@@ -25,6 +25,9 @@ def in_cache(cache: Path, name: str, folder: Path) -> None:
     shutil.copytree(folder, place / "snapshots" / COMMIT)
     (place / "refs").mkdir()
     (place / "refs" / "main").write_text(COMMIT)
+    if not (folder / "config.json").exists():  # how the client remembers that the Hub has no such file
+        (place / ".no_exist" / COMMIT).mkdir(parents=True)
+        (place / ".no_exist" / COMMIT / "config.json").touch()
 
 
 @pytest.mark.slow

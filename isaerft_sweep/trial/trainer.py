@@ -251,4 +251,6 @@ def resolve_optimizer(name: str) -> str:
     if name != "auto":
         return name
     eight_bit = torch.cuda.is_available() and importlib.util.find_spec("bitsandbytes") is not None
+    if torch.cuda.is_available() and not eight_bit:
+        print("orpo.optimizer=auto: bitsandbytes is not installed (the extra `gpu`), so AdamW is torch's", flush=True)
     return "paged_adamw_8bit" if eight_bit else "adamw_torch"
