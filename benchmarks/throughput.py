@@ -148,7 +148,8 @@ def run_sweep(rates: list[str], overrides: list[str], folder: Path) -> list[dict
     from isaerft_sweep.journal.folders import COMPLETED, TrialFolder
 
     trials = [TrialFolder(path) for path in sorted((folder / "s" / "trials").iterdir())]
-    return [metrics_of(trial) for trial in trials if trial.read_status()["state"] == COMPLETED]
+    completed = [metrics_of(trial) for trial in trials if trial.read_status()["state"] == COMPLETED]
+    return [{**found, "tokens": 0} for found in completed]  # what the others were trained on is not known
 
 
 def child(kind: str, rates: list[str], overrides: list[str], folder: Path) -> None:
@@ -168,9 +169,7 @@ def child(kind: str, rates: list[str], overrides: list[str], folder: Path) -> No
         "wall_s": time.perf_counter() - started,
         "mem_gib": max(u.ru_maxrss for u in used) / 2**20,
         "step_s": sum(seconds for seconds, _ in steps),
-        # of a sweep that stops trials early only the others' are known
-        "tokens": sum(tokens for _, tokens in steps)
-        or (0 if kind == "sweep" else sum(found["tokens"] for found in results)),
+        "tokens": sum(tokens for _, tokens in steps) or sum(found["tokens"] for found in results),
         "device_gib": device_gib(),
     }
     print(json.dumps({**max(results, key=lambda found: found["log_odds"]), **cost}))

@@ -31,12 +31,36 @@ BOUNDS = {"float32": {"rel": 2e-4, "abs": 2e-5}, "bfloat16": {"abs": 3 * 2**-5}}
 """TRL takes means and differences of log-probabilities in the model's own type: bfloat16's steps are 2^-5 between 4 and 8."""
 
 
+GRADIENTS = {"float32": 1e-3, "bfloat16": 0.1}
+"""How far the gradients of a step may be apart, relative to their size; from the second step on the adapters differ too."""
+
+
 class Collect(TrainerCallback):
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         self.rows.append({"step": state.global_step, **logs})
+
+
+@pytest.fixture
+def gradients(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """What AdamW is given from now on, of all trained parameters in one vector, step by step."""
+    seen: list[torch.Tensor] = []
+    step = torch.optim.AdamW.step
+
+    def noted(self: torch.optim.AdamW, *args: Any, **kwargs: Any) -> Any:
+        found = [
+            p.grad.detach().flatten().float().clone()
+            for group in self.param_groups
+            for p in group["params"]
+            if p.grad is not None
+        ]
+        seen.append(torch.cat(found))
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+    return seen
 
 
 def as_a_user_would(folder: TrialFolder, output: Path) -> list[dict[str, float]]:
@@ -55,7 +79,8 @@ def as_a_user_would(folder: TrialFolder, output: Path) -> list[dict[str, float]]
         def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
             x = self.layer(*args, **kwargs)
             f = sae.encode(x)
-            return x + (sae.decode(f + self.bias) - sae.decode(f)).to(x.dtype)
+            changed = f + self.bias if experiment.adapter.kind == "bias" else f * (1 + self.bias)
+            return x + (sae.decode(changed) - sae.decode(f)).to(x.dtype)
 
     layers = decoder_layers(loaded.model)
     layers[site["layer"]] = Steered(layers[site["layer"]])
@@ -75,27 +100,50 @@ def as_a_user_would(folder: TrialFolder, output: Path) -> list[dict[str, float]]
     return seen.rows
 
 
-LEVELS = {"whole": (0, False), "trunk": (1, False), "logits": (0, True), "trunk and logits": (1, True)}
+LEVELS = {
+    "whole": (0, False, False),
+    "trunk": (1, False, False),
+    "logits": (0, True, False),
+    "prompts": (0, True, True),
+    "all": (1, True, True),
+}
+"""Reused trunk, lean logits, shared prompts."""
 FAMILIES = ["llama", "gemma2", "gemma3_text", "qwen2", "qwen3", "gpt_neox"]
 
 
-@pytest.mark.parametrize(("family", "dtype"), [*((family, "float32") for family in FAMILIES), ("llama", "bfloat16")])
+@pytest.mark.parametrize(
+    ("family", "dtype", "kind"),
+    [*((family, "float32", "bias") for family in FAMILIES), ("llama", "bfloat16", "bias"), ("gemma2", "float32", "scale")],
+)
 @pytest.mark.slow
-def test_the_numbers_are_trls(family: str, dtype: str, trial: Made, tmp_path: Path) -> None:
-    """At every level of reuse."""
+def test_the_numbers_are_trls(
+    family: str, dtype: str, kind: str, trial: Made, tmp_path: Path, gradients: list[torch.Tensor]
+) -> None:
+    """At every level of reuse, gradients too."""
     theirs: list[dict[str, float]] = []
-    for level, (trunk_gb, lean) in LEVELS.items():
+    expected: list[torch.Tensor] = []
+    for level, (trunk_gb, lean, prompts) in LEVELS.items():
         folder = trial(
             *OFF,
             f"model.architecture={family}",
             f"model.dtype={dtype}",
             f"launcher.trunk_cache_gb={trunk_gb}",
             f"launcher.lean_logits={lean}",
+            f"launcher.share_prompts={prompts}",
+            f"adapter={kind}",
             "orpo.eval_untrained=never",
             name=level.replace(" ", "-"),
         )
+        gradients.clear()
         assert run_trial(folder, 1) == "completed"
-        theirs = theirs or [row for row in as_a_user_would(folder, tmp_path / "trl") if "train_runtime" not in row]
+        given = list(gradients)
+        if not theirs:
+            gradients.clear()
+            theirs = [row for row in as_a_user_would(folder, tmp_path / "trl") if "train_runtime" not in row]
+            expected = list(gradients)
+        assert len(given) == len(expected) == 4
+        for mine, plain in zip(given, expected, strict=True):
+            assert float((mine - plain).norm() / plain.norm()) < GRADIENTS[dtype], level
         ours = rows_of(folder)
         assert len(ours) == len(theirs) == 5
         for mine, plain in zip(ours, theirs, strict=True):

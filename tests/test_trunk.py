@@ -11,8 +11,9 @@ import pytest
 from test_resident import rows_of, serve
 
 from isaerft_sweep.journal.folders import TrialFolder
-from isaerft_sweep.journal.workers import WorkerFolder
+from isaerft_sweep.journal.workers import Task, WorkerFolder
 from isaerft_sweep.trial.above_site import AboveSite
+from isaerft_sweep.trial.resident import serve_trials
 from isaerft_sweep.trial.run import run_trial
 from isaerft_sweep.trial.trunk import NotStored, _make_room
 
@@ -125,3 +126,29 @@ def test_of_many_pairs_and_few_steps_only_what_is_reached_is_stored(
         for row, expected in zip(rows_of(mine), rows_of(other), strict=True):
             shared = {key: row[key] for key in expected if "logits" not in key}
             assert shared == pytest.approx({key: expected[key] for key in shared}, rel=1e-4, abs=1e-5)
+
+
+SAE = "sae_release: isaerft-sweep, sae_id: random-64x256"
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_several_sites_are_reused_from_the_lowest_on(packed: bool, trial: Made, tmp_path: Path) -> None:
+    options = (*OFF, f"adapter.sites=[{{layer: 2, {SAE}}}, {{layer: 1, {SAE}}}]", "orpo.learning_rate=0.1")
+    whole = [trial(*options, "launcher.trunk_cache_gb=0", f"orpo.beta={b}", name=f"whole{b}") for b in (0.1, 0.5)]
+    reused = [trial(*options, f"launcher.scratch={tmp_path}/s", f"orpo.beta={b}", name=f"reused{b}") for b in (0.1, 0.5)]
+    assert [run_trial(one, 1) for one in whole] == ["completed"] * 2
+    if packed:
+        folder = WorkerFolder(tmp_path / "worker")
+        for one in reused:
+            folder.claim(Task(str(one.path), 1), room=None)
+        folder.claim(Task(None), room=None)
+        assert serve_trials(folder, packed=2) == 2
+    else:
+        assert [run_trial(one, 1) for one in reused] == ["completed"] * 2
+    for mine, other in zip(reused, whole, strict=True):
+        assert len(rows_of(mine)) == len(rows_of(other)) == 6
+        for row, expected in zip(rows_of(mine), rows_of(other), strict=True):
+            shared = {key: row[key] for key in expected if "logits" not in key}
+            assert shared == pytest.approx({key: expected[key] for key in shared}, rel=1e-4, abs=1e-5)
+        entry = next(path for path in (tmp_path / "s").iterdir() if path.is_dir())
+        assert len(list(entry.glob("values.npy"))) == 1
