@@ -176,6 +176,9 @@ def test_a_trial_goes_on_while_its_server_is_away(serving: Serving, tmp_path: Pa
         f"local/orpo-isaerft-sweep/{run_id}",
     )
     assert json.loads(done.stdout.splitlines()[-1]) == list(range(0, 121)), done.stderr
+    made = events(tmp_path / "outputs" / "s")[0]["sweep_id"]
+    known = read_sweep(serving, f"local/orpo-isaerft-sweep/{made}")
+    assert known["state"] == "FINISHED" and set(known["runs"]) == {run_id}, "the server was told of the sweep at its start"
 
 
 def test_a_trial_whose_server_stays_away_ends_and_is_uploaded_later(serving: Serving, tmp_path: Path) -> None:

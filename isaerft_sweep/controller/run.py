@@ -34,6 +34,7 @@ from isaerft_sweep.search.pruning import evaluations, make_pruner, rungs
 from isaerft_sweep.search.sampler import Asked, GivenPoints, Sampler
 from isaerft_sweep.search.sweep_file import Metric, SweepDefinition
 from isaerft_sweep.specs import Experiment, LauncherSpec
+from isaerft_sweep.tracking.announce import create_sweep, finish_sweep
 
 INTERRUPTED = 130
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
@@ -85,7 +86,12 @@ def run_trials(
         if ended < trials and check:
             console.print("checking model, SAE and data; the first time may download or convert the model", style="dim")
             print_facts(console, known_trial_needs(*variants(experiment, definition)))
-        begin_sweep(experiment, definition, folder, journal, asked, given.sweep_id if given else None)
+        online = experiment.tracker.mode == "wandb" and given is None and bool(definition.raw)
+        sweep_id = given.sweep_id if given else None
+        if online and not journal.record.sweep_id:
+            write_question(experiment, definition, folder)
+            sweep_id = create_sweep(folder.definition, experiment.tracker)
+        begin_sweep(experiment, definition, folder, journal, asked, sweep_id)
         stop = StopRequest(folder.cancel, given.agent if given else None)
         with stop.heard(), presence(folder, trials, overrides), Progress(console, definition.metric.name, trials) as view:
             sweep_id = journal.record.sweep_id
@@ -100,6 +106,8 @@ def run_trials(
                     controller.run()
             finally:
                 dispatcher.close()
+        if online and all(record.ended for record in journal.record.trials.values()):
+            finish_sweep(journal.record.sweep_id, experiment.tracker)
         whole = given.whole if given else folder
         return conclude(console, whole, journal, trials, stop.urgency > 0, show)
     finally:
