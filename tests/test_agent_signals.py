@@ -42,6 +42,12 @@ def outcome(serving: Serving, path: str, run: str) -> dict[str, Any]:
     return dict(found[run])
 
 
+def preempted(tmp_path: Path, run: str, reached: int) -> dict[str, Any] | None:
+    """The status of the run's second attempt, once that has got further than the first."""
+    status = stepping(tmp_path, run, least=reached + 1)
+    return status if status and status["attempt"] == 2 else None
+
+
 @pytest.mark.parametrize(("place", "way"), [("local", "terminated"), ("local", "ctrl-c twice"), ("slurm", "forwarded")])
 def test_an_agent_that_is_told_to_end(
     place: str, way: str, serving: Serving, tmp_path: Path, request: pytest.FixtureRequest
@@ -49,6 +55,9 @@ def test_an_agent_that_is_told_to_end(
     """Its trial checkpoints and is preempted; the next agent goes on with it, in the same run."""
     bed: Bed | None = request.getfixturevalue("slurm") if place == "slurm" else None
     path, run, agent, reached = begin(serving, tmp_path, 100, place, *(["--forward-signals"] if way == "forwarded" else []))
+    if bed is not None:  # its launch submits a new job by itself, for the same run
+        bed.command("sbatch", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+        reached = int(wait_for(lambda: preempted(tmp_path, run, reached))["step"])
     if way in ("forwarded", "terminated"):
         agent.terminate()  # without --forward-signals wandb's agent ends at once and says nothing to its trial
     else:

@@ -1,7 +1,8 @@
-"""Loading an adapter by its name on the Hub, from the Hub's cache."""
+"""What comes from the Hub: an adapter by its name, a data set with slices, a tokenizer of another repository."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -13,7 +14,9 @@ from transformers import AutoTokenizer
 
 from isaerft_sweep.adapter import load_model
 from isaerft_sweep.journal.folders import TrialFolder
-from isaerft_sweep.models.loading import load
+from isaerft_sweep.models.loading import load, load_tokenizer
+from isaerft_sweep.plain import overrides
+from isaerft_sweep.trial.data import load_pairs
 from isaerft_sweep.trial.run import run_trial
 
 COMMIT = "b" * 40
@@ -55,3 +58,48 @@ def test_an_adapter_from_the_hub_brings_its_own_tokenizer(
     assert model.config.name_or_path == "lab/base"
     assert AutoTokenizer.from_pretrained("lab/base").chat_template is None
     assert tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+
+
+@pytest.mark.slow
+def test_a_data_set_with_slices_and_another_models_tokenizer(
+    trial: Callable[..., TrialFolder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `model=gemma-2-2b data=ultrafeedback`, with folders in the place of repositories."""
+    data, made = tmp_path / "pairs", Path(os.environ["ISAERFT_CACHE"]) / "models" / "tiny-llama"
+    data.mkdir()
+    for split, count in (("train", 40), ("test", 20)):
+        rows = [
+            {
+                side: [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": words}]
+                for side, words in (("chosen", "Gladly."), ("rejected", "No."))
+            }
+            for i in range(count)
+        ]
+        (data / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    load(trial("tracker=disabled", name="makes").read_spec().experiment.model, None)
+    base, instruct = tmp_path / "base", tmp_path / "instruct"
+    for folder in (base, instruct):
+        shutil.copytree(made, folder)
+    bare = AutoTokenizer.from_pretrained(base)
+    bare.chat_template = None
+    (base / "chat_template.jinja").unlink(missing_ok=True)
+    bare.save_pretrained(base)
+    options = (
+        "data=ultrafeedback", "orpo=quick",
+        *overrides({
+            "data.name": str(data), "data.train_split": "train[:12]", "data.eval_split": "test[:50%]",
+            "data.train_size": None, "data.eval_size": None,
+            "model.source": "hub", "model.name": str(base), "model.tokenizer": str(instruct),
+        }),
+    )  # fmt: skip
+    folder = trial("tracker=disabled", *options, "orpo.max_steps=3", name="hub")
+    assert run_trial(folder, 1) == "completed", folder.read_status()
+    assert len(folder.read_evaluation()["trained"]["pairs"]) == 10
+    assert "12 pairs to train on, 10 held out" in describe(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder.adapter)
+    assert tokenizer.chat_template is not None, "the adapter keeps the tokenizer that it was trained with"
+
+
+def describe(folder: TrialFolder) -> str:
+    experiment = folder.read_spec().experiment
+    return load_pairs(experiment.data, load_tokenizer(experiment.model, None), experiment.orpo.max_length).summary

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 from isaerft_sweep.models import random_model
@@ -47,3 +50,29 @@ def test_without_a_gradient_none_is_computed(cache: Path) -> None:
     with torch.no_grad():
         logps, _ = module.token_logps(torch.zeros(3, 5), torch.tensor([0, 1, 2]), head, 5)
     torch.testing.assert_close(logps, torch.full((3,), -torch.log(torch.tensor(5.0)).item()))
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest tensor that anything computes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+def test_a_vocabulary_of_256k_does_not_set_the_memory() -> None:
+    """Forward and backward: no tensor is larger than a chunk of logits, where all logits would be five times that."""
+    vocabulary, positions = 2**18, 640
+    weight = torch.randn(vocabulary, 8)
+    hidden = torch.randn(positions, 8, requires_grad=True)
+    targets = torch.randint(0, vocabulary, (positions,))
+    with Largest() as largest:
+        logps, _ = module.token_logps(hidden, targets, lambda part: part @ weight.T, vocabulary)
+        logps.sum().backward()
+    assert largest.elements == module.CHUNK_ELEMENTS and positions * vocabulary == 5 * module.CHUNK_ELEMENTS
+    assert hidden.grad is not None and bool(hidden.grad.isfinite().all())

@@ -74,12 +74,15 @@ class Progress:
 
 
 def trial_table(records: list[TrialRecord], statuses: dict[int, dict[str, Any]], metric: str) -> Table:
-    """One row per trial, the latest ``SHOWN_ROWS``."""
+    """One row per trial: those under way, and of the others the latest, ``SHOWN_ROWS`` in all."""
+    under_way = [record for record in records if record.state == "queued"][:SHOWN_ROWS]
+    others = [record for record in records if record.state != "queued"]
+    shown = sorted(under_way + others[max(0, len(others) - SHOWN_ROWS + len(under_way)) :], key=lambda r: r.index)
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name, justify in (("#", "right"), ("state", "left"), ("lr", "right"), ("beta", "right"), ("step", "right"),
                           ("loss", "right"), (short_name(metric), "right"), ("time left", "right")):  # fmt: skip
         table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-    for record in records[-SHOWN_ROWS:]:
+    for record in shown:
         status = statuses.get(record.index, {})
         state = status.get("state", record.state) if record.state == "queued" else record.state
         params = record.point.params
