@@ -164,18 +164,8 @@ def main() -> None:
     register()
     title = f"{args.trials:,} trials on {args.workers:,} simulated workers, {platform.processor() or platform.machine()}"
     table = Table(title=title)
-    columns = (
-        "median trial s",
-        "idle",
-        "sweep h",
-        "completed",
-        "deaths",
-        "refused",
-        "kills",
-        "lost",
-        "doubled",
-        "controller ms/trial",
-    )
+    counts = ("completed", "deaths", "refused", "kills", "lost", "doubled")
+    columns = ("median trial s", "idle", "sweep h", *counts, "controller ms/trial")
     for name in columns:
         table.add_column(name, justify="right")
     for median_s in args.median_s:
