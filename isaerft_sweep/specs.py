@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -222,6 +223,14 @@ class TrialSpec:
         experiment = from_mapping(Experiment, raw["experiment"], "")
         rest = {k: v for k, v in raw.items() if k != "experiment"}
         return cls(**{**rest, "tags": tuple(raw["tags"]), "experiment": experiment})
+
+
+def total_steps(spec: OrpoSpec, pairs: int) -> int:
+    """Optimiser steps of a whole run over ``pairs`` training pairs, as Trainer counts them."""
+    if spec.max_steps > 0:
+        return spec.max_steps
+    per_epoch = math.ceil(math.ceil(pairs / spec.batch_size) / spec.gradient_accumulation)
+    return math.ceil(spec.epochs * max(per_epoch, 1))
 
 
 def split_key(key: str) -> tuple[str, str]:

@@ -47,8 +47,11 @@ TINY = (
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One cache of tiny models and trunks for all tests of a process."""
-    return tmp_path_factory.mktemp("cache")
+    """One cache of tiny models, trunks and checks for all tests, of all processes that run them."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "cache"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,7 @@ def checks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Experiment]:
 
     def check(experiment: Experiment, *others: Experiment) -> dict[str, int]:
         made.append(experiment)
-        if experiment.orpo.max_steps == 13:
+        if experiment.orpo.max_length == 130:
             raise ModelError("it cannot be had")
         return {"steps": len(made)}
 
@@ -42,8 +42,10 @@ def kept(tmp_path: Path) -> list[Path]:
 def test_the_same_is_checked_once(checks: list[Experiment], experiment: Composed, tmp_path: Path) -> None:
     for _ in range(3):
         assert preflight.known_trial_needs(experiment(*TINY)) == {"steps": 1}
-    assert preflight.known_trial_needs(experiment(*TINY, "launcher.slots=7")) == {"steps": 1}, "no trial depends on it"
-    for change in ("orpo.max_steps=5", "adapter=mlp", "data.eval_size=9", "model.dtype=float16", "launcher.compile=true"):
+    assert preflight.known_trial_needs(experiment(*TINY, "launcher.slots=7", "orpo.max_steps=9")) == {"steps": 1}, (
+        "not looked at"
+    )
+    for change in ("orpo.max_length=200", "adapter=mlp", "data.eval_size=9", "model.dtype=float16", "launcher.compile=true"):
         assert preflight.known_trial_needs(experiment(*TINY, change)) == {"steps": len(checks)}
     assert len(checks) == 6
 
@@ -51,7 +53,7 @@ def test_the_same_is_checked_once(checks: list[Experiment], experiment: Composed
 def test_an_error_is_found_again(checks: list[Experiment], experiment: Composed, tmp_path: Path) -> None:
     for _ in range(2):
         with pytest.raises(ModelError):
-            preflight.known_trial_needs(experiment(*TINY, "orpo.max_steps=13"))
+            preflight.known_trial_needs(experiment(*TINY, "orpo.max_length=130"))
     assert len(checks) == 2 and kept(tmp_path) == []
 
 
@@ -88,7 +90,7 @@ def test_an_old_a_torn_and_a_lost_check_do_not_count(checks: list[Experiment], e
         assert preflight.known_trial_needs(composed) == {"steps": len(checks)}
     assert len(checks) == 5
     os.utime(path, (1, 1))
-    preflight.known_trial_needs(replace(composed, orpo=replace(composed.orpo, max_steps=5)))
+    preflight.known_trial_needs(replace(composed, orpo=replace(composed.orpo, max_length=5)))
     assert len(kept(tmp_path)) == 1, "what is too old is removed"
 
 

@@ -26,8 +26,8 @@ GOOD_FOR_S = 3600.0
 """How long a check counts. What the Hub's cache holds can change under it, local files and versions cannot."""
 PLACES = ("name", "tokenizer", "path", "eval_path", "sae_path")
 """Options that may name a local file or folder."""
-READ = ("optimizer", "max_length", "max_steps", "epochs", "batch_size", "gradient_accumulation")
-"""What of ``orpo`` the check reads: learning rate and beta are each trial's own."""
+READ = ("optimizer", "max_length")
+"""What of ``orpo`` the check reads."""
 ENVIRONMENT = ("HF_", "TRANSFORMERS_", "CUDA_", "HOME", "XDG_", "PATH", "CC", "CXX")
 """Beginnings of variables that say where models, data and compilers are."""
 

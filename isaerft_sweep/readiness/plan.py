@@ -23,7 +23,7 @@ from isaerft_sweep.readiness.calibrate import Estimate, calibrate, from_earlier_
 from isaerft_sweep.results.axes import LOG_FAMILIES
 from isaerft_sweep.search.distributions import Categorical, Constant, Distribution
 from isaerft_sweep.search.sampler import STARTUP, Point
-from isaerft_sweep.specs import Experiment
+from isaerft_sweep.specs import Experiment, total_steps
 
 WIDTH = 32
 """Characters of a parameter's axis."""
@@ -45,7 +45,7 @@ def plan(console: Console, experiment: Experiment, calibrating: bool) -> None:
     console.print("\n".join(lines), soft_wrap=True, highlight=False)
     estimate = from_earlier_sweeps(experiment, list(definition.parameters))
     if calibrating:
-        steps = int(known_trial_needs(experiment)["steps"])
+        steps = total_steps(experiment.orpo, int(known_trial_needs(experiment)["pairs"]))
         estimate = calibrate(experiment, definition, points[0], steps)
     most = "at most " if definition.early_terminate or (calibrating and experiment.launcher.packed != 1) else ""
     console.print(time_words(estimate, trials, workers, gpus, most), soft_wrap=True, highlight=False)

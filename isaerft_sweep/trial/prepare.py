@@ -23,7 +23,7 @@ from isaerft_sweep.models.loading import load_config, load_tokenizer
 from isaerft_sweep.plain import canonical_json, from_mapping, to_dict
 from isaerft_sweep.specs import Experiment
 from isaerft_sweep.trial.data import load_pairs
-from isaerft_sweep.trial.trainer import OPTIMIZERS, adapter_config, total_steps
+from isaerft_sweep.trial.trainer import OPTIMIZERS, adapter_config
 
 T = TypeVar("T")
 
@@ -61,7 +61,7 @@ def prepare(experiment: Experiment, seen: dict[str, Any] | None = None) -> dict[
         "model": f"{model.name}: {text.num_hidden_layers} layers, hidden size {text.hidden_size}",
         "saes": saes,
         "data": f"{data.path or data.name}: {pairs.summary}",
-        "steps": total_steps(experiment.orpo, len(pairs.train)),
+        "pairs": len(pairs.train),
     }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 import shutil
 from collections.abc import Callable
 from itertools import islice
@@ -23,7 +22,7 @@ from isaerft_sweep.journal.folders import PairScores
 from isaerft_sweep.models.loading import LoadedModel
 from isaerft_sweep.plain import to_dict
 from isaerft_sweep.search.pruning import steps_between
-from isaerft_sweep.specs import AdapterSpec, OrpoSpec
+from isaerft_sweep.specs import AdapterSpec, OrpoSpec, total_steps
 from isaerft_sweep.trial.data import Pairs
 from isaerft_sweep.trial.layout import Batch
 from isaerft_sweep.trial.passes import Passes
@@ -146,14 +145,6 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     """The whole checkpoints in ``folder``, oldest first."""
     found = [mark.parent for mark in folder.glob(f"checkpoint-*/{COMPLETE}")]
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
-
-
-def total_steps(spec: OrpoSpec, pairs: int) -> int:
-    """Optimiser steps of a whole run over ``pairs`` training pairs, as Trainer counts them."""
-    if spec.max_steps > 0:
-        return spec.max_steps
-    per_epoch = math.ceil(math.ceil(pairs / spec.batch_size) / spec.gradient_accumulation)
-    return math.ceil(spec.epochs * max(per_epoch, 1))
 
 
 def attach_adapter(loaded: LoadedModel, spec: AdapterSpec, seed: int, revision: str | None = None) -> peft.PeftModel:
