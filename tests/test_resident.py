@@ -76,20 +76,21 @@ def test_a_trial_has_the_same_numbers_after_others_in_one_process(
 
 @pytest.mark.slow
 def test_the_model_and_the_data_are_loaded_once(trial: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import isaerft_sweep.trial.reuse as reuse
     import isaerft_sweep.trial.run as run
 
     calls: Counter[str] = Counter()
     rows: list[int] = []
     tokenise = TrialTrainer.tokenize_row
     monkeypatch.setattr(TrialTrainer, "tokenize_row", lambda self, *a, **k: rows.append(1) or tokenise(self, *a, **k))
-    for name in ("load", "load_pairs", "stored_trunk"):
-        original = getattr(run, name)
+    for place, name in ((run, "load"), (run, "load_pairs"), (reuse, "stored_trunk")):
+        original = getattr(place, name)
 
         def counted(*args: Any, name: str = name, original: Any = original) -> Any:
             calls[name] += 1
             return original(*args)
 
-        monkeypatch.setattr(run, name, counted)
+        monkeypatch.setattr(place, name, counted)
     trials = [trial(*OFF, f"orpo.beta={i + 1}.0", name=f"t{i}") for i in range(3)]
     assert serve(WorkerFolder(tmp_path / "worker"), trials) == 3
     assert calls == {"load": 1, "load_pairs": 1, "stored_trunk": 1}
@@ -299,6 +300,7 @@ def test_a_worker_told_to_stop_within_a_step_is_given_nothing_more(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_memory_does_not_grow_over_100_trials(trial: Made, tmp_path: Path) -> None:
     shared = (
         "orpo.max_steps=1",

@@ -138,7 +138,7 @@ def test_kill_9_of_a_worker_without_accounting(tmp_path: Path, monkeypatch: pyte
         ends = finish(controller, tmp_path)
         assert [e["state"] for e in ends] == ["failed", "completed"]
         assert "ended without a word (SLURM: FAILED" in ends[0]["message"]
-        assert re.search(r"step \d+/80: train/loss", ends[0]["message"]), "its last lines"
+        assert re.search(rf"step \d+/{STEPS}: train/loss", ends[0]["message"]), "its last lines"
     check_same_as_alone(sweep, tmp_path)
 
 

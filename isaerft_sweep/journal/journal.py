@@ -78,8 +78,9 @@ class SweepRecord:
 
     def _on_end(self, event: Mapping[str, Any]) -> None:
         trial = self.trials[event["index"]]
-        if trial.job is not None and event["seconds"] > 0 and "time" in event:
-            worker = str(trial.job.get("worker", trial.job.get("id", f"trial {trial.index}")))
+        if event["seconds"] > 0 and "time" in event:
+            job = trial.job or {}  # none: an array that no controller started
+            worker = str(job.get("worker", job.get("id", f"trial {trial.index}")))
             trial.spans.append((worker, event["time"] - event["seconds"], event["time"]))
         trial.job, trial.state, trial.message = None, event["state"], event["message"]
         trial.metric, trial.given_up = event["metric"], event["given_up"]
