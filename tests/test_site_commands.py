@@ -105,7 +105,7 @@ def test_plan_says_what_would_be_and_submits_nothing(slurm: Bed, tmp_path: Path)
     wrong = cli("plan", *options, *cluster, "launcher.slurm.partition=mian")
     assert wrong.returncode == 2 and "Did you mean 'main'?" in wrong.stderr
     reckoned = cli("plan", *options, *cluster, "--calibrate")
-    assert re.search(r"a trial \(4 steps, run just now\): .* GPU-hours together", reckoned.stdout.replace("\n", " ")), (
+    assert re.search(r"a trial \(4 steps, run just now by itself\): .* GPU-hours together", reckoned.stdout.replace("\n", " ")), (
         reckoned.stdout
     )
     calibrated = known() - before
