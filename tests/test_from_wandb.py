@@ -10,6 +10,7 @@ import pytest
 from stand_ins import StandInWandb, served
 
 from isaerft_sweep.cli import main
+from isaerft_sweep.results.from_wandb import read_wandb_sweep
 
 CONFIG = """\
 method: random
@@ -53,6 +54,8 @@ def test_leaderboard_and_best(wandb_api: StandInWandb, capsys: pytest.CaptureFix
     assert capsys.readouterr().out.strip() == "orpo.learning_rate=3.0000000000000004e-05 orpo.beta=0.15000000000000002"
     assert main(["best", "wandb:e/p/abcd1234", "--metric", "eval/log_odds_chosen", "--as", "overrides"]) == 0
     assert capsys.readouterr().out.strip() == "orpo.learning_rate=1e-05 orpo.beta=0.05"
+    costs = [entry.device_s for entry in read_wandb_sweep("e/p/abcd1234").entries]
+    assert sorted(costs) == [0, 60, 60, 60], "the runs' own time: what they shared is not known"
     assert main(["best", "wandb:e/p/abcd1234", "--as", "path"]) == 2
     assert "is in W&B, not on this machine" in capsys.readouterr().err
 

@@ -92,7 +92,7 @@ def _entry(index: int, run: Any, sweep: Mapping[str, Any]) -> Entry:
     runtime = summary.get("_runtime", 0)
     record = TrialRecord(index, run.name, run.id, Point(params), state=STATES.get(run.state, run.state))
     record.seconds = float(runtime) if _is_number(runtime) else 0.0
-    return Entry(record, metrics, {}, state=record.state)
+    return Entry(record, metrics, {}, state=record.state, device_s=record.seconds)
 
 
 def _plain(summary: Any) -> dict[str, Any]:
