@@ -16,6 +16,6 @@ nox.options.default_venv_backend = "venv"
 @nox.session(name="wandb")
 @nox.parametrize("version", VERSIONS, ids=VERSIONS)
 def wandb(session: nox.Session, version: str) -> None:
-    """Sweep, agent, preemption, pause, resume, cancel, offline runs."""
+    """Sweep, agent, preemption, pause, resume, cancel, offline runs, a trial's own tracker."""
     session.install(f"wandb=={version}")
     session.run(sys.executable, "tests/compatibility.py", session.bin, external=True)

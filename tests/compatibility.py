@@ -17,6 +17,12 @@ from pathlib import Path
 
 from serving import Serving, wait_for
 
+from isaerft_sweep.config.command import compose
+from isaerft_sweep.journal.files import write_json
+from isaerft_sweep.plain import to_dict
+from isaerft_sweep.specs import TrialSpec
+from isaerft_sweep.tracking.run import ADAPTER_FILES
+
 PROGRAM = """\
 import os, sys, time, wandb
 run = wandb.init(resume="allow", settings=wandb.Settings(silent=True))
@@ -53,6 +59,31 @@ run = wandb.init(id="offline1", project="demo", name="kept", settings=wandb.Sett
 for step in range(3):
     run.log({"loss": step}, step=step)
 run.finish()
+"""
+
+TRACKER = """\
+import json, sys
+from pathlib import Path
+from isaerft_sweep.specs import TrialSpec
+from isaerft_sweep.tracking.run import WandbRun
+
+spec, again = TrialSpec.from_json(json.loads(Path("spec.json").read_text())), sys.argv[1] == "again"
+run = WandbRun(spec, Path("tracked"), offline=False)
+assert not run.lost and run.told and run.sweep_url
+for step in range(4):  # a second attempt hands over what the first one may not have got rid of
+    (run.replay if again else run.log)({"loss": 1 / (1 + step)}, step)
+if again:
+    run.log({"loss": 0.1}, 4)
+    run.log_adapter(Path("adapter"), spec.model_name)
+run.finish({"state": "completed" if again else "stopped"}, exit_code=0 if again else 1, preempted=not again)
+assert not run.lost
+"""
+"""A trial's own tracker, in two attempts."""
+TOLD = """\
+import json, sys, wandb
+run = wandb.Api().run(sys.argv[1])
+print(json.dumps([run.state, [row["_step"] for row in run.scan_history()], run.name, run.group, run.job_type, sorted(run.tags),
+                  run.config["orpo"]["beta"], run.summary.get("state")]))
 """
 
 
@@ -136,6 +167,42 @@ def check_offline(client: Client) -> None:
     assert runs["offline1"][:2] == ["finished", [0, 1, 2]], runs
 
 
+def check_our_tracker(client: Client) -> None:
+    """What a trial does with wandb: one run over two attempts, with its name, tags, config, summary and adapter."""
+    path, python = client.write_sweep("short"), str(client.bin / "python")
+    experiment = compose(["model=tiny", "tracker=wandb", "tracker.project=demo"])
+    spec = TrialSpec(
+        index=0, name="run-tiny", model_name="TINY_run-tiny", run_id="tracked1", sweep_id=path.rpartition("/")[2],
+        sweep_name="s", identity="i", created="2025-02-28T22:28:00", params={}, metric="loss", goal="minimize",
+        tags=("isaerft", "beta_0.1"), command="", git_commit=None, experiment=experiment,
+    )  # fmt: skip
+    write_json(client.folder / "spec.json", to_dict(spec))
+    (client.folder / "adapter").mkdir()
+    for name in ADAPTER_FILES:
+        (client.folder / "adapter" / name).write_text("{}")
+    environment = {**client.environment, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    for attempt in ("first", "again"):
+        command = [python, "-c", TRACKER, attempt]
+        done = subprocess.run(command, cwd=client.folder, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0 and "not in W&B" not in done.stderr, done.stdout + done.stderr
+    done = client.run(python, "-c", TOLD, "local/demo/tracked1")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told == [
+        "finished",
+        list(range(5)),
+        "run-tiny",
+        "s",
+        "trial",
+        ["beta_0.1", "isaerft"],
+        experiment.orpo.beta,
+        "completed",
+    ], told
+    assert list(client.data.rglob("adapter_model.safetensors")) or any(
+        "safetensors" in p.read_text(errors="replace") for p in client.data.rglob("*.jsonl")
+    )
+
+
 def main() -> None:
     bin_folder = Path(sys.argv[1]).absolute()
     version = subprocess.run(
@@ -146,7 +213,7 @@ def main() -> None:
         client = Client(Path(folder), bin_folder)
         client.start()
         try:
-            for check in (check_a_sweep, check_preemption, check_states, check_offline):
+            for check in (check_a_sweep, check_preemption, check_states, check_offline, check_our_tracker):
                 began = time.monotonic()
                 check(client)
                 print(f"wandb {version}: {re.sub('_', ' ', check.__name__)}: {time.monotonic() - began:.0f} s", flush=True)

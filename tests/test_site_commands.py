@@ -105,9 +105,9 @@ def test_plan_says_what_would_be_and_submits_nothing(slurm: Bed, tmp_path: Path)
     wrong = cli("plan", *options, *cluster, "launcher.slurm.partition=mian")
     assert wrong.returncode == 2 and "Did you mean 'main'?" in wrong.stderr
     reckoned = cli("plan", *options, *cluster, "--calibrate")
-    assert re.search(r"a trial \(4 steps, run just now by itself\): .* GPU-hours together", reckoned.stdout.replace("\n", " ")), (
-        reckoned.stdout
-    )
+    assert re.search(
+        r"a trial \(4 steps, run just now by itself\): .* GPU-hours together", reckoned.stdout.replace("\n", " ")
+    ), reckoned.stdout
     calibrated = known() - before
     assert len(calibrated) == 1 and slurm.jobs() == [] and not list((tmp_path / "outputs").iterdir())
 
