@@ -96,7 +96,7 @@ def test_a_sweep_survives_whatever_dies(serving: Serving, tmp_path: Path) -> Non
     assert points == [0.1, 0.15], "two agents at once, on different points"
 
     # an agent dies: its trial writes a checkpoint and ends, and the other agent goes on with it
-    wait_for(lambda: stepping(tmp_path, orphan))
+    wait_for(lambda: stepping(tmp_path, orphan, least=18))  # it has been evaluated twice: the bad one can be compared
     victim = next(a for a in agents if orphan in run_ids_below(a.pid))
     victim.kill()
     victim.wait()
