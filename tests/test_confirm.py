@@ -36,6 +36,7 @@ def test_confirm_runs_new_seeds_of_the_leaders(launch, tmp_path: Path) -> None:
     first = read_sweep_folder(tmp_path / "outputs" / "s")
     again = command(tmp_path, "confirm", "outputs/s", "--top", "2", "--seeds", "2", "--set", "launcher.slots=2")
     assert again.returncode == 0, again.stderr + again.stdout
+    assert "rank then" in again.stdout, "columns are whole in a log"
     assert "Leaders with new seeds" in again.stdout and "With 2 new seeds trial" in again.stdout
     candidates = read_confirmation(first)
     assert {c.first.record.index for c in candidates} == {e.record.index for e in first.entries[:2]}
