@@ -80,6 +80,10 @@ def preemption(settings: Mapping[str, str], grace: int) -> Finding:
     kind, mode = settings.get("PreemptType", "(null)"), settings.get("PreemptMode", "OFF")
     if kind in ("(null)", "preempt/none") or mode == "OFF":
         return Finding("preemption", GOOD, "off")
+    if mode.startswith("SUSPEND"):
+        return Finding(
+            "preemption", GOOD, f"{kind}, {mode}: a job is held still and goes on, which costs it nothing but time"
+        )
     words = f"{kind}, {mode}: a job gets SIGTERM and {grace} s to end in"
     if grace >= SHORT_GRACE_S:
         return Finding("preemption", GOOD, words)
