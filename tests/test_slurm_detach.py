@@ -59,6 +59,16 @@ def test_detach_status_attach_cancel(slurm: Bed, launch: Callable, tmp_path: Pat
     assert "orpo.max_steps=80" in spec["command"]
 
 
+def test_status_tells_why_jobs_wait(slurm: Bed, launch: Callable, tmp_path: Path) -> None:
+    sweep = tmp_path / "outputs" / "s"
+    options = ("sweep.run_cap=2", "launcher.slots=2", "+launcher.slurm.hold=true", "--detach")
+    assert launch(*OPTIONS, *options).returncode == 0
+    wait_for(lambda: len(slurm.jobs()) == 2)
+    status = cli("status", str(sweep)).stdout
+    assert "waiting     2 in the queue: JobHeldUser" in status, status
+    assert cli("cancel", str(sweep)).returncode == 0 and slurm.jobs() == []
+
+
 def test_detach_shows_why_it_cannot(slurm: Bed, launch: Callable) -> None:
     done = launch(*OPTIONS, "launcher.slurm.partition=mian", "--detach")
     assert done.returncode == 2 and "Did you mean 'main'?" in done.stderr

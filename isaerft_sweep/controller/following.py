@@ -13,7 +13,8 @@ from rich.console import Console
 
 from isaerft_sweep.controller.presence import is_run, last_presence
 from isaerft_sweep.controller.progress import Progress, duration, time_left_s, trial_table
-from isaerft_sweep.errors import FolderError, JournalError
+from isaerft_sweep.dispatch.slurm_site import ask
+from isaerft_sweep.errors import FolderError, JournalError, LaunchError
 from isaerft_sweep.journal.folders import FINAL, RUNNING, SweepFolder
 from isaerft_sweep.journal.journal import SweepRecord, TrialRecord
 
@@ -87,8 +88,23 @@ def show_status(console: Console, path: Path) -> None:
     under_way = [r for r in seen.records if r.state == "queued" or statuses.get(r.index, {}).get("state") == RUNNING]
     if under_way:
         console.print(trial_table(under_way, statuses, seen.record.metric))
+    for reason, count in waiting_reasons([r for r in under_way if not statuses.get(r.index)]).items():
+        console.print(f"waiting     {count} in the queue: {reason}", soft_wrap=True, highlight=False)
     for record in [record for record in seen.records if record.given_up][-5:]:
         console.print(f"given up: {record.name}: {record.message}", style="red", soft_wrap=True, highlight=False)
+
+
+def waiting_reasons(records: list[TrialRecord]) -> Counter[str]:
+    """Why SLURM has not started the jobs of these trials yet, in its own words; nothing for jobs of another kind."""
+    jobs = [(record.job or {}).get("job", record.job or {}) for record in records]
+    ids = sorted({str(job["id"]) for job in jobs if job.get("kind") == "slurm"})
+    if not ids:
+        return Counter()
+    try:
+        lines = ask("squeue", "--noheader", "--array", "--format=%T|%r", "--jobs", ",".join(ids)).splitlines()
+    except LaunchError:
+        return Counter()  # it does not answer, or has forgotten one of them: the next poll of the controller will tell
+    return Counter(line.partition("|")[2] for line in lines if line.startswith("PENDING|"))
 
 
 def shown_state(record: TrialRecord, statuses: dict[int, dict[str, Any]]) -> str:
