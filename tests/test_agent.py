@@ -140,6 +140,26 @@ def test_the_exit_code_tells_how_the_trial_ended(state: str, given_up: bool, cod
     assert agent.exit_code(folder) == code
 
 
+def test_a_run_that_another_process_still_runs_is_followed(
+    experiment: Callable[..., Experiment], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its agent has died while the job waited, and the server has handed it out again."""
+    composed = experiment(*OPTIONS, f"output={tmp_path}")
+    other = Journal(SweepFolder(tmp_path / "sweep123" / "run1"))
+    followed: list[Path] = []
+
+    def follow(_console: Any, path: Path) -> bool:
+        followed.append(path)
+        other.close()
+        return True
+
+    begun: list[SweepFolder] = []
+    monkeypatch.setattr(agent, "follow", follow)
+    monkeypatch.setattr(agent, "run_trials", lambda *args, **_: begun.append(args[3]))
+    assert agent.run_for_agent(composed, (), {**AGENT, "WANDB_RUN_ID": "run1"}) == 130
+    assert followed == [tmp_path / "sweep123" / "run1"] and [f.path for f in begun] == followed
+
+
 @pytest.mark.slow
 def test_one_trial_each_in_a_shared_folder_and_true_exit_codes(tmp_path: Path) -> None:
     points = {"run1": "0.1", "run2": "0.2"}

@@ -94,6 +94,17 @@ def test_defaults_are_the_clusters() -> None:
     assert (found["cpus_per_task"], found["mem"], found["time"]) == (2, "4000MB", 30)
 
 
+def test_what_a_users_shell_sets_counts_as_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.setenv("SBATCH_QOS", "high")
+    free = dataclasses.replace(SITE, qos=None)
+    assert parameters(free)["qos"] == "high" and parameters(free, qos="low")["qos"] == "low"
+    with pytest.raises(LaunchError, match="qos is not yours to use"):
+        parameters(dataclasses.replace(SITE, qos=("normal",)))
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert "qos" not in parameters(free), "within a job the variable is that job's"
+
+
 def test_flags_are_carried() -> None:
     found = parameters(comment="c", mail_user="me@here", setup=["module load x"], job_name="mine", mem_gb=1.5)
     assert found["comment"] == "c" and found["setup"] == ["module load x"] and found["job_name"] == "mine-s"

@@ -130,6 +130,22 @@ def test_uploads_wait_for_a_server_that_comes_back(tmp_path: Path, monkeypatch: 
         upload._retried(lambda: (_ for _ in ()).throw(upload.Unreachable("not now")), 0.001)
 
 
+@pytest.mark.parametrize(
+    ("words", "lasting"),
+    [
+        ("ERROR Error while calling W&B API: permission denied (<Response [403]>)", True),
+        ("wandb: ERROR 401 Client Error: Unauthorized", True),
+        ("returned error 404: run not found", True),
+        ("dial tcp 127.0.0.1:14030: connect: connection refused", False),
+        ("run a403b: the server answers 503", False),
+        ("HTTP 429: too many requests", False),
+    ],
+)
+def test_what_no_second_try_would_change(words: str, lasting: bool) -> None:
+    failure = upload._failure(words, upload.Target("http://127.0.0.1:14030", "k"))
+    assert isinstance(failure, upload.Unreachable) is not lasting
+
+
 def test_a_wrong_key_and_no_key(
     target: Serving, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -28,7 +28,11 @@ ATTEMPTS = 6
 FIRST_WAIT_S = 2.0
 ENDED = ("finished", "failed", "killed")
 """States of a run whose end the server has heard: "crashed" says that it has not."""
-LASTING = re.compile(r"(?:HTTP|status|code|error)\D{0,12}\b(?:401|403|404)\b|not valid|invalid|permission", re.IGNORECASE)
+LASTING = re.compile(
+    r"(?:HTTP|status|code|error|response)\D{0,12}\b40[134]\b|\b40[134] (?:client|unauth|forbid|not f)"
+    r"|not valid|invalid|permission",
+    re.IGNORECASE,
+)
 """What no second try would change, in wandb's words."""
 WRITER, REPORTER = "isaerft_sweep.tracking.rewrite", "isaerft_sweep.tracking.report"
 RUN = """query Run($entity: String!, $project: String!, $name: String!) {
