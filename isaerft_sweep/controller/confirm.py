@@ -19,7 +19,7 @@ from isaerft_sweep.journal.journal import SweepRecord, replay
 from isaerft_sweep.plain import from_mapping, to_dict
 from isaerft_sweep.results import confirmation
 from isaerft_sweep.results.card import refresh_cards
-from isaerft_sweep.results.leaderboard import needed_width, short_path
+from isaerft_sweep.results.leaderboard import print_whole, short_path
 from isaerft_sweep.results.reading import Entry, ReadSweep, read_sweep_folder, trial_of
 from isaerft_sweep.search.sampler import GivenPoints, Point
 from isaerft_sweep.search.sweep_file import SweepDefinition
@@ -94,10 +94,7 @@ def show(console: Console, sweep: ReadSweep) -> None:
     if not candidates:
         console.print("No trial with a new seed has completed.", style="red")
         return
-    shown = confirmation.table(sweep, candidates)
-    if not console.is_terminal:  # a pipe or a log has no width of its own
-        console.width = max(console.width, needed_width(shown))
-    console.print(shown)
+    print_whole(console, confirmation.table(sweep, candidates))
     console.print(confirmation.summary(candidates), soft_wrap=True)
     console.print(f"Best trial: {short_path(trial_of(candidates[0].first).path)}", soft_wrap=True)
 

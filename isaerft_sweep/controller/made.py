@@ -6,7 +6,6 @@ import math
 import os
 import re
 import shutil
-import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,8 +16,8 @@ from isaerft_sweep.controller.question import open_journal, question, sweep_fold
 from isaerft_sweep.controller.run import begin_sweep, count_trials, make_sampler
 from isaerft_sweep.controller.trials import TrialFactory
 from isaerft_sweep.dispatch.job import TrialJob
-from isaerft_sweep.dispatch.slurm import OVER
-from isaerft_sweep.dispatch.slurm_site import ANSWER_S, ask
+from isaerft_sweep.dispatch.slurm import OVER, scancel
+from isaerft_sweep.dispatch.slurm_site import ask
 from isaerft_sweep.dispatch.snapshot import code_snapshot
 from isaerft_sweep.environment import git_commit
 from isaerft_sweep.errors import ConfigError, FolderError
@@ -69,7 +68,7 @@ def end_array(folder: SweepFolder) -> None:
     if shutil.which("scontrol") is None:
         return
     while jobs := arrays_of(folder.path):
-        subprocess.run(["scancel", *jobs], capture_output=True, timeout=ANSWER_S, check=False)
+        scancel(*jobs)
         time.sleep(POLL_S)
 
 

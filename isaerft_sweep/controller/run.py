@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -87,11 +87,12 @@ def run_trials(
             console.print("checking model, SAE and data; the first time may download or convert the model", style="dim")
             print_facts(console, known_trial_needs(*variants(experiment, definition)))
         online = experiment.tracker.mode == "wandb" and given is None and bool(definition.raw)
-        sweep_id = given.sweep_id if given else None
-        if online and not journal.record.sweep_id:
-            write_question(experiment, definition, folder)
-            sweep_id = create_sweep(folder.definition, experiment.tracker)
-        begin_sweep(experiment, definition, folder, journal, asked, sweep_id)
+
+        def named() -> str:
+            known = create_sweep(folder.definition, experiment.tracker) if online else None
+            return given.sweep_id if given else known or new_sweep_id()
+
+        begin_sweep(experiment, definition, folder, journal, asked, named)
         stop = StopRequest(folder.cancel, given.agent if given else None)
         with stop.heard(), presence(folder, trials, overrides), Progress(console, definition.metric.name, trials) as view:
             sweep_id = journal.record.sweep_id
@@ -196,13 +197,13 @@ def begin_sweep(
     folder: SweepFolder,
     journal: Journal,
     asked: str | None = None,
-    sweep_id: str | None = None,
+    named: Callable[[], str] = new_sweep_id,
 ) -> None:
-    """Write down what the sweep is, if that has not been done yet; ``sweep_id`` where somebody else has named it."""
+    """Write down what the sweep is, if that has not been done yet; ``named`` gives its id, after its file is written."""
     if not journal.record.sweep_id:
         write_question(experiment, definition, folder)
         asked, metric = asked or question(experiment, definition), definition.metric
-        journal.write("sweep", sweep_id=sweep_id or new_sweep_id(), question=asked, metric=metric.name, goal=metric.goal)
+        journal.write("sweep", sweep_id=named(), question=asked, metric=metric.name, goal=metric.goal)
 
 
 def write_question(experiment: Experiment, definition: SweepDefinition, folder: SweepFolder) -> None:

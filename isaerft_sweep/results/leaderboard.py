@@ -42,6 +42,13 @@ def table(sweep: ReadSweep, rows: int = 20, width: int | None = None) -> Table:
     return shown
 
 
+def print_whole(console: Console, shown: Table) -> None:
+    """Print a table; a pipe or a log has no width of its own, so that nothing is cut off there."""
+    if not console.is_terminal:
+        console.width = max(console.width, needed_width(shown))
+    console.print(shown)
+
+
 def needed_width(shown: Table) -> int:
     """Columns that the table takes when nothing is cut off."""
     return Console(width=1000).measure(shown).maximum
@@ -138,10 +145,7 @@ def notes(sweep: ReadSweep) -> list[Text]:
 
 def show(console: Console, sweep: ReadSweep) -> None:
     """Print the leaderboard and its notes."""
-    shown = table(sweep, width=console.width if console.is_terminal else None)
-    if not console.is_terminal:  # a pipe or a log has no width of its own
-        console.width = max(console.width, needed_width(shown))
-    console.print(shown)
+    print_whole(console, table(sweep, width=console.width if console.is_terminal else None))
     console.print(*notes(sweep), sep="\n", soft_wrap=True)
 
 
