@@ -23,6 +23,7 @@ from isaerft_sweep.serve import sweeps
 from isaerft_sweep.serve.checks import RequestError, checked_name
 from isaerft_sweep.serve.fleet import Fleet, ServedAgent
 from isaerft_sweep.serve.runs import RunKey, ServedRun
+from isaerft_sweep.serve.sweep_config import parse_config, read_definition
 from isaerft_sweep.serve.sweeps import ServedSweep
 
 log = logging.getLogger("isaerft.serve")
@@ -158,8 +159,8 @@ class Server:
 
     def create_sweep(self, entity: str | None, project: str | None, config: str, facts: Mapping[str, Any]) -> ServedSweep:
         """A new sweep. Raises SpaceError when its config is not valid, RequestError on a bad name."""
-        raw = sweeps.parse_config(config)
-        sweeps.read_definition(raw)
+        raw = parse_config(config)
+        read_definition(raw)
         key = self.make_project(entity, project)
         sweep_id = new_sweep_id()
         self.write(event="sweep", id=sweep_id, entity=key[0], project=key[1], config=config, imported=False, **facts)
@@ -169,7 +170,7 @@ class Server:
         """A sweep of another place, whose runs will be uploaded here."""
         if sweep_id in self.sweeps:
             return self.find_sweep(entity, project, sweep_id)
-        sweeps.parse_config(config)
+        parse_config(config)
         checked_name("sweep", sweep_id)
         key = self.make_project(entity, project)
         self.write(event="sweep", id=sweep_id, entity=key[0], project=key[1], config=config, imported=True)

@@ -4,29 +4,24 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
 from typing import Any
-
-import yaml
 
 from isaerft_sweep.controller.early import EarlyStopping
 from isaerft_sweep.controller.trials import run_id
-from isaerft_sweep.errors import IsaerftError, SpaceError
+from isaerft_sweep.errors import SpaceError
 from isaerft_sweep.journal.folders import COMPLETED, DIVERGED, FAILED, PRUNED, STOPPED, SweepFolder
 from isaerft_sweep.journal.journal import Journal, TrialRecord
 from isaerft_sweep.plain import canonical_json
-from isaerft_sweep.search.pruning import evaluations, make_pruner
+from isaerft_sweep.search.pruning import make_pruner
 from isaerft_sweep.search.sampler import Point, Sampler
-from isaerft_sweep.search.sweep_file import SweepDefinition, read_sweep
+from isaerft_sweep.search.sweep_file import SweepDefinition
 from isaerft_sweep.serve import runs as states
-from isaerft_sweep.serve.runs import RunKey, ServedRun
+from isaerft_sweep.serve.runs import ServedRun
+from isaerft_sweep.serve.sweep_config import evaluations_of, is_ours, nested, parse_config, read_definition
 
 RUNNING, PAUSED, FINISHED, CANCELED = "RUNNING", "PAUSED", "FINISHED", "CANCELED"
-OURS = "isaerft_sweep.launch"
 RETRIES = 2
 """How often a run that has died without a word is handed out again."""
-EVALUATIONS = 1000
-"""How many evaluations a run has when its config does not tell."""
 
 
 class ServedSweep:
@@ -243,59 +238,5 @@ class ServedSweep:
         }
 
 
-def parse_config(config: str) -> dict[str, Any]:
-    """A sweep file's YAML. Raises SpaceError."""
-    try:
-        raw = yaml.safe_load(config)
-    except yaml.YAMLError as error:
-        raise SpaceError(f"the sweep's config must be YAML: {error}") from error
-    except RecursionError as error:
-        raise SpaceError("the sweep's config is nested too deeply.") from error
-    if not isinstance(raw, Mapping):
-        raise SpaceError("a sweep's config must be a mapping with method, metric and parameters.")
-    return dict(raw)
-
-
-def read_definition(raw: Mapping[str, Any]) -> SweepDefinition:
-    """The checked config: strictly for our own trials, W&B's rules for other programs. Raises SpaceError."""
-    try:
-        return read_sweep(raw, ours=is_ours(raw))
-    except SpaceError:
-        raise
-    except IsaerftError as error:
-        raise SpaceError(str(error)) from error
-
-
-def is_ours(raw: Mapping[str, Any]) -> bool:
-    """Whether the sweep's command starts this package's trials."""
-    command = raw.get("command")
-    text = " ".join(map(str, command)) if isinstance(command, list) else str(command)
-    return OURS in text or "isaerft-launch" in text or "isaerft_sweep/launch.py" in str(raw.get("program", ""))
-
-
-def nested(params: Mapping[str, Any], blocks: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flat values in the shape of the sweep file's ``parameters``."""
-    found: dict[str, Any] = {}
-    for name, block in blocks.items():
-        key = f"{prefix}.{name}" if prefix else str(name)
-        inner = block.get("parameters") if isinstance(block, Mapping) else None
-        found[str(name)] = nested(params, inner, key) if inner else params[key]
-    return found
-
-
-def evaluations_of(config: Mapping[str, Any]) -> int:
-    """How often a run with this config is evaluated after its first step."""
-    orpo = config.get("orpo")
-    if not isinstance(orpo, Mapping):
-        return EVALUATIONS
-    fraction, steps = orpo.get("eval_fraction"), orpo.get("max_steps")
-    if not states.is_number(fraction) or not fraction or fraction <= 0:
-        return EVALUATIONS
-    return evaluations(fraction, steps if isinstance(steps, int) else -1)
-
-
 def _seed(sweep_id: str) -> int:
     return int.from_bytes(sweep_id.encode(), "big") % 2**31
-
-
-__all__ = ["CANCELED", "FINISHED", "PAUSED", "RUNNING", "RunKey", "ServedSweep", "nested", "parse_config", "read_definition"]
