@@ -22,6 +22,7 @@ from serving import Serving
 from isaerft_sweep import naming
 from isaerft_sweep.config.boundary import to_experiment
 from isaerft_sweep.config.schema import register
+from isaerft_sweep.dispatch.job import importing
 from isaerft_sweep.journal.folders import TrialFolder
 from isaerft_sweep.resources import folder
 from isaerft_sweep.specs import Experiment, TrialSpec, identity
@@ -118,8 +119,17 @@ def experiment() -> Iterator[Callable[..., Experiment]]:
     GlobalHydra.instance().clear()
 
 
+@pytest.fixture(scope="session")
+def _as_a_worker() -> None:
+    """What a worker imports, as a worker imports it."""
+    import hypothesis  # noqa: F401  (which looks through what the collector knows, when a plugin imports it at the end)
+
+    with importing():
+        from isaerft_sweep.trial import resident  # noqa: F401
+
+
 @pytest.fixture
-def trial(experiment: Callable[..., Experiment], tmp_path: Path) -> Callable[..., TrialFolder]:
+def trial(_as_a_worker: None, experiment: Callable[..., Experiment], tmp_path: Path) -> Callable[..., TrialFolder]:
     """Make the folder of a trial that is ready to run."""
 
     def made(*overrides: str, name: str = "trial", index: int = 0) -> TrialFolder:
