@@ -11,7 +11,7 @@ demo: $(READY)
 	$(BIN)/isaerft-sweep report outputs/demo --generate
 
 test: $(READY) lint
-	$(BIN)/python -m pytest -q -n 4
+	$(BIN)/python -m pytest -q -n 4 --dist worksteal
 
 # the tests that take seconds, for use while working
 fast: $(READY)

@@ -159,9 +159,10 @@ def test_memory_runs_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         assert "SLURM: " in ends[0]["message"] and "exceeded memory limit" in ends[0]["message"], ends
 
 
-def test_a_lost_node(slurm: Bed, tmp_path: Path) -> None:
+def test_a_lost_node(slurm: Bed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its slurmd is gone, but the worker lives on as an orphan: the attempt that takes its place must not meet it."""
     sweep = tmp_path / "outputs" / "s"
+    monkeypatch.setenv("TEST_PACE_S", "0.6")  # the trial must outlast the half minute in which SLURM notices
     controller = start(tmp_path, *ONE, "orpo.max_steps=100")
     orphan = wait_for(past(sweep, 12))[0]["pid"]
     slurm.kill(slurm.command("squeue", "-h", "-o", "%N").strip())
