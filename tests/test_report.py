@@ -204,7 +204,9 @@ def test_the_page_shows_all_of_a_sweep_that_still_runs(full_sweep: SweepFolder, 
     page = (full_sweep.path / "report.html").read_text()
     assert printed[0] == str(full_sweep.path / "report.html")
     pictures = {Path(line).name for line in printed[1:]}
-    assert pictures == {"space.png", "curves.png", "importance.png", "latents.png", "similarity.png"}
+    assert pictures == {
+        f"{name}.png" for name in ("space", "curves", "parallel", "cost", "importance", "latents", "similarity")
+    }
     assert all(Path(line).read_bytes().startswith(b"\x89PNG") for line in printed[1:])
     for wanted in (
         "8 completed, 1 diverged, 1 failed, 1 pruned, 1 running", "stopped early", "held-out pairs", "Try a smaller learning rate", "of 4,803 points are drawn", "PED-ANOVA",
@@ -279,7 +281,7 @@ def test_one_swept_parameter_is_drawn_against_the_metric(tmp_path: Path) -> None
     points = [{"orpo.learning_rate": 1e-4 * (i + 1)} for i in range(4)]
     folder = sweep_of(tmp_path / "s", SPACE, points, [0.1, 0.2, 0.3, 0.2])
     page, pictures = write_report(read_sweep_folder(folder.path))
-    assert "figure-map" in page.read_text() and {p.name for p in pictures} == {"space.png"}
+    assert "figure-map" in page.read_text() and {p.name for p in pictures} == {"space.png", "parallel.png", "cost.png"}
 
 
 def test_half_written_trials_and_foreign_folders(

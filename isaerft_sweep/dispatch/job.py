@@ -33,8 +33,8 @@ def prepare_process(threads: int | None, device: str | None, limit_s: float | No
 def importing() -> Iterator[None]:
     """Import in this block what the process needs for good, and keep the garbage collector off it.
 
-    A million objects come with torch, transformers and trl, and none of them ever becomes garbage. Looking through them costs
-    a second while they are imported, and a third of a second whenever a trial ends, as transformers and accelerate ask for.
+    A million objects come with torch, transformers and trl, and none of them ever becomes garbage. Looking through them
+    costs a second while they are imported, and a third of a second twice a trial, as transformers and accelerate ask for.
     """
     gc.disable()
     try:

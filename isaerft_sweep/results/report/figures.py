@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -107,15 +108,11 @@ def curves(report: Report, metric: str) -> go.Figure:
 
 def parallel(report: Report) -> go.Figure | None:
     """Parallel coordinates: every completed trial a line through its parameters and metrics."""
-    metric = report.sweep.metric.name
-    entries = [e for e in report.completed if has(e, *report.axes)]
-    if not report.axes or len(entries) < 2:
+    entries, found = dimensions(report)
+    if not found:
         return None
-    dimensions = [_dimension(axis, entries) for axis in report.axes]
-    for name in dict.fromkeys(["eval/rewards/accuracies", "eval/nll_loss", metric]):
-        values = [e.value(name) for e in entries]
-        if all(v is not None for v in values):
-            dimensions.append({"label": short_name(name), "values": values})
+    metric = report.sweep.metric.name
+    shown = [{"label": d.label, "values": d.values, "tickvals": d.ticks, "ticktext": d.words} for d in found]
     figure = _figure(420)
     figure.add_trace(
         go.Parcoords(
@@ -125,7 +122,7 @@ def parallel(report: Report) -> go.Figure | None:
                 "reversescale": report.sweep.metric.goal == "minimize",
                 "showscale": True,
             },
-            dimensions=dimensions,
+            dimensions=[{key: value for key, value in one.items() if value is not None} for one in shown],
         )
     )
     figure.update_layout(margin={"l": 70, "r": 70, "t": 60, "b": 30})
@@ -145,13 +142,10 @@ def importances(report: Report) -> go.Figure | None:
 
 def cost(report: Report) -> go.Figure | None:
     """The best value so far over the device-hours spent, trials in the order of their numbers."""
-    entries = sorted((e for e in report.sweep.entries if e.device_s), key=lambda e: e.record.index)
-    metric, sign = report.sweep.metric.name, report.sweep.metric.sign
-    if not any(e.rank for e in entries):
+    found = spending(report)
+    if found is None:
         return None
-    hours = np.cumsum([e.device_s for e in entries]) / 3600
-    values = np.array([v if e.rank and (v := e.value(metric)) is not None else np.nan for e in entries])
-    best = sign * np.fmax.accumulate(sign * values)
+    entries, hours, values, best = found
     figure = _figure(320)
     figure.add_scatter(
         x=hours, y=best, mode="lines", line={"shape": "hv", "color": COLORS[0], "width": 2}, name="best so far"
@@ -166,7 +160,7 @@ def cost(report: Report) -> go.Figure | None:
         hoverinfo="text+y",
     )
     figure.update_xaxes(title_text="device-hours spent", rangemode="tozero")
-    figure.update_yaxes(title_text=metric)
+    figure.update_yaxes(title_text=report.sweep.metric.name)
     return figure
 
 
@@ -180,6 +174,41 @@ def similarity(across: SiteAcrossTrials, report: Report) -> go.Figure | None:
     figure.update_yaxes(autorange="reversed", type="category")
     figure.update_xaxes(type="category")
     return figure
+
+
+@dataclass(frozen=True)
+class Dimension:
+    """One of the parallel axes: each trial's place on it, and its ticks where they are not simply the values."""
+
+    label: str
+    values: list[float]
+    ticks: list[float] | None = None
+    words: list[str] | None = None
+
+
+def dimensions(report: Report) -> tuple[list[Entry], list[Dimension]]:
+    """The completed trials, and the axes that their lines go through; no axes when there is nothing to compare."""
+    entries = [e for e in report.completed if has(e, *report.axes)]
+    if not report.axes or len(entries) < 2:
+        return entries, []
+    found = [_dimension(axis, entries) for axis in report.axes]
+    for name in dict.fromkeys(["eval/rewards/accuracies", "eval/nll_loss", report.sweep.metric.name]):
+        values = [v for e in entries if (v := e.value(name)) is not None]
+        if len(values) == len(entries):
+            found.append(Dimension(short_name(name), values))
+    return entries, found
+
+
+def spending(report: Report) -> tuple[list[Entry], np.ndarray, np.ndarray, np.ndarray] | None:
+    """The trials in the order of their numbers, device-hours spent up to each, its value (NaN without a rank) and the best
+    value so far; None while no trial has a rank."""
+    entries = sorted((e for e in report.sweep.entries if e.device_s), key=lambda e: e.record.index)
+    metric, sign = report.sweep.metric.name, report.sweep.metric.sign
+    if not any(e.rank for e in entries):
+        return None
+    hours = np.cumsum([e.device_s for e in entries]) / 3600
+    values = np.array([v if e.rank and (v := e.value(metric)) is not None else np.nan for e in entries])
+    return entries, hours, values, sign * np.fmax.accumulate(sign * values)
 
 
 def latent_name(latent: int, across: SiteAcrossTrials) -> str:
@@ -216,16 +245,15 @@ def _apply(update: Any, axis: Axis) -> None:
     update(**settings)
 
 
-def _dimension(axis: Axis, entries: Sequence[Entry]) -> dict[str, Any]:
+def _dimension(axis: Axis, entries: Sequence[Entry]) -> Dimension:
     values = [axis.on_scale(e.params[axis.key]) for e in entries]
-    ticks: list[float]
     if axis.kind == "category":
-        ticks, words = [float(i) for i in range(len(axis.values))], [show_value(v) for v in axis.values]
-    elif axis.ticks:
-        ticks, words = [axis.on_scale(v) for v in axis.ticks], [show_value(v) for v in axis.ticks]
-    elif axis.kind == "log":
-        ticks = list(np.linspace(min(values), max(values), 5))
-        words = [f"{10**t:.1e}" for t in ticks]
-    else:
-        return {"label": axis.label, "values": values}
-    return {"label": axis.label, "values": values, "tickvals": ticks, "ticktext": words}
+        return Dimension(
+            axis.label, values, [float(i) for i in range(len(axis.values))], [show_value(v) for v in axis.values]
+        )
+    if axis.ticks:
+        return Dimension(axis.label, values, [axis.on_scale(v) for v in axis.ticks], [show_value(v) for v in axis.ticks])
+    if axis.kind == "log":
+        ticks = [float(t) for t in np.linspace(min(values), max(values), 5)]
+        return Dimension(axis.label, values, ticks, [f"{10**t:.1e}" for t in ticks])
+    return Dimension(axis.label, values)

@@ -7,15 +7,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
 from isaerft_sweep.results.axes import Axis, show_value
 from isaerft_sweep.results.leaderboard import short_name
-from isaerft_sweep.results.report.figures import COLORS, LEADERS, OTHERS, UNRANKED, has, latent_name
+from isaerft_sweep.results.report.figures import (
+    COLORS,
+    LEADERS,
+    OTHERS,
+    UNRANKED,
+    dimensions,
+    has,
+    latent_name,
+    spending,
+)
 from isaerft_sweep.results.report.gather import Report
 
 DPI = 200
 SIZE_IN = (6.0, 3.8)
+PAPER = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.75}
+"""Behind words that lines cross."""
 SHARES = 15
 """Latents in the picture of the best trial's vector."""
 
@@ -87,6 +100,50 @@ def _curves(ax: Any, report: Report) -> bool:
     return True
 
 
+def _parallel(ax: Any, report: Report) -> bool:
+    entries, found = dimensions(report)
+    if not found:
+        return False
+    places = np.array([_between(one.values, one.values + (one.ticks or [])) for one in found])  # [dimensions, trials]
+    metric, maximize = report.sweep.metric.name, report.sweep.metric.goal == "maximize"
+    values = np.array([e.value(metric) for e in entries])
+    lowest, highest = values.min(), values.max()
+    colors = colormaps["viridis" if maximize else "viridis_r"]((values - lowest) / ((highest - lowest) or 1.0))
+    lines = np.stack([np.broadcast_to(np.arange(len(found)), places.T.shape), places.T], axis=-1)[::-1]  # the best on top
+    ax.add_collection(LineCollection(list(lines), colors=colors[::-1], linewidths=[1.0] * (len(entries) - 1) + [2.2]))
+    for x, one in enumerate(found):
+        ax.axvline(x, color="#444", linewidth=0.8, zorder=0)
+        ticks = one.ticks or [float(v) for v in np.linspace(min(one.values), max(one.values), 3)]
+        words = one.words or [f"{tick:.3g}" for tick in ticks]
+        for y, word in dict(zip(_between(ticks, one.values + ticks), words, strict=True)).items():
+            ax.annotate(word, (x, y), (4, 0), textcoords="offset points", fontsize=7, va="center", zorder=4, bbox=PAPER)
+    ax.set_xticks(range(len(found)), [one.label for one in found])
+    ax.set_yticks([])
+    ax.spines[:].set_visible(False)
+    ax.margins(x=0.08)
+    return True
+
+
+def _between(values: list[float], all_values: list[float]) -> list[float]:
+    """``values`` as shares of the way from the least to the largest of all; in the middle when these are equal."""
+    low, high = min(all_values), max(all_values)
+    return [(v - low) / (high - low) if high > low else 0.5 for v in values]
+
+
+def _cost(ax: Any, report: Report) -> bool:
+    found = spending(report)
+    if found is None:
+        return False
+    _, hours, values, best = found
+    ax.plot(hours, best, drawstyle="steps-post", color=COLORS[0], linewidth=1.6, label="best so far")
+    ax.scatter(hours, values, c=OTHERS, edgecolors="#777", s=28, label="trial", zorder=3)
+    ax.set_xlim(left=0)
+    ax.set_xlabel("device-hours spent")
+    ax.set_ylabel(report.sweep.metric.name)
+    ax.legend(fontsize=8, framealpha=0.8)
+    return True
+
+
 def _importance(ax: Any, report: Report) -> bool:
     if report.importance is None:
         return False
@@ -136,6 +193,8 @@ def _scale(axis: Any, set_scale: Any, set_label: Any, parameter: Axis) -> None:
 PICTURES: dict[str, Draw] = {
     "space": _map,
     "curves": _curves,
+    "parallel": _parallel,
+    "cost": _cost,
     "importance": _importance,
     "latents": _latents,
     "similarity": _similarity,
