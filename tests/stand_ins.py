@@ -1,4 +1,5 @@
-"""Stand-ins on loopback for two services that cannot be had in a test: W&B's GraphQL API and the Hub's HTTP API.
+"""Stand-ins on loopback for services that cannot be had in a test: W&B's GraphQL API, and the Hub's HTTP API for what is
+uploaded and for what is downloaded.
 
 They answer what the real clients ask (seen with wandb 0.31 and huggingface_hub 2.4) and remember what was sent.
 """
@@ -6,28 +7,34 @@ They answer what the real clients ask (seen with wandb 0.31 and huggingface_hub 
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 
 @contextmanager
 def served(answerer: Any) -> Iterator[str]:
-    """``answerer.answer(method, path, headers, body)`` gives (status, content); the address while the block runs."""
+    """``answerer.answer(method, path, headers, body)`` gives (status, content) or (status, content, headers); the address
+    while the block runs."""
 
     class Handler(BaseHTTPRequestHandler):
         def _reply(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            status, content = answerer.answer(self.command, self.path, self.headers, body)
+            status, content, *headers = answerer.answer(self.command, self.path, self.headers, body)
             sent = content if isinstance(content, bytes) else json.dumps(content).encode()
             self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(sent)))
+            own = headers[0] if headers else {}
+            for name, value in {"Content-Type": "application/json", "Content-Length": str(len(sent)), **own}.items():
+                self.send_header(name, value)
             self.end_headers()
-            self.wfile.write(sent)
+            if self.command != "HEAD":
+                self.wfile.write(sent)
 
         do_GET = do_POST = do_PUT = do_HEAD = _reply  # noqa: N815
 
@@ -170,3 +177,67 @@ class StandInHub:
         repository = path.removeprefix("/api/models/").split("/commit/")[0]
         address = f"{self.address}/{repository}/commit/0123456789"
         return {"success": True, "commitOid": "0123456789", "commitUrl": address, "hookOutput": ""}
+
+
+class StandInModelHub:
+    """Stands in for the Hub, which cannot be reached here: serves files of repositories; what huggingface_hub asks for.
+
+    ``folders``: by repository ("org/name", or "datasets/org/name") the folder that holds its files.
+    """
+
+    commit = "a" * 40
+
+    def __init__(self, folders: Mapping[str, Path]) -> None:
+        self.files = {
+            name: {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+            for name, folder in folders.items()
+        }
+        self.asked: list[str] = []
+
+    def answer(self, method: str, path: str, headers: Any, body: bytes) -> tuple[int, Any, dict[str, str]]:
+        self.asked.append(path)
+        path = unquote(path.split("?")[0]).removeprefix("/")
+        if path.startswith("api/"):
+            name = next((n for n in self.files if f"{path}/".startswith(f"api/{_with_kind(n)}/")), None)
+            recursive = "recursive=true" in self.asked[-1].lower()
+            return (
+                self._described(name, path.removeprefix(f"api/{_with_kind(name)}/"), body, recursive)
+                if name
+                else (404, {}, {})
+            )
+        name = next((n for n in self.files if path.startswith(f"{n}/resolve/")), None)
+        wanted = path.removeprefix(f"{name}/resolve/").partition("/")[2]
+        if name is None or wanted not in self.files[name]:
+            return 404, {}, {"X-Error-Code": "EntryNotFound" if name else "RepoNotFound"}
+        content = self.files[name][wanted]
+        etag = hashlib.sha1(content).hexdigest()
+        return 200, content, {"ETag": f'"{etag}"', "X-Repo-Commit": self.commit}
+
+    def _described(self, name: str, rest: str, body: bytes, recursive: bool) -> tuple[int, Any, dict[str, str]]:
+        files = self.files[name]
+        entries = [{"type": "file", "path": n, "size": len(c), "oid": n} for n, c in files.items()]
+        plain = name.removeprefix("datasets/")
+        found: Any = {"id": plain, "modelId": plain, "sha": self.commit, "private": False, "tags": [],
+                      "siblings": [{"rfilename": n} for n in files]}  # fmt: skip
+        if rest.startswith("tree/"):
+            folder = "".join(f"{part}/" for part in rest.split("/")[2:])
+            below = [e for e in entries if e["path"].startswith(folder)]
+            if not below:
+                return 404, {}, {"X-Error-Code": "EntryNotFound"}
+            inner = sorted(
+                {
+                    folder + e["path"].removeprefix(folder).split("/")[0]
+                    for e in below
+                    if "/" in e["path"].removeprefix(folder)
+                }
+            )
+            flat = [e for e in below if "/" not in e["path"].removeprefix(folder)]
+            found = below if recursive else [*flat, *({"type": "directory", "path": path, "oid": path} for path in inner)]
+        elif rest.startswith("paths-info/"):
+            wanted = json.loads(body)["paths"]
+            found = [e for e in entries if e["path"] in wanted]
+        return 200, found, {}
+
+
+def _with_kind(name: str) -> str:
+    return name if name.startswith("datasets/") else f"models/{name}"

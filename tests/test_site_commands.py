@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 import pytest
 from conftest import TINY, launch_command
 from rich.console import Console
 from slurm_bed import Bed
+from stand_ins import StandInModelHub, served
 
 from isaerft_sweep.errors import ConfigError
 from isaerft_sweep.journal.folders import TrialFolder
@@ -80,6 +76,26 @@ def test_whether_wandb_can_be_reached(experiment: Callable[..., Experiment], mon
     assert found.state == "bad" and "tracker=offline" in found.remedy
 
 
+@pytest.mark.parametrize(("status", "state"), [(200, "good"), (404, "good"), (503, "bad"), (407, "bad")])
+def test_wandb_behind_a_proxy(
+    status: int, state: str, experiment: Callable[..., Experiment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nodes that reach the outside through a proxy only, as the environment says it to W&B's own client too."""
+
+    class Proxy:
+        asked = ""
+
+        def answer(self, method: str, path: str, headers: Any, body: bytes) -> tuple[int, Any]:
+            self.asked = path
+            return status, {}
+
+    with served(proxy := Proxy()) as address:
+        for name, value in (("WANDB_BASE_URL", "http://wandb.invalid"), ("http_proxy", address), ("no_proxy", "")):
+            monkeypatch.setenv(name, value)
+        assert wandb_server(experiment(*TINY, "tracker=wandb")).state == state
+    assert proxy.asked.startswith("http://wandb.invalid")
+
+
 @pytest.mark.slow
 def test_plan_says_what_would_be_and_submits_nothing(slurm: Bed, tmp_path: Path) -> None:
     options = (*TINY, "sweep=reference", "sweep.method=random", "sweep.run_cap=12", f"output={tmp_path / 'outputs'}")
@@ -129,96 +145,6 @@ def test_doctor_looks_from_a_compute_node(slurm: Bed, tmp_path: Path) -> None:
     )
     assert missing.returncode == 1 and "isaerft-sweep fetch" in missing.stdout
     assert slurm.jobs() == [] and not list((tmp_path / "outputs").iterdir())
-
-
-class StandInModelHub:
-    """Stands in for the Hub, which cannot be reached here: serves files of repositories; what huggingface_hub asks for.
-
-    ``folders``: by repository ("org/name", or "datasets/org/name") the folder that holds its files.
-    """
-
-    commit = "a" * 40
-
-    def __init__(self, folders: Mapping[str, Path]) -> None:
-        self.files = {
-            name: {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-            for name, folder in folders.items()
-        }
-        self.asked: list[str] = []
-
-    def answer(self, method: str, path: str, body: bytes) -> tuple[int, dict[str, str], bytes]:
-        self.asked.append(path)
-        path = unquote(path.split("?")[0]).removeprefix("/")
-        if path.startswith("api/"):
-            name = next((n for n in self.files if f"{path}/".startswith(f"api/{_with_kind(n)}/")), None)
-            recursive = "recursive=true" in self.asked[-1].lower()
-            return (
-                self._described(name, path.removeprefix(f"api/{_with_kind(name)}/"), body, recursive)
-                if name
-                else (404, {}, b"")
-            )
-        name = next((n for n in self.files if path.startswith(f"{n}/resolve/")), None)
-        wanted = path.removeprefix(f"{name}/resolve/").partition("/")[2]
-        if name is None or wanted not in self.files[name]:
-            return 404, {"X-Error-Code": "EntryNotFound" if name else "RepoNotFound"}, b""
-        content = self.files[name][wanted]
-        etag = hashlib.sha1(content).hexdigest()
-        return 200, {"ETag": f'"{etag}"', "X-Repo-Commit": self.commit, "Content-Length": str(len(content))}, content
-
-    def _described(self, name: str, rest: str, body: bytes, recursive: bool) -> tuple[int, dict[str, str], bytes]:
-        files = self.files[name]
-        entries = [{"type": "file", "path": n, "size": len(c), "oid": n} for n, c in files.items()]
-        plain = name.removeprefix("datasets/")
-        found: Any = {"id": plain, "modelId": plain, "sha": self.commit, "private": False, "tags": [],
-                      "siblings": [{"rfilename": n} for n in files]}  # fmt: skip
-        if rest.startswith("tree/"):
-            folder = "".join(f"{part}/" for part in rest.split("/")[2:])
-            below = [e for e in entries if e["path"].startswith(folder)]
-            if not below:
-                return 404, {"X-Error-Code": "EntryNotFound"}, b""
-            inner = sorted(
-                {
-                    folder + e["path"].removeprefix(folder).split("/")[0]
-                    for e in below
-                    if "/" in e["path"].removeprefix(folder)
-                }
-            )
-            flat = [e for e in below if "/" not in e["path"].removeprefix(folder)]
-            found = below if recursive else [*flat, *({"type": "directory", "path": path, "oid": path} for path in inner)]
-        elif rest.startswith("paths-info/"):
-            wanted = json.loads(body)["paths"]
-            found = [e for e in entries if e["path"] in wanted]
-        return 200, {"Content-Type": "application/json"}, json.dumps(found).encode()
-
-
-def _with_kind(name: str) -> str:
-    return name if name.startswith("datasets/") else f"models/{name}"
-
-
-@contextmanager
-def served(hub: StandInModelHub) -> Iterator[str]:
-    class Handler(BaseHTTPRequestHandler):
-        def _reply(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            status, headers, content = hub.answer(self.command, self.path, body)
-            self.send_response(status)
-            for name, value in {"Content-Length": str(len(content)), **headers}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(content)
-
-        do_GET = do_HEAD = do_POST = _reply  # noqa: N815
-
-        def log_message(self, *args: Any) -> None: ...
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 @pytest.mark.slow

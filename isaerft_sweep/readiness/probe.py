@@ -12,8 +12,10 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from http.client import HTTPException
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.error import HTTPError
+from urllib.request import build_opener
 
 from isaerft_sweep.config.boundary import to_definition, variants
 from isaerft_sweep.controller.preflight import check_trial_needs
@@ -28,6 +30,8 @@ GOOD, WARNING, BAD = "good", "warning", "bad"
 MADE_BEFORE, LOCKED, ANSWER = "made-before", "locked", "answer.json"
 """Files in the probe's folder: written by the command, locked by it, and what the job found."""
 CONNECT_S = 10.0
+BY_PROXY = (407, 502, 503, 504)
+"""What a proxy answers that does not let one through, or does not get through itself."""
 
 
 @dataclass(frozen=True)
@@ -164,13 +168,16 @@ def wandb_server(experiment: Experiment) -> Finding:
     """Whether W&B can be reached, where trials would talk to it."""
     if experiment.tracker.mode != "wandb":
         return Finding("W&B", GOOD, f"not needed: tracker={experiment.tracker.mode}")
-    address = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
-    port = address.port or (80 if address.scheme == "http" else 443)
+    address = os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
     try:
-        socket.create_connection((address.hostname or "", port), CONNECT_S).close()
-    except OSError as error:
-        remedy = (
-            "Use tracker=offline, and upload from the login node: wandb sync outputs/NAME/trials/*/wandb/wandb/offline-run-*"
-        )
-        return Finding("W&B", BAD, f"{address.geturl()} cannot be reached from here: {error}", remedy)
-    return Finding("W&B", GOOD, f"{address.geturl()} can be reached")
+        # through the proxy that the environment names, as W&B's own client
+        build_opener().open(address, timeout=CONNECT_S).close()
+    except (OSError, ValueError, HTTPException) as error:
+        # any answer of the server will do, but not a proxy's that it has none
+        if not isinstance(error, HTTPError) or error.code in BY_PROXY:
+            remedy = (
+                "Name the site's proxy, if it has one, in launcher.slurm.setup (export HTTPS_PROXY=…). Or use "
+                "tracker=offline, and upload from the login node: isaerft-sweep sync outputs/NAME"
+            )
+            return Finding("W&B", BAD, f"{address} cannot be reached from here: {error}", remedy)
+    return Finding("W&B", GOOD, f"{address} can be reached")
