@@ -53,6 +53,8 @@ def load_model(
     loaded.model.config.use_cache = True
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")
+        # PEFT asks by transformers' old name
+        warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*is deprecated", category=FutureWarning)
         try:
             model = PeftModel.from_pretrained(loaded.model, adapter)
         except SafetensorError as error:

@@ -10,6 +10,7 @@ import json
 import pickle
 import re
 import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,11 +142,15 @@ def _block(source: Path, name: str, config: Mapping[str, Any]) -> tuple[str, dic
 
 def _state(path: Path) -> Tensors:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")  # a foreign file, which is refused below
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        # not torch's own words, which recommend to load it all the same
+        found = re.search(r"GLOBAL ([\w.]+)", str(error)) or re.search(r"WeightsUnpickler error: (.+)", str(error))
         raise FolderError(
             f"{path} must hold tensors alone but holds something else, perhaps code; it was not loaded. "
-            f"{(str(error) or 'It is not a file of torch.save.').splitlines()[0]}"
+            + (f"It asks for {found[1]}." if found else "It is not a file of torch.save.")
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError) as error:
         reason = (str(error) or "the file is cut short").splitlines()[0]
