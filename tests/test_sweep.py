@@ -126,7 +126,7 @@ def check_wandb_runs(sweep: Path, trials: int = 3, last_step: int = 4) -> None:
         assert f"lr_{event['params']['orpo.learning_rate']!r}" in run.tags
         config = {u.key: json.loads(u.value_json) for u in run.config.update}
         assert config["orpo"]["beta"] == event["params"]["orpo.beta"] and "orpo.beta" not in config
-        assert summary["state"] == "completed" and "eval/log_odds_chosen" in summary
+        assert summary["state"] == "completed" and "eval/log_odds_chosen" in summary and float(summary["seconds"]) > 0
         assert steps == sorted(set(steps)) and steps[-1] == last_step
 
 

@@ -89,7 +89,7 @@ def _entry(index: int, run: Any, sweep: Mapping[str, Any]) -> Entry:
     swept = _names(sweep.get("parameters") or {})
     params = {key: value for key in swept if (value := _at(config, key)) is not _MISSING}
     metrics = {k: float(v) for k, v in summary.items() if k.startswith(("eval/", "train/")) and _is_number(v)}
-    runtime = summary.get("_runtime", 0)
+    runtime = summary.get("seconds", summary.get("_runtime", 0))  # W&B's is that of the upload when a run came later
     record = TrialRecord(index, run.name, run.id, Point(params), state=STATES.get(run.state, run.state))
     record.seconds = float(runtime) if _is_number(runtime) else 0.0
     return Entry(record, metrics, {}, state=record.state, device_s=record.seconds)

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from isaerft_sweep.journal.folders import COMPLETED, PRUNED, STOPPED, TrialFolder
-from isaerft_sweep.tracking.run import WandbRun, open_run
+from isaerft_sweep.tracking.run import WandbRun, open_run, summary_of
 
 
 def report_again(trial: TrialFolder, aside: Path | None = None) -> None:
@@ -24,8 +24,9 @@ def report_again(trial: TrialFolder, aside: Path | None = None) -> None:
     if trial.adapter.is_dir():
         run.log_adapter(trial.adapter, spec.model_name)
     state = status.get("state")
-    summary = {**(status.get("metrics") or {}), "state": state}
-    run.finish(summary, exit_code=0 if state in (COMPLETED, PRUNED) else 1, preempted=state == STOPPED)
+    run.finish(
+        summary_of(str(state), status), exit_code=0 if state in (COMPLETED, PRUNED) else 1, preempted=state == STOPPED
+    )
 
 
 if __name__ == "__main__":

@@ -126,6 +126,12 @@ class WandbRun(Run):
             print(f"W&B is lost ({error}); what it lacks of this attempt, `isaerft-sweep sync` uploads.", file=sys.stderr)
 
 
+def summary_of(state: str, results: Mapping[str, Any]) -> dict[str, Any]:
+    """What a W&B run says at its end: metrics, state, and its time, since a run that is uploaded later has none."""
+    time = {"seconds": results["seconds"]} if "seconds" in results else {}
+    return {**(results.get("metrics") or {}), "state": state, **time}
+
+
 def open_run(spec: TrialSpec, folder: Path) -> Run:
     """The run that the tracker config asks for; on disk when W&B does not answer."""
     mode = spec.experiment.tracker.mode

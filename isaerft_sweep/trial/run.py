@@ -33,7 +33,7 @@ from isaerft_sweep.models.loading import LoadedModel, compile_layers, load, shar
 from isaerft_sweep.plain import canonical_json, to_dict
 from isaerft_sweep.results.card import make_card, write_card
 from isaerft_sweep.specs import TrialSpec
-from isaerft_sweep.tracking.run import open_run
+from isaerft_sweep.tracking.run import open_run, summary_of
 from isaerft_sweep.trial.data import load_pairs
 from isaerft_sweep.trial.latents import learned, write_changes
 from isaerft_sweep.trial.passes import Passes
@@ -128,8 +128,9 @@ def _train(
         run.finish({"state": FAILED}, exit_code=1)
         raise
     if recorder.stopped == PRUNED:
-        run.finish({**recorder.latest, "state": PRUNED}, exit_code=0)
-        return _end(status, PRUNED, {"message": "stopped early; its checkpoint is kept", **_results(recorder, started)})
+        results = _results(recorder, started)
+        run.finish(summary_of(PRUNED, results), exit_code=0)
+        return _end(status, PRUNED, {"message": "stopped early; its checkpoint is kept", **results})
     if recorder.stopped:
         words = {"message": "asked to stop; a checkpoint was written"}
         _end(status, STOPPED, {**words, "untold": True})  # whoever asked may not wait until W&B has answered
@@ -141,7 +142,7 @@ def _train(
     _save(folder, model, loaded, results, status)
     run.log_adapter(folder.adapter, spec.model_name)
     state = _end(status, COMPLETED, results)
-    run.finish({**recorder.latest, "state": COMPLETED}, exit_code=0)
+    run.finish(summary_of(COMPLETED, results), exit_code=0)
     shutil.rmtree(folder.checkpoints, ignore_errors=True)  # only now: until the status says so, a retry would need them
     return state
 
