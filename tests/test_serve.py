@@ -446,3 +446,18 @@ def test_the_pages_for_people(client: Client) -> None:
         assert answer.status_code == 200 and wanted in answer.text and "<b>bold" not in answer.text
         assert "<script" not in answer.text and "default-src 'none'" in answer.headers["Content-Security-Policy"]
     assert client.http.get("/local/p/runs/nothere", headers=client.headers).status_code == 404
+
+
+def test_a_single_value_is_a_dot_and_a_silent_agent_is_called_so(client: Client) -> None:
+    sweep = client.sweep()
+    agent = client.agent(sweep)
+    name = client.beat(agent)[0]["run_id"]
+    client.begin(name, sweep)
+    client.stream(name, [{"_step": 0, "alone": 1.0}, {"_step": 1, "zero": 0.5}, {"_step": 2, "zero": 0.4}])
+    page = client.http.get(f"/local/p/runs/{name}", headers=client.headers).text
+    assert page.index("zero, from 0.4 to 0.5") < page.index("alone, from 1 to 1") < page.index('"main point"'), page
+    assert page.count('"main point"') == 1
+    at_sweep = f"/local/p/sweeps/{sweep['name']}"
+    assert "silent" not in client.http.get(at_sweep, headers=client.headers).text
+    client.server.agents[agent].heard -= 3600  # the server was down for an hour
+    assert "silent" in client.http.get(at_sweep, headers=client.headers).text

@@ -17,7 +17,7 @@ from isaerft_sweep.serve import runs as states
 from isaerft_sweep.serve.caller import Caller, stamp, thinned
 from isaerft_sweep.serve.filters import select
 from isaerft_sweep.serve.runs import ServedRun
-from isaerft_sweep.serve.sweep_views import AgentView
+from isaerft_sweep.serve.sweep_views import AGENT_SILENCE_S, AgentView
 from isaerft_sweep.serve.sweeps import ServedSweep
 
 SHOWN = 200
@@ -88,7 +88,7 @@ def sweep(caller: Caller, found: ServedSweep) -> str:
     charts = [chart(metric, lines[::-1], unit="evaluation")] if lines else []
     agents = [AgentView(caller, agent) for agent in caller.server.agents.values() if agent.sweep == found.id]
     rows = [
-        [Cell(a.host), Cell(a.state, state=True), Cell(f"{a.total_runs}", number=True), Cell(ago(a.agent.heard))]
+        [Cell(a.host), Cell(_agent_state(a), state=True), Cell(f"{a.total_runs}", number=True), Cell(ago(a.agent.heard))]
         for a in agents
     ]
     table: dict[str, Any] = {"name": "Agents", "header": ("host", "state", "runs", "heard"), "rows": rows[-SHOWN:]}
@@ -134,18 +134,22 @@ def run(caller: Caller, found: ServedRun) -> str:
 
 
 def run_charts(found: ServedRun) -> list[dict[str, Any]]:
-    """A curve for each of the run's metrics, evaluations first."""
+    """A curve for each of the run's metrics, the sweep's own first, then evaluations; single values last."""
     points: dict[str, list[tuple[float, float]]] = {}
     for row in found.steps():
         for name, value in row.items():
             if not name.startswith("_") and states.is_number(value):
                 points.setdefault(name, []).append((float(row["_step"]), float(value)))
-    names = sorted(points, key=lambda name: (name != found.metric, not name.startswith("eval/"), name))
+
+    def place(name: str) -> tuple[bool, bool, bool, str]:
+        return name != found.metric, len(points[name]) == 1, not name.startswith("eval/"), name
+
+    names = sorted(points, key=place)
     return [chart(name, [(name, points[name])]) for name in names[:CHARTS]]
 
 
-def chart(name: str, lines: Sequence[tuple[str, list[tuple[float, float]]]], unit: str = "") -> dict[str, Any]:
-    """Lines over steps as SVG's points, scaled to the frame; the last line stands out."""
+def chart(name: str, lines: Sequence[tuple[str, list[tuple[float, float]]]], unit: str = "step") -> dict[str, Any]:
+    """Lines over steps as SVG's points, scaled to the frame; the last line stands out. One value alone is a dot."""
     lines = [(words, [p for p in points if math.isfinite(p[1])]) for words, points in lines]
     everything = [point for _, points in lines for point in points] or [(0.0, 0.0)]
     left, right = min(x for x, _ in everything), max(x for x, _ in everything)
@@ -159,13 +163,13 @@ def chart(name: str, lines: Sequence[tuple[str, list[tuple[float, float]]]], uni
     drawn = [
         {
             "name": words,
-            "kind": "other" if i < len(lines) - 1 else "main",
-            "points": " ".join(place(x, y) for x, y in thinned(points, POINTS)),
+            "kind": ("other" if i < len(lines) - 1 else "main") + (" point" if len(points) == 1 else ""),
+            "points": " ".join(place(x, y) for x, y in thinned(points, POINTS) * (2 if len(points) == 1 else 1)),
         }
         for i, (words, points) in enumerate(lines)
     ]
-    words = f"{unit} {right:g}" if unit else f"{right:g}"
-    return {"name": name, "low": f"{low:.4g}", "high": f"{high:.4g}", "first": f"{left:g}", "last": words, "lines": drawn}
+    ends = {"first": f"{left:g}" if left < right else "", "last": f"{unit} {right:g}"}
+    return {"name": name, "low": f"{low:.4g}", "high": f"{high:.4g}", "lines": drawn, **ends}
 
 
 def _sweep_table(caller: Caller, sweeps: Sequence[ServedSweep]) -> dict[str, Any]:
@@ -205,6 +209,12 @@ def _run_table(runs: Sequence[ServedRun], metric: str) -> dict[str, Any]:
         rows.append(cells)
     header = ("run", "state", *((metric,) if metric else ()), "rows", "last word", "id")
     return {"name": "Runs", "header": header, "rows": rows, "empty": "None yet.", "more": max(0, len(runs) - SHOWN)}
+
+
+def _agent_state(view: AgentView) -> str:
+    """`wandb agent --count N` leaves without a word, so one that is silent need not have crashed, as W&B calls it."""
+    silent = time.time() - view.agent.heard > AGENT_SILENCE_S
+    return "silent" if view.state == "CRASHED" or (view.state == "RUNNING" and silent) else view.state
 
 
 def _name(found: ServedRun) -> str:
