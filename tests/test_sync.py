@@ -8,17 +8,22 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import TINY, events, launch_command
 from serving import BIN, Serving, wait_for
 from test_serve_sweep import read_sweep
+from test_sweep import read_wandb_run
 
 from isaerft_sweep.cli import main
 from isaerft_sweep.errors import SyncError
+from isaerft_sweep.journal.folders import TrialFolder
 from isaerft_sweep.tracking import upload
+from isaerft_sweep.tracking.run import open_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -235,3 +240,29 @@ def test_a_trial_without_a_server_keeps_its_run_on_disk(serving: Serving, tmp_pa
     log = next(tmp_path.glob("outputs/s/trials/*/log.out")).read_text()
     assert "W&B could not be reached" in log and "isaerft-sweep sync" in log
     assert upload.offline_runs(tmp_path / "outputs" / "s"), "and it can be uploaded later"
+
+
+def test_a_service_of_wandb_that_is_killed_costs_the_runs_of_that_moment(
+    trial: Callable[..., TrialFolder], tmp_path: Path
+) -> None:
+    """wandb keeps runs in a process of its own; scancel and a full memory kill it too. The worker's next trials have theirs."""
+    specs = [trial("tracker=offline", f"orpo.seed={i}", name=f"t{i}").read_spec() for i in range(3)]
+    specs = [replace(spec, run_id=f"killed{i:02d}") for i, spec in enumerate(specs)]
+    first, beside = open_run(specs[0], tmp_path / "first"), open_run(specs[1], tmp_path / "beside")
+    first.log({"train/loss": 3.0}, 1)
+    for process in psutil.Process().children(recursive=True):
+        if "wandb-core" in process.name():
+            process.kill()
+            process.wait()
+    first.log({"train/loss": 2.0}, 2)
+    wait_for(lambda: first.log({"train/loss": 1.0}, 3) or first.lost)
+    after = open_run(specs[2], tmp_path / "after")
+    after.log({"train/loss": 3.0}, 1)
+    beside.log({"train/loss": 2.0}, 2)  # learns it now, and leaves the new service alone
+    after.log({"train/loss": 2.0}, 2)
+    for run in (first, beside, after):
+        run.finish({"state": "completed"}, exit_code=0)
+    assert [run.lost for run in (first, beside, after)] == [True, True, False]
+    (kept,) = (tmp_path / "after").glob("wandb/offline-run-*/run-*.wandb")
+    _, summary, steps = read_wandb_run(kept)
+    assert steps == [1, 2] and summary["state"] == "completed"

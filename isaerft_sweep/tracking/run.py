@@ -47,6 +47,8 @@ class WandbRun(Run):
 
     live: ClassVar[int] = 0
     """How many runs this process has at the moment."""
+    services: ClassVar[int] = 0
+    """How many of W&B's service processes have died under this one."""
 
     def __init__(self, spec: TrialSpec, folder: Path, offline: bool) -> None:
         import wandb
@@ -79,6 +81,7 @@ class WandbRun(Run):
             ),
         )
         WandbRun.live += 1
+        self._service = WandbRun.services
         self.told = not offline
         self.url = None if offline else self._run.url
         self.sweep_url = None if offline else self._run.sweep_url
@@ -124,6 +127,9 @@ class WandbRun(Run):
         except Exception as error:  # wandb raises many kinds; none of them may cost a trial
             self.lost = True
             print(f"W&B is lost ({error}); what it lacks of this attempt, `isaerft-sweep sync` uploads.", file=sys.stderr)
+            if isinstance(error, ConnectionError) and self._service == WandbRun.services:
+                WandbRun.services += 1
+                _end_service()  # it is dead: the next trial needs another, and at exit wandb would write a traceback
 
 
 def summary_of(state: str, results: Mapping[str, Any]) -> dict[str, Any]:
@@ -159,11 +165,15 @@ def _time_to_finish() -> dict[str, Any]:
 
 def _forget_a_failed_start() -> None:
     """wandb's service holds the id of a run that could not begin, a new service does not. Other trials' runs stay."""
+    if WandbRun.live == 0:
+        _end_service()
+
+
+def _end_service() -> None:
     import wandb
 
-    if WandbRun.live == 0:
-        with suppress(Exception):
-            wandb.teardown()
+    with suppress(Exception):
+        wandb.teardown()
 
 
 def run_config(spec: TrialSpec) -> dict[str, Any]:
