@@ -147,7 +147,7 @@ def _state(path: Path) -> Tensors:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # not torch's own words, which recommend to load it all the same
-        found = re.search(r"GLOBAL ([\w.]+)", str(error)) or re.search(r"WeightsUnpickler error: (.+)", str(error))
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
         raise FolderError(
             f"{path} must hold tensors alone but holds something else, perhaps code; it was not loaded. "
             + (f"It asks for {found[1]}." if found else "It is not a file of torch.save.")
