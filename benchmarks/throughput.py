@@ -35,6 +35,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from isaerft_sweep.dispatch.job import importing
+
 OFF = {"launcher.trunk_cache_gb": "0", "launcher.lean_logits": "false", "launcher.share_prompts": "false"}
 LEAN, TRUNK, PROMPTS = {"launcher.lean_logits": "true"}, {"launcher.trunk_cache_gb": "8"}, {"launcher.share_prompts": "true"}
 ALL = {**LEAN, **TRUNK, **PROMPTS}
@@ -156,6 +158,9 @@ def child(kind: str, rates: list[str], overrides: list[str], folder: Path) -> No
     """Run the trials of ``rates`` and print what the best one found and what all cost."""
     started = time.perf_counter()
     steps: list[tuple[float, int]] = []
+    if kind in ("ours", "resident") or kind.startswith("packed"):
+        with importing():  # as our workers do
+            import isaerft_sweep.trial.resident  # noqa: F401
     if kind == "sweep":
         results = run_sweep(rates, overrides, folder)
     elif kind.startswith("packed"):
@@ -260,6 +265,7 @@ def main() -> None:
     for _ in range(args.repeats):
         for name, (kind, options) in levels.items():
             results[name].append(run_level(kind, options, args))
+            print(f"{name}: {results[name][-1]['cpu_s']:.1f} processor s", file=sys.stderr, flush=True)
     Console(width=140).print(table_of(results, f"{args.trials} trials of {args.steps} steps, {device_words()}"))
 
 
