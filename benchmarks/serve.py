@@ -147,7 +147,7 @@ def resident_mib(serving: Serving) -> float:
 
 def line(name: str, times: list[float]) -> str:
     """A row of the table."""
-    cuts = quantiles(times, n=100)
+    cuts = quantiles(times, n=100, method="inclusive")
     return f"| {name} | {len(times):,} | {median(times):.1f} | {cuts[94]:.1f} | {cuts[98]:.1f} | {max(times):.1f} |"
 
 
