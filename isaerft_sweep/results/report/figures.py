@@ -112,7 +112,6 @@ def parallel(report: Report) -> go.Figure | None:
     if not found:
         return None
     metric = report.sweep.metric.name
-    shown = [{"label": d.label, "values": d.values, "tickvals": d.ticks, "ticktext": d.words} for d in found]
     figure = _figure(420)
     figure.add_trace(
         go.Parcoords(
@@ -122,7 +121,7 @@ def parallel(report: Report) -> go.Figure | None:
                 "reversescale": report.sweep.metric.goal == "minimize",
                 "showscale": True,
             },
-            dimensions=[{key: value for key, value in one.items() if value is not None} for one in shown],
+            dimensions=[{"label": d.label, "values": d.values, "tickvals": d.ticks, "ticktext": d.words} for d in found],
         )
     )
     figure.update_layout(margin={"l": 70, "r": 70, "t": 60, "b": 30})
