@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from isaerft_sweep.models import random_model
 from isaerft_sweep.specs import ModelSpec
-from isaerft_sweep.trial.layout import Batch, alone, behind_prompts
+from isaerft_sweep.trial.layout import Batch, alone, behind_prompts, read_once
 from isaerft_sweep.trial.passes import read_states, why_not_shared
 
 FAMILIES = ["llama", "gemma2", "gemma3_text", "qwen2", "qwen3", "gpt_neox"]
@@ -54,6 +55,42 @@ def test_every_token_sees_what_is_before_it_and_nothing_else(
     number = len(pairs)  # of a rejected one: what it shares comes from either side, as both sides hold the same
     tail = [at for at in range(len(pairs[0][1])) if layout.branch[layout.row[number, at], layout.column[number, at]] == 2]
     assert torch.equal(arranged[layout.row[number, tail], layout.column[number, tail]], values[number, tail])
+
+
+@given(
+    st.lists(st.lists(st.tuples(TOKENS, TOKENS), min_size=1, max_size=3), min_size=1, max_size=3),
+    st.lists(st.integers(6, 9), min_size=1, max_size=5),
+    st.randoms(use_true_random=False),
+)
+@settings(max_examples=200, deadline=None)
+def test_a_beginning_that_a_trial_s_sequences_share_is_read_once(
+    trials: list[list[tuple[list[int], list[int]]]], beginning: list[int], random: random.Random
+) -> None:
+    """Nothing is taken from another trial, and only what has the same tokens before it and the same next token."""
+    # as a pack joins its trials: each one's chosen, then its rejected ones
+    sequences: list[list[int]] = []
+    starts = []
+    for trial in trials:
+        starts.append(len(sequences))
+        sequences += [beginning + a for a, _ in trial] + [beginning + b for _, b in trial]
+    owner = [n for n, trial in enumerate(trials) for _ in range(2 * len(trial))]
+    width = max(map(len, sequences)) + 1
+    ids = torch.tensor([s + [0] * (width - len(s)) for s in sequences])
+    mask = torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in sequences])
+    read = mask[:, 1:].bool() & torch.tensor([[random.random() < 0.8 for _ in range(width - 1)] for _ in sequences])
+    wanted, places = read_once(Batch(ids, mask, read, (), tuple(starts)))
+    looked_at = [(owner[s], tuple(sequences[s][: j + 2])) for s, j in read.nonzero().tolist()]
+    assert len(places) == len(looked_at) and sorted(set(places.tolist())) == list(range(len(wanted)))
+    assert [looked_at[i] for i in wanted[places].tolist()] == looked_at
+    for number, start in enumerate(starts):
+        shared = [j for j in range(len(beginning) - 1) if read[start, j]]
+        for j in shared:
+            once = {
+                p
+                for p, (s, at) in zip(places.tolist(), read.nonzero().tolist(), strict=True)
+                if owner[s] == number and at == j
+            }
+            assert len(once) == 1
 
 
 @pytest.mark.parametrize(

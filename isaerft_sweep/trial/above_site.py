@@ -13,7 +13,8 @@ from torch import nn
 
 from isaerft_sweep.adapter.architecture import decoder_layers
 from isaerft_sweep.models.loading import sharing_weights
-from isaerft_sweep.trial.trunk import StoredTrunk, lowest_site, site_layer, stream_at
+from isaerft_sweep.trial.below_site import stream_of
+from isaerft_sweep.trial.trunk import StoredTrunk, lowest_site, site_layer
 
 Compute = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """From ids and mask [sequence, position] to the residual stream [sequence, position, hidden]."""
@@ -78,7 +79,7 @@ def only_above_site(model: peft.PeftModel, stored: StoredTrunk) -> Iterator[Abov
     own = wrapped.base_layer
     whole = sharing_weights(base)
     above = AboveSite(
-        stored, next(own.parameters()).device, partial(stream_at, whole, site_layer(decoder_layers(whole), site).base_layer)
+        stored, next(own.parameters()).device, partial(stream_of, whole, site_layer(decoder_layers(whole), site).base_layer)
     )
     handle = getattr(base, base.base_model_prefix).register_forward_pre_hook(above.before_call, with_kwargs=True)
     for i in range(site):

@@ -23,9 +23,10 @@ from isaerft_sweep.adapter.architecture import decoder_layers
 from isaerft_sweep.adapter.layer import IsaerftLayer
 from isaerft_sweep.models.loading import sharing_weights
 from isaerft_sweep.trial.above_site import Inject, Pass
+from isaerft_sweep.trial.below_site import stream_of
 from isaerft_sweep.trial.layout import Batch
 from isaerft_sweep.trial.passes import Passes, make_layout, token_numbers
-from isaerft_sweep.trial.trunk import sequence_key, stream_at
+from isaerft_sweep.trial.trunk import sequence_key
 
 ENOUGH = 0.95
 """A larger pack must take less than this share of the time per trial to be worth it."""
@@ -90,7 +91,7 @@ class JointModel:
         rows = sorted(first.values())
         ids, mask = batch.ids[rows], batch.mask[rows]
         above = parts[0].passes.above
-        stream = above.hidden(ids, mask) if above else stream_at(self.base, decoder_layers(self.base)[self.site], ids, mask)
+        stream = above.hidden(ids, mask) if above else stream_of(self.base, decoder_layers(self.base)[self.site], ids, mask)
         place = {row: i for i, row in enumerate(rows)}
         return stream[[place[first[key]] for key in keys]]
 
@@ -155,10 +156,11 @@ def _joined(batches: Sequence[Batch]) -> Batch:
     def padded(tensor: torch.Tensor, to: int) -> torch.Tensor:
         return nn.functional.pad(tensor, (0, to - tensor.shape[1]))
 
-    starts = accumulate((len(batch.ids) for batch in batches), initial=0)
+    starts = list(accumulate((len(batch.ids) for batch in batches), initial=0))
     return Batch(
         torch.cat([padded(batch.ids, width) for batch in batches]),
         torch.cat([padded(batch.mask, width) for batch in batches]),
         torch.cat([padded(batch.read, width - 1) for batch in batches]),
         tuple((start + a, start + b) for start, batch in zip(starts, batches, strict=False) for a, b in batch.pairs),
+        tuple(starts[: len(batches)]),
     )

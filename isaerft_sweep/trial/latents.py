@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 
 from isaerft_sweep.adapter.architecture import decoder_layers
 from isaerft_sweep.adapter.layer import IsaerftLayer
+from isaerft_sweep.trial.below_site import Reached
 
 MAX_TOKENS = 2048
 """Tokens of held-out text that are looked at: enough to tell latents that are active on one token in a hundred."""
@@ -81,17 +82,20 @@ def _streams(model: peft.PeftModel, sequences: list[list[int]]) -> dict[int, tor
         def hook(_module: Any, _inputs: Any, output: Any) -> None:
             stream = output[0] if isinstance(output, tuple) else output
             found.setdefault(index, []).append(stream[0, 1:].float())
+            if index == highest:
+                raise Reached
 
         return hook
 
+    sites = {i: layer for i, layer in enumerate(decoder_layers(base)) if isinstance(layer, IsaerftLayer)}
+    highest = max(sites)
     with ExitStack() as stack:
-        for index, layer in enumerate(decoder_layers(base)):
-            if isinstance(layer, IsaerftLayer):
-                handle = layer.register_forward_hook(keep(index))
-                stack.callback(handle.remove)
+        for index, layer in sites.items():
+            stack.callback(layer.register_forward_hook(keep(index)).remove)
         for sequence in sequences:
             ids = torch.tensor([sequence], device=next(model.parameters()).device)
-            decoder(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+            with suppress(Reached):
+                decoder(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     return {index: torch.cat(streams) for index, streams in found.items()}
 
 

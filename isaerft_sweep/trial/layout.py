@@ -23,6 +23,8 @@ class Batch:
     mask: torch.Tensor
     read: torch.Tensor
     pairs: tuple[tuple[int, int], ...]
+    trials: tuple[int, ...] = (0,)
+    """The first sequence of each trial, in order: with another adapter the same tokens have other states."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,25 @@ def behind_prompts(batch: Batch) -> Layout:
         ids[place], positions[place] = batch.ids[side][kept], at[kept]
         branch[place] = torch.where(at < prefix, 0, number)[kept]
     return Layout(ids, positions, branch, row, column, shared=True)
+
+
+def read_once(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which of the read tokens [n] to look at, so that none is looked at twice, and for every read token its place in that.
+
+    Chat templates let all sequences begin alike. What a sequence has in common with the first one of its trial, next token
+    included, has the same log-probabilities there.
+    """
+    count, device = len(batch.ids), batch.ids.device
+    starts = torch.tensor(batch.trials, device=device)
+    first = starts[torch.searchsorted(starts, torch.arange(count, device=device), right=True) - 1]
+    mask = batch.mask.bool()
+    alike = ((batch.ids == batch.ids[first]) & mask & mask[first]).long().cumprod(1).bool()[:, 1:]
+    known = alike & batch.read & batch.read[first]
+    known[starts] = False
+    number = torch.full(batch.read.shape, -1, device=device)
+    number[batch.read & ~known] = torch.arange(int((batch.read & ~known).sum()), device=device)
+    number = torch.where(known, number[first], number)
+    return (~known)[batch.read].nonzero()[:, 0], number[batch.read]
 
 
 def _additive(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from isaerft_sweep.trial.above_site import AboveSite
 from isaerft_sweep.trial.grouping import length_groups
-from isaerft_sweep.trial.layout import Batch, Layout, alone, behind_prompts
+from isaerft_sweep.trial.layout import Batch, Layout, alone, behind_prompts, read_once
 from isaerft_sweep.trial.token_logps import model_head, token_logps
 
 CALL_FLOPS = {"cpu": 2e9, "cuda": 2e12}
@@ -54,7 +54,12 @@ def token_numbers(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See ``Passes.forward``. ``prepare`` is told the rows and the width of every call of the decoder before it."""
     hidden = read_states(model, batch, layout, prepare)
-    return token_logps(hidden, batch.ids[:, 1:][batch.read], model_head(model), model.config.vocab_size)
+    targets, head = batch.ids[:, 1:][batch.read], model_head(model)
+    if not layout.shared:
+        return token_logps(hidden, targets, head)
+    wanted, places = read_once(batch)
+    logps, means = token_logps(hidden[wanted], targets[wanted], head)
+    return logps[places], means[places]
 
 
 def read_states(model: PreTrainedModel, batch: Batch, layout: Layout, prepare: Prepare | None = None) -> torch.Tensor:

@@ -45,12 +45,18 @@ def data_key(experiment: Experiment) -> str:
 def trunk_key(experiment: Experiment) -> str:
     """Equal for experiments that can use the same stored output of the frozen layers."""
     launcher, lowest = experiment.launcher, min(site.layer for site in experiment.adapter.sites)
-    return canonical_json([data_key(experiment), lowest, launcher.scratch, launcher.trunk_cache_gb])
+    settings = [launcher.scratch, launcher.trunk_cache_gb, launcher.share_prompts]
+    return canonical_json([data_key(experiment), lowest, *settings])
 
 
 @contextmanager
 def reused_trunk(
-    experiment: Experiment, model: peft.PeftModel, trainer: TrialTrainer, shared: Shared, status: StatusWriter
+    experiment: Experiment,
+    model: peft.PeftModel,
+    trainer: TrialTrainer,
+    share_prompts: bool,
+    shared: Shared,
+    status: StatusWriter,
 ) -> Iterator[AboveSite | None]:
     """The frozen layers below the site, run once per sweep and node, where their output fits the cache.
 
@@ -70,7 +76,7 @@ def reused_trunk(
         started = time.monotonic()
         try:
             sequences = sequences_of(trainer.reached_rows(), trainer.eval_dataset)
-            stored = stored_trunk(model, experiment.model, sequences, folder, limit_gb, tell)
+            stored = stored_trunk(model, experiment.model, sequences, folder, limit_gb, share_prompts, tell)
         except NotStored as reason:
             print(f"the frozen layers are computed in every step: {reason}", flush=True)
             return None

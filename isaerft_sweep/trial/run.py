@@ -116,8 +116,9 @@ def _train(
     recorder.rewind(int(checkpoints[-1].name.split("-")[1]) if checkpoints else -1)
     trainer.tokens_seen = int(recorder.latest.get("train/num_tokens", 0))
     try:
-        with reused_trunk(experiment, model, trainer, shared, status) as above:
-            trainer.passes = shared.passes(loaded.model, Passes(above, shares_prompts(experiment, loaded, shared)))
+        share_prompts = shares_prompts(experiment, loaded, shared)
+        with reused_trunk(experiment, model, trainer, share_prompts, shared, status) as above:
+            trainer.passes = shared.passes(loaded.model, Passes(above, share_prompts))
             trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
             changes = [] if recorder.stopped else learned(model, trainer.eval_dataset)
     except TrialDiverged as error:

@@ -16,9 +16,9 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,14 +27,15 @@ import peft
 import torch
 import transformers
 from torch import nn
+from transformers import PreTrainedModel
 
 from isaerft_sweep.adapter.architecture import decoder_layers
 from isaerft_sweep.adapter.layer import IsaerftLayer
 from isaerft_sweep.journal.files import being_made, locked, made_once, read_json, write_json
 from isaerft_sweep.plain import canonical_json
 from isaerft_sweep.specs import ModelSpec
+from isaerft_sweep.trial.below_site import streams_of
 
-TOKENS_PER_BATCH = 2048
 SPARE_BYTES = 200e6
 """What a disk keeps free beside the stored output."""
 _STORED: dict[torch.dtype, np.dtype[Any]] = {
@@ -50,10 +51,6 @@ SAY_S = 20.0
 
 class NotStored(Exception):
     """Why the output is not kept: every trial computes it then."""
-
-
-class _Reached(Exception):
-    """The forward pass has reached the site; the rest is not wanted."""
 
 
 @dataclass(frozen=True)
@@ -93,12 +90,14 @@ def stored_trunk(
     sequences: list[list[int]],
     folder: Path,
     limit_gb: float,
+    share: bool,
     tell: Callable[[float], None] = lambda _share: None,
 ) -> StoredTrunk:
     """The trunk's output for ``sequences``, from ``folder`` or computed and put there.
 
-    ``tell`` hears after every batch which share is done. Raises NotStored when it does not fit the limit or the disk, or
-    the folder cannot be written.
+    ``share``: compute what two sequences begin with once, where the model can (``why_not_shared``). ``tell`` hears after
+    every sequence which share is done. Raises NotStored when it does not fit the limit or the disk, or the folder cannot be
+    written.
     """
     layers = decoder_layers(model.get_base_model())
     site = lowest_site(layers)
@@ -119,6 +118,7 @@ def stored_trunk(
         "site": site,
         "device": next(model.parameters()).device.type,
         "versions": [torch.__version__, transformers.__version__],
+        "shared prompts": share,
         "sequences": [sequence_key(s) for s in sequences],
     }
     name = hashlib.sha256(canonical_json(what).encode()).hexdigest()[:20]
@@ -127,7 +127,8 @@ def stored_trunk(
         with locked(folder / ".room"):
             _make_room(folder, limit_gb * 1e9 - needed_bytes)
             values = _reserve(aside / "values.npy", shape, _STORED[dtype], needed_bytes)
-        _compute(model, site_layer(layers, site).base_layer, sequences, values, aside, tell)
+        _compute(model.get_base_model(), site_layer(layers, site).base_layer, sequences, share, values, tell)
+        write_json(aside / "digest.json", {"sha256": _digest(values), "tokens": len(values)})
 
     try:
         for _ in range(2):
@@ -201,66 +202,36 @@ def _weights_digest(model: peft.PeftModel, layers: nn.ModuleList, site: int) -> 
     return digest.hexdigest()[:20]
 
 
-def _batches(sequences: list[list[int]]) -> Iterator[list[list[int]]]:
-    """Sequences of near length together, at most ``TOKENS_PER_BATCH`` tokens with padding."""
-    batch: list[list[int]] = []
-    for sequence in sequences:
-        if batch and (len(batch) + 1) * len(sequence) > TOKENS_PER_BATCH:
-            yield batch
-            batch = []
-        batch.append(sequence)
-    if batch:
-        yield batch
-
-
-@torch.no_grad()
-def stream_at(base: nn.Module, layer: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The residual stream [sequence, position, hidden] that ``layer`` of ``base`` gives out; what is above is not run."""
-    caught: list[torch.Tensor] = []
-
-    def catch(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        caught.append(output[0] if isinstance(output, tuple) else output)
-        raise _Reached
-
-    handle = layer.register_forward_hook(catch)
-    try:
-        with suppress(_Reached):
-            base(input_ids=ids, attention_mask=mask, use_cache=False)
-    finally:
-        handle.remove()
-    return caught[0]
-
-
 @torch.no_grad()
 def _compute(
-    model: peft.PeftModel,
+    base: PreTrainedModel,
     layer: nn.Module,
     sequences: list[list[int]],
+    share: bool,
     values: np.memmap,
-    folder: Path,
     tell: Callable[[float], None],
 ) -> None:
-    base = model.get_base_model()
     base.eval()  # what is stored must not hold anybody's dropout
-    first = next(model.parameters())
-    at, digest, said_s = 0, hashlib.sha256(), time.monotonic()
-    for batch in _batches(sequences):
-        width = max(len(s) for s in batch)
-        ids = torch.tensor([s + [0] * (width - len(s)) for s in batch], device=first.device)
-        mask = torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in batch], device=first.device)
-        for row, sequence in zip(stream_at(base, layer, ids, mask).cpu(), batch, strict=True):
-            kept = row[: len(sequence)].contiguous()
-            values[at : at + len(sequence)] = (
-                kept.view(torch.uint16).numpy() if first.dtype == torch.bfloat16 else kept.numpy()
-            )
-            digest.update(values[at : at + len(sequence)].tobytes())
-            at += len(sequence)
-        tell(at / len(values))
+    starts = list(accumulate(map(len, sequences), initial=0))
+    done, said_s = 0, time.monotonic()
+    for number, stream in streams_of(base, layer, sequences, share):
+        kept = stream.contiguous().cpu()
+        values[starts[number] : starts[number + 1]] = (
+            kept.view(torch.uint16) if kept.dtype == torch.bfloat16 else kept
+        ).numpy()
+        done += len(kept)
+        tell(done / len(values))
         if time.monotonic() - said_s > SAY_S:
             said_s = time.monotonic()
-            print(f"frozen layers' output: {at} of {len(values)} tokens", flush=True)
+            print(f"frozen layers' output: {done} of {len(values)} tokens", flush=True)
     values.flush()
-    write_json(folder / "digest.json", {"sha256": digest.hexdigest(), "tokens": len(values)})
+
+
+def _digest(values: np.ndarray) -> str:
+    digest = hashlib.sha256()
+    for start in range(0, len(values), 4096):
+        digest.update(values[start : start + 4096].tobytes())
+    return digest.hexdigest()
 
 
 def _open(entry: Path, shape: tuple[int, int]) -> np.ndarray | None:
@@ -269,10 +240,7 @@ def _open(entry: Path, shape: tuple[int, int]) -> np.ndarray | None:
         values = np.load(entry / "values.npy", mmap_mode="r")
     except (OSError, ValueError):
         return None  # another worker has made room, or the file is not what was written
-    digest = hashlib.sha256()
-    for start in range(0, len(values), 4096):
-        digest.update(values[start : start + 4096].tobytes())
-    whole = values.shape == shape and (read_json(entry / "digest.json") or {}).get("sha256") == digest.hexdigest()
+    whole = values.shape == shape and (read_json(entry / "digest.json") or {}).get("sha256") == _digest(values)
     return values if whole else None
 
 
