@@ -51,7 +51,7 @@ LEVELS = {
     "ours, all, resident worker": ("resident", ALL),
     "ours, all, 2 trials at a time": ("packed 2", ALL),
     "ours, all, 4 trials at a time": ("packed 4", ALL),
-    "ours, all, early stopping": ("sweep", {**ALL, "orpo.eval_fraction": "0.25"}),
+    "ours, all, early stopping": ("sweep", {**ALL, "orpo.eval_fraction": "0.25", "launcher.packed": "8"}),
 }
 RATES = (0.3, 0.1, 0.05, 0.2, 0.15, 0.07, 0.25, 0.04)
 

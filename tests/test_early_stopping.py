@@ -61,10 +61,10 @@ def test_poor_trials_are_stopped_and_keep_a_checkpoint(launch, tmp_path: Path) -
 class Scripted(Dispatcher):
     """Stands in for processes: every poll, each trial evaluates once more and does what it was asked to."""
 
-    slots, threads = 1, None
+    threads = None
 
-    def __init__(self, curves: dict[float, list[float]]) -> None:
-        self.curves, self.jobs = curves, {}
+    def __init__(self, curves: dict[float, list[float]], slots: int) -> None:
+        self.curves, self.slots, self.jobs = curves, slots, {}
         self.order: list[float] = []
 
     def submit_all(self, jobs: Sequence[Job]) -> list[JobRef]:
@@ -101,7 +101,9 @@ class Scripted(Dispatcher):
         return ""
 
 
-def run(path: Path, experiment: Any, curves: dict[float, list[float]], trials: int) -> tuple[Scripted, Journal]:
+def run(
+    path: Path, experiment: Any, curves: dict[float, list[float]], trials: int, slots: int = 1
+) -> tuple[Scripted, Journal]:
     folder = SweepFolder(path)
     journal = Journal(folder)
     if not journal.record.sweep_id:
@@ -109,7 +111,7 @@ def run(path: Path, experiment: Any, curves: dict[float, list[float]], trials: i
     composed = experiment("model=tiny", "launcher.poll_s=0.001")
     definition = SweepDefinition("given", Metric("eval/log_odds_chosen", "maximize"), {})
     factory = TrialFactory(composed, definition, folder, "s1", None)
-    dispatcher = Scripted(curves)
+    dispatcher = Scripted(curves, slots)
     early = EarlyStopping(SuccessiveHalving([1, 3], 3), 1, 6)
     sampler = GivenPoints([Point({"orpo.beta": beta}) for beta in curves][:trials])
     SweepController(journal, sampler, factory, dispatcher, composed.launcher, trials, Silent(), lambda: 0, early).run()
@@ -126,6 +128,19 @@ def test_a_trial_stopped_too_early_comes_back_where_it_was(experiment: Any, tmp_
     assert dispatcher.order.count(0.3) == 2, "stopped once, revived once"
     trial = next(r for r in journal.record.trials.values() if r.point.params["orpo.beta"] == 0.3)
     assert trial.attempt == 2 and len(SweepFolder(tmp_path / "s").trial(trial.name).read_status()["evaluations"]) == 6
+    journal.close()
+
+
+def test_trials_that_evaluate_together_are_judged_together(experiment: Any, tmp_path: Path) -> None:
+    """As those of a pack do: the first of them is not let through because the others have not been read yet."""
+    curves = {0.1: [0.1] * 6, 0.2: [0.2] * 6, 0.3: [0.4] * 6, 0.4: [0.3] * 6}
+    _, journal = run(tmp_path / "s", experiment, curves, trials=4, slots=4)
+    folder = SweepFolder(tmp_path / "s")
+    lengths = {
+        r.point.params["orpo.beta"]: len(folder.trial(r.name).read_status()["evaluations"])
+        for r in journal.record.trials.values()
+    }
+    assert lengths == {0.1: 1, 0.2: 1, 0.3: 6, 0.4: 1}
     journal.close()
 
 

@@ -51,7 +51,7 @@ def check_trial_needs(*experiments: Experiment) -> dict[str, Any]:
 
     Raises ModelError when anything is missing.
     """
-    command = [sys.executable, "-m", "isaerft_sweep.trial.prepare"]
+    command = [sys.executable, "-c", "from isaerft_sweep.dispatch.job import check_needs; raise SystemExit(check_needs())"]
     done = subprocess.run(
         command, input=canonical_json([to_dict(e) for e in experiments]), capture_output=True, text=True, check=False
     )

@@ -198,8 +198,11 @@ class SweepController:
     def _poll(self) -> None:
         records = list(self.active.values())
         alive = self.dispatcher.alive([r.job for r in records if r.job is not None])
-        for record, living in zip(records, alive, strict=True):
-            status = self._read_status(record)
+        statuses = [self._read_status(record) for record in records]
+        if self.early:  # all are heard before one is judged: trials of a pack evaluate at the same moment
+            for record, status in zip(records, statuses, strict=True):
+                self.early.note(record.index, status)
+        for record, living, status in zip(records, alive, statuses, strict=True):
             if not living:
                 self._settle(record, self._read_status(record))
             elif self._overdue(record, status):

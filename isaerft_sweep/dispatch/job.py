@@ -99,4 +99,12 @@ class WorkerJob:
         return f"{serve_trials(WorkerFolder(Path(self.folder)), packed=self.packed)} trials"
 
 
+def check_needs() -> int:
+    """What the check before a sweep runs in a process of its own; see ``trial/prepare.py``."""
+    with importing():
+        from isaerft_sweep.trial.prepare import main
+
+    return main()
+
+
 Job = TrialJob | WorkerJob

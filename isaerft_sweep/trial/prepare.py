@@ -1,9 +1,7 @@
 """Checks everything a trial will need, in a process of its own, before any trial is dispatched.
 
-    python -m isaerft_sweep.trial.prepare < experiments.json
-
-Makes what has to be made once (converted weights, tiny models), so that workers find it. Prints one JSON line:
-``{"ok": …}`` with facts for people, or ``{"error": …}``.
+Makes what has to be made once (converted weights, tiny models), so that workers find it. Reads experiments as JSON from
+standard input and prints one JSON line: ``{"ok": …}`` with facts for people, or ``{"error": …}``.
 """
 
 from __future__ import annotations
@@ -111,7 +109,3 @@ def main() -> int:
         answer = {"error": str(error)}
     print(json.dumps(answer), flush=True)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
