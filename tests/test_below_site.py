@@ -46,7 +46,7 @@ def test_the_answers_to_a_prompt_come_together() -> None:
 def test_streams_are_those_of_sequences_alone(
     family: str, share: bool, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(below_site, "TOKENS_PER_BATCH", 64)
+    monkeypatch.setitem(below_site.CALL_TOKENS, "cpu", 64)
     folder = random_model.made_folder(ModelSpec(name="tiny", source="random", architecture=family), cache)
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager" if family == "gemma2" else "sdpa")
     layers = getattr(model, model.base_model_prefix).layers

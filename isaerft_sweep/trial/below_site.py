@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from isaerft_sweep.trial.layout import Batch, alone, behind_prompts
 
-TOKENS_PER_BATCH = 2048
+CALL_TOKENS = {"cpu": 1024, "cuda": 8192}
+"""How many tokens a device takes best in one call: on a processor what is between two layers then stays in its cache."""
 
 
 class Reached(Exception):
@@ -56,7 +57,7 @@ def streams_of(
     """
     device, dtype = next(base.parameters()).device, next(base.parameters()).dtype
     rows = in_pairs(sequences) if share else [(number, number) for number in range(len(sequences))]
-    for group in _groups(rows, sequences):
+    for group in _groups(rows, sequences, CALL_TOKENS.get(device.type, CALL_TOKENS["cuda"])):
         members = sorted({number for row in group for number in row})
         place = {number: i for i, number in enumerate(members)}
         width = max(len(sequences[number]) for number in members)
@@ -92,8 +93,8 @@ def _alike(a: Sequence[int], b: Sequence[int]) -> int:
     return next((i for i in range(length) if a[i] != b[i]), length)
 
 
-def _groups(rows: list[tuple[int, int]], sequences: Sequence[Sequence[int]]) -> Iterator[list[tuple[int, int]]]:
-    """Rows of near length together, at most ``TOKENS_PER_BATCH`` tokens with padding."""
+def _groups(rows: list[tuple[int, int]], sequences: Sequence[Sequence[int]], most: int) -> Iterator[list[tuple[int, int]]]:
+    """Rows of near length together, at most ``most`` tokens with padding."""
 
     def length(row: tuple[int, int]) -> int:
         a, b = (sequences[number] for number in row)
@@ -101,7 +102,7 @@ def _groups(rows: list[tuple[int, int]], sequences: Sequence[Sequence[int]]) -> 
 
     group: list[tuple[int, int]] = []
     for row in sorted(rows, key=length):
-        if group and (len(group) + 1) * length(row) > TOKENS_PER_BATCH:
+        if group and (len(group) + 1) * length(row) > most:
             yield group
             group = []
         group.append(row)

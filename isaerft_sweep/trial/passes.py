@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from isaerft_sweep.trial.above_site import AboveSite
+from isaerft_sweep.trial.below_site import CALL_TOKENS
 from isaerft_sweep.trial.grouping import length_groups
 from isaerft_sweep.trial.layout import Batch, Layout, alone, behind_prompts, read_once
 from isaerft_sweep.trial.token_logps import model_head, token_logps
@@ -72,7 +73,8 @@ def read_states(model: PreTrainedModel, batch: Batch, layout: Layout, prepare: P
     config, dtype = model.config.get_text_config(), next(model.parameters()).dtype
     per_token = 2 * sum(parameter.numel() for parameter in decoder.parameters())
     lengths, device = layout.lengths, batch.ids.device
-    groups = length_groups(lengths, int(CALL_FLOPS.get(device.type, CALL_FLOPS["cuda"]) / per_token))
+    kind = device.type if device.type in CALL_FLOPS else "cuda"
+    groups = length_groups(lengths, int(CALL_FLOPS[kind] / per_token), CALL_TOKENS[kind])
     states: list[torch.Tensor] = []
     # where each row begins in the flat list of all groups' states
     start, begins = 0, torch.empty(len(lengths), dtype=torch.long)
