@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 os.environ.update(HF_HUB_OFFLINE="1", TRL_EXPERIMENTAL_SILENCE="1", TOKENIZERS_PARALLELISM="false", WANDB_SILENT="true")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything loads torch
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's `make test &` leaves Ctrl-C off for all children
 register()
 
 TINY = (
