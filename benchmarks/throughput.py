@@ -10,7 +10,7 @@ wall second, largest resident memory, on a GPU also the device's, and the metric
     (ii)  the same with the bias as x + b @ W_dec
     ours  a trial without reuse; with lean logits and groups of near length; with the reused trunk; with both; with shared
           prompts too; all of it in one resident worker for all trials; in that worker 2 and 4 trials at a time; and the
-          whole command with early stopping (4 evaluations a trial, ASHA from the first, eta 3)
+          whole command with early stopping (8 trials at a time, 4 evaluations each, ASHA from the first, eta 3)
 
 Up to the resident worker every trial has a process of its own, so that one costs what another does: ``--sample N`` runs N of
 them and multiplies. The frozen layers' output is made once per sweep, by the first trial, which is counted once. The metrics

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import pairwise
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -101,8 +102,8 @@ def _groups(rows: list[tuple[int, int]], sequences: Sequence[Sequence[int]], mos
         return len(a) + len(b) - _alike(a, b)
 
     group: list[tuple[int, int]] = []
-    for row in sorted(rows, key=length):
-        if group and (len(group) + 1) * length(row) > most:
+    for size, row in sorted(((length(row), row) for row in rows), key=itemgetter(0)):
+        if group and (len(group) + 1) * size > most:
             yield group
             group = []
         group.append(row)
