@@ -17,10 +17,20 @@ LOG_ODDS = {1: -0.0051, 2: -0.0052, 3: -0.0063, 4: -0.0078}
 """What that version printed, by rank."""
 SEVENTH = -0.00636761449277401
 """What that version got for the seventh trial after its stop."""
-COMMAND = (
-    "model=tiny data.train_size=24 data.eval_size=12 orpo.max_steps=8 orpo.max_length=300 orpo.eval_fraction=0.25 "
-    "launcher.poll_s=0.2 launcher.threads=1 sweep=none sweep.file=s.yaml name=golden sweep.run_cap=7"
-).split()
+COMMAND = [
+    "model=tiny",
+    "data.train_size=24",
+    "data.eval_size=12",
+    "orpo.max_steps=8",
+    "orpo.max_length=300",
+    "orpo.eval_fraction=0.25",
+    "launcher.poll_s=0.2",
+    "launcher.threads=1",
+    "sweep=none",
+    "sweep.file=s.yaml",
+    "name=golden",
+    "sweep.run_cap=7",
+]
 
 
 @pytest.fixture
