@@ -63,7 +63,11 @@ def run() -> None:
     detaching = "--detach" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--detach"]
     if "WANDB_SWEEP_ID" in os.environ:
-        sys.argv[1:] = from_agent(sys.argv[1:], os.environ)
+        try:
+            sys.argv[1:] = from_agent(sys.argv[1:], os.environ)
+        except IsaerftError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
     main()
     if failed:
         sys.exit(failed)

@@ -5,8 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import os
+import types
+import typing
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from isaerft_sweep.errors import ConfigError, suggest
@@ -21,6 +25,9 @@ class Site:
     sae_release: str | None = option(None)
     sae_id: str | None = option(None)
     sae_path: str | None = option(None)
+
+    def with_absolute_path(self) -> Site:
+        return dataclasses.replace(self, sae_path=absolute(self.sae_path))
 
 
 @dataclass(frozen=True)
@@ -194,6 +201,38 @@ class Experiment:
             changed = dataclasses.replace(changed, **{section: updated})
         return changed
 
+    def with_absolute_paths(self) -> Experiment:
+        """A copy whose local files and folders are named from the root: another command may run in another folder."""
+        data, model, adapter = self.data, self.model, self.adapter
+        return dataclasses.replace(
+            self,
+            data=dataclasses.replace(data, path=absolute(data.path), eval_path=absolute(data.eval_path)),
+            model=dataclasses.replace(
+                model,
+                name=absolute_if_folder(model.name) if model.source == "hub" else model.name,
+                tokenizer=absolute_if_folder(model.tokenizer) if model.tokenizer else model.tokenizer,
+                sites=tuple(site.with_absolute_path() for site in model.sites),
+            ),
+            adapter=dataclasses.replace(adapter, sites=tuple(site.with_absolute_path() for site in adapter.sites)),
+            launcher=dataclasses.replace(self.launcher, scratch=absolute(self.launcher.scratch)),
+            cache=absolute(self.cache),
+        )
+
+
+def absolute(path: str | None) -> str | None:
+    """A local path from the root; None and addresses (``s3://…``) as they are."""
+    return path if path is None or "://" in path else str(expanded(path).absolute())
+
+
+def absolute_if_folder(name: str) -> str:
+    """A model's local folder from the root; an id of the Hub as it is."""
+    return str(expanded(name).absolute()) if expanded(name).is_dir() else name
+
+
+def expanded(path: str) -> Path:
+    """``path`` with the user's home for ``~``. A user that does not exist is no home, and no error either."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 (Path.expanduser raises for ~nobody)
+
 
 TUNABLE = {"model": ModelSpec, "data": DataSpec, "adapter": AdapterSpec, "orpo": OrpoSpec}
 
@@ -240,6 +279,44 @@ def split_key(key: str) -> tuple[str, str]:
     if key not in valid:
         raise ConfigError(f"a swept parameter must be a config key but got '{key}'." + suggest(key, valid))
     return section, name
+
+
+def swept_value(experiment: Experiment, key: str) -> Any:
+    """The value of ``experiment`` at a dotted key that a sweep may set."""
+    section, name = split_key(key)
+    return getattr(getattr(experiment, section), name)
+
+
+@dataclass(frozen=True)
+class KeyBounds:
+    """What a config key takes: its ``type``, and for numbers the smallest and largest value (``above`` is left out)."""
+
+    type: type
+    above: float | None
+    at_least: float | None
+    at_most: float | None
+
+    def inside(self, step: float | None) -> tuple[float, float]:
+        """The smallest and the largest number, infinite without a bound. ``step``: of what numbers are multiples, if any."""
+        low = -math.inf if self.at_least is None else self.at_least
+        if self.above is not None:
+            low = (math.floor(self.above / step) + 1) * step if step else math.nextafter(self.above, math.inf)
+        return low, math.inf if self.at_most is None else self.at_most
+
+    def __str__(self) -> str:
+        bounds = {"above": self.above, "at least": self.at_least, "at most": self.at_most}
+        return " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None)
+
+
+def key_bounds(key: str) -> KeyBounds:
+    """What the dotted ``key`` takes. Raises ConfigError when a sweep may not set it."""
+    section, name = split_key(key)
+    spec = TUNABLE[section]
+    meta = next(f.metadata for f in dataclasses.fields(spec) if f.name == name)
+    hint = typing.get_type_hints(spec)[name]
+    if isinstance(hint, types.UnionType):  # an optional one
+        hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
+    return KeyBounds(hint, meta.get("above"), meta.get("at_least"), meta.get("at_most"))
 
 
 def identity(experiment: Experiment) -> str:

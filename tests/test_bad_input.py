@@ -55,7 +55,7 @@ def test_what_the_preflight_finds_is_the_command_s_error(launch, tmp_path: Path)
         (("adapter.sites.0.layer=4",), "between 0 and 3 for this model but got 4"),
         (("adapter.sites.0.sae_id=random-32x64",), "hidden size 64, but isaerft-sweep/random-32x64 reads 32"),
         (("adapter.sites.0.sae_id=mine",), "has no SAE 'mine'"),
-        (("data=jsonl", "data.path=nowhere.jsonl"), "data.path must be a file that exists but got 'nowhere.jsonl'"),
+        (("data=jsonl", "data.path=nowhere.jsonl"), "/nowhere.jsonl'"),
     ],
 )  # fmt: skip
 def test_what_the_preflight_finds(override: tuple[str, ...], said: str, experiment: Composed) -> None:

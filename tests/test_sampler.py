@@ -122,3 +122,73 @@ def test_diverged_trials_steer_bayes_away() -> None:
     assert sum(lr > 1e-4 for lr in late) < len(late) / 2, (
         "half of the space diverges; TPE goes there less than half the time"
     )
+
+
+def test_eight_workers_start_on_quasi_random_points() -> None:
+    """Until five outcomes are known, every point is the sequence's next, however many are pending."""
+    bayes, random = Sampler(SPACE, "bayes", seed=4), Sampler(SPACE, "random", seed=4)
+    asked = [bayes.ask() for _ in range(8)]
+    assert [p.key for p in asked] == [random.ask().key for _ in range(8)]
+    for point in asked[:4]:
+        bayes.tell(point, objective(point.params))
+    assert bayes.ask().key == random.ask().key
+    bayes.tell(asked[4], objective(asked[4].params))
+    assert bayes.ask().key != random.ask().key, "now the model is asked"
+
+
+def test_a_diverged_point_is_worse_than_all_that_come_later() -> None:
+    sampler = Sampler(SPACE, "bayes", seed=0)
+    points = [sampler.ask() for _ in range(4)]
+    for point, value in zip(points, [None, 1.0, -5.0, -9.0], strict=True):
+        sampler.tell(point, value)
+    values = [t.value for t in sampler._model.study.get_trials(deepcopy=False)]
+    assert values[0] < min(values[1:])
+
+
+def test_a_failed_point_says_nothing_of_its_surroundings() -> None:
+    """The same history with and without a point that was given up: the model suggests the same."""
+
+    def suggestion(failed: bool) -> str:
+        sampler = Sampler(SPACE, "bayes", seed=5)
+        lost = sampler.ask()
+        told = [sampler.ask() for _ in range(12)]
+        for point in told:
+            sampler.tell(point, objective(point.params))
+        if failed:
+            sampler.forget(lost)
+        return sampler._model.suggest(99, 0)
+
+    def without() -> str:
+        sampler = Sampler(SPACE, "bayes", seed=5)
+        sampler.ask()
+        told = [sampler.ask() for _ in range(12)]
+        clean = Sampler(SPACE, "bayes", seed=5)
+        for point in told:
+            clean.restore(point)
+            clean.tell(point, objective(point.params))
+        return clean._model.suggest(99, 0)
+
+    assert suggestion(failed=True) == without() != suggestion(failed=False)
+
+
+@given(st.integers(2, 6), st.integers(1, 5), st.integers(0, 10**6))
+@settings(max_examples=30)
+def test_a_grid_is_the_product_of_its_values(ints: int, betas: int, seed: int) -> None:
+    import itertools
+
+    space = {
+        "orpo.seed": Numeric("int_uniform", -1, ints - 2, integer=True),
+        BETA: Categorical(tuple(i / 10 for i in range(betas)), (1 / betas,) * betas),
+        LR: Numeric("q_uniform", 0.05, 0.35, q=0.1),
+    }
+    sampler, found = Sampler(space, "grid", seed=seed), []
+    while (point := sampler.ask()) is not None:
+        found.append(tuple(point.params.values()))
+    assert found == list(itertools.product(range(-1, ints - 1), (i / 10 for i in range(betas)), (0.1, 0.2, 0.3)))
+
+
+def test_a_grid_may_be_larger_than_the_memory() -> None:
+    space = {"orpo.seed": Numeric("int_uniform", 0, 10**12, integer=True), BETA: Categorical((0.1, 0.2), (0.5, 0.5))}
+    sampler = Sampler(space, "grid")
+    assert sampler.size == 2 * (10**12 + 1)
+    assert [sampler.ask().params["orpo.seed"] for _ in range(3)] == [0, 0, 1]

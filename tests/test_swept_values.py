@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from isaerft_sweep.config.boundary import to_definition, variants
 from isaerft_sweep.config.command import compose, from_agent
-from isaerft_sweep.errors import ConfigError, IsaerftError
+from isaerft_sweep.controller.agent import given_point
+from isaerft_sweep.errors import ConfigError, IsaerftError, LaunchError
 from isaerft_sweep.plain import overrides
 from isaerft_sweep.specs import Experiment, Site
 from isaerft_sweep.trial.prepare import prepare
@@ -62,21 +63,67 @@ def test_the_config_gets_what_was_swept() -> None:
     assert composed.data.path == "/d/o'brien, ${x}.jsonl" and composed.orpo.beta == 1e-05
 
 
-def test_an_agents_words_become_hydras(tmp_path: Path) -> None:
-    values = {
-        "adapter.top_k": None,
-        "orpo.beta": 0.1,
-        "data.path": "/a b,c",
-        "adapter.sites": [{"layer": 1, "sae_path": "/x"}],
-    }
+AGENTS_VALUES = {
+    "adapter.top_k": None,
+    "orpo.beta": 0.1,
+    "orpo.learning_rate": 1e-05,
+    "orpo.gradient_checkpointing": True,
+    "data.path": "/a b,c",
+    "adapter.sites": [{"layer": 1, "sae_path": "/x"}],
+}
+MACROS = ("args", "args_no_equals", "args_no_hyphens", "args_no_boolean_flags", "args_json", "args_json_file",
+          "args_append_hydra", "args_override_hydra", "args_dict", "")  # fmt: skip
+
+
+def agents_file(tmp_path: Path, values: dict[str, Any]) -> dict[str, str]:
     file = tmp_path / "config-defaults.yaml"
     file.write_text(yaml.safe_dump({"wandb_version": 1, **{key: {"value": value} for key, value in values.items()}}))
-    written = [f"{key}={value}" for key, value in values.items()]  # as wandb's create_sweep_command_args does
-    read = from_agent(["model=tiny", *written], {"WANDB_SWEEP_PARAM_PATH": str(file)})
-    assert read == ["model=tiny", *overrides(values)]
-    composed = compose(read)
+    return {"WANDB_SWEEP_PARAM_PATH": str(file)}
+
+
+def filled_in(macro: str, values: dict[str, Any], tmp_path: Path) -> list[str]:
+    """What W&B's own code puts in the place of a macro."""
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
+
+    made = create_sweep_command_args({"args": {key: {"value": value} for key, value in values.items()}})
+    if macro == "args_json_file":
+        (tmp_path / "args.json").write_text(made["args_json"][0])
+        return [str(tmp_path / "args.json")]
+    return list(made[macro]) if macro else []
+
+
+@pytest.mark.parametrize("macro", MACROS)
+def test_the_trial_gets_what_the_agent_gave_whatever_the_commands_macro(macro: str, tmp_path: Path) -> None:
+    environment = agents_file(tmp_path, AGENTS_VALUES)
+    arguments = ["model=tiny", "orpo.beta=1.0", *filled_in(macro, AGENTS_VALUES, tmp_path), "name=x"]
+    composed = compose(from_agent(arguments, environment))
+    assert composed.orpo.beta == 0.1, "not the value that the command or the config has"
+    assert composed.orpo.learning_rate == 1e-05 and composed.orpo.gradient_checkpointing
     assert composed.adapter.top_k is None and composed.data.path == "/a b,c"
-    assert from_agent(written, {}) == written == from_agent(written, {"WANDB_SWEEP_PARAM_PATH": str(tmp_path / "none")})
+    assert composed.adapter.sites == (Site(1, sae_path="/x"),) and composed.name == "x"
+
+
+@pytest.mark.parametrize("macro", MACROS)
+def test_nested_parameters_arrive_too(macro: str, tmp_path: Path) -> None:
+    values = {"orpo": {"beta": 0.3, "learning_rate": 0.02}, "adapter": {"kind": "scale"}}
+    composed = compose(from_agent(filled_in(macro, values, tmp_path), agents_file(tmp_path, values)))
+    assert (composed.orpo.beta, composed.orpo.learning_rate, composed.adapter.kind) == (0.3, 0.02, "scale")
+
+
+def test_without_an_agents_file_the_command_line_stays(tmp_path: Path) -> None:
+    assert from_agent(["orpo.beta=0.1"], {}) == ["orpo.beta=0.1"]
+    with pytest.raises(LaunchError, match="WANDB_SWEEP_PARAM_PATH must name the file"):
+        from_agent(["orpo.beta=0.1"], {"WANDB_SWEEP_PARAM_PATH": str(tmp_path / "none")})
+    with pytest.raises(ConfigError, match="must be a config key but got 'lr'"):
+        from_agent([], agents_file(tmp_path, {"lr": 0.1}))
+
+
+def test_what_the_config_has_is_checked_against_what_the_agent_gave(experiment: Composed, tmp_path: Path) -> None:
+    composed = experiment("sweep=demo", "orpo.beta=1.0")
+    definition = to_definition(composed.sweep, composed)
+    with pytest.raises(LaunchError, match=r"orpo\.beta must be what the agent gave, 0\.1, but the config has 1\.0"):
+        given_point(composed, definition, agents_file(tmp_path, {"orpo.beta": 0.1}))
+    assert given_point(composed, definition, agents_file(tmp_path, {"orpo.beta": 1})).params == {"orpo.beta": 1.0}
 
 
 def swept(tmp_path: Path, **parameters: list[Any]) -> str:

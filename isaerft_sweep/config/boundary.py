@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import islice, product
-from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from isaerft_sweep.errors import ConfigError
-from isaerft_sweep.plain import from_mapping, overrides
-from isaerft_sweep.search.distributions import Categorical, Constant, Distribution
-from isaerft_sweep.search.sweep_file import Metric, SweepDefinition, check_grid, read_sweep_file
-from isaerft_sweep.specs import Experiment, SweepSpec
+from isaerft_sweep.errors import ConfigError, SpaceError
+from isaerft_sweep.plain import canonical_json, from_mapping, overrides, to_dict
+from isaerft_sweep.search.distributions import Categorical, Constant, Distribution, Numeric, Truncated
+from isaerft_sweep.search.sweep_file import Metric, SweepDefinition, check_grid, read_parameters, read_sweep_file
+from isaerft_sweep.specs import (
+    Experiment,
+    SweepSpec,
+    TrackerSpec,
+    absolute,
+    absolute_if_folder,
+    expanded,
+    key_bounds,
+    swept_value,
+)
 
 TOGETHER = ("adapter.", "data.", "orpo.gradient_checkpointing")
 """Beginnings of the keys that ``check`` compares with others."""
 LOOKED_AT = ("model.", "orpo.optimizer", "orpo.max_length")
 """And of those, besides, that name what must be there."""
+PATH_KEYS = ("data.path", "data.eval_path", "model.name", "model.tokenizer")
+"""Keys whose values may be local files or folders."""
 MOST_POINTS = 10_000
 MOST_VARIANTS = 100
+LEAST_SHARE = 0.5
+"""A distribution of which less than this lies inside its key's bounds is refused rather than cut off."""
 
 
 def to_experiment(config: Any) -> Experiment:
@@ -35,6 +47,7 @@ def to_experiment(config: Any) -> Experiment:
     except OmegaConfBaseException as error:
         raise ConfigError(str(error).splitlines()[0]) from error
     experiment: Experiment = from_mapping(Experiment, plain, "")  # type: ignore[arg-type]
+    experiment = experiment.with_absolute_paths()
     check(experiment)
     return experiment
 
@@ -92,30 +105,93 @@ def to_definition(sweep: SweepSpec, experiment: Experiment) -> SweepDefinition:
     if sweep.file is None:
         point = {"orpo.learning_rate": Constant(experiment.orpo.learning_rate), "orpo.beta": Constant(experiment.orpo.beta)}
         return SweepDefinition("grid", Metric("eval/log_odds_chosen", "maximize"), point, run_cap=1)
-    definition = read_sweep_file(Path(sweep.file).expanduser())
+    path = expanded(sweep.file)
+    definition = with_absolute_values(read_sweep_file(path))
+    definition = replace(definition, method=sweep.method or definition.method, run_cap=sweep.run_cap or definition.run_cap)
+    if definition.method != "grid" and definition.run_cap is None:
+        raise ConfigError(
+            f"a sweep of method {definition.method} must say how many trials it runs: give run_cap in {sweep.file}, "
+            "or sweep.run_cap=N."
+        )
+    try:
+        return check_definition(definition, experiment)
+    except (ConfigError, SpaceError) as error:
+        raise type(error)(f"{path}: {error}") from error
+
+
+def check_definition(definition: SweepDefinition, experiment: Experiment) -> SweepDefinition:
+    """The search of a sweep of ``experiment``'s trials, checked against the config keys that it sweeps.
+
+    Every value that a sampler may draw is one that its key takes: found now, not in trial 17. Raises ConfigError or
+    SpaceError.
+    """
     if definition.early_terminate and not definition.metric.name.startswith("eval/"):
         raise ConfigError(
             f"early_terminate must go with a metric of evaluations (eval/…) but got {definition.metric.name}: that of a "
             "single training batch is mostly noise."
         )
-    definition = replace(definition, method=sweep.method or definition.method, run_cap=sweep.run_cap or definition.run_cap)
     if definition.method == "grid":
         check_grid(definition.parameters)
-    elif definition.run_cap is None:
-        raise ConfigError(
-            f"a sweep of method {definition.method} must say how many trials it runs: give run_cap in {sweep.file}, "
-            "or sweep.run_cap=N."
-        )
+    fitted = {key: fit_to_key(key, distribution) for key, distribution in definition.parameters.items()}
+    notes = tuple(
+        f"{key}: {d.kind} is cut off at what the key takes, {d.limits[0]:g} to {d.limits[1]:g} "
+        f"({1 - d.share:.1%} of it lies beyond)"
+        for key, d in fitted.items()
+        if isinstance(d, Truncated)
+    )
+    definition = replace(definition, parameters=fitted, notes=(*definition.notes, *notes))
     _check_values(definition, experiment)
     return definition
 
 
+def with_absolute_values(definition: SweepDefinition) -> SweepDefinition:
+    """``definition`` with the files and folders that it sweeps over named from the root, also in its ``raw`` content."""
+
+    def changed(key: str, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        return absolute(value) if key in ("data.path", "data.eval_path") else absolute_if_folder(value)
+
+    def block(key: str, content: Any) -> Any:
+        if not isinstance(content, Mapping):
+            return content
+        if "parameters" in content:
+            return {**content, "parameters": blocks(content["parameters"], f"{key}.")}
+        if key not in PATH_KEYS:
+            return content
+        several = {"values": [changed(key, value) for value in content["values"]]} if "values" in content else {}
+        single = {"value": changed(key, content["value"])} if "value" in content else {}
+        return {**content, **several, **single}
+
+    def blocks(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+        return {name: block(f"{prefix}{name}", inner) for name, inner in content.items()}
+
+    if not any(key in PATH_KEYS for key in definition.parameters):
+        return definition
+    raw = {**definition.raw, "parameters": blocks(definition.raw["parameters"])}
+    return replace(definition, parameters=read_parameters(raw["parameters"]), raw=raw)
+
+
+def with_sweeps_project(experiment: Experiment, definition: SweepDefinition) -> Experiment:
+    """The sweep file's ``project`` and ``entity``, unless the config names its own."""
+    tracker, own = experiment.tracker, TrackerSpec()
+    project = definition.project if definition.project and tracker.project == own.project else tracker.project
+    entity = tracker.entity or definition.entity
+    return replace(experiment, tracker=replace(tracker, project=project, entity=entity))
+
+
 def _check_values(definition: SweepDefinition, experiment: Experiment) -> None:
     """Every parameter's ends, or each of its values, must be valid for its config key, and what is swept together must go
-    together: found now, not in trial 17."""
+    together."""
     for key, distribution in definition.parameters.items():
+        made: dict[str, Any] = {}
         for value in _ends(distribution):
-            experiment.with_params({key: value})
+            read = canonical_json(to_dict(swept_value(experiment.with_params({key: value}), key)))
+            if isinstance(distribution, Categorical) and read in made:
+                raise SpaceError(
+                    f"{key}: values must be different from each other but {made[read]!r} and {value!r} are one."
+                )
+            made[read] = value
     together = {k: _ends(d) for k, d in definition.parameters.items() if k.startswith(TOGETHER)}
     for values in islice(product(*together.values()), MOST_POINTS):
         point = dict(zip(together, values, strict=True))
@@ -125,6 +201,29 @@ def _check_values(definition: SweepDefinition, experiment: Experiment) -> None:
             if not point:
                 raise
             raise ConfigError(f"the sweep has a point that is not valid, {' '.join(overrides(point))}: {error}") from error
+
+
+def fit_to_key(key: str, distribution: Distribution) -> Distribution:
+    """The distribution of a config key's values: whole numbers where it takes those alone, and a normal one, which has no
+    end, cut off at the key's bounds. Raises SpaceError when it does not go with the key."""
+    if not isinstance(distribution, Numeric):
+        return distribution
+    bounds = key_bounds(key)
+    if bounds.type is int and not distribution.whole:
+        raise SpaceError(
+            f"{key}: takes whole numbers, but distribution {distribution.kind} also gives fractions. Use int_uniform, or "
+            "a q_ distribution with q: 1."
+        )
+    low, high = bounds.inside(distribution.q)
+    if distribution.family not in ("normal", "log_normal") or (low <= distribution.at(0.0) and distribution.at(1.0) <= high):
+        return distribution
+    cut = Truncated(distribution.kind, distribution.a, distribution.b, distribution.q, distribution.integer, low, high)
+    if cut.share < LEAST_SHARE or cut.size == 0:
+        raise SpaceError(
+            f"{key}: {distribution.kind} with mu {distribution.a:g} and sigma {distribution.b:g} lies mostly beyond what "
+            f"the key takes, {bounds}. Give a mu and sigma inside, or use uniform."
+        )
+    return cut
 
 
 def _ends(distribution: Distribution) -> Sequence[Any]:

@@ -14,10 +14,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 
 from isaerft_sweep.config.boundary import to_definition
+from isaerft_sweep.config.command import agent_values
 from isaerft_sweep.controller.following import follow
 from isaerft_sweep.controller.presence import is_run, last_presence
 from isaerft_sweep.controller.run import INTERRUPTED, run_trials, write_question
@@ -25,10 +25,11 @@ from isaerft_sweep.controller.trials import GivenIds
 from isaerft_sweep.errors import LaunchError
 from isaerft_sweep.journal.folders import COMPLETED, FINAL, PRUNED, STOPPED, SweepFolder, TrialFolder
 from isaerft_sweep.journal.journal import SweepRecord, TrialRecord, replay
+from isaerft_sweep.plain import to_dict
 from isaerft_sweep.search.distributions import Distribution
 from isaerft_sweep.search.sampler import GivenPoints, Point
 from isaerft_sweep.search.sweep_file import SweepDefinition
-from isaerft_sweep.specs import Experiment, split_key
+from isaerft_sweep.specs import Experiment, swept_value
 from isaerft_sweep.tracking.report import report_again
 
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -106,15 +107,20 @@ def given_id(environment: Mapping[str, str], name: str) -> str:
 
 
 def given_point(experiment: Experiment, definition: SweepDefinition, environment: Mapping[str, str]) -> Point:
-    """The swept values, which are in the config already: the keys of the agent's own file, else the sweep file's."""
-    keys = list(definition.parameters)
-    path = environment.get("WANDB_SWEEP_PARAM_PATH")
-    if path:
-        try:
-            keys = [key for key in yaml.safe_load(Path(path).read_text(encoding="utf-8")) if key != "wandb_version"]
-        except (OSError, yaml.YAMLError, TypeError) as error:
-            print(f"note: the agent's file {path} cannot be read ({error}); taking the sweep file's keys", file=sys.stderr)
-    return Point({key: getattr(getattr(experiment, split_key(key)[0]), split_key(key)[1]) for key in keys})
+    """The swept values as the composed config has them: the keys of the agent's own file, else the sweep file's.
+
+    Raises LaunchError when the config has another value than the agent's file.
+    """
+    values = agent_values(environment)
+    point = {key: to_dict(swept_value(experiment, key)) for key in (definition.parameters if values is None else values)}
+    for key, value in (values or {}).items():
+        meant = to_dict(swept_value(experiment.with_params({key: value}).with_absolute_paths(), key))
+        if point[key] != meant:
+            raise LaunchError(
+                f"{key} must be what the agent gave, {meant!r}, but the config has {point[key]!r}. Leave {key} out of the "
+                "sweep file's command."
+            )
+    return Point(point)
 
 
 def contains(space: Mapping[str, Distribution], params: Mapping[str, Any]) -> bool:
@@ -124,11 +130,20 @@ def contains(space: Mapping[str, Distribution], params: Mapping[str, Any]) -> bo
     for key, distribution in space.items():
         value = params[key]
         if distribution.choices is not None:
-            if value not in distribution.choices:
+            if not any(_same(choice, value) for choice in distribution.choices):
                 return False
         elif not min(distribution.at(0.0), distribution.at(1.0)) <= value <= max(distribution.at(0.0), distribution.at(1.0)):
             return False
     return True
+
+
+def _same(given: Any, configured: Any) -> bool:
+    """Whether a sweep file's value is a config's, which also has the options that the file left out."""
+    if isinstance(given, Mapping) and isinstance(configured, Mapping):
+        return all(_same(given.get(key), configured.get(key)) for key in given.keys() | configured.keys())
+    if isinstance(given, (list, tuple)) and isinstance(configured, (list, tuple)):
+        return len(given) == len(configured) and all(map(_same, given, configured))
+    return bool(given == configured)
 
 
 def first_of(whole: SweepFolder, run_id: str) -> bool:

@@ -12,7 +12,7 @@ import yaml
 from rich.console import Console
 
 from isaerft_sweep.config.boundary import to_definition
-from isaerft_sweep.controller.question import question
+from isaerft_sweep.controller.question import check_files, questions, result_files
 from isaerft_sweep.controller.run import run_trials
 from isaerft_sweep.errors import ConfigError, FolderError
 from isaerft_sweep.journal.journal import SweepRecord, replay
@@ -128,11 +128,13 @@ def _check_unchanged(sweep: ReadSweep) -> str:
     asked = sweep.experiment.sweep
     if asked.file is not None:
         asked = dataclasses.replace(asked, file=str(sweep.folder.definition))
-    if question(sweep.experiment, to_definition(asked, sweep.experiment)) != record.question:
+    definition = to_definition(asked, sweep.experiment)
+    if record.question not in questions(sweep.experiment, definition):
         raise FolderError(
             f"the sweep in {sweep.folder.path} must be unchanged, but its config, its sweep.yaml, its data files or its SAE "
             "have changed since: new runs could not be compared with the old. Restore them, or start a new sweep."
         )
+    check_files(sweep.folder, result_files(sweep.experiment, definition))
     return record.question
 
 

@@ -10,9 +10,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from isaerft_sweep.config.boundary import to_definition, variants
+from isaerft_sweep.config.boundary import to_definition, variants, with_sweeps_project
 from isaerft_sweep.controller.preflight import known_trial_needs
-from isaerft_sweep.controller.question import open_journal, question, sweep_folder
+from isaerft_sweep.controller.question import check_files, open_journal, questions, result_files, settings, sweep_folder
 from isaerft_sweep.controller.run import begin_sweep, count_trials, make_sampler
 from isaerft_sweep.controller.trials import TrialFactory
 from isaerft_sweep.dispatch.job import TrialJob
@@ -45,12 +45,14 @@ def make_trials(experiment: Experiment, overrides: Sequence[str]) -> tuple[Path,
         )
     folder = sweep_folder(experiment, definition)
     sampler = make_sampler(experiment, definition)
-    journal = open_journal(folder, question(experiment, definition))
+    experiment = with_sweeps_project(experiment, definition)
+    journal = open_journal(folder, questions(experiment, definition), settings(experiment, definition))
     try:
         trials = count_trials(definition, sampler, len(journal.record.trials))
         if not math.isfinite(trials):
             raise ConfigError("the sweep must have a last trial: give sweep.run_cap=N.")
         known_trial_needs(*variants(experiment, definition))
+        check_files(folder, result_files(experiment, definition))
         begin_sweep(experiment, definition, folder, journal)
         write_text(folder.made, f"{code_snapshot(folder.path / 'code').absolute()}\n")
         factory = TrialFactory(experiment, definition, folder, journal.record.sweep_id, git_commit(), overrides)

@@ -11,12 +11,12 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from isaerft_sweep.config.boundary import to_definition, variants
+from isaerft_sweep.config.boundary import to_definition, variants, with_sweeps_project
 from isaerft_sweep.controller.early import EarlyStopping
 from isaerft_sweep.controller.preflight import check_disk, known_trial_needs
 from isaerft_sweep.controller.presence import presence
 from isaerft_sweep.controller.progress import Progress
-from isaerft_sweep.controller.question import open_journal, question, sweep_folder
+from isaerft_sweep.controller.question import check_files, open_journal, questions, result_files, settings, sweep_folder
 from isaerft_sweep.controller.stopping import AT_ONCE, IN_ORDER, StopRequest
 from isaerft_sweep.controller.sweep import SweepController
 from isaerft_sweep.controller.trials import GivenIds, TrialFactory, new_sweep_id
@@ -76,8 +76,9 @@ def run_trials(
     """
     console = Console()
     check_disk(folder.path, experiment.launcher.min_free_gb)
-    asked = asked or question(experiment, definition)
-    journal = open_journal(folder, asked)
+    known_as = [asked] if asked else questions(experiment, definition)
+    experiment = with_sweeps_project(experiment, definition)
+    journal = open_journal(folder, known_as, settings(experiment, definition))
     try:
         trials = count_trials(definition, sampler, len(journal.record.trials))
         ended = sum(record.ended and not record.given_up for record in journal.record.trials.values())
@@ -92,7 +93,8 @@ def run_trials(
             known = create_sweep(folder.definition, experiment.tracker) if online else None
             return given.sweep_id if given else known or new_sweep_id()
 
-        begin_sweep(experiment, definition, folder, journal, asked, named)
+        check_files(given.whole if given else folder, result_files(experiment, definition))
+        begin_sweep(experiment, definition, folder, journal, known_as[0], named)
         stop = StopRequest(folder.cancel, given.agent if given else None)
         with stop.heard(), presence(folder, trials, overrides), Progress(console, definition.metric.name, trials) as view:
             sweep_id = journal.record.sweep_id
@@ -110,7 +112,7 @@ def run_trials(
         if online and all(record.ended for record in journal.record.trials.values()):
             finish_sweep(journal.record.sweep_id, experiment.tracker)
         whole = given.whole if given else folder
-        return conclude(console, whole, journal, trials, stop.urgency > 0, show)
+        return conclude(console, whole, journal, trials, stop.urgency > 0, show, definition)
     finally:
         journal.close()
 
@@ -202,7 +204,7 @@ def begin_sweep(
     """Write down what the sweep is, if that has not been done yet; ``named`` gives its id, after its file is written."""
     if not journal.record.sweep_id:
         write_question(experiment, definition, folder)
-        asked, metric = asked or question(experiment, definition), definition.metric
+        asked, metric = asked or questions(experiment, definition)[0], definition.metric
         journal.write("sweep", sweep_id=named(), question=asked, metric=metric.name, goal=metric.goal)
 
 
@@ -219,8 +221,15 @@ def introduction(
     """What is about to happen, in two or three lines."""
     size = "" if sampler.size == math.inf else f" of {sampler.size:g} points"
     done = f", {ended} already ended" if ended else ""
+    name = f" ({definition.name})" if definition.name else ""
+    target = (
+        "" if definition.target is None else f"\n       ends when {definition.metric.name} reaches {definition.target:g}"
+    )
+    notes = "".join(f"\n       {note}" for note in definition.notes)
     early = early_words(experiment, definition)
-    return f"sweep  {folder.path}\n       {trials} trials{size}, method {definition.method}{done}{early}"
+    return (
+        f"sweep  {folder.path}{name}\n       {trials} trials{size}, method {definition.method}{done}{target}{early}{notes}"
+    )
 
 
 def early_words(experiment: Experiment, definition: SweepDefinition) -> str:
@@ -242,7 +251,15 @@ def print_facts(console: Console, facts: dict[str, Any]) -> None:
     console.print("\n".join(lines), soft_wrap=True, highlight=False)
 
 
-def conclude(console: Console, folder: SweepFolder, journal: Journal, trials: int, stopped: bool, show: bool) -> int:
+def conclude(
+    console: Console,
+    folder: SweepFolder,
+    journal: Journal,
+    trials: int,
+    stopped: bool,
+    show: bool,
+    definition: SweepDefinition,
+) -> int:
     """Write and print the leaderboard; the exit code."""
     records = list(journal.record.trials.values())
     sweep = read_sweep_folder(folder.path)
@@ -254,7 +271,14 @@ def conclude(console: Console, folder: SweepFolder, journal: Journal, trials: in
     if stopped:
         console.print(f"Stopped with {ended} of {trials} trials ended; nothing is left running. The same command goes on.")
         return INTERRUPTED
-    if ended < trials:
+    reached = next((r for r in records if definition.reached_by(r.metric)), None)
+    if reached is not None and ended < trials:
+        console.print(
+            f"Ended after {ended} of {trials} trials: trial {reached.index + 1} has reached the sweep file's metric.target, "
+            f"{definition.target:g}.",
+            soft_wrap=True,
+        )
+    elif ended < trials:
         reason = next((r.message for r in records if r.given_up), "")
         console.print(f"Ended after {ended} trials, since none of them completed: {reason}", soft_wrap=True, style="red")
     return 0 if any(r.state == COMPLETED for r in records) else 1

@@ -97,6 +97,11 @@ class SweepController:
         """Whether trials only fail: none has completed and as many as allowed were given up."""
         return self._completed == 0 and self._given_up >= self.launcher.max_failures
 
+    @property
+    def _target_reached(self) -> bool:
+        """Whether a trial has reached the sweep file's ``metric.target``: no further one is started."""
+        return any(self.factory.definition.reached_by(record.metric) for record in self.records.values())
+
     def _restore(self, revive: bool) -> None:
         elsewhere = []
         for record in sorted(self.records.values(), key=lambda r: r.index):
@@ -159,7 +164,7 @@ class SweepController:
         return None if index is None else self.records[index]
 
     def _new_trial(self) -> TrialRecord | None:
-        if self.exhausted or len(self.records) >= self.trials:
+        if self.exhausted or len(self.records) >= self.trials or self._target_reached:
             return None
         point = self.sampler.ask()
         if point is None:
@@ -261,7 +266,9 @@ class SweepController:
         self.view.event(record)
 
     def _count_ended(self, record: TrialRecord) -> None:
-        if record.state != PRUNED:  # it may come back; until then it counts as pending, which is to say as bad
+        if record.state == FAILED:  # memory, a disk or a node: nothing about the point
+            self.sampler.forget(record.point)
+        elif record.state != PRUNED:  # it may come back; until then it counts as pending, which is to say as bad
             self.sampler.tell(record.point, record.metric)
         self._completed += record.state == COMPLETED
         self._given_up += record.given_up

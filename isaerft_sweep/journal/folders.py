@@ -80,6 +80,11 @@ class SweepFolder:
         return self.path / "environment.json"
 
     @property
+    def files(self) -> Path:
+        """What the files that the trials read were when the sweep began; see ``controller/question.py``."""
+        return self.path / "files.json"
+
+    @property
     def leaderboard(self) -> Path:
         return self.path / "leaderboard.csv"
 

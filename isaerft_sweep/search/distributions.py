@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+MAX_CHOICES = 10_000
+"""Above this a parameter with steps is drawn and shown as a continuous one."""
+
 
 @dataclass(frozen=True)
 class Constant:
@@ -25,6 +28,13 @@ class Constant:
     @property
     def choices(self) -> tuple[Any, ...] | None:
         return (self.value,)
+
+    @property
+    def size(self) -> float:
+        return 1
+
+    def nth(self, index: int) -> Any:
+        return self.value
 
 
 @dataclass(frozen=True)
@@ -45,6 +55,15 @@ class Categorical:
     @property
     def choices(self) -> tuple[Any, ...] | None:
         return tuple(v for v, p in zip(self.values, self.probabilities, strict=True) if p > 0)
+
+    @property
+    def size(self) -> float:
+        """How many values are possible."""
+        return len(self.choices or ())
+
+    def nth(self, index: int) -> Any:
+        """The possible value number ``index``, from 0."""
+        return (self.choices or ())[index]
 
 
 @dataclass(frozen=True)
@@ -76,6 +95,11 @@ class Numeric:
         return high
 
     @property
+    def whole(self) -> bool:
+        """Whether every value is a whole number."""
+        return self.integer or (self.q is not None and float(self.q).is_integer())
+
+    @property
     def family(self) -> str:
         return self.kind.removeprefix("q_")
 
@@ -87,30 +111,77 @@ class Numeric:
         ends = sorted((INVERSE[self.family](0.0, self.a, self.b), INVERSE[self.family](1.0, self.a, self.b)))
         return ends[0], ends[1]
 
-    def _clip_steps(self, steps: int) -> int:
-        """The step nearest to ``steps`` that is inside the limits, so that rounding never leaves the space."""
+    @cached_property
+    def _steps(self) -> tuple[float, float]:
+        """First and last step inside the limits, in multiples of q, or of 1 for whole numbers."""
         low, high = self.limits
         q = self.q or 1.0
         first = -math.inf if low == -math.inf else math.ceil(low / q - 1e-9)
         last = math.inf if high == math.inf else math.floor(high / q + 1e-9)
-        return int(min(max(steps, first), last)) if first <= last else steps
+        return first, last
+
+    def _clip_steps(self, steps: int) -> int:
+        """The step nearest to ``steps`` that is inside the limits, so that rounding never leaves the space."""
+        first, last = self._steps
+        return int(min(max(steps, first), last))
+
+    @property
+    def size(self) -> float:
+        """How many values are possible; infinite when there is no step or no limit."""
+        first, last = self._steps
+        if (self.q is None and not self.integer) or math.inf in (last, -first):
+            return math.inf
+        return max(0.0, last - first + 1)
+
+    def nth(self, index: int) -> float | int:
+        """The possible value number ``index``, from 0, of finitely many."""
+        return self._at_step(int(self._steps[0]) + index)
 
     @property
     def choices(self) -> tuple[Any, ...] | None:
-        """All possible values when they are finite in number, else None."""
-        low, high = self.limits
-        if self.integer and self.q is None and high - low <= 10_000:
-            return tuple(range(int(low), int(high) + 1))
-        if self.q is None or math.inf in (high, -low) or (high - low) / self.q > 10_000:
-            return None
-        steps = range(self._clip_steps(math.floor(low / self.q)), self._clip_steps(math.ceil(high / self.q)) + 1)
-        return tuple(self._at_step(step) for step in steps)
+        """All possible values when they are at most ``MAX_CHOICES``, else None."""
+        return tuple(self.nth(i) for i in range(int(self.size))) if self.size <= MAX_CHOICES else None
 
     def _at_step(self, step: int) -> float | int:
         value = step * (self.q or 1.0)
         # 3 * 0.1 must be 0.3: rounded to 12 significant digits
         value = round(value, 12 - math.floor(math.log10(abs(value)))) if value else 0.0
         return round(value) if self.integer else float(value)
+
+
+@dataclass(frozen=True)
+class Truncated(Numeric):
+    """A distribution cut off at ``low`` and ``high``: what lies beyond is never drawn, the rest keeps its proportions.
+
+    The inverse of a truncated distribution is F⁻¹(F(low) + u·(F(high) − F(low))).
+    """
+
+    low: float = -math.inf
+    high: float = math.inf
+
+    def at(self, u: float) -> float | int:
+        first, last = self._share
+        return super().at(first + u * (last - first))
+
+    def place(self, value: float) -> float:
+        first, last = self._share
+        return min(max((super().place(value) - first) / (last - first), 0.0), 1.0)
+
+    @property
+    def share(self) -> float:
+        """How much of the whole distribution lies between the limits, from 0 to 1."""
+        first, last = self._share
+        return last - first
+
+    @cached_property
+    def _share(self) -> tuple[float, float]:
+        first = 0.0 if self.low == -math.inf else super().place(self.low)
+        return first, 1.0 if self.high == math.inf else super().place(self.high)
+
+    @cached_property
+    def limits(self) -> tuple[float, float]:
+        low, high = super().limits
+        return max(low, self.low), min(high, self.high)
 
 
 Distribution = Constant | Categorical | Numeric

@@ -33,7 +33,8 @@ DISTRIBUTIONS: dict[str, tuple[str, ...]] = {
     "q_beta": ("a", "b"),
 }
 """W&B's distributions and the keys that each needs; ``q_`` ones also take q, 1 when it is not given."""
-DEFAULTS: dict[str, float] = {"mu": 0.0, "sigma": 1.0, "q": 1.0}
+DEFAULTS: dict[str, float] = {"mu": 0.0, "sigma": 1.0, "q": 1.0, "a": 1.0, "b": 1.0}
+"""W&B's own, of its schema."""
 MAX_EXPONENT = 700
 """exp(709) is the largest power that a float holds."""
 
@@ -106,7 +107,7 @@ def _categorical(key: str, block: Mapping[str, Any]) -> Distribution:
     if not isinstance(values, list) or not values:
         raise SpaceError(f"{key}: values must be a list with at least one value but got {values!r}.")
     values = [_plain(key, f"values[{i}]", value) for i, value in enumerate(values)]
-    if len({repr(v) for v in values}) < len(values):
+    if len({_same_text(v) for v in values}) < len(values):
         raise SpaceError(f"{key}: values must be different from each other but got {values}.")
     weights = block.get("probabilities")
     if weights is None:
@@ -117,6 +118,17 @@ def _categorical(key: str, block: Mapping[str, Any]) -> Distribution:
     if abs(sum(weights) - 1) > 1e-6:
         raise SpaceError(f"{key}: probabilities must sum to 1 but sum to {sum(weights):g}: {weights}.")
     return Categorical(tuple(values), tuple(float(w) for w in weights))
+
+
+def _same_text(value: Any) -> str:
+    """One text for equal values, whatever their type: 1 and 1.0 make the same trial, true and 1 do not."""
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    if isinstance(value, list):
+        return "[" + ",".join(map(_same_text, value)) + "]"
+    if isinstance(value, Mapping):
+        return "{" + ",".join(sorted(f"{name!r}:{_same_text(inner)}" for name, inner in value.items())) + "}"
+    return repr(value)
 
 
 def _numeric(key: str, kind: str, block: Mapping[str, Any]) -> Distribution:
@@ -134,9 +146,25 @@ def _numeric(key: str, kind: str, block: Mapping[str, Any]) -> Distribution:
     whole = kind == "int_uniform"
     if whole and not (a.is_integer() and b.is_integer()):
         raise SpaceError(f"{key}: int_uniform needs whole numbers but got min={a:g}, max={b:g}. Use uniform or q_uniform.")
-    if names == LIMITS and a == b and not kind.endswith("log_uniform"):
+    if names == LIMITS and a == b and q is None and not kind.endswith("log_uniform"):
         return Constant(int(a) if whole else a)
-    return Numeric(kind, a, b, q, integer=whole or (q is not None and q.is_integer() and isinstance(block.get("q", 1), int)))
+    integer = whole or (q is not None and q.is_integer() and isinstance(block.get("q", 1), int))
+    read = Numeric(kind, a, b, q, integer)
+    if q is not None and read.size == 0:
+        low, high = read.limits
+        given = f"q is {q:g}" + ("" if "q" in block else ", which is W&B's when it is left out")
+        raise SpaceError(
+            f"{key}: q must leave a multiple of itself between {low:g} and {high:g}, but {given}. Give a smaller q, such as "
+            f"q: {_round_step(low, high)}."
+        )
+    return read
+
+
+def _round_step(low: float, high: float) -> str:
+    """A power of ten of which some multiples lie between the two."""
+    width = (high - low) or abs(low) or 1.0
+    exponent = math.floor(math.log10(width)) - 1
+    return f"1.0e{exponent:+d}" if abs(exponent) > 4 else f"{10.0**exponent:g}"
 
 
 def _check_limits(key: str, kind: str, low: float, high: float) -> None:

@@ -7,7 +7,6 @@ counted as bad (constant liar), so that parallel trials do not crowd. No point i
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +23,8 @@ if TYPE_CHECKING:
 
 BLOCK = 1024
 STARTUP = 5
-"""Quasi-random points before the first model-based one."""
+"""Outcomes that are known before the first model-based point: of fewer a model knows nothing, and its points would be
+independent draws, less even than quasi-random ones."""
 ATTEMPTS = 200
 """Draws that may repeat a tried point before the untried ones are searched one by one."""
 
@@ -58,7 +58,10 @@ class Asked(Protocol):
         """The next point, now pending; None when every point has been tried."""
 
     def tell(self, point: Point, value: float | None) -> None:
-        """The outcome of a pending point: the metric, or None for a trial that diverged or failed."""
+        """The outcome of a pending point: the metric, or None for a trial that diverged."""
+
+    def forget(self, point: Point) -> None:
+        """A pending point will have no outcome: its trial failed for a reason that says nothing of the point."""
 
     def restore(self, point: Point) -> None:
         """Count a point of an earlier process as asked for."""
@@ -87,6 +90,9 @@ class GivenPoints:
     def tell(self, point: Point, value: float | None) -> None:
         """Nothing follows from it."""
 
+    def forget(self, point: Point) -> None:
+        """Nothing follows from it."""
+
     def restore(self, point: Point) -> None:
         self.tried.add(point.key)
 
@@ -111,8 +117,7 @@ class Sampler:
     @cached_property
     def size(self) -> float:
         """How many different points the space has; infinite when a parameter is continuous."""
-        choices = [d.choices for d in self.space.values()]
-        return math.inf if None in choices else math.prod(len(c) for c in choices if c is not None)
+        return math.prod(d.size for d in self.space.values())
 
     def ask(self) -> Point | None:
         point = self._next_untried()
@@ -123,6 +128,10 @@ class Sampler:
     def tell(self, point: Point, value: float | None) -> None:
         if self._model:
             self._model.tell(point, None if value is None else self.sign * value)
+
+    def forget(self, point: Point) -> None:
+        if self._model:
+            self._model.forget(point)
 
     def restore(self, point: Point) -> None:
         self._note(point)
@@ -153,7 +162,7 @@ class Sampler:
         return left[np.random.default_rng([self.seed, self.count]).integers(len(left))]
 
     def _draw(self, number: int, attempt: int) -> Point:
-        if self._model and number >= STARTUP and attempt < ATTEMPTS // 4:
+        if self._model and self._model.outcomes >= STARTUP and attempt < ATTEMPTS // 4:
             return self._point(self._model.suggest(number, attempt))
         row = _sobol(len(self.free), self.seed, number + attempt)
         return self._point(dict(zip(self.free, row, strict=True)))
@@ -163,13 +172,14 @@ class Sampler:
         return Point(params, {key: float(u) for key, u in unit.items()})
 
     def _grid_points(self) -> Iterator[Point]:
-        columns = [
-            [(value, i, len(d.choices or ())) for i, value in enumerate(d.choices or ())] for d in self.space.values()
-        ]
-        for row in itertools.product(*columns):
-            params = {key: value for key, (value, _, _) in zip(self.space, row, strict=True)}
-            unit = {key: (i + 0.5) / n for key, (_, i, n) in zip(self.space, row, strict=True) if key in self.free}
-            yield Point(params, unit)
+        """Every point, the last parameter fastest; one at a time, since a grid may be larger than the memory."""
+        sizes = {key: int(d.size) for key, d in self.space.items()}
+        for number in range(math.prod(sizes.values())):
+            places: dict[str, int] = {}
+            for key in reversed(sizes):
+                number, places[key] = divmod(number, sizes[key])
+            params = {key: d.nth(places[key]) for key, d in self.space.items()}
+            yield Point(params, {key: (places[key] + 0.5) / sizes[key] for key in self.free})
 
 
 def load_libraries() -> None:
@@ -205,7 +215,7 @@ class _Tpe:
         self.seed, self.space = seed, space
         self.study = optuna.create_study(direction="maximize")
         self.pending: dict[str, list[int]] = {}
-        self.bad: list[int] = []
+        self.outcomes = 0
         self.distributions: dict[str, optuna.distributions.BaseDistribution] = {}
         for key, d in space.items():
             if isinstance(d, Categorical):
@@ -233,21 +243,18 @@ class _Tpe:
         self.pending.setdefault(point.key, []).append(number)
 
     def tell(self, point: Point, value: float | None) -> None:
+        numbers = self.pending.get(point.key)
+        if numbers:
+            # a point that diverged is worse than every other, whatever is told later; TPE looks at the order alone
+            self.study.tell(numbers.pop(), -math.inf if value is None else value)
+            self.outcomes += 1
+
+    def forget(self, point: Point) -> None:
         import optuna
 
         numbers = self.pending.get(point.key)
-        if not numbers:
-            return
-        complete = optuna.trial.TrialState.COMPLETE
-        if value is not None:
-            self.study.tell(numbers.pop(), value)
-        else:
-            self.bad.append(numbers.pop())
-        # a point that diverged is as bad as the worst one, so that its surroundings are avoided; until there is one it
-        # stays pending, which counts as bad too
-        known = [t.value for t in self.study.get_trials(deepcopy=False, states=[complete]) if t.value is not None]
-        while known and self.bad:
-            self.study.tell(self.bad.pop(), min(known))
+        if numbers:
+            self.study.tell(numbers.pop(), state=optuna.trial.TrialState.FAIL)
 
     def _unit(self, key: str, value: Any) -> float:
         """From Optuna's value to the unit interval: the middle of a category's share of probability."""

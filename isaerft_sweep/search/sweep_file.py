@@ -8,20 +8,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from isaerft_sweep.errors import ConfigError, SpaceError, suggest
 from isaerft_sweep.metrics import LESS_IS_BETTER, METRICS
 from isaerft_sweep.search.distributions import Distribution
 from isaerft_sweep.search.parameters import read_parameter
+from isaerft_sweep.search.strict_yaml import read_yaml
 from isaerft_sweep.specs import split_key
 
 METHODS = ("grid", "random", "bayes")
 GOALS = ("minimize", "maximize")
-TOP_KEYS = (
-    "program", "command", "method", "metric", "parameters", "early_terminate", "run_cap", "name", "description",
-    "project", "entity", "settings",
-)  # fmt: skip
+TEXT_KEYS = ("program", "name", "description", "project", "entity")
+TOP_KEYS = ("command", "method", "metric", "parameters", "early_terminate", "run_cap", *TEXT_KEYS)
+METRIC_KEYS = ("name", "goal", "target", "impute", "impute_while_running")
 EARLY_KEYS = {"hyperband": ("type", "min_iter", "max_iter", "eta", "s", "strict"), "median": ("type", "min_iter")}
 """Of ``early_terminate``, by its type. W&B has hyperband alone."""
 
@@ -41,28 +39,34 @@ class Metric:
 
 @dataclass(frozen=True)
 class SweepDefinition:
-    """A sweep file's content, checked. ``parameters`` maps dotted config keys to their distributions."""
+    """A sweep file's content, checked. ``parameters`` maps dotted config keys to their distributions.
+
+    ``target``: the metric's value at which no further trial is started. ``notes``: what a reader should know of how the
+    file was understood.
+    """
 
     method: str
     metric: Metric
     parameters: Mapping[str, Distribution]
     run_cap: int | None = None
     name: str | None = None
+    project: str | None = None
+    entity: str | None = None
+    target: float | None = None
     early_terminate: Mapping[str, Any] | None = None
     command: tuple[str, ...] = ()
     raw: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def reached_by(self, value: float | None) -> bool:
+        """Whether ``value`` of the metric is the target or better. False where there is no target."""
+        sign = self.metric.sign
+        return self.target is not None and value is not None and sign * value >= sign * self.target
 
 
 def read_sweep_file(path: Path) -> SweepDefinition:
     """Read and check a W&B sweep file. Raises SpaceError that names file, key, value and the right form."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise SpaceError(f"the sweep file '{path}' cannot be read ({error.strerror}). Give one: sweep.file=PATH.") from error
-    try:
-        raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise SpaceError(f"{path}: not valid YAML: {error}") from error
+    raw = read_yaml(path)
     try:
         return read_sweep(raw)
     except (SpaceError, ConfigError) as error:
@@ -80,6 +84,9 @@ def read_sweep(raw: Any, ours: bool = True) -> SweepDefinition:
     for key in raw:
         if key not in TOP_KEYS:
             raise SpaceError(f"unknown key '{key}'." + suggest(str(key), TOP_KEYS))
+    for key in TEXT_KEYS:
+        if not isinstance(raw.get(key, ""), str):
+            raise SpaceError(f"{key} must be text but got {raw[key]!r} ({type(raw[key]).__name__}).")
     method = raw.get("method")
     if method not in METHODS:
         raise SpaceError(f"method must be one of {', '.join(METHODS)} but got {method!r}.")
@@ -92,8 +99,11 @@ def read_sweep(raw: Any, ours: bool = True) -> SweepDefinition:
         parameters=parameters,
         run_cap=_read_run_cap(raw.get("run_cap")),
         name=raw.get("name"),
+        project=raw.get("project"),
+        entity=raw.get("entity"),
+        target=_read_target(raw.get("metric")),
         early_terminate=_read_early_terminate(raw.get("early_terminate")),
-        command=tuple(str(part) for part in raw.get("command") or ()),
+        command=_read_command(raw.get("command")),
         raw=dict(raw),
     )
 
@@ -107,19 +117,23 @@ def read_parameters(raw: Any, prefix: str = "", ours: bool = True) -> dict[str, 
         key = f"{prefix}.{name}" if prefix else str(name)
         if isinstance(block, Mapping) and "parameters" in block:
             if set(block) != {"parameters"}:
-                raise SpaceError(f"{key}: a nested block must hold nothing but 'parameters' but got {sorted(block)}.")
-            found.update(read_parameters(block["parameters"], key, ours))
+                others = ", ".join(sorted(str(other) for other in block if other != "parameters"))
+                raise SpaceError(f"{key}: a nested block must hold nothing but 'parameters' but also has {others}.")
+            new = read_parameters(block["parameters"], key, ours)
         else:
             if ours:
                 split_key(key)
-            found[key] = read_parameter(key, block)
+            new = {key: read_parameter(key, block)}
+        for twice in new.keys() & found.keys():
+            raise SpaceError(f"{twice} is given twice, with a dot and as a nested block. Leave one of them out.")
+        found |= new
     return found
 
 
 def check_grid(parameters: Mapping[str, Distribution]) -> None:
     """Raise SpaceError unless every parameter has finitely many values."""
     for key, distribution in parameters.items():
-        if distribution.choices is None:
+        if distribution.size == math.inf:
             raise SpaceError(
                 f"{key}: method grid needs a finite set but got distribution {getattr(distribution, 'kind', '?')}. "
                 "Give `values: [...]`, whole numbers, or a q_ distribution; or use method random or bayes."
@@ -146,10 +160,39 @@ def _read_metric(raw: Any, ours: bool) -> Metric:
         raise SpaceError(f"metric.name '{name}' is not logged by any trial." + suggest(str(name), METRICS))
     if goal not in GOALS:
         raise SpaceError(f"metric.goal must be one of {', '.join(GOALS)} but got {goal!r}.")
-    unknown = set(raw) - {"name", "goal", "target", "impute", "impute_while_running"}
-    if unknown:
-        raise SpaceError(f"metric has unknown keys {sorted(unknown)}. Right form: {form}.")
+    for key in raw:
+        if key not in METRIC_KEYS:
+            raise SpaceError(
+                f"metric has an unknown key '{key}'." + suggest(str(key), METRIC_KEYS) + f" Right form: {form}."
+            )
+    for key in ("impute", "impute_while_running"):
+        if raw.get(key, "worst") != "worst":
+            raise SpaceError(
+                f"metric.{key} must be worst or left out but got {raw[key]!r}: a trial that diverges, and one that still "
+                "runs, count as the worst."
+            )
     return Metric(name, goal)
+
+
+def _read_target(metric: Any) -> float | None:
+    """W&B: no further run is started once a run has reached ``metric.target``."""
+    target = metric.get("target") if isinstance(metric, Mapping) else None
+    if target is None:
+        return None
+    if isinstance(target, bool) or not isinstance(target, (int, float)) or not math.isfinite(target):
+        raise SpaceError(f"metric.target must be a finite number but got {target!r}.")
+    return float(target)
+
+
+def _read_command(raw: Any) -> tuple[str, ...]:
+    if raw is None:
+        return ()
+    if not isinstance(raw, list) or not all(isinstance(part, (str, int, float)) for part in raw):
+        raise SpaceError(
+            f"command must be a list of words but got {raw!r}. Right form: "
+            "command: [${env}, ${interpreter}, -m, isaerft_sweep.launch, ${args_no_hyphens}]."
+        )
+    return tuple(str(part) for part in raw)
 
 
 def _read_run_cap(raw: Any) -> int | None:
@@ -170,10 +213,9 @@ def _read_early_terminate(raw: Any) -> Mapping[str, Any] | None:
     for key, value in raw.items():
         if key not in keys:
             raise SpaceError(f"early_terminate has an unknown key '{key}'." + suggest(str(key), keys))
-        if key in ("min_iter", "max_iter", "s", "eta") and (isinstance(value, bool) or not _positive(value)):
-            raise SpaceError(f"early_terminate.{key} must be a number above 0 but got {value!r}.")
-    if not raw.get("eta", 3) > 1:
-        raise SpaceError(f"early_terminate.eta must be above 1 but got {raw['eta']}.")
+        problem = _early_problem(key, value)
+        if problem:
+            raise SpaceError(f"early_terminate.{key} must be {problem} but got {value!r}.")
     if raw["type"] == "median" and "min_iter" not in raw:
         raise SpaceError(f"early_terminate must have min_iter but got {dict(raw)}. {form.replace('hyperband', 'median')}.")
     if ("min_iter" in raw) == ("max_iter" in raw and "s" in raw):
@@ -181,5 +223,11 @@ def _read_early_terminate(raw: Any) -> Mapping[str, Any] | None:
     return dict(raw)
 
 
-def _positive(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value) and value > 0
+def _early_problem(key: str, value: Any) -> str:
+    """What ``value`` of early_terminate's ``key`` must be; empty when it is."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if key in ("min_iter", "max_iter", "s") and not (number and value >= 1 and float(value).is_integer()):
+        return "a whole number of at least 1"
+    if key == "eta" and not (number and value > 1):
+        return "a number above 1"
+    return "true or false" if key == "strict" and not isinstance(value, bool) else ""
