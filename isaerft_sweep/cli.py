@@ -145,7 +145,7 @@ def _best(args: argparse.Namespace) -> None:
 
     sweep = _read(args)
     winner = sweep.best()
-    for text in dependence(sweep.metric.name, sweep.swept):
+    for text in dependence(sweep.metric.name, sweep.swept, sweep.metric.goal):
         print(text, file=sys.stderr)
     if args.form == "overrides":
         print(shlex.join(overrides(winner.params)))

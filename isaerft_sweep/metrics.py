@@ -37,6 +37,21 @@ def depends_on_beta(name: str) -> bool:
     return name.partition("/")[2] in CONTAINS_BETA
 
 
+def effect_of_beta(name: str, goal: str) -> str:
+    """In words, which beta the ranking by a metric that contains beta favours, whatever the model does.
+
+    A reward is beta times a mean log-probability, which is below 0; the loss is the NLL plus beta times −log σ(log odds
+    ratio), which is above 0. So all but the margin grow or shrink with beta in one direction.
+    """
+    kind = name.partition("/")[2]
+    if kind == "rewards/margins":
+        larger = "large beta where the margin is above 0 and small beta where it is below"
+        smaller = "small beta where the margin is above 0 and large beta where it is below"
+        return larger if goal == "maximize" else smaller
+    grows_with_beta = kind == "loss"
+    return "large beta" if grows_with_beta == (goal == "maximize") else "small beta"
+
+
 def wandb_name(key: str) -> str:
     """A Trainer log key under the name that W&B shows: ``eval_rewards/margins`` becomes ``eval/rewards/margins``."""
     return f"eval/{key.removeprefix('eval_')}" if key.startswith("eval_") else f"train/{key}"

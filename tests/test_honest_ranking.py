@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,11 +20,12 @@ from isaerft_sweep.cli import main
 from isaerft_sweep.journal.files import write_json, write_text
 from isaerft_sweep.journal.folders import SweepFolder
 from isaerft_sweep.journal.journal import Journal
+from isaerft_sweep.metrics import METRICS, depends_on_beta
 from isaerft_sweep.results import leaderboard
 from isaerft_sweep.results.caveats import dependence, edges
 from isaerft_sweep.results.finding import find_adapter
 from isaerft_sweep.results.reading import read_sweep_folder
-from isaerft_sweep.results.statistics import interval, pair_values, probability_best
+from isaerft_sweep.results.statistics import interval, pair_values, probability_best, show_probability
 from isaerft_sweep.search.distributions import Categorical, Numeric
 from isaerft_sweep.search.sampler import Point
 
@@ -144,6 +146,80 @@ def test_luck_with_seeds_alone_is_rarely_called_certain(seeds: int) -> None:
 def test_what_a_metric_depends_on(metric: str, swept: list[str], words: str | None) -> None:
     said = dependence(metric, swept)
     assert bool(said) == bool(words) and (words is None or words in said[0])
+
+
+@pytest.mark.parametrize("goal", ["maximize", "minimize"])
+@pytest.mark.parametrize("metric", [name for name in METRICS if depends_on_beta(name)])
+def test_the_caveat_names_the_beta_that_the_formula_favours(metric: str, goal: str) -> None:
+    """The same log-probabilities, scored by TRL's formulas with a small and a large beta: which of the two comes first?"""
+    kind, sign = metric.partition("/")[2], 1 if goal == "maximize" else -1
+
+    def score(beta: float, chosen: float, rejected: float) -> float:
+        odds = chosen - np.log1p(-np.exp(chosen)) - rejected + np.log1p(-np.exp(rejected))
+        rewards = {"rewards/chosen": beta * chosen, "rewards/rejected": beta * rejected}
+        rewards["rewards/margins"] = rewards["rewards/chosen"] - rewards["rewards/rejected"]
+        return rewards.get(kind, 2.0 + beta * np.log1p(np.exp(-odds)))
+
+    def first(chosen: float, rejected: float) -> str:
+        return "large beta" if sign * score(5.0, chosen, rejected) > sign * score(0.1, chosen, rejected) else "small beta"
+
+    said = dependence(metric, ["orpo.beta"], goal)[0]
+    good, bad = first(-1.0, -2.0), first(-2.0, -1.0)
+    if good == bad:
+        assert f"favours {good}." in said
+    else:
+        assert f"favours {good} where the margin is above 0 and {bad} where it is below." in said
+
+
+def test_two_seeds_of_each_candidate_know_the_spread_together() -> None:
+    """Ten seed standard deviations apart: Student's t with one degree of freedom each called that 94 %."""
+    runs = [
+        np.repeat(mean + np.array([[-0.7], [0.7]]) * spread, 20, axis=1) for mean, spread in ((10, 1), (0, 1.2), (0, 0.8))
+    ]
+    assert probability_best(runs)[0] > 0.97
+    # against the formula: with pooled variance s², d degrees of freedom, two of two seeds each: t = gap / (s·√(1/2 + 1/2))
+    gap, a, b = 2.0, np.array([0.3, 1.7]), np.array([-0.4, 0.4])
+    pooled = (a.var(ddof=1) + b.var(ddof=1)) / 2
+    expected = stats.t.cdf((a.mean() - b.mean() + gap) / np.sqrt(pooled), df=2)
+    found = probability_best([np.repeat((a + gap)[:, None], 9, axis=1), np.repeat(b[:, None], 9, axis=1)])[0]
+    assert found == pytest.approx(expected, abs=0.03)
+
+
+def test_a_probability_is_never_said_to_be_certain() -> None:
+    shown = [show_probability(p) for p in (1.0, 0.9985, 0.991, 0.99, 0.5, 0.01, 0.004, 0.0)]
+    assert shown == [">99%", ">99%", ">99%", "99%", "50%", "1%", "<1%", "<1%"]
+
+
+def test_a_pair_without_a_score_does_not_spoil_the_others(tmp_path: Path) -> None:
+    folder = make_sweep(tmp_path / "s")
+    for trial, bad in (("run-tiny-4", float("nan")), ("run-tiny-1", 0.0)):  # log odds of probability 1 are infinite
+        kept = json.loads(folder.trial(trial).evaluation.read_text())
+        kept["trained"]["chosen"][3] = bad
+        write_json(folder.trial(trial).evaluation, kept)
+    sweep = read_sweep_folder(folder.path)
+    low, high = sweep.best().interval or (np.nan, np.nan)
+    assert np.isfinite([low, high]).all()
+    assert sum(e.probability_best or 0 for e in sweep.entries) == pytest.approx(1)
+    assert "over the 39 held-out pairs (1 without a finite score left out)" in shown(folder)
+
+
+def test_repeats_of_a_point_are_one_candidate(tmp_path: Path) -> None:
+    """The winner run three times, with two seeds: each of its trials has the point's probability."""
+    folder = make_sweep(tmp_path / "s")
+    once = read_sweep_folder(folder.path).best()
+    journal = Journal(folder)
+    for index, seed in ((5, None), (6, 7)):
+        params = {**once.params, **({"orpo.seed": seed} if seed else {})}
+        name = f"run-tiny-{index}"
+        shutil.copytree(folder.trial("run-tiny-4").path, folder.trial(name).path)
+        journal.write("trial", index=index, name=name, run_id=f"r{index}", params=params, unit={})
+        journal.write("dispatch", index=index, attempt=1, job={})
+        value = once.value("eval/log_odds_chosen")
+        journal.write("end", index=index, state="completed", metric=value, message="", seconds=10.0, given_up=False)
+    journal.close()
+    sweep = read_sweep_folder(folder.path)
+    of_winner = [e.probability_best for e in sweep.entries if e.record.index in (4, 5, 6)]
+    assert of_winner == [once.probability_best] * 3, "not a third each"
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,8 @@ def _agent_file(environment: Mapping[str, str]) -> dict[str, Any] | None:
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise LaunchError(
             "WANDB_SWEEP_PARAM_PATH must name the file in which wandb agent has written the trial's values, but "
-            f"'{path}' cannot be read ({type(error).__name__}: {error}). Without an agent: unset WANDB_SWEEP_ID and WANDB_SWEEP_PARAM_PATH."
+            f"'{path}' cannot be read ({type(error).__name__}: {error}). Without an agent: unset WANDB_SWEEP_ID "
+            "and WANDB_SWEEP_PARAM_PATH."
         ) from error
 
 

@@ -20,7 +20,7 @@ from isaerft_sweep.plain import from_mapping, to_dict
 from isaerft_sweep.results import confirmation
 from isaerft_sweep.results.card import refresh_cards
 from isaerft_sweep.results.leaderboard import print_whole, short_path
-from isaerft_sweep.results.reading import Entry, ReadSweep, read_sweep_folder, trial_of
+from isaerft_sweep.results.reading import SEED, Entry, ReadSweep, read_sweep_folder, trial_of
 from isaerft_sweep.search.sampler import GivenPoints, Point
 from isaerft_sweep.search.sweep_file import SweepDefinition
 from isaerft_sweep.specs import Experiment
@@ -57,7 +57,7 @@ def confirm(path: Path, metric: str | None, top: int, seeds: int, settings: Sequ
     experiment = with_settings(sweep.experiment, settings)
     experiment = dataclasses.replace(experiment, output=str(target.path.parent), name=target.path.name)
     asked = _check_unchanged(sweep)
-    used = max(int(entry.params.get(confirmation.SEED, experiment.orpo.seed)) for entry in sweep.entries)
+    used = max(int(entry.params.get(SEED, experiment.orpo.seed)) for entry in sweep.entries)
     points = [point_with_seed(entry, used + step) for step in range(1, seeds + 1) for entry in leaders]
     code = run_trials(
         experiment,
@@ -85,7 +85,7 @@ def find_leaders(sweep: ReadSweep) -> list[Entry]:
 
 def point_with_seed(entry: Entry, seed: int) -> Point:
     """The entry's point with another seed."""
-    return Point({**entry.params, confirmation.SEED: seed}, dict(entry.record.point.unit))
+    return Point({**entry.params, SEED: seed}, dict(entry.record.point.unit))
 
 
 def show(console: Console, sweep: ReadSweep) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from isaerft_sweep.metrics import depends_on_beta
+from isaerft_sweep.metrics import depends_on_beta, effect_of_beta
 from isaerft_sweep.search.distributions import Constant, Distribution, Numeric
 from isaerft_sweep.search.sampler import Point
 
@@ -13,12 +13,13 @@ EDGE = 0.05
 BETA_FREE = "eval/log_odds_chosen"
 
 
-def dependence(metric: str, swept: Iterable[str]) -> list[str]:
+def dependence(metric: str, swept: Iterable[str], goal: str = "maximize") -> list[str]:
     """Why ``metric`` cannot be compared between trials of different values of ``swept`` parameters; empty when it can."""
     swept, said = set(swept), []
     if depends_on_beta(metric) and "orpo.beta" in swept:
         said.append(
-            f"{metric} contains beta itself, and beta was swept: this ranking favours large beta by construction. "
+            f"{metric} contains beta itself, and beta was swept: by its formula this ranking ({goal}) favours "
+            f"{effect_of_beta(metric, goal)}. "
             f"{BETA_FREE} and eval/rewards/accuracies do not; --metric {BETA_FREE} ranks by it."
         )
     sections = {key.split(".")[0] for key in swept}

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import statistics
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from rich.table import Table
@@ -14,12 +12,10 @@ from rich.table import Table
 from isaerft_sweep.journal.folders import SweepFolder
 from isaerft_sweep.journal.journal import SweepRecord, replay
 from isaerft_sweep.naming import show_beta
-from isaerft_sweep.plain import canonical_json
 from isaerft_sweep.results.leaderboard import number, short_name, show_lr
-from isaerft_sweep.results.reading import Entry, ReadSweep, read_sweep_folder
-from isaerft_sweep.results.statistics import probability_best
+from isaerft_sweep.results.reading import SEED, Entry, ReadSweep, read_sweep_folder, without_seed
+from isaerft_sweep.results.statistics import probability_best, show_probability
 
-SEED = "orpo.seed"
 SUFFIX = "-confirm"
 
 
@@ -65,11 +61,6 @@ def first_sweep(again: SweepFolder) -> SweepFolder | None:
 def confirm_question(question: str) -> str:
     """What the second sweep asks, made of what the first one asks."""
     return hashlib.sha256(f"confirm {question}".encode()).hexdigest()[:12]
-
-
-def without_seed(params: Mapping[str, Any]) -> str:
-    """Equal for points that differ only in their seed."""
-    return canonical_json({key: value for key, value in params.items() if key != SEED})
 
 
 def read_confirmation(sweep: ReadSweep) -> list[Candidate]:
@@ -130,7 +121,7 @@ def table(sweep: ReadSweep, candidates: list[Candidate]) -> Table:
             str(len(c.values)),
             number(c.mean),
             number(c.spread),
-            "" if c.probability_best is None else f"{c.probability_best:.0%}",
+            "" if c.probability_best is None else show_probability(c.probability_best),
             number(c.first.value(sweep.metric.name)),
             str(c.first.rank),
             style="bold green" if i == 0 else "",
@@ -144,7 +135,8 @@ def summary(candidates: list[Candidate]) -> str:
     seeds = "1 new seed" if len(best.values) == 1 else f"{len(best.values)} new seeds"
     said = f"With {seeds} trial {best.first.record.index + 1} has the best mean"
     if best.probability_best is not None:
-        said += f"; it comes out first in {best.probability_best:.0%} of the cases when seeds and pairs are drawn again"
+        share = show_probability(best.probability_best)
+        said += f"; it comes out first in {share} of the cases when seeds and pairs are drawn again"
     elif len(candidates) > 1 and len(best.values) < 2:
         said += "; how sure that is takes two or more: --seeds"
     return said + ". The first run is not counted: it was picked for its luck too."

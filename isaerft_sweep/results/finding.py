@@ -47,7 +47,7 @@ def _best(sweep: Path, metric: str | None) -> TrialFolder:
     found = read_sweep_folder(sweep, metric)
     trial = trial_of(found.best())
     print(f"the best trial by {found.metric.name} (--metric: by another): {trial.path}", file=sys.stderr)
-    for text in dependence(found.metric.name, found.swept):
+    for text in dependence(found.metric.name, found.swept, found.metric.goal):
         print(text, file=sys.stderr)
     return trial
 

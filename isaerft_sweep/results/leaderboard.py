@@ -17,6 +17,7 @@ from isaerft_sweep.journal.files import write_text
 from isaerft_sweep.naming import show_beta
 from isaerft_sweep.results.caveats import dependence, edges
 from isaerft_sweep.results.reading import Entry, ReadSweep
+from isaerft_sweep.results.statistics import show_probability
 from isaerft_sweep.search.sweep_file import Metric
 
 ALWAYS_SHOWN = ("eval/log_odds_chosen", "eval/rewards/accuracies", "eval/nll_loss")
@@ -71,7 +72,7 @@ def _table(sweep: ReadSweep, rows: int, extra: list[str], with_best: bool, with_
             number(entry.metrics.get(name)) if entry.rank else "",
             show_interval(entry),
         ]
-        chance = "" if entry.probability_best is None else f"{entry.probability_best:.0%}"
+        chance = "" if entry.probability_best is None else show_probability(entry.probability_best)
         cells += [chance] if with_best else []
         cells += [number(entry.metrics.get(n)) if entry.rank else "" for n in extra]
         cells += [f"{entry.record.seconds:.0f} s" if entry.rank else entry.state] if with_time else []
@@ -115,15 +116,17 @@ def caveats(sweep: ReadSweep) -> list[str]:
     best = next((e for e in sweep.entries if e.rank == 1), None)
     if best is None:
         return said
-    said += dependence(sweep.metric.name, sweep.swept)
+    said += dependence(sweep.metric.name, sweep.swept, sweep.metric.goal)
     said += edges(sweep.space, best.record.point)
     if best.probability_best is not None:
         ours = sweep.folder is not None and not sweep.folder.of_agents()
         confirms = ": isaerft-sweep confirm reruns the leaders with new ones" if ours else ""
-        pairs = len(best.scores["trained"]["pairs"])
+        scored = best.pair_values(sweep.metric.name, sweep.beta)
+        pairs, scores = len(scored[0]) if scored else 0, len(best.scores["trained"]["pairs"])
+        without = f" ({scores - pairs} without a finite score left out)" if pairs < scores else ""
         said.append(
-            f"95 %: bootstrap interval over the {pairs} held-out pairs. best: how often the trial is the best one when they "
-            f"are drawn again. Neither knows of seeds{confirms}."
+            f"95 %: bootstrap interval over the {pairs} held-out pairs{without}. best: how often the trial is the best one "
+            f"when they are drawn again. Neither knows of seeds{confirms}."
         )
     return said
 

@@ -15,7 +15,7 @@ import yaml
 from isaerft_sweep.errors import ConfigError, FolderError, SpaceError
 from isaerft_sweep.journal.folders import COMPLETED, SweepFolder, TrialFolder
 from isaerft_sweep.journal.journal import SweepRecord, TrialRecord, replay
-from isaerft_sweep.plain import from_mapping
+from isaerft_sweep.plain import canonical_json, from_mapping
 from isaerft_sweep.results.caveats import dependence
 from isaerft_sweep.results.cost import device_seconds
 from isaerft_sweep.results.statistics import interval, pair_values, probability_best
@@ -24,6 +24,7 @@ from isaerft_sweep.search.sweep_file import Metric, read_metric_name, read_sweep
 from isaerft_sweep.specs import Experiment
 
 UNREADABLE = "unreadable"
+SEED = "orpo.seed"
 SCORED = 200
 """Leaders whose probability of being best is computed; the others' is nil or nearly so."""
 
@@ -61,11 +62,14 @@ class Entry:
         return found if found is not None and math.isfinite(found) else None
 
     def pair_values(self, metric: str, beta: float | None) -> tuple[list[str], np.ndarray] | None:
-        """The held-out pairs' names and the metric on each."""
+        """The held-out pairs' names and the metric on each. A pair on which it is no finite number is left out."""
         trained = self.scores.get("trained")
         beta = self.params.get("orpo.beta", beta)
         values = pair_values(metric, trained, beta) if trained and beta is not None else None
-        return (trained["pairs"], values) if trained and values is not None else None
+        if not trained or values is None:
+            return None
+        finite = np.isfinite(values)
+        return [name for name, known in zip(trained["pairs"], finite, strict=True) if known], values[finite]
 
 
 @dataclass
@@ -236,18 +240,33 @@ def rank(sweep: ReadSweep) -> None:
 
 
 def _compare(sweep: ReadSweep) -> None:
-    """Fill in the probability of being best, over the pairs that all leaders were evaluated on."""
+    """Fill in the probability of being best, over the pairs that all leaders were evaluated on.
+
+    Trials of one point are one candidate: with different seeds they tell how much the seed matters, with the same one they
+    are the same trial twice.
+    """
+    tables: dict[str, dict[Any, dict[str, float]]] = {}
     leaders = [entry for entry in sweep.entries[:SCORED] if entry.interval]
-    found = [entry.pair_values(sweep.metric.name, sweep.beta) for entry in leaders]
-    if len(leaders) < 2:
+    for entry in leaders:
+        scored = entry.pair_values(sweep.metric.name, sweep.beta)
+        assert scored is not None
+        of_point = tables.setdefault(without_seed(entry.params), {})
+        of_point.setdefault(entry.params.get(SEED), dict(zip(*scored, strict=True)))
+    if len(tables) < 2:
         return
-    tables = [dict(zip(*values, strict=True)) for values in found if values]
-    common = [pair for pair in tables[0] if all(pair in table for table in tables)]
+    everyones = [table for of_point in tables.values() for table in of_point.values()]
+    common = [pair for pair in everyones[0] if all(pair in table for table in everyones)]
     if not common:
         return
-    runs = [np.array([[table[pair] for pair in common]]) for table in tables]
-    for entry, share in zip(leaders, probability_best(runs, sweep.metric.sign), strict=True):
-        entry.probability_best = float(share)
+    runs = [np.array([[table[pair] for pair in common] for table in of_point.values()]) for of_point in tables.values()]
+    shares = dict(zip(tables, probability_best(runs, sweep.metric.sign), strict=True))
+    for entry in leaders:
+        entry.probability_best = float(shares[without_seed(entry.params)])
+
+
+def without_seed(params: Mapping[str, Any]) -> str:
+    """Equal for points that differ only in their seed."""
+    return canonical_json({key: value for key, value in params.items() if key != SEED})
 
 
 def shared_untrained(sweep: ReadSweep) -> dict[str, float]:

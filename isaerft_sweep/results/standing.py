@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from isaerft_sweep.results.confirmation import Candidate, read_confirmation
 from isaerft_sweep.results.reading import Entry, ReadSweep, shared_untrained
+from isaerft_sweep.results.statistics import show_probability
 from isaerft_sweep.search.distributions import Categorical, Constant, Distribution, Numeric
 from isaerft_sweep.search.sweep_file import Metric
 
@@ -41,7 +42,7 @@ class Standing:
                 f"| {self.metric.name} | {self.value:.4f}, 95 % interval over held-out pairs {low:.4f} to {high:.4f} |"
             )
         if self.probability_best is not None:
-            lines.append(f"| best when the pairs are drawn again | {self.probability_best:.0%} |")
+            lines.append(f"| best when the pairs are drawn again | {show_probability(self.probability_best)} |")
         if self.seeds and self.seeds.mean is not None:
             spread = f" ± {self.seeds.spread:.4f}" if self.seeds.spread is not None else ""
             lines.append(

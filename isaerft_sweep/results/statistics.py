@@ -39,7 +39,8 @@ def pair_values(metric: str, scores: Mapping[str, Any], beta: float) -> np.ndarr
 
 def _log_odds(logp: np.ndarray) -> np.ndarray:
     """log(p / (1 − p)) of log p < 0."""
-    return logp - np.log(-np.expm1(logp))
+    with np.errstate(divide="ignore", invalid="ignore"):  # infinite for a probability of 1, which the reader leaves out
+        return np.asarray(logp - np.log(-np.expm1(logp)))
 
 
 def interval(values: np.ndarray, confidence: float = 0.95, seed: int = 0) -> tuple[float, float] | None:
@@ -69,17 +70,18 @@ def probability_best(runs: Sequence[np.ndarray], sign: int = 1, seed: int = 0) -
         sign: +1 when more is better, −1 when less is.
         seed: of the resampling.
 
-    Pairs are drawn by bootstrap. The mean over few seeds is drawn from Student's t with seeds − 1 degrees of freedom around
-    what was found: three values drawn again from themselves would seem surer than they are.
+    Pairs are drawn by bootstrap. The seeds' variance is taken as the same for all candidates and is itself drawn, from a
+    scaled inverse χ² with Σ(seeds − 1) degrees of freedom: a candidate's mean is then Student's t around what was found.
+    Two seeds each tell little of one candidate's variance, but together they tell the variance of all. Without a second seed
+    of any candidate nothing is known of it, and none is added.
 
     Returns shares [candidates] that sum to 1; ties are divided.
     """
     rng = np.random.default_rng([seed, 1])
     shares, total = np.zeros(len(runs)), 0
     for weights in _weights(runs[0].shape[1], seed):
-        means = np.empty((len(weights), len(runs)))
-        for i, values in enumerate(runs):
-            means[:, i] = sign * ((weights @ values.T).mean(axis=1) + _seed_noise(values, len(weights), rng))
+        means = np.stack([(weights @ values.T).mean(axis=1) for values in runs], axis=1)
+        means = sign * (means + _seed_noise(runs, len(weights), rng))
         # equal up to the rounding of a sum of many terms
         best = means >= means.max(axis=1, keepdims=True) - 1e-12
         shares += (best / best.sum(axis=1, keepdims=True)).sum(axis=0)
@@ -87,13 +89,20 @@ def probability_best(runs: Sequence[np.ndarray], sign: int = 1, seed: int = 0) -
     return shares / total
 
 
-def _seed_noise(values: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray | float:
-    """What else the mean over other seeds may have been, ``count`` times."""
-    seeds = len(values)
-    if seeds < 2:
+def _seed_noise(runs: Sequence[np.ndarray], count: int, rng: np.random.Generator) -> np.ndarray | float:
+    """How far the means over other seeds may lie from those found [count, candidates]; 0 where no seed was repeated."""
+    means = [values.mean(axis=1) for values in runs]
+    freedom = sum(len(of_seeds) - 1 for of_seeds in means)
+    if freedom < 1:
         return 0.0
-    spread = values.mean(axis=1).std(ddof=1) / np.sqrt(seeds)
-    return spread * rng.standard_t(seeds - 1, size=count)
+    variance = sum(float(((of_seeds - of_seeds.mean()) ** 2).sum()) for of_seeds in means) / freedom
+    drawn = np.sqrt(variance * freedom / rng.chisquare(freedom, size=(count, 1)))
+    return np.asarray(drawn * rng.standard_normal((count, len(runs))) / np.sqrt([len(of_seeds) for of_seeds in means]))
+
+
+def show_probability(share: float) -> str:
+    """A probability as whole percent. It is counted in a resampling, so that it is never said to be certain."""
+    return ">99%" if share > 0.99 else "<1%" if share < 0.01 else f"{share:.0%}"
 
 
 def _weights(pairs: int, seed: int) -> Iterator[np.ndarray]:

@@ -19,6 +19,7 @@ from isaerft_sweep.results.report import figures
 from isaerft_sweep.results.report.gather import COMPARED, Report, SiteAcrossTrials
 from isaerft_sweep.results.samples import stale
 from isaerft_sweep.results.standing import describe
+from isaerft_sweep.results.statistics import show_probability
 
 TEMPLATE = "report.html.jinja"
 ROWS = 50
@@ -99,7 +100,7 @@ def leaderboard(report: Report) -> dict[str, Any]:
 
 def _row(report: Report, entry: Entry, names: list[str]) -> list[str]:
     values = [number(entry.metrics.get(n)) if entry.rank else "" for n in names]
-    chance = "" if entry.probability_best is None else f"{entry.probability_best:.0%}"
+    chance = "" if entry.probability_best is None else show_probability(entry.probability_best)
     params = [show_value(entry.params.get(axis.key, "")) for axis in report.axes]
     time_s = f"{entry.record.seconds:.0f} s" if entry.rank else entry.state
     return [str(entry.rank or "–"), f"#{entry.record.index + 1}", *params, values[0], show_interval(entry), chance,
@@ -126,7 +127,7 @@ def confirmed(report: Report) -> dict[str, Any] | None:
             str(len(c.values)),
             number(c.mean),
             number(c.spread),
-            "" if c.probability_best is None else f"{c.probability_best:.0%}",
+            "" if c.probability_best is None else show_probability(c.probability_best),
             number(c.first.value(report.sweep.metric.name)),
         ]
         for c in report.confirmed
