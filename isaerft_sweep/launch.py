@@ -11,9 +11,12 @@ from typing import Any
 
 import hydra
 import hydra.core.hydra_config
+from hydra.errors import HydraException
 from hydra.types import RunMode
+from omegaconf.errors import OmegaConfBaseException
 
 from isaerft_sweep.config.command import from_agent
+from isaerft_sweep.config.composition_errors import explain
 from isaerft_sweep.config.schema import register
 from isaerft_sweep.errors import IsaerftError
 from isaerft_sweep.resources import folder
@@ -68,7 +71,12 @@ def run() -> None:
         except IsaerftError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
-    main()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would print in six lines
+    try:
+        main()
+    except (HydraException, OmegaConfBaseException) as error:
+        print(f"error: {explain(error)}", file=sys.stderr)
+        sys.exit(2)
     if failed:
         sys.exit(failed)
 

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import stats
@@ -12,6 +14,7 @@ from isaerft_sweep.errors import ConfigError, SpaceError
 from isaerft_sweep.resources import folder
 from isaerft_sweep.search.distributions import Categorical, Constant, Numeric
 from isaerft_sweep.search.parameters import DISTRIBUTIONS, read_parameter
+from isaerft_sweep.search.strict_yaml import parse_yaml
 from isaerft_sweep.search.sweep_file import read_sweep, read_sweep_file
 
 UNIT = st.floats(min_value=0, max_value=1)
@@ -106,6 +109,15 @@ def test_defaults_are_wandbs() -> None:
         ({"distribution": "int_uniform", "min": 0.5, "max": 2}, "whole numbers"),
         ({"values": []}, "at least one value"),
         ({"values": [1, 1]}, "different from each other"),
+        ({"values": [1, 1.0, 2]}, "different from each other"),
+        ({"values": [[1, 2], [1.0, 2]]}, "different from each other"),
+        ({"distribution": "q_uniform", "min": 0.05, "max": 0.4}, "q is 1, which is W&B's when it is left out"),
+        (
+            {"distribution": "q_uniform", "min": 0.05, "max": 0.4, "q": 0.5},
+            "q must leave a multiple of itself between 0.05 and 0.4",
+        ),
+        ({"distribution": "q_uniform", "min": 0.3, "max": 0.3, "q": 0.2}, "q must leave a multiple"),
+        ({"distribution": "q_log_uniform_values", "min": 1e-6, "max": 1e-3}, "q must leave a multiple .* Give a smaller q"),
         ({"values": [1, 2], "probabilities": [0.5, 0.6], "distribution": "categorical"}, "must sum to 1 but sum to 1.1"),
         ({"values": [1, 2], "probabilities": [1.0], "distribution": "categorical"}, "2 numbers"),
         ({"min": True, "max": 2}, "must be a finite number but got True"),
@@ -136,6 +148,27 @@ def test_mistakes_in_a_parameter_name_key_value_and_right_form(block: object, sa
         ({"parameters": {"lr": {"value": 1}}}, "must be a config key but got 'lr'"),
         ({"methods": 1}, "unknown key 'methods'. Did you mean 'method'"),
         ({"method": "grid"}, "method grid needs a finite set"),
+        ({"settings": {"x": 1}}, "unknown key 'settings'"),
+        ({"command": "python -m isaerft_sweep.launch"}, "command must be a list of words but got 'python -m"),
+        ({"command": [["a"]]}, "command must be a list of words"),
+        ({"program": 3}, "program must be text but got 3"),
+        ({"project": ["a"]}, "project must be text"),
+        ({"metric": {"name": "eval/loss", "target": "low"}}, "metric.target must be a finite number but got 'low'"),
+        ({"metric": {"name": "eval/loss", "impute": "best"}}, "metric.impute must be worst or left out but got 'best'"),
+        ({"metric": {"name": "eval/loss", "impute_while_running": "latest"}}, "impute_while_running must be worst"),
+        ({"metric": {"name": "eval/loss", "gaol": "minimize"}}, "metric has an unknown key 'gaol'. Did you mean 'goal'"),
+        (
+            {"early_terminate": {"type": "hyperband", "min_iter": 1, "strict": "false"}},
+            "strict must be true or false but got 'false'",
+        ),
+        ({"early_terminate": {"type": "hyperband", "min_iter": 1.5}}, "min_iter must be a whole number of at least 1"),
+        ({"early_terminate": {"type": "hyperband", "min_iter": 1, "eta": 1}}, "eta must be a number above 1"),
+        ({"early_terminate": {"type": "hyperband", "min_iter": "2"}}, "min_iter must be a whole number"),
+        (
+            {"parameters": {"orpo.beta": {"value": 1}, "orpo": {"parameters": {"beta": {"value": 2}}}}},
+            "orpo.beta is given twice, with a dot and as a nested block",
+        ),
+        ({"parameters": {"orpo": {"parameters": {"beta": {"value": 2}}, 3: 4}}}, "a nested block must hold nothing but"),
     ],
 )
 def test_mistakes_in_a_sweep(change: dict, said: str) -> None:
@@ -150,6 +183,60 @@ def test_a_file_that_is_no_yaml_or_not_there_is_named(tmp_path) -> None:
         read_sweep_file(bad)
     with pytest.raises(SpaceError, match="cannot be read"):
         read_sweep_file(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("method: random\nmethod: grid\n", "line 2: 'method' is given twice, first in line 1"),
+        ("{method: random, method: grid}", "'method' is given twice"),
+        (
+            "parameters:\n  orpo.beta: {values: [1, 2, 3]}\n  orpo.beta: {value: 1}\n",
+            "line 3: 'orpo.beta' is given twice, first in line 2",
+        ),
+        ("parameters:\n  orpo.beta: {min: 1, max: 2, min: 3}\n", "line 2: 'min' is given twice"),
+        ("a: &x {b: 1}\nc: {<<: *x, d: 1, d: 2}\n", "line 2: 'd' is given twice"),
+        ("? [a, b]\n: 1\n", "not valid YAML"),
+        ("a: 2026-13-45\n", "not valid YAML"),
+        ("[" * 3000, "nested too deeply"),
+        ("a: !!python/object:os.system {}\n", "not valid YAML"),
+    ],
+)
+def test_yaml_that_has_two_meanings_or_none(text: str, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "sweep.yaml"
+    file.write_text(text)
+    with pytest.raises(SpaceError, match=said) as error:
+        read_sweep_file(file)
+    assert str(file) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_defaults_of_a_merged_mapping_may_be_replaced() -> None:
+    assert parse_yaml("a: &x {b: 1, c: 2}\nd: {<<: *x, b: 3}\n")["d"] == {"b": 3, "c": 2}
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "utf-8-sig"])
+def test_a_sweep_file_in_another_encoding(encoding: str, tmp_path: Path) -> None:
+    file = tmp_path / "sweep.yaml"
+    file.write_text("# größer\n" + yaml.safe_dump(GOOD), encoding=encoding)
+    if encoding == "utf-8-sig":
+        assert read_sweep_file(file).method == "random"
+    else:
+        with pytest.raises(SpaceError, match=r"must be text in UTF-8 but byte \d+ is not"):
+            read_sweep_file(file)
+
+
+def test_beta_has_wandbs_defaults() -> None:
+    read = read_parameter(LR, {"distribution": "beta"})
+    assert [read.at(u) for u in (0.25, 0.5)] == pytest.approx([0.25, 0.5])
+    assert read_parameter(LR, {"distribution": "q_beta", "a": 2, "q": 0.25}) == Numeric("q_beta", 2.0, 1.0, 0.25)
+
+
+def test_the_target_is_reached_from_the_goals_side() -> None:
+    lower = read_sweep({**GOOD, "metric": {"name": "eval/loss", "goal": "minimize", "target": 2}})
+    assert [lower.reached_by(v) for v in (2.1, 2.0, 1.0, None)] == [False, True, True, False]
+    upper = read_sweep({**GOOD, "metric": {"name": "eval/loss", "goal": "maximize", "target": 2.0}})
+    assert [upper.reached_by(v) for v in (2.1, 2.0, 1.0, None)] == [True, True, False, False]
+    assert not read_sweep(GOOD).reached_by(0.0)
 
 
 def test_nested_parameters_become_dotted() -> None:

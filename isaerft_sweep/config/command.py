@@ -13,8 +13,9 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from isaerft_sweep.config.boundary import to_experiment
+from isaerft_sweep.config.composition_errors import explain
 from isaerft_sweep.config.schema import register
-from isaerft_sweep.errors import ConfigError, LaunchError
+from isaerft_sweep.errors import LaunchError
 from isaerft_sweep.plain import overrides
 from isaerft_sweep.resources import folder
 from isaerft_sweep.specs import Experiment, split_key
@@ -107,4 +108,4 @@ def compose(overrides: Sequence[str]) -> Experiment:
         with hydra.initialize_config_dir(str(folder("conf")), version_base="1.3"):
             return to_experiment(hydra.compose("config", list(overrides)))
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(str(error).strip()) from error
+        raise explain(error) from error

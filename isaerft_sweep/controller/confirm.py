@@ -20,7 +20,7 @@ from isaerft_sweep.plain import from_mapping, to_dict
 from isaerft_sweep.results import confirmation
 from isaerft_sweep.results.card import refresh_cards
 from isaerft_sweep.results.leaderboard import print_whole, short_path
-from isaerft_sweep.results.reading import SEED, Entry, ReadSweep, read_sweep_folder, trial_of
+from isaerft_sweep.results.reading import SEED, Entry, ReadSweep, read_sweep_folder, trial_of, without_seed
 from isaerft_sweep.search.sampler import GivenPoints, Point
 from isaerft_sweep.search.sweep_file import SweepDefinition
 from isaerft_sweep.specs import Experiment
@@ -79,7 +79,7 @@ def find_leaders(sweep: ReadSweep) -> list[Entry]:
     found: dict[str, Entry] = {}
     for entry in sweep.entries:
         if entry.rank:
-            found.setdefault(confirmation.without_seed(entry.params), entry)
+            found.setdefault(without_seed(entry.params), entry)
     return list(found.values())
 
 

@@ -278,6 +278,8 @@ def conclude(
             f"{definition.target:g}.",
             soft_wrap=True,
         )
+    elif ended < trials and any(r.state == COMPLETED for r in records):
+        console.print(f"Ended after {ended} of {trials} trials: the space has no further point.")
     elif ended < trials:
         reason = next((r.message for r in records if r.given_up), "")
         console.print(f"Ended after {ended} trials, since none of them completed: {reason}", soft_wrap=True, style="red")

@@ -38,6 +38,9 @@ DEFAULTS: dict[str, float] = {"mu": 0.0, "sigma": 1.0, "q": 1.0, "a": 1.0, "b": 
 MAX_EXPONENT = 700
 """exp(709) is the largest power that a float holds."""
 
+TAIL_SIGMAS = 7.1
+"""How far out a normal distribution is drawn: see ``distributions._inside``."""
+
 _NUMBER_TEXT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
@@ -45,7 +48,7 @@ def read_parameter(key: str, block: Any) -> Distribution:
     """The distribution of one parameter. Raises SpaceError that names the key, the value and the right form."""
     if not isinstance(block, Mapping):
         raise SpaceError(f"{key} must be a mapping but got {block!r}. Right form: {{value: {block!r}}}.")
-    kind = str(block.get("distribution") or _guess(key, block))
+    kind = str(block["distribution"] if "distribution" in block else _guess(key, block))
     if kind not in DISTRIBUTIONS:
         raise SpaceError(f"{key}: unknown distribution '{kind}'." + suggest(kind, DISTRIBUTIONS))
     needed = DISTRIBUTIONS[kind]
@@ -141,6 +144,11 @@ def _numeric(key: str, kind: str, block: Mapping[str, Any]) -> Distribution:
         _check_limits(key, kind, a, b)
     elif names == MOMENTS and b < 0:
         raise SpaceError(f"{key}: sigma must be at least 0 but got {b:g}.")
+    elif kind.endswith("log_normal") and abs(a) + TAIL_SIGMAS * b > MAX_EXPONENT:
+        raise SpaceError(
+            f"{key}: {kind} takes mu and sigma of the natural logarithm, of which mu ± {TAIL_SIGMAS:g} sigma must lie within "
+            f"±{MAX_EXPONENT}, but got mu={a:g}, sigma={b:g}."
+        )
     elif names == ("a", "b") and min(a, b) <= 0:
         raise SpaceError(f"{key}: a and b must be above 0 but got a={a:g}, b={b:g}.")
     whole = kind == "int_uniform"
@@ -150,6 +158,8 @@ def _numeric(key: str, kind: str, block: Mapping[str, Any]) -> Distribution:
         return Constant(int(a) if whole else a)
     integer = whole or (q is not None and q.is_integer() and isinstance(block.get("q", 1), int))
     read = Numeric(kind, a, b, q, integer)
+    if names == MOMENTS and b == 0:
+        return Constant(read.at(0.5))
     if q is not None and read.size == 0:
         low, high = read.limits
         given = f"q is {q:g}" + ("" if "q" in block else ", which is W&B's when it is left out")

@@ -157,7 +157,7 @@ class Sampler:
             if self.repeats or point.key not in self.tried:
                 return point
         if self.size == math.inf:
-            return self._draw(self.count, 0)  # a continuous space whose draws all repeat: as good as constant
+            return None  # steps without an end of which only tried ones are ever drawn
         left = [p for p in self._grid_points() if p.key not in self.tried]
         return left[np.random.default_rng([self.seed, self.count]).integers(len(left))]
 
