@@ -4,12 +4,14 @@ import os
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hydra.errors import ConfigCompositionException
 
 from isaerft_sweep.config.boundary import to_definition
+from isaerft_sweep.config.command import compose as compose_command
 from isaerft_sweep.errors import ConfigError, SpaceError
 from isaerft_sweep.plain import from_mapping, to_dict
 from isaerft_sweep.resources import folder
@@ -138,6 +140,36 @@ def test_shell_completion_offers_the_choices() -> None:
 
 def test_an_unknown_choice_ends_with_one_clear_error(launch) -> None:
     done = launch("model=gemma-9")
-    assert done.returncode == 1 and "Could not find 'model/gemma-9'" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "there is no model 'gemma-9'" in done.stderr and "Traceback" not in done.stderr
     done = launch("orpo.beta=-1")
     assert done.returncode == 2 and done.stderr.strip() == "error: orpo.beta must be at least 0 but got -1.0."
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("orpo.betta=1", "'orpo.betta' is not a config key. Did you mean 'orpo.beta'?"),
+        ("adaptr=bias", "'adaptr' is not a config key. Did you mean 'adapter'?"),
+        ("adapter=bia", "there is no adapter 'bia'. Did you mean 'bias'? Valid: bias,"),
+        ("sweep=dem", "there is no sweep 'dem'. Did you mean 'demo'?"),
+        ("orpo.beta=abc", "orpo.beta cannot be abc: Value 'abc' of type 'str' could not be converted to Float."),
+        ("orpo.beta", "'orpo.beta' must have the form KEY=VALUE"),
+        ("orpo.beta=[1", "'orpo.beta=[1' must have the form KEY=VALUE"),
+        ("+orpo.beta=1", "'orpo.beta' is a config key already: leave the + out"),
+        ("adapter.sites.0.lay=3", "Did you mean 'layer'?"),
+        ("launcher.slurm.partiton=x", "Did you mean 'partition'?"),
+        ("data.path=a,b", "data.path must have one value but got a,b."),
+        ("orpo.beta=-1", "orpo.beta must be at least 0 but got -1.0."),
+    ],
+)
+def test_a_bad_override_gets_one_line(override: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose_command([override])
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("override", ["orpo.betta=1", "adapter=bia", "orpo.beta"])
+def test_launch_says_it_and_exits_with_2(override: str, launch: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    done = launch(override)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

@@ -46,7 +46,8 @@ def make_trials(experiment: Experiment, overrides: Sequence[str]) -> tuple[Path,
     folder = sweep_folder(experiment, definition)
     sampler = make_sampler(experiment, definition)
     experiment = with_sweeps_project(experiment, definition)
-    journal = open_journal(folder, questions(experiment, definition), settings(experiment, definition))
+    files = result_files(experiment, definition)
+    journal = open_journal(folder, questions(experiment, definition), settings(experiment, definition), files)
     try:
         trials = count_trials(definition, sampler, len(journal.record.trials))
         if not math.isfinite(trials):

@@ -157,14 +157,18 @@ def check_files(folder: SweepFolder, now: Mapping[str, str]) -> None:
         folder.path.mkdir(parents=True, exist_ok=True)
         write_json(folder.files, dict(now))
         return
-    changed = [name for name in then if name in now and now[name] != then[name]]
-    gone = [name for name in then if name not in now and _somewhere_else(name, now)]
-    if changed or gone:
-        words = ", ".join([*changed, *gone][:MOST_DIFFERENCES])
+    if changed := _changed(then, now):
         raise FolderError(
             f"the files that the sweep in {folder.path} was started with must be unchanged, since its trials would not be "
-            f"comparable, but these have changed since: {words}. Restore them, or start a new sweep: name=NAME."
+            f"comparable, but these have changed since: {changed}. Restore them, or start a new sweep: name=NAME."
         )
+
+
+def _changed(then: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """Names of the files that are not what they were, or are gone from a folder that is still read."""
+    changed = [name for name in then if name in now and now[name] != then[name]]
+    gone = [name for name in then if name not in now and _somewhere_else(name, now)]
+    return ", ".join([*changed, *gone][:MOST_DIFFERENCES])
 
 
 def _somewhere_else(name: str, now: Mapping[str, str]) -> bool:
@@ -187,13 +191,19 @@ def sweep_folder(experiment: Experiment, definition: SweepDefinition) -> SweepFo
     return next((folder for folder in folders if folder.journal.is_file()), folders[0])
 
 
-def open_journal(folder: SweepFolder, asked: Sequence[str], now: Mapping[str, Any] | None = None) -> Journal:
+def open_journal(
+    folder: SweepFolder,
+    asked: Sequence[str],
+    now: Mapping[str, Any] | None = None,
+    files: Mapping[str, str] | None = None,
+) -> Journal:
     """The journal of ``folder``, opened for a question.
 
     Args:
         folder: the sweep's.
         asked: the question, and what older versions have called it.
         now: the settings behind it, by dotted key (``settings``), to say which differ.
+        files: what its files are now (``result_files``), to say which have changed.
 
     Raises FolderError when the folder is another sweep's.
     """
@@ -206,14 +216,14 @@ def open_journal(folder: SweepFolder, asked: Sequence[str], now: Mapping[str, An
     if journal.record.question not in ("", *asked):
         journal.close()
         raise FolderError(
-            f"the output folder {folder.path} holds another sweep: {differences(folder, now)}. Choose another name: "
-            "name=NAME, or leave name out, and every question gets a folder of its own."
+            f"the output folder {folder.path} holds another sweep: {differences(folder, now or {}, files or {})}. Choose "
+            "another name: name=NAME, or leave name out, and every sweep gets a folder of its own."
         )
     return journal
 
 
-def differences(folder: SweepFolder, now: Mapping[str, Any] | None) -> str:
-    """In words, which settings of the sweep in ``folder`` are not those of ``now``."""
+def differences(folder: SweepFolder, now: Mapping[str, Any], files: Mapping[str, str]) -> str:
+    """In words, which settings of the sweep in ``folder`` are not those of ``now``, or which of its files have changed."""
     try:
         config = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
         then = _flat({section: config[section] for section in (*TUNABLE, "sweep")}) | _searched(
@@ -222,12 +232,15 @@ def differences(folder: SweepFolder, now: Mapping[str, Any] | None) -> str:
     except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError):
         return "its config.yaml or sweep.yaml cannot be read, to say which settings differ"
     said = [
-        f"{key} was {_short(then.get(key))} and is now {_short((now or {}).get(key))}"
-        for key in dict.fromkeys([*then, *(now or {})])
-        if then.get(key) != (now or {}).get(key)
+        f"{key} was {_short(then.get(key))} and is now {_short(now.get(key))}"
+        for key in dict.fromkeys([*then, *now])
+        if then.get(key) != now.get(key)
     ]
+    if not said:
+        changed = _changed(read_json(folder.files) or {}, files)
+        return f"with other data or SAE files ({changed or 'their content has changed since'})"
     more = f", and {len(said) - MOST_DIFFERENCES} more" if len(said) > MOST_DIFFERENCES else ""
-    return ", ".join(said[:MOST_DIFFERENCES]) + more or "the content of its data or SAE files has changed since"
+    return ", ".join(said[:MOST_DIFFERENCES]) + more
 
 
 def settings(experiment: Experiment, definition: SweepDefinition) -> dict[str, Any]:

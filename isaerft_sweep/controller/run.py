@@ -78,7 +78,8 @@ def run_trials(
     check_disk(folder.path, experiment.launcher.min_free_gb)
     known_as = [asked] if asked else questions(experiment, definition)
     experiment = with_sweeps_project(experiment, definition)
-    journal = open_journal(folder, known_as, settings(experiment, definition))
+    files = result_files(experiment, definition)
+    journal = open_journal(folder, known_as, settings(experiment, definition), files)
     try:
         trials = count_trials(definition, sampler, len(journal.record.trials))
         ended = sum(record.ended and not record.given_up for record in journal.record.trials.values())
@@ -93,6 +94,7 @@ def run_trials(
             known = create_sweep(folder.definition, experiment.tracker) if online else None
             return given.sweep_id if given else known or new_sweep_id()
 
+        # again, since the check may have fetched what the Hub's cache did not hold
         check_files(given.whole if given else folder, result_files(experiment, definition))
         begin_sweep(experiment, definition, folder, journal, known_as[0], named)
         stop = StopRequest(folder.cancel, given.agent if given else None)

@@ -146,8 +146,8 @@ def _numeric(key: str, kind: str, block: Mapping[str, Any]) -> Distribution:
         raise SpaceError(f"{key}: sigma must be at least 0 but got {b:g}.")
     elif kind.endswith("log_normal") and abs(a) + TAIL_SIGMAS * b > MAX_EXPONENT:
         raise SpaceError(
-            f"{key}: {kind} takes mu and sigma of the natural logarithm, of which mu ± {TAIL_SIGMAS:g} sigma must lie within "
-            f"±{MAX_EXPONENT}, but got mu={a:g}, sigma={b:g}."
+            f"{key}: {kind} takes mu and sigma of the natural logarithm, of which mu ± {TAIL_SIGMAS:g} sigma must lie "
+            f"within ±{MAX_EXPONENT}, but got mu={a:g}, sigma={b:g}."
         )
     elif names == ("a", "b") and min(a, b) <= 0:
         raise SpaceError(f"{key}: a and b must be above 0 but got a={a:g}, b={b:g}.")
