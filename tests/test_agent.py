@@ -15,7 +15,7 @@ import pytest
 import yaml
 from conftest import TINY, launch_command
 from hydra import compose, initialize_config_dir
-from serving import wait_for
+from serving import Serving, wait_for
 from test_sweep import processes_of
 
 from isaerft_sweep.config.boundary import to_definition, to_experiment
@@ -228,3 +228,45 @@ def test_a_signal_checkpoints_and_the_same_run_goes_on(tmp_path: Path) -> None:
     wait_for(lambda: [s for s in statuses(tmp_path, "run1") if s["attempt"] == 2 and s.get("step", 0) > reached])
     launch.send_signal(number)
     assert launch.wait(120) == 130 and processes_of(tmp_path) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("macro", "nested"),
+    [(None, False), ("${args_no_boolean_flags}", False), ("${args_json_file}", False), ("${args}", True)],
+)
+def test_a_real_agents_values_are_what_is_trained(macro: str | None, nested: bool, serving: Serving, tmp_path: Path) -> None:
+    """Whatever the command has in the macro's place: nothing at all left the trial with the config's own values."""
+    sites = [[{"layer": 1, "sae_release": "isaerft-sweep", "sae_id": "random-64x256"}]]
+    flat = {
+        "orpo.beta": {"values": [0.1]},
+        "adapter.sites": {"values": sites},
+        "orpo.gradient_checkpointing": {"values": [False]},
+    }
+    blocks = {"orpo": {"parameters": {"beta": flat["orpo.beta"]}}} if nested else flat
+    command = [
+        "${env}",
+        "${interpreter}",
+        "-m",
+        "isaerft_sweep.launch",
+        *OPTIONS,
+        "orpo.beta=1.0",
+        *([macro] if macro else []),
+    ]
+    raw = {
+        "program": "isaerft_sweep/launch.py",
+        "method": "grid",
+        "metric": {"name": "eval/log_odds_chosen", "goal": "maximize"},
+        "parameters": blocks,
+        "command": command,
+    }
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(raw))
+    agent_process = serving.agent(serving.sweep(tmp_path / "s.yaml"), "agent", "--count", "1")
+    agent_process.wait(300)
+    specs = [json.loads(path.read_text()) for path in tmp_path.glob("outputs/*/*/trials/*/spec.json")]
+    assert len(specs) == 1, (tmp_path / "agent.out").read_text()
+    assert specs[0]["experiment"]["orpo"]["beta"] == 0.1 == specs[0]["params"]["orpo.beta"]
+    if not nested:
+        assert specs[0]["experiment"]["adapter"]["sites"][0]["layer"] == 1
+    states = [json.loads(path.read_text())["state"] for path in tmp_path.glob("outputs/*/*/trials/*/status.json")]
+    assert states == ["completed"]
