@@ -95,6 +95,7 @@ def run_trials(
         begin_sweep(experiment, definition, folder, journal, asked, named)
         stop = StopRequest(folder.cancel, given.agent if given else None)
         with stop.heard(), presence(folder, trials, overrides), Progress(console, definition.metric.name, trials) as view:
+            stop.tell = lambda asked: view.note(asked.words(experiment.launcher.grace_s))
             sweep_id = journal.record.sweep_id
             factory = TrialFactory(experiment, definition, folder, sweep_id, git_commit(), overrides, given)
             early = make_early_stopping(experiment, definition)

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from isaerft_sweep.controller.early import EarlyStopping
 from isaerft_sweep.controller.ending import judge
+from isaerft_sweep.controller.stopping import wait
 from isaerft_sweep.controller.trials import TrialFactory
 from isaerft_sweep.dispatch.base import Dispatcher, JobRef, QueueBusy
 from isaerft_sweep.dispatch.job import TrialJob
@@ -90,7 +91,7 @@ class SweepController:
             elif not self._fill():
                 return
             self.view.update(list(self.records.values()), self.statuses)
-            time.sleep(self.launcher.poll_s)
+            wait(self.launcher.poll_s, self.stopping)
 
     @property
     def hopeless(self) -> bool:
