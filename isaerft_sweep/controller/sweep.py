@@ -15,7 +15,7 @@ from isaerft_sweep.dispatch.job import TrialJob
 from isaerft_sweep.errors import LaunchError
 from isaerft_sweep.journal.folders import COMPLETED, FAILED, FINAL, PRUNED, RUNNING, STOPPED
 from isaerft_sweep.journal.journal import Journal, TrialRecord
-from isaerft_sweep.search.sampler import Asked
+from isaerft_sweep.search.sampler import Asked, Sampler
 from isaerft_sweep.specs import LauncherSpec
 
 ENDING_S = 120.0
@@ -137,6 +137,7 @@ class SweepController:
 
     def _fill(self) -> bool:
         """Use the free slots, all in one turn; False when nothing is left to do."""
+        self._take_retries()
         chosen: list[TrialRecord] = []
         room = self.dispatcher.slots - len(self.active)
         if time.monotonic() < self._pause_until:
@@ -149,6 +150,17 @@ class SweepController:
         if chosen:
             self._dispatch(chosen)
         return bool(self.active or (self.waiting and not self.hopeless))
+
+    def _take_retries(self) -> None:
+        """Give trials that were given up another chance, where somebody has asked for it."""
+        for index in self.factory.folder.take_retries():
+            record = self.records.get(index)
+            if record is not None and record.given_up:
+                record.given_up, record.failures = False, 0
+                self._given_up -= 1
+                if isinstance(self.sampler, Sampler):
+                    self.sampler.pending_again(record.point)
+                self.waiting.append(record)
 
     def _revived(self, chosen: list[TrialRecord]) -> TrialRecord | None:
         """A trial that was stopped early and has turned out to be worth going on with."""

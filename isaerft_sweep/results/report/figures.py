@@ -132,11 +132,20 @@ def importances(report: Report) -> go.Figure | None:
     """Each parameter's share of what decides."""
     if report.importance is None:
         return None
-    ordered = sorted(report.importance.shares.items(), key=lambda item: item[1])
+    ordered = shares(report)
     figure = _figure(120 + 34 * len(ordered))
-    figure.add_bar(x=[share for _, share in ordered], y=[key for key, _ in ordered], orientation="h", marker_color=COLORS[0])
+    figure.add_bar(
+        x=[share for _, share in ordered], y=[name for name, _ in ordered], orientation="h", marker_color=COLORS[0]
+    )
     figure.update_xaxes(title_text="share", range=[0, 1], tickformat=".0%")
     return figure
+
+
+def shares(report: Report) -> list[tuple[str, float]]:
+    """Each parameter's name and share, the least first."""
+    names = {column.key: column.name for column in report.columns}
+    found = report.importance.shares if report.importance else {}
+    return [(names.get(key, key), share) for key, share in sorted(found.items(), key=lambda item: item[1])]
 
 
 def cost(report: Report) -> go.Figure | None:

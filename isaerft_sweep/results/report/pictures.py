@@ -21,6 +21,7 @@ from isaerft_sweep.results.report.figures import (
     dimensions,
     has,
     latent_name,
+    shares,
     spending,
 )
 from isaerft_sweep.results.report.gather import Report
@@ -147,8 +148,8 @@ def _cost(ax: Any, report: Report) -> bool:
 def _importance(ax: Any, report: Report) -> bool:
     if report.importance is None:
         return False
-    ordered = sorted(report.importance.shares.items(), key=lambda item: item[1])
-    ax.barh([key for key, _ in ordered], [share for _, share in ordered], color=COLORS[0])
+    ordered = shares(report)
+    ax.barh([name for name, _ in ordered], [share for _, share in ordered], color=COLORS[0])
     ax.set_xlabel(f"share (PED-ANOVA, best {report.importance.good} of {report.importance.trials} trials)")
     ax.set_xlim(0, 1)
     return True
