@@ -140,10 +140,13 @@ def trial_table(
         statuses: the last word of each worker, by the trial's number.
         metric: the sweep's.
         columns: what is swept.
-        width: columns of the terminal; where a trial runs is left out when it does not fit. None: any.
+        width: columns of the terminal; what does not fit is left out, never what is swept. None: any.
     """
-    for places in (("job", "node"), ("job",), ()):
-        table = _trial_table(_shown(records, statuses), statuses, metric, columns, places)
+    short = short_name(metric) if short_name(metric) != "loss" else metric  # beside the training's own
+    told = ["step", "loss", short, "time left", "job", "node"]
+    for dropped in ("", "node", "job", "loss", "time left", short, "step"):
+        told = [name for name in told if name != dropped]
+        table = _trial_table(_shown(records, statuses), statuses, short, columns, told)
         if width is None or needed_width(table) <= width:
             break
     return table
@@ -160,30 +163,38 @@ def _at_work(record: TrialRecord, statuses: Statuses) -> bool:
 
 
 def _trial_table(
-    records: list[TrialRecord], statuses: Statuses, metric: str, columns: Sequence[Column], places: Sequence[str]
+    records: list[TrialRecord], statuses: Statuses, metric: str, columns: Sequence[Column], told: Sequence[str]
 ) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("#", justify="right", no_wrap=True)
     table.add_column("state", no_wrap=True)
-    for name in (*(column.name for column in columns), "step", "loss", short_name(metric), "time left", *places):
+    for name in (*(column.name for column in columns), *told):
         table.add_column(name, justify="right", no_wrap=True)
     for record in records:
         status = statuses.get(record.index, {})
-        state, at_work = doing(record, status), _at_work(record, statuses)
-        left_s = trial_left_s(status) if at_work else None
-        where = {"job": job_words(record.job), "node": str(status.get("host", ""))} if at_work else {}
         color = COLORS.get(record.state) or COLORS.get(str(status.get("state")), "")
+        cells = _cells(record, status, metric, _at_work(record, statuses))
         table.add_row(
             str(record.index + 1),
-            Text(state, style=color),
+            Text(doing(record, status), style=color),
             *(column.show(record.point.params) for column in columns),
-            f"{status.get('step', 0)}/{status['max_steps']}" if status.get("max_steps") else "",
-            _number(status.get("loss")),
-            _number(record.metric if record.metric is not None else status.get("metric")),
-            duration(left_s) if left_s is not None else "",
-            *(where.get(place, "") for place in places),
+            *(cells.get(name, "") for name in told),
         )
     return table
+
+
+def _cells(record: TrialRecord, status: Mapping[str, Any], metric: str, at_work: bool) -> dict[str, str]:
+    """What a row says beside its number, state and swept values."""
+    cells = {
+        "step": f"{status.get('step', 0)}/{status['max_steps']}" if status.get("max_steps") else "",
+        "loss": _number(status.get("loss")),
+        metric: _number(record.metric if record.metric is not None else status.get("metric")),
+    }
+    if at_work:
+        left_s = trial_left_s(status)
+        cells["time left"] = duration(left_s) if left_s is not None else ""
+        cells["job"], cells["node"] = job_words(record.job), str(status.get("host", ""))
+    return cells
 
 
 def time_left_s(records: list[TrialRecord], statuses: Statuses, trials: int) -> float | None:
