@@ -15,6 +15,7 @@ from isaerft_sweep.cli_serve import add_serve_commands
 from isaerft_sweep.cli_sweeps import add_sweep_commands
 from isaerft_sweep.cli_types import at_least_one, labels
 from isaerft_sweep.errors import FolderError, IsaerftError
+from isaerft_sweep.terminal import make_console
 
 if TYPE_CHECKING:
     from isaerft_sweep.results.reading import ReadSweep
@@ -131,11 +132,9 @@ def _prompt_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _leaderboard(args: argparse.Namespace) -> None:
-    from rich.console import Console
-
     from isaerft_sweep.results import leaderboard
 
-    leaderboard.show(Console(), _read(args))
+    leaderboard.show(make_console(), _read(args))
 
 
 def _best(args: argparse.Namespace) -> None:

@@ -6,12 +6,26 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from isaerft_sweep.terminal import make_console
+
 
 def add_sweep_commands(commands: Any) -> None:
     """Add their parsers to those of ``isaerft-sweep``."""
     status = commands.add_parser("status", help="how far a sweep is, who runs it, what is under way")
-    status.add_argument("sweep", type=Path, help="the sweep's folder, outputs/NAME")
+    status.add_argument("sweep", type=Path, help="the sweep's folder, outputs/NAME; or outputs, for all sweeps in it")
+    status.add_argument("--json", action="store_true", help="all of it, for programs")
     status.set_defaults(run=_status)
+
+    logs = commands.add_parser("logs", help="what a trial has printed, its whole trace when it failed")
+    logs.add_argument("sweep", type=Path, help="the sweep's folder, outputs/NAME")
+    logs.add_argument("trial", help="its number as tables have it, its name or its run id")
+    logs.add_argument("-f", "--follow", action="store_true", help="go on until the trial has ended")
+    logs.set_defaults(run=_logs)
+
+    retry = commands.add_parser("retry", help="run a trial that failed again, and no other")
+    retry.add_argument("sweep", type=Path, help="the sweep's folder, outputs/NAME")
+    retry.add_argument("trial", help="its number as tables have it, its name or its run id")
+    retry.set_defaults(run=_retry)
 
     attach = commands.add_parser("attach", help="follow a sweep; go on with it when no controller runs it")
     attach.add_argument("sweep", type=Path, help="the sweep's folder, outputs/NAME")
@@ -53,11 +67,24 @@ def _override_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _status(args: argparse.Namespace) -> None:
-    from rich.console import Console
+    from isaerft_sweep.controller.status import as_json, show_status
 
-    from isaerft_sweep.controller.following import show_status
+    if args.json:
+        print(as_json(args.sweep))
+    else:
+        show_status(make_console(), args.sweep)
 
-    show_status(Console(), args.sweep)
+
+def _logs(args: argparse.Namespace) -> None:
+    from isaerft_sweep.controller.logs import show_log
+
+    show_log(args.sweep, args.trial, args.follow)
+
+
+def _retry(args: argparse.Namespace) -> int:
+    from isaerft_sweep.controller.retry import retry
+
+    return retry(args.sweep, args.trial)
 
 
 def _attach(args: argparse.Namespace) -> int:
@@ -73,21 +100,17 @@ def _cancel(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> None:
-    from rich.console import Console
-
     from isaerft_sweep.config.command import compose
     from isaerft_sweep.readiness.plan import plan
 
-    plan(Console(), compose(args.overrides), args.calibrate)
+    plan(make_console(), compose(args.overrides), args.calibrate)
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from isaerft_sweep.config.command import compose
     from isaerft_sweep.readiness.doctor import diagnose
 
-    return diagnose(Console(), compose(args.overrides), args.wait)
+    return diagnose(make_console(), compose(args.overrides), args.wait)
 
 
 def _fetch(args: argparse.Namespace) -> None:

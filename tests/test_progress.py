@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import time
+from pathlib import Path
 from typing import Any
 
+import pytest
 from rich.console import Console
 
-from isaerft_sweep.controller.progress import SHOWN_ROWS, Progress
+from isaerft_sweep.controller.progress import SHOWN_ROWS, Progress, time_left_s, trial_left_s
+from isaerft_sweep.journal.folders import SweepFolder
 from isaerft_sweep.journal.journal import TrialRecord
 from isaerft_sweep.search.sampler import Point
 
@@ -44,3 +47,88 @@ def test_what_is_under_way_is_always_shown() -> None:
     numbers = [int(line.split()[0]) for line in text.splitlines() if line.split() and line.split()[0].isdecimal()]
     shown = numbers[: numbers.index(60) + 1]
     assert shown[:2] == [1, 4] and len(shown) == SHOWN_ROWS and shown[2:] == list(range(33, 61))
+
+
+def table(records: list[TrialRecord], statuses: dict[int, dict[str, Any]], folder: SweepFolder, width: int = 160) -> str:
+    terminal = io.StringIO()
+    console = Console(file=terminal, force_terminal=True, width=width, height=60, color_system=None)
+    with Progress(console, "eval/log_odds_chosen", 50, folder) as view:
+        view.update(records, statuses)
+    return terminal.getvalue()
+
+
+def test_the_table_tells_phase_job_node_and_log(tmp_path: Path) -> None:
+    folder = SweepFolder(tmp_path)
+    job = {"kind": "local", "pid": 4711}
+    records = [record(0, "queued", attempt=1, job=job, last_job=job), record(1, "queued", attempt=1)]
+    statuses = {0: {"state": "running", "phase": "frozen layers 43 %", "host": "node7"}}
+    text = table(records, statuses, folder)
+    row = next(line for line in text.splitlines() if "frozen" in line)
+    assert row.split() == ["1", "frozen", "layers", "43", "%", "1.0e-03", "0.1", "process", "4711", "node7"]
+    assert any(line.split()[:2] == ["2", "waiting"] for line in text.splitlines())
+    assert "log of 1: " in text and "4711_0_log.out" in text.replace("\n", "")
+    narrow = table(records, statuses, folder, width=60)
+    assert "node7" not in narrow and "43 %" in narrow and "…" not in narrow, "what does not fit is left out, not cut"
+
+
+def resumed(step: int, since_s: float, from_step: int) -> dict[str, Any]:
+    now = time.time()
+    facts = {"state": "running", "step": step, "max_steps": 40, "started": now - 900}
+    return {**facts, "trained_since": now - since_s, "trained_from": from_step}
+
+
+def test_the_time_left_counts_from_the_first_step_of_this_attempt() -> None:
+    """Loading took 15 minutes here: it tells nothing of the steps."""
+    assert trial_left_s(resumed(10, 20, 0)) == pytest.approx(60, abs=0.1), "2 s a step, 30 to go"
+    assert trial_left_s(resumed(30, 20, 20)) == pytest.approx(20, abs=0.1), "after a resume at 20: 10 steps in 20 s"
+    assert trial_left_s(resumed(20, 20, 20)) is None, "no step yet"
+    assert trial_left_s(resumed(40, 40, 20)) == 0.0
+    assert trial_left_s({"state": "running", "step": 0}) is None
+
+
+def test_the_sweeps_time_left_counts_all_that_is_not_done() -> None:
+    done = record(0, "completed", metric=0.1, seconds=100.0)
+    running = record(1, "queued")
+    stopped, made = record(2, "stopped"), record(3, "created")
+    left = {1: resumed(10, 20, 0)}
+    assert time_left_s([done], {}, 4) == pytest.approx(300)
+    assert time_left_s([done, running], left, 4) == pytest.approx(60 + 200, abs=0.2)
+    assert time_left_s([done, running, stopped, made], left, 4) == pytest.approx(60 + 200, abs=0.2), "known ones count too"
+    assert time_left_s([done, running], {1: resumed(40, 40, 20)}, 2) == pytest.approx(0), "its last step is done"
+    two = [done, running, record(4, "queued"), made]
+    assert time_left_s(two, {1: left[1], 4: left[1]}, 4) == pytest.approx((60 + 60 + 100) / 2, abs=0.2)
+    assert time_left_s([running], left, 3) == pytest.approx(60 + 2 * 960, abs=1), "before the first one has ended"
+    assert time_left_s([record(0, "queued")], {}, 3) is None
+
+
+def plain_lines(updates: list[dict[str, Any]], trials: int, folder: SweepFolder) -> list[str]:
+    """What a pipe or a log gets of one trial's statuses."""
+    out = io.StringIO()
+    with Progress(Console(file=out, width=200), "m", trials, folder) as view:
+        job = {"kind": "slurm", "id": "12_0"}
+        records = [record(i, "queued", attempt=1, job=job, last_job=job) for i in range(trials)]
+        for status in updates:
+            view.update(records, {0: status})
+    return out.getvalue().splitlines()
+
+
+def test_a_terminal_that_cannot_be_redrawn_hears_of_each_phase_once(tmp_path: Path) -> None:
+    phases = ["loading the model", "loading the model", "frozen layers 10 %", "frozen layers 20 %", "training"]
+    said = [{"state": "running", "phase": phase, "host": "node7"} for phase in phases]
+    lines = plain_lines(said, 1, SweepFolder(tmp_path))
+    assert lines[0] == "trial 1/1 run-0: loading the model (job 12_0 on node7)"
+    assert lines[1] == f"  its log: {tmp_path / 'jobs' / '12_0_0_log.out'}"
+    assert lines[2:] == ["trial 1/1 run-0: frozen layers 10 %", "trial 1/1 run-0: training"]
+
+
+def test_of_many_trials_only_what_comes_before_the_first_step_is_said(tmp_path: Path) -> None:
+    began = {"state": "running", "phase": "training", "trained_since": time.time(), "host": "n"}
+    lines = plain_lines([{"state": "running", "phase": "loading the model", "host": "n"}, began], 3, SweepFolder(tmp_path))
+    assert len(lines) == 2 and "loading the model" in lines[0]
+
+
+def test_a_failed_trial_names_its_log(tmp_path: Path) -> None:
+    out = io.StringIO()
+    with Progress(Console(file=out, width=80), "m", 3, SweepFolder(tmp_path)) as view:
+        view.event(record(0, "failed", message="CUDA error: " + "x" * 100, last_job={"kind": "slurm", "id": "12_0"}))
+    assert f"  its log: {tmp_path / 'jobs' / '12_0_0_log.out'}" in out.getvalue().splitlines()

@@ -342,3 +342,40 @@ def test_the_report_never_loads_torch(full_sweep: SweepFolder) -> None:
     command = [sys.executable, "-c", code, "report", str(full_sweep.path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.strip().endswith("[]"), done.stdout
+
+
+def test_figures_for_papers_have_legends_intervals_and_formats(full_sweep: SweepFolder) -> None:
+    for entry in read_sweep_folder(full_sweep.path).entries[:10]:
+        if entry.rank and entry.folder:
+            ends = {"step": 601, "time": 2.0, "eval/log_odds_chosen": entry.value("eval/log_odds_chosen")}
+            with entry.folder.metrics.open("a") as file:
+                file.write(json.dumps({"step": 300, "eval/log_odds_chosen": 0.0}) + "\n" + json.dumps(ends) + "\n")
+    _, pictures = write_report(read_sweep_folder(full_sweep.path))
+    best = read_sweep_folder(full_sweep.path).best()
+    assert best.interval is not None
+    for png in pictures:
+        pdf, svg = png.with_suffix(".pdf"), png.with_suffix(".svg")
+        assert pdf.read_bytes().startswith(b"%PDF") and "<svg" in svg.read_text()[:1000], png
+    text = {png.stem: png.with_suffix(".svg").read_text() for png in pictures}
+    assert ("completed" in text["space"] and "others" in text["curves"]) or "#8" in text["curves"]
+    assert "95 % over held-out pairs" in text["cost"] and "95 % over held-out pairs" in text["curves"]
+    assert "best: #8" in text["parallel"] and "log odds" in text["parallel"]
+    assert "raised" in text["latents"] and "cosine" in text["similarity"]
+    assert ">lr<" in text["importance"] and ">lr<" in text["space"] and "orpo." not in text["space"], "one name everywhere"
+    before = {path: path.read_bytes() for path in pictures[0].parent.glob("*.svg")}
+    write_report(read_sweep_folder(full_sweep.path))
+    assert {path: path.read_bytes() for path in pictures[0].parent.glob("*.svg")} == before, "the same sweep, the same file"
+
+
+def test_error_bars_are_the_intervals(full_sweep: SweepFolder) -> None:
+    from isaerft_sweep.results.report.figures import cost
+    from isaerft_sweep.results.report.pictures import _error_bars
+
+    sweep = read_sweep_folder(full_sweep.path)
+    entries = [entry for entry in sweep.entries if entry.interval]
+    values = [entry.value(sweep.metric.name) or 0.0 for entry in entries]
+    below, above = _error_bars(entries, values)
+    for entry, value, low, high in zip(entries, values, below, above, strict=True):
+        assert (value - low, value + high) == pytest.approx(entry.interval)
+    drawn = next(trace for trace in cost(gather(sweep)).data if trace.mode == "markers")
+    assert len(drawn.error_y.array) == len(drawn.y)

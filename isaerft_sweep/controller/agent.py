@@ -14,8 +14,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from isaerft_sweep.config.boundary import to_definition
 from isaerft_sweep.config.command import agent_values
 from isaerft_sweep.controller.following import follow
@@ -30,6 +28,7 @@ from isaerft_sweep.search.distributions import Distribution
 from isaerft_sweep.search.sampler import GivenPoints, Point
 from isaerft_sweep.search.sweep_file import SweepDefinition
 from isaerft_sweep.specs import Experiment, swept_value
+from isaerft_sweep.terminal import make_console
 from isaerft_sweep.tracking.report import report_again
 
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -48,7 +47,7 @@ def run_for_agent(experiment: Experiment, overrides: Sequence[str], environment:
     folder = SweepFolder(whole.path / run_id, shelf=output)
     if is_run(folder):  # its agent is gone and the run was handed out again: the trial itself goes on
         print(f"run {run_id} is already run by {last_presence(folder)}: following it", flush=True)
-        follow(Console(), folder.path)
+        follow(make_console(), folder.path)
     definition = to_definition(experiment.sweep, experiment)
     point = given_point(experiment, definition, environment)
     if not contains(definition.parameters, point.params):

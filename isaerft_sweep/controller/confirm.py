@@ -24,6 +24,7 @@ from isaerft_sweep.results.reading import SEED, Entry, ReadSweep, read_sweep_fol
 from isaerft_sweep.search.sampler import GivenPoints, Point
 from isaerft_sweep.search.sweep_file import SweepDefinition
 from isaerft_sweep.specs import Experiment
+from isaerft_sweep.terminal import make_console
 
 SETTINGS = ("launcher", "tracker")
 """Config sections that may differ from the first sweep's: they cannot change a result."""
@@ -70,7 +71,7 @@ def confirm(path: Path, metric: str | None, top: int, seeds: int, settings: Sequ
     )
     sweep = read_sweep_folder(path, metric)
     refresh_cards(sweep)
-    show(Console(), sweep)
+    show(make_console(), sweep)
     return code
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
 import time
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 
 from isaerft_sweep.journal.files import read_json, write_json
 from isaerft_sweep.journal.folders import SweepFolder
+from isaerft_sweep.journal.journal import is_held
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,4 @@ def last_presence(folder: SweepFolder) -> Presence | None:
 
 def is_run(folder: SweepFolder) -> bool:
     """Whether a controller holds the sweep's lock, on this machine or on another one that shares the folder."""
-    try:
-        with folder.lock.open("a", encoding="utf-8") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return False
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False  # no lock file can be made: nobody could hold it either
+    return is_held(folder)

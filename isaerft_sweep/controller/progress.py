@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console, Group
@@ -10,29 +11,41 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from isaerft_sweep.journal.folders import COMPLETED, PRUNED, RUNNING
+from isaerft_sweep.controller.whereabouts import doing, job_words, log_path
+from isaerft_sweep.journal.folders import COMPLETED, DIVERGED, PRUNED, RUNNING, SweepFolder
 from isaerft_sweep.journal.journal import TrialRecord
-from isaerft_sweep.naming import show_beta
-from isaerft_sweep.results.leaderboard import short_name
+from isaerft_sweep.results.columns import Column, columns_for
+from isaerft_sweep.results.leaderboard import needed_width, short_name, short_path
+from isaerft_sweep.results.reading import read_space
+from isaerft_sweep.terminal import is_live
 
 COLORS = {
     "running": "cyan",
     "completed": "green",
     "failed": "red",
+    "given up": "red",
     "diverged": "yellow",
     "stopped": "yellow",
     "pruned": "dim",
 }
 SHOWN_ROWS = 30
+SHOWN_LOGS = 4
+AGAIN_S = 60.0
+"""Between two lines about the same phase of the same trial."""
+
+Statuses = Mapping[int, dict[str, Any]]
 
 
 class Progress:
-    """Shows trials with state, learning rate, beta, step, loss, metric and time left."""
+    """Shows trials with what they do, the swept parameters, step, loss, metric, time left, job, node and log."""
 
-    def __init__(self, console: Console, metric: str, trials: int) -> None:
-        self.console, self.metric, self.trials = console, metric, trials
+    def __init__(self, console: Console, metric: str, trials: int, folder: SweepFolder | None = None) -> None:
+        """``folder``: the sweep's, for the logs' paths and what is searched."""
+        self.console, self.metric, self.trials, self.folder = console, metric, trials, folder
+        self._space = read_space(folder) if folder else {}
         self._noted = ""
-        self._live = Live(console=console, refresh_per_second=2, transient=True) if console.is_terminal else None
+        self._said: dict[int, tuple[str, float]] = {}
+        self._live = Live(console=console, refresh_per_second=2, transient=True) if is_live(console) else None
 
     def __enter__(self) -> Progress:
         if self._live:
@@ -43,21 +56,28 @@ class Progress:
         if self._live:
             self._live.stop()
 
-    def update(self, records: list[TrialRecord], statuses: dict[int, dict[str, Any]]) -> None:
+    def update(self, records: list[TrialRecord], statuses: Statuses) -> None:
         """The present state of every trial."""
         if self._live:
-            self._live.update(Group(trial_table(records, statuses, self.metric), self._summary(records, statuses)))
+            columns = columns_for((r.point.params for r in records), self._space)
+            table = trial_table(records, statuses, self.metric, columns, self.console.width)
+            self._live.update(Group(table, self._logs(records, statuses), self._summary(records, statuses)))
+        else:
+            self._say_phases(records, statuses)
 
     def event(self, record: TrialRecord) -> None:
         """A trial began or ended."""
         what = f"trial {record.index + 1}/{self.trials} {record.name}: {record.state}"
-        if record.state == "queued" and record.attempt > 1:
-            what += f", attempt {record.attempt}"
+        if record.state == "queued":
+            what += f", attempt {record.attempt}" if record.attempt > 1 else ""
+            what += f", {job}" if (job := job_words(record.job)) else ""
         if record.metric is not None:
             what += f", {self.metric} {record.metric:.4f}, {record.seconds:.0f} s"
         if record.message and record.state not in (COMPLETED, PRUNED, "queued"):
             what += f": {record.message}"
             what += "" if record.ended or record.state == "stopped" else "\n  it will be tried again"
+        if record.state in ("failed", DIVERGED) and self.folder:
+            what += f"\n  its log: {short_path(log_path(self.folder, record))}"
         self.console.print(Text(what, style=COLORS.get(record.state, "")), soft_wrap=True)
 
     def note(self, text: str) -> None:
@@ -66,58 +86,152 @@ class Progress:
             self.console.print(Text(text, style="yellow"), soft_wrap=True)
         self._noted = text
 
-    def _summary(self, records: list[TrialRecord], statuses: dict[int, dict[str, Any]]) -> Text:
+    def _say_phases(self, records: list[TrialRecord], statuses: Statuses) -> None:
+        """A line for every phase until the first trial trains, and of a trial that is alone until its end."""
+        if len(records) > 1 and any("trained_since" in status for status in statuses.values()):
+            return
+        now = time.monotonic()
+        for record in records:
+            status = statuses.get(record.index, {})
+            if record.state != "queued" or "phase" not in status:
+                continue
+            phase = doing(record, status)
+            before, said_s = self._said.get(record.index, ("", 0.0))
+            same = _bare(phase) == _bare(before)
+            if not same or (now - said_s > AGAIN_S and (phase != before or status.get("step"))):
+                self._said[record.index] = phase, now
+                self.console.print(Text(self._phase_line(record, status, phase, first=not before)), soft_wrap=True)
+
+    def _phase_line(self, record: TrialRecord, status: Mapping[str, Any], phase: str, first: bool) -> str:
+        line = f"trial {record.index + 1}/{self.trials} {record.name}: {phase}"
+        if status.get("step"):
+            line += f", step {status['step']}/{status.get('max_steps', '?')}"
+        if (left_s := trial_left_s(status)) is not None:
+            line += f", about {duration(left_s)} left"
+        if first:
+            line += f" ({job_words(record.job)} on {status.get('host', '?')})"
+            line += f"\n  its log: {short_path(log_path(self.folder, record))}" if self.folder else ""
+        return line
+
+    def _logs(self, records: Sequence[TrialRecord], statuses: Statuses) -> Text:
+        """Where the first ones under way write, and how to see it."""
+        if self.folder is None:
+            return Text("")
+        running = [r for r in records if r.state == "queued" and statuses.get(r.index)]
+        lines = [f"log of {r.index + 1}: {short_path(log_path(self.folder, r))}" for r in running[:SHOWN_LOGS]]
+        if len(running) > SHOWN_LOGS:
+            lines.append(f"{len(running) - SHOWN_LOGS} more: isaerft-sweep logs {short_path(self.folder.path)} TRIAL -f")
+        return Text("\n".join(lines), style="dim", overflow="fold")
+
+    def _summary(self, records: list[TrialRecord], statuses: Statuses) -> Text:
         done = [r for r in records if r.ended]
         left_s = time_left_s(records, statuses, self.trials)
         left = f", about {duration(left_s)} left" if left_s is not None else ""
         return Text(f"{len(done)} of {self.trials} trials ended{left}. Ctrl-C stops; the same command goes on.", style="dim")
 
 
-def trial_table(records: list[TrialRecord], statuses: dict[int, dict[str, Any]], metric: str) -> Table:
-    """One row per trial: those under way, and of the others the latest, ``SHOWN_ROWS`` in all."""
-    under_way = [record for record in records if record.state == "queued"][:SHOWN_ROWS]
-    others = [record for record in records if record.state != "queued"]
-    shown = sorted(under_way + others[max(0, len(others) - SHOWN_ROWS + len(under_way)) :], key=lambda r: r.index)
+def trial_table(
+    records: list[TrialRecord], statuses: Statuses, metric: str, columns: Sequence[Column], width: int | None = None
+) -> Table:
+    """One row per trial: those under way, and of the others the latest, ``SHOWN_ROWS`` in all.
+
+    Args:
+        records: all trials.
+        statuses: the last word of each worker, by the trial's number.
+        metric: the sweep's.
+        columns: what is swept.
+        width: columns of the terminal; what does not fit is left out, never what is swept. None: any.
+    """
+    short = short_name(metric) if short_name(metric) != "loss" else metric  # beside the training's own
+    told = ["step", "loss", short, "time left", "job", "node"]
+    for dropped in ("", "node", "job", "loss", "time left", short, "step"):
+        told = [name for name in told if name != dropped]
+        table = _trial_table(_shown(records, statuses), statuses, short, columns, told)
+        if width is None or needed_width(table) <= width:
+            break
+    return table
+
+
+def _shown(records: list[TrialRecord], statuses: Statuses) -> list[TrialRecord]:
+    at_work = [r for r in records if _at_work(r, statuses)][:SHOWN_ROWS]
+    others = [r for r in records if not _at_work(r, statuses)]
+    return sorted(at_work + others[max(0, len(others) - SHOWN_ROWS + len(at_work)) :], key=lambda r: r.index)
+
+
+def _at_work(record: TrialRecord, statuses: Statuses) -> bool:
+    return record.state == "queued" or (not record.ended and statuses.get(record.index, {}).get("state") == RUNNING)
+
+
+def _trial_table(
+    records: list[TrialRecord], statuses: Statuses, metric: str, columns: Sequence[Column], told: Sequence[str]
+) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for name, justify in (("#", "right"), ("state", "left"), ("lr", "right"), ("beta", "right"), ("step", "right"),
-                          ("loss", "right"), (short_name(metric), "right"), ("time left", "right")):  # fmt: skip
-        table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-    for record in shown:
+    table.add_column("#", justify="right", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    for name in (*(column.name for column in columns), *told):
+        table.add_column(name, justify="right", no_wrap=True)
+    for record in records:
         status = statuses.get(record.index, {})
-        state = status.get("state", record.state) if record.state == "queued" else record.state
-        params = record.point.params
-        step = f"{status.get('step', 0)}/{status['max_steps']}" if status.get("max_steps") else ""
-        left_s = _trial_left_s(status) if state == RUNNING else None
+        color = COLORS.get(record.state) or COLORS.get(str(status.get("state")), "")
+        cells = _cells(record, status, metric, _at_work(record, statuses))
         table.add_row(
             str(record.index + 1),
-            Text(state, style=COLORS.get(state, "")),
-            f"{params['orpo.learning_rate']:.1e}" if "orpo.learning_rate" in params else "",
-            show_beta(params["orpo.beta"]) if "orpo.beta" in params else "",
-            step,
-            _number(status.get("loss")),
-            _number(record.metric if record.metric is not None else status.get("metric")),
-            duration(left_s) if left_s is not None else "",
+            Text(doing(record, status), style=color),
+            *(column.show(record.point.params) for column in columns),
+            *(cells.get(name, "") for name in told),
         )
     return table
 
 
-def time_left_s(records: list[TrialRecord], statuses: dict[int, dict[str, Any]], trials: int) -> float | None:
-    """Seconds until the sweep's end, from the trials so far; None before the first one ended."""
-    spent = [r.seconds for r in records if r.state == COMPLETED]
-    if not spent:
+def _cells(record: TrialRecord, status: Mapping[str, Any], metric: str, at_work: bool) -> dict[str, str]:
+    """What a row says beside its number, state and swept values."""
+    cells = {
+        "step": f"{status.get('step', 0)}/{status['max_steps']}" if status.get("max_steps") else "",
+        "loss": _number(status.get("loss")),
+        metric: _number(record.metric if record.metric is not None else status.get("metric")),
+    }
+    if at_work:
+        left_s = trial_left_s(status)
+        cells["time left"] = duration(left_s) if left_s is not None else ""
+        cells["job"], cells["node"] = job_words(record.job), str(status.get("host", ""))
+    return cells
+
+
+def time_left_s(records: list[TrialRecord], statuses: Statuses, trials: int) -> float | None:
+    """Seconds until the sweep's end, from what trials have taken so far; None while nothing is known of it."""
+    running = [r for r in records if _at_work(r, statuses)]
+    left = {r.index: trial_left_s(statuses.get(r.index, {})) for r in running}
+    spent = [r.seconds for r in records if r.state in (COMPLETED, PRUNED, DIVERGED) and r.seconds > 0]
+    # before the first one has ended: as long as those that run will have taken
+    whole = spent or [_spent_s(statuses[index]) + left_s for index, left_s in left.items() if left_s is not None]
+    if not whole:
         return None
-    running = [r for r in records if r.state == "queued"]
-    each_s = sum(spent) / len(spent)
-    left_s = sum(_trial_left_s(statuses.get(r.index, {})) or each_s for r in running)
-    left_s += each_s * max(0, trials - len(records))
+    each_s = sum(whole) / len(whole)
+    waiting = [r for r in records if not r.ended and r.index not in left and not _ended_alone(r, statuses)]
+    left_s = sum(each_s if one is None else one for one in left.values())
+    left_s += each_s * (len(waiting) + max(0, trials - len(records)))
     return left_s / max(1, len(running))
 
 
-def _trial_left_s(status: dict[str, Any]) -> float | None:
+def _ended_alone(record: TrialRecord, statuses: Statuses) -> bool:
+    return statuses.get(record.index, {}).get("state") in (COMPLETED, DIVERGED)
+
+
+def _spent_s(status: Mapping[str, Any]) -> float:
+    return max(0.0, time.time() - float(status.get("started", time.time())))
+
+
+def trial_left_s(status: Mapping[str, Any]) -> float | None:
+    """Seconds until a running trial's last step; None before it has taken one in this attempt.
+
+    Reckoned from the steps since this attempt began to train: what came before tells nothing of what comes.
+    """
     step, steps = status.get("step"), status.get("max_steps")
-    if not step or not steps:
+    since = status.get("trained_since", status.get("started"))  # an older worker has only its start
+    if since is None or not step or not steps:
         return None
-    return float((time.time() - status["started"]) / step * (steps - step))
+    taken = step - status.get("trained_from", 0)
+    return float((time.time() - since) / taken * max(0, steps - step)) if taken > 0 else None
 
 
 def duration(seconds: float) -> str:
@@ -125,6 +239,11 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _bare(phase: str) -> str:
+    """The phase without how far it is."""
+    return phase.rstrip("0123456789 %")
 
 
 def _number(value: float | None) -> str:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
-from rich.console import Console
 
 from isaerft_sweep.config.boundary import to_definition
 from isaerft_sweep.controller.following import Follower, follow
@@ -24,6 +23,7 @@ from isaerft_sweep.journal.folders import SweepFolder
 from isaerft_sweep.plain import from_mapping
 from isaerft_sweep.results.confirmation import first_sweep
 from isaerft_sweep.specs import Experiment
+from isaerft_sweep.terminal import make_console
 
 POLL_S = 0.2
 BEGUN_S = 20.0
@@ -72,7 +72,7 @@ def detach(experiment: Experiment, overrides: Sequence[str]) -> int:
 
 def attach(path: Path) -> int:
     """Show a sweep until it ends, or go on with it when no controller runs it; an exit code as ``run_sweep``'s."""
-    console = Console()
+    console = make_console()
     folder = Follower(path).folder
     try:
         if is_run(folder):

@@ -20,6 +20,7 @@ from isaerft_sweep.controller.question import check_files, open_journal, questio
 from isaerft_sweep.controller.stopping import AT_ONCE, IN_ORDER, StopRequest
 from isaerft_sweep.controller.sweep import SweepController
 from isaerft_sweep.controller.trials import GivenIds, TrialFactory, new_sweep_id
+from isaerft_sweep.controller.whereabouts import given_up_words
 from isaerft_sweep.dispatch.base import Dispatcher
 from isaerft_sweep.environment import describe_environment, git_commit
 from isaerft_sweep.errors import FolderError
@@ -34,6 +35,7 @@ from isaerft_sweep.search.pruning import evaluations, make_pruner, rungs
 from isaerft_sweep.search.sampler import Asked, GivenPoints, Sampler
 from isaerft_sweep.search.sweep_file import Metric, SweepDefinition
 from isaerft_sweep.specs import Experiment, LauncherSpec
+from isaerft_sweep.terminal import make_console
 from isaerft_sweep.tracking.announce import create_sweep, finish_sweep
 
 INTERRUPTED = 130
@@ -74,7 +76,7 @@ def run_trials(
         given: of the one run, when an agent has started this.
         check: whether model, SAE and data are looked at before the first trial.
     """
-    console = Console()
+    console = make_console()
     check_disk(folder.path, experiment.launcher.min_free_gb)
     known_as = [asked] if asked else questions(experiment, definition)
     experiment = with_sweeps_project(experiment, definition)
@@ -98,7 +100,12 @@ def run_trials(
         check_files(given.whole if given else folder, result_files(experiment, definition))
         begin_sweep(experiment, definition, folder, journal, known_as[0], named)
         stop = StopRequest(folder.cancel, given.agent if given else None)
-        with stop.heard(), presence(folder, trials, overrides), Progress(console, definition.metric.name, trials) as view:
+        with (
+            stop.heard(),
+            presence(folder, trials, overrides),
+            Progress(console, definition.metric.name, trials, folder) as view,
+        ):
+            stop.tell = lambda asked: view.note(asked.words(experiment.launcher.grace_s))
             sweep_id = journal.record.sweep_id
             factory = TrialFactory(experiment, definition, folder, sweep_id, git_commit(), overrides, given)
             early = make_early_stopping(experiment, definition)
@@ -137,8 +144,8 @@ def end_jobs(experiment: Experiment, folder: SweepFolder, at_once: bool) -> None
     """End all jobs of a sweep that no controller runs, in order or at once."""
     journal = Journal(folder)
     try:
-        console = Console()
-        with Progress(console, journal.record.metric, len(journal.record.trials)) as view:
+        console = make_console()
+        with Progress(console, journal.record.metric, len(journal.record.trials), folder) as view:
             factory = TrialFactory(experiment, SweepDefinition("given points", Metric("", "maximize"), {}), folder, "", None)
             urgency = AT_ONCE if at_once else IN_ORDER
             dispatcher = make_dispatcher(experiment.launcher, folder)
@@ -265,6 +272,7 @@ def conclude(
     """Write and print the leaderboard; the exit code."""
     records = list(journal.record.trials.values())
     sweep = read_sweep_folder(folder.path)
+    sweep.is_run = False  # but for this process, which is at its end
     leaderboard.write_csv(sweep, folder.leaderboard)
     refresh_cards(sweep)
     ended = sum(record.ended for record in records)
@@ -285,4 +293,6 @@ def conclude(
     elif ended < trials:
         reason = next((r.message for r in records if r.given_up), "")
         console.print(f"Ended after {ended} trials, since none of them completed: {reason}", soft_wrap=True, style="red")
+    if any(r.given_up for r in records) and folder.journal.is_file():  # an agent decides by itself what it runs again
+        console.print(given_up_words(records, folder), style="yellow")
     return 0 if any(r.state == COMPLETED for r in records) else 1

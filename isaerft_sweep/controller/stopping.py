@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from isaerft_sweep.journal.files import write_text
 
 IN_ORDER, AT_ONCE = 1, 2
 """Checkpoint first, or kill."""
+LOOK_S = 0.25
+"""How often a controller that waits for its next turn looks whether it is asked to stop."""
 
 
 @dataclass
@@ -24,6 +27,9 @@ class StopRequest:
     parent: int | None = None
     """The process whose end is a request too: an agent that has died leaves nothing running."""
     signals: int = 0
+    tell: Callable[[StopRequest], None] = lambda _request: None
+    """Hears at once of a request and of a more urgent one."""
+    _told: int = 0
 
     @property
     def urgency(self) -> int:
@@ -33,7 +39,20 @@ class StopRequest:
             asked = 0
         if self.parent is not None and os.getppid() != self.parent:
             asked = max(asked, IN_ORDER)
-        return max(self.signals, asked)
+        asked = max(self.signals, asked)
+        if asked > self._told:
+            before, self._told = self._told, asked
+            try:
+                self.tell(self)
+            except RuntimeError:  # a signal has come while the terminal is being written to: the next turn will tell
+                self._told = before
+        return asked
+
+    def words(self, grace_s: float) -> str:
+        """What somebody who has asked should know."""
+        if self._told >= AT_ONCE:
+            return "ending all trials now"
+        return f"stopping, at most {grace_s:g} s" + ("; Ctrl-C again ends it now" if self.signals else "")
 
     @contextmanager
     def heard(self) -> Iterator[None]:
@@ -41,6 +60,7 @@ class StopRequest:
 
         def note(_number: int, _frame: Any) -> None:
             self.signals += 1
+            _ = self.urgency  # which tells of it
 
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         # one that is ignored stays ignored: that is what nohup means
@@ -52,6 +72,13 @@ class StopRequest:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def wait(seconds: float, urgency: Callable[[], int]) -> None:
+    """Wait for the next turn; a request to stop, or to stop more urgently, is that turn."""
+    before, end = urgency(), time.monotonic() + seconds
+    while (left_s := end - time.monotonic()) > 0 and urgency() <= before:
+        time.sleep(min(left_s, LOOK_S))
 
 
 def ask_to_stop(file: Path, at_once: bool) -> None:

@@ -8,13 +8,14 @@ from typing import Any, Protocol
 
 from isaerft_sweep.controller.early import EarlyStopping
 from isaerft_sweep.controller.ending import judge
+from isaerft_sweep.controller.stopping import wait
 from isaerft_sweep.controller.trials import TrialFactory
 from isaerft_sweep.dispatch.base import Dispatcher, JobRef, QueueBusy
 from isaerft_sweep.dispatch.job import TrialJob
 from isaerft_sweep.errors import LaunchError
 from isaerft_sweep.journal.folders import COMPLETED, FAILED, FINAL, PRUNED, RUNNING, STOPPED
 from isaerft_sweep.journal.journal import Journal, TrialRecord
-from isaerft_sweep.search.sampler import Asked
+from isaerft_sweep.search.sampler import Asked, Sampler
 from isaerft_sweep.specs import LauncherSpec
 
 ENDING_S = 120.0
@@ -90,7 +91,7 @@ class SweepController:
             elif not self._fill():
                 return
             self.view.update(list(self.records.values()), self.statuses)
-            time.sleep(self.launcher.poll_s)
+            wait(self.launcher.poll_s, self.stopping)
 
     @property
     def hopeless(self) -> bool:
@@ -141,6 +142,7 @@ class SweepController:
 
     def _fill(self) -> bool:
         """Use the free slots, all in one turn; False when nothing is left to do."""
+        self._take_retries()
         chosen: list[TrialRecord] = []
         room = self.dispatcher.slots - len(self.active)
         if time.monotonic() < self._pause_until:
@@ -153,6 +155,17 @@ class SweepController:
         if chosen:
             self._dispatch(chosen)
         return bool(self.active or (self.waiting and not self.hopeless))
+
+    def _take_retries(self) -> None:
+        """Give trials that were given up another chance, where somebody has asked for it."""
+        for index in self.factory.folder.take_retries():
+            record = self.records.get(index)
+            if record is not None and record.given_up:
+                record.given_up, record.failures = False, 0
+                self._given_up -= 1
+                if isinstance(self.sampler, Sampler):
+                    self.sampler.pending_again(record.point)
+                self.waiting.append(record)
 
     def _revived(self, chosen: list[TrialRecord]) -> TrialRecord | None:
         """A trial that was stopped early and has turned out to be worth going on with."""

@@ -70,10 +70,13 @@ class TrialJob:
         prepare_process(self.threads, self.device, self.limit_s)
         with importing():
             from isaerft_sweep.journal.folders import Superseded, TrialFolder
+            from isaerft_sweep.trial.resident import logged_to
             from isaerft_sweep.trial.run import run_trial
 
+        trial = TrialFolder(Path(self.folder))
         try:
-            return run_trial(TrialFolder(Path(self.folder)), self.attempt)
+            with logged_to(trial.log):
+                return run_trial(trial, self.attempt)
         except Superseded as error:
             print(f"ended: {error}", flush=True)
             return "superseded"

@@ -118,6 +118,24 @@ class SweepFolder:
         return self.path / "cancel"
 
     @property
+    def retry(self) -> Path:
+        """Asks the controller to run trials again that it has given up: one file for each, named by its number."""
+        return self.path / "retry"
+
+    def ask_to_retry(self, index: int) -> None:
+        self.retry.mkdir(exist_ok=True)
+        (self.retry / str(index)).touch()
+
+    def take_retries(self) -> list[int]:
+        """The numbers of the trials that somebody wants to be run again; each is given once. Called by the controller."""
+        if not self.retry.is_dir():
+            return []
+        found = sorted(int(path.name) for path in self.retry.iterdir() if path.name.isdecimal())
+        for index in found:
+            (self.retry / str(index)).unlink(missing_ok=True)
+        return found
+
+    @property
     def made(self) -> Path:
         """There when trials were made ahead, with the place of the code that they run with; see ``controller/made.py``."""
         return self.path / ".made"

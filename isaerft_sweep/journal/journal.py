@@ -40,6 +40,7 @@ class TrialRecord:
     given_up: bool = False
     spans: list[tuple[str, float, float]] = field(default_factory=list)
     """Of each attempt that has ended: which worker ran it, from when to when (seconds since the epoch)."""
+    last_job: Mapping[str, Any] | None = None
 
     @property
     def ended(self) -> bool:
@@ -75,6 +76,7 @@ class SweepRecord:
     def _on_dispatch(self, event: Mapping[str, Any]) -> None:
         trial = self.trials[event["index"]]
         trial.attempt, trial.job, trial.state, trial.given_up = event["attempt"], event["job"], "queued", False
+        trial.last_job = trial.job
 
     def _on_end(self, event: Mapping[str, Any]) -> None:
         trial = self.trials[event["index"]]
@@ -130,6 +132,18 @@ class Journal:
         """Free the sweep for another controller."""
         self._log.close()
         self._lock.close()
+
+
+def is_held(folder: SweepFolder) -> bool:
+    """Whether somebody has the journal open for writing, on this machine or on another one that shares the folder."""
+    try:
+        with folder.lock.open(encoding="utf-8") as handle:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False  # there is no lock, or it cannot be seen: nobody holds it
 
 
 def _lock_exclusively(handle: IO[str]) -> None:

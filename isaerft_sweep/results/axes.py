@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from isaerft_sweep.plain import canonical_json
+from isaerft_sweep.results.columns import Column
 from isaerft_sweep.results.reading import ReadSweep
 from isaerft_sweep.search.distributions import Categorical, Distribution, Numeric
 
 LOG_FAMILIES = ("log_uniform", "log_uniform_values", "inv_log_uniform", "inv_log_uniform_values", "log_normal")
 WIDE = 10.0
 """Listed values of a parameter whose largest is this many times the smallest are drawn on a log scale."""
-PREFERRED = ("orpo.learning_rate", "orpo.beta")
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,7 @@ class Axis:
     kind: str
     values: tuple[Any, ...] = ()
     ticks: tuple[float, ...] = ()
-
-    @property
-    def label(self) -> str:
-        """The parameter's name without its section."""
-        return self.key.partition(".")[2] or self.key
+    label: str = ""
 
     def place(self, value: Any) -> float:
         """Where ``value`` is drawn, before any logarithm."""
@@ -45,8 +41,8 @@ class Axis:
 
 def axes(sweep: ReadSweep) -> list[Axis]:
     """The swept parameters, learning rate and beta first."""
-    keys = sorted(sweep.swept, key=lambda key: (PREFERRED.index(key) if key in PREFERRED else len(PREFERRED), key))
-    return [axis(key, sweep) for key in keys]
+    names, several = {column.key: column.name for column in sweep.columns}, sweep.swept
+    return [replace(axis(key, sweep), label=name) for key, name in names.items() if key in several]
 
 
 def axis(key: str, sweep: ReadSweep) -> Axis:
@@ -79,8 +75,6 @@ def show_value(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)[:60]
 
 
-def by_label(params: Mapping[str, Any], keys: Sequence[str]) -> str:
+def by_label(params: Mapping[str, Any], columns: Sequence[Column]) -> str:
     """``lr 3.6e-05, beta 0.2`` and the like: the swept parameters of a trial in a few words."""
-    short = {"learning_rate": "lr"}
-    names = [key.partition(".")[2] or key for key in keys]
-    return ", ".join(f"{short.get(n, n)} {show_value(params[k])}" for n, k in zip(names, keys, strict=True) if k in params)
+    return ", ".join(f"{column.name} {column.show(params)}" for column in columns if column.key in params)

@@ -11,8 +11,7 @@ from rich.table import Table
 
 from isaerft_sweep.journal.folders import SweepFolder
 from isaerft_sweep.journal.journal import SweepRecord, replay
-from isaerft_sweep.naming import show_beta
-from isaerft_sweep.results.leaderboard import number, short_name, show_lr
+from isaerft_sweep.results.leaderboard import number, short_name
 from isaerft_sweep.results.reading import SEED, Entry, ReadSweep, read_sweep_folder, without_seed
 from isaerft_sweep.results.statistics import probability_best, show_probability
 
@@ -111,13 +110,22 @@ def table(sweep: ReadSweep, candidates: list[Candidate]) -> Table:
     name = short_name(sweep.metric.name)
     title = f"Leaders with new seeds: {sweep.metric.name}, {sweep.metric.goal}"
     shown = Table(title=title, title_justify="left", title_style="bold", box=None)
-    for column in ("trial", "lr", "beta", "seeds", f"{name}, mean", "± seeds", "best", "first run", "rank then"):
+    swept = sweep.columns
+    for column in (
+        "trial",
+        *(column.name for column in swept),
+        "seeds",
+        f"{name}, mean",
+        "± seeds",
+        "best",
+        "first run",
+        "rank then",
+    ):
         shown.add_column(column, justify="right", no_wrap=True)
     for i, c in enumerate(candidates):
         shown.add_row(
             str(c.first.record.index + 1),
-            show_lr(c.first.params),
-            show_beta(c.first.params["orpo.beta"]) if "orpo.beta" in c.first.params else "",
+            *(column.show(c.first.params) for column in swept),
             str(len(c.values)),
             number(c.mean),
             number(c.spread),

@@ -14,7 +14,6 @@ from rich.table import Table
 from rich.text import Text
 
 from isaerft_sweep.journal.files import write_text
-from isaerft_sweep.naming import show_beta
 from isaerft_sweep.results.caveats import dependence, edges
 from isaerft_sweep.results.reading import Entry, ReadSweep
 from isaerft_sweep.results.statistics import show_probability
@@ -44,9 +43,8 @@ def table(sweep: ReadSweep, rows: int = 20, width: int | None = None) -> Table:
 
 
 def print_whole(console: Console, shown: Table) -> None:
-    """Print a table; a pipe or a log has no width of its own, so that nothing is cut off there."""
-    if not console.is_terminal:
-        console.width = max(console.width, needed_width(shown))
+    """Print a table with nothing cut off: a pipe has no width of its own, and a terminal that is too narrow breaks lines."""
+    console.width = max(console.width, needed_width(shown))
     console.print(shown)
 
 
@@ -57,9 +55,10 @@ def needed_width(shown: Table) -> int:
 
 def _table(sweep: ReadSweep, rows: int, extra: list[str], with_best: bool, with_time: bool) -> Table:
     name = sweep.metric.name
+    swept = sweep.columns
     shown = Table(title=f"Leaderboard: {name}, {sweep.metric.goal}", title_justify="left", title_style="bold", box=None,
                   padding=(0, 0, 0, 1))  # fmt: skip
-    headers = ["rank", "trial", "lr", "beta", short_name(name), "95 %"]
+    headers = ["rank", "trial", *(column.name for column in swept), short_name(name), "95 %"]
     headers += [*(["best"] if with_best else []), *(short_name(n) for n in extra), *(["time"] if with_time else [])]
     for header in headers:
         shown.add_column(header, justify="right", no_wrap=True)
@@ -67,8 +66,7 @@ def _table(sweep: ReadSweep, rows: int, extra: list[str], with_best: bool, with_
         cells = [
             str(entry.rank or "–"),
             str(entry.record.index + 1),
-            show_lr(entry.params),
-            show_beta(entry.params["orpo.beta"]) if "orpo.beta" in entry.params else "",
+            *(column.show(entry.params) for column in swept),
             number(entry.metrics.get(name)) if entry.rank else "",
             show_interval(entry),
         ]
@@ -79,7 +77,7 @@ def _table(sweep: ReadSweep, rows: int, extra: list[str], with_best: bool, with_
         shown.add_row(*cells, style="bold green" if entry.rank == 1 else "")
     untrained = next((e.untrained for e in sweep.entries if e.untrained), None)
     if untrained:
-        cells = ["", "untrained", "", "", number(untrained.get(name)), "", *([""] if with_best else [])]
+        cells = ["", "untrained", *([""] * len(swept)), number(untrained.get(name)), "", *([""] if with_best else [])]
         cells += [number(untrained.get(n)) for n in extra]
         shown.add_row(*cells, *([""] if with_time else []), style="dim")
     return shown
@@ -94,11 +92,6 @@ def short_name(metric: str) -> str:
         "eval/nll_loss": "NLL",
     }
     return known.get(metric, metric.removeprefix("eval/"))
-
-
-def show_lr(params: Any) -> str:
-    """The learning rate as names have it; empty when it was not swept."""
-    return f"{params['orpo.learning_rate']:.1e}" if "orpo.learning_rate" in params else ""
 
 
 def show_interval(entry: Entry) -> str:
@@ -136,7 +129,7 @@ def notes(sweep: ReadSweep) -> list[Text]:
     best = next((e for e in sweep.entries if e.rank == 1), None)
     if best is None:
         reasons = [Text(text, style="yellow") for text in caveats(sweep)]
-        return [*reasons, Text(f"No winner: {sweep.why_unranked()}", style="red")]
+        return [*reasons, Text(f"No winner{' yet' if sweep.is_run else ''}: {sweep.why_unranked()}", style="red")]
     said = [Text(text, style="dim" if text.startswith("95 %") else "yellow") for text in caveats(sweep)]
     if best.folder:
         said.append(Text(f"Best trial: {best.folder.path}"))

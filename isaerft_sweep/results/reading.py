@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,18 +15,21 @@ import numpy as np
 import yaml
 
 from isaerft_sweep.errors import ConfigError, FolderError, SpaceError
-from isaerft_sweep.journal.folders import COMPLETED, SweepFolder, TrialFolder
-from isaerft_sweep.journal.journal import SweepRecord, TrialRecord, replay
+from isaerft_sweep.journal.folders import COMPLETED, RUNNING, SweepFolder, TrialFolder
+from isaerft_sweep.journal.journal import SweepRecord, TrialRecord, is_held, replay
 from isaerft_sweep.plain import canonical_json, from_mapping
 from isaerft_sweep.results.caveats import dependence
+from isaerft_sweep.results.columns import Column, columns_for
 from isaerft_sweep.results.cost import device_seconds
 from isaerft_sweep.results.statistics import interval, pair_values, probability_best
 from isaerft_sweep.search.distributions import Distribution
 from isaerft_sweep.search.sweep_file import Metric, read_metric_name, read_sweep
 from isaerft_sweep.specs import Experiment
 
-UNREADABLE = "unreadable"
 SEED = "orpo.seed"
+UNREADABLE, GONE = "unreadable", "deleted"
+SILENT_S = 300.0
+"""A worker that no controller sees to and that has said nothing for so long is not counted on."""
 SCORED = 200
 """Leaders whose probability of being best is computed; the others' is nil or nearly so."""
 
@@ -77,8 +82,8 @@ class ReadSweep:
     """A sweep's trials, ranked. ``own`` is the metric that the sweep itself optimises, ``metric`` the one it is ranked by.
 
     ``space``: the swept parameters' distributions, empty when they are not known. ``experiment``: the composed config.
-    ``source``: the sweep's folder or address. ``read_rows`` gives a trial's logged rows. ``problems``: what else could not
-    be read, for people.
+    ``source``: the sweep's folder or address. ``is_run``: whether a controller, or an array, is at it. ``read_rows`` gives a
+    trial's logged rows. ``problems``: what else could not be read, for people.
     """
 
     name: str
@@ -91,6 +96,7 @@ class ReadSweep:
     folder: SweepFolder | None = None
     sweep_id: str = ""
     question: str = ""
+    is_run: bool = False
     problems: list[str] = field(default_factory=list)
     read_rows: Callable[[Entry], list[dict[str, Any]]] = lambda _: []
 
@@ -109,12 +115,24 @@ class ReadSweep:
         """Why no trial has a rank."""
         completed = [entry for entry in self.entries if entry.record.state == COMPLETED]
         if not completed:
-            return "no trial has completed yet. Run its command again to go on."
+            return self._why_incomplete()
         logged = sorted({name for entry in completed for name in entry.metrics if name.startswith("eval/")})
         return (
             f"{len(completed)} trials have completed but none has {self.metric.name}. Rank by another with --metric: "
             f"{', '.join(logged) or 'none was logged'}."
         )
+
+    def _why_incomplete(self) -> str:
+        """Why no trial has completed."""
+        ended = Counter(entry.state for entry in self.entries if entry.record.ended)
+        said = f" So far: {', '.join(f'{n} {state}' for state, n in sorted(ended.items()))}." if ended else ""
+        if self.is_run:
+            return f"no trial has completed yet, and the sweep runs.{said} How far it is: isaerft-sweep status {self.source}"
+        if self.folder is None:
+            return f"no run has finished yet.{said}"
+        if not self.entries:
+            return "no trial was made: the check before the first one failed, or was interrupted. Run its command again."
+        return f"no trial has completed yet.{said} Run its command again to go on."
 
     @property
     def swept(self) -> list[str]:
@@ -124,6 +142,11 @@ class ReadSweep:
             for key, value in entry.params.items():
                 values.setdefault(key, set()).add(repr(value))
         return [key for key, found in values.items() if len(found) > 1]
+
+    @property
+    def columns(self) -> list[Column]:
+        """The swept parameters as the columns of a table."""
+        return columns_for((entry.params for entry in self.entries), self.space)
 
     @property
     def beta(self) -> float | None:
@@ -151,11 +174,12 @@ def read_sweep_folder(path: Path, metric: str | None = None) -> ReadSweep:
         own=own,
         metric=read_metric_name(metric, own),
         entries=entries,
-        space=_space(folder),
+        space=read_space(folder),
         experiment=_experiment(folder),
         folder=folder,
         sweep_id=record.sweep_id,
         question=record.question,
+        is_run=any(is_held(part) for part in parts) or _array_runs(folder, entries),
         read_rows=lambda entry: entry.folder.read_metrics() if entry.folder else [],
     )
     if not sweep.space and folder.definition.is_file() and folder.definition.read_bytes().strip() not in (b"", b"{}"):
@@ -171,9 +195,20 @@ def read_sweep_folder(path: Path, metric: str | None = None) -> ReadSweep:
     return sweep
 
 
+def _array_runs(folder: SweepFolder, entries: list[Entry]) -> bool:
+    """Whether workers that no controller sees to have said something lately."""
+    if not folder.made.exists():
+        return False
+    lately = time.time() - SILENT_S
+    return any(e.state == RUNNING and e.folder and e.folder.read_status().get("heartbeat", 0) > lately for e in entries)
+
+
 def _entry(record: TrialRecord, sweep: SweepFolder) -> Entry:
     """The trial as its folder tells. One that cannot be read is shown as such, and does not hide the others."""
     folder = sweep.trial(record.name)
+    if record.attempt and not folder.path.is_dir():
+        problem = f"its folder {folder.path} is not there any more, so it has no rank. Restore it."
+        return Entry(record, {}, {}, state=GONE, problem=problem)
     try:
         status, scores = folder.read_status(), folder.read_evaluation()
         state = status.get("state", record.state) if record.state == "queued" else record.state
@@ -204,7 +239,7 @@ def is_sweep(path: Path) -> bool:
     return folder.journal.is_file() or bool(folder.of_agents())
 
 
-def _space(folder: SweepFolder) -> Mapping[str, Distribution]:
+def read_space(folder: SweepFolder) -> Mapping[str, Distribution]:
     """The distributions of ``sweep.yaml``; none for a single trial, whose file is empty."""
     try:
         raw = yaml.safe_load(folder.definition.read_text(encoding="utf-8"))

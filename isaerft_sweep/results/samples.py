@@ -62,7 +62,7 @@ def as_text(samples: Mapping[str, Any]) -> str:
 
 
 def _title(word: str, entry: Entry, sweep: ReadSweep) -> str:
-    words = by_label(entry.params, sweep.swept)
+    words = by_label(entry.params, sweep.columns)
     return f"{word} by {sweep.metric.name}: trial {entry.record.index + 1}" + (f" ({words})" if words else "")
 
 

@@ -12,10 +12,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from isaerft_sweep.errors import TrialDiverged
 from isaerft_sweep.journal.files import write_text
-from isaerft_sweep.journal.folders import RUNNING, PairScores, StatusWriter, TrialFolder
+from isaerft_sweep.journal.folders import PRUNED, RUNNING, PairScores, StatusWriter, TrialFolder
 from isaerft_sweep.metrics import wandb_name
 from isaerft_sweep.specs import OrpoSpec
 from isaerft_sweep.tracking.run import Run
+from isaerft_sweep.trial.phases import EVALUATING, TRAINING
+from isaerft_sweep.trial.stopping import AskedToStop
 
 TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "total_flos", "train_loss")
 PRINTED = ("train/loss", "train/learning_rate", "eval/loss", "eval/rewards/accuracies", "eval/log_odds_chosen")
@@ -48,6 +50,11 @@ class Recorder(TrainerCallback):
         """The trial's metric at each evaluation: what early stopping looks at."""
         self.stopped: str | None = None
         """The state in which the trial was asked to end."""
+        self.patience_s = 0.0
+        """How long after a request to stop an evaluation may go on: its step's checkpoint is written after it."""
+        self._asked_s: float | None = None
+        self._evaluated = 0
+        self._began = False
         self._first_loss: float | None = None
         self._last_checkpoint_s = time.monotonic()
 
@@ -85,28 +92,59 @@ class Recorder(TrainerCallback):
             "step": state.global_step,
             "max_steps": state.max_steps,
             "loss": self.latest.get("train/loss"),
+            "phase": TRAINING,
         }
         facts |= {"metric": self.latest.get(self.metric), "evaluations": self.evaluations}
         self.status.write(RUNNING, facts, force=self.metric in metrics)
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if not self._began:  # what is left is told from here on: loading and what came before tell nothing of it
+            self._began = True
+            began = {"step": state.global_step, "max_steps": state.max_steps, "phase": TRAINING}
+            self.status.write(RUNNING, {**began, "trained_from": state.global_step, "trained_since": time.time()})
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.status.check()
         last = state.global_step >= state.max_steps
         if last:
             control.should_evaluate = True
-        elif asked := self.stopping() or self.folder.stop_asked():
-            self.stopped = asked
-            control.should_save = control.should_training_stop = True
+        else:
+            self._stop_if_asked(control)
         due_s = time.monotonic() - self._last_checkpoint_s >= self.spec.checkpoint_every_min * 60
         if not last and (due_s or state.global_step % self.spec.checkpoint_every_steps == 0):
             control.should_save = True
 
-    def on_prediction_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.status.write(RUNNING, force=False)  # a long evaluation is not a hung worker
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
+    ) -> None:
+        self._evaluated += 1
+        batches = len(given.get("eval_dataloader") or ())
+        words = f"{EVALUATING} {100 * self._evaluated / batches:.0f} %" if batches else EVALUATING
+        self.status.write(RUNNING, {"phase": words}, force=False)  # a long evaluation is not a hung worker
+        self._end_evaluation(state.global_step)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._evaluated = 0
+        if 0 < state.global_step < state.max_steps:
+            self._stop_if_asked(control)  # asked while it was evaluated: not another step
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._last_checkpoint_s = time.monotonic()
         self.status.write(RUNNING, {"checkpoint": state.global_step}, force=False)
+
+    def _stop_if_asked(self, control: TrainerControl) -> None:
+        if asked := self.stopping() or self.folder.stop_asked():
+            self.stopped = asked
+            control.should_save = control.should_training_stop = True
+
+    def _end_evaluation(self, step: int) -> None:
+        """Raise AskedToStop when somebody has asked for a stop and the evaluation keeps nothing, or takes too long."""
+        asked = self.stopping() or self.folder.stop_asked()
+        if asked in (None, PRUNED):  # one that is stopped early keeps a checkpoint, and nobody waits for its end
+            return
+        self._asked_s = self._asked_s or time.monotonic()
+        if step == 0 or time.monotonic() - self._asked_s > self.patience_s:
+            raise AskedToStop
 
     def _remember(self, row: dict[str, float]) -> None:
         metrics = {k: v for k, v in row.items() if k not in ("step", "time")}

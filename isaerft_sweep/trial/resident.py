@@ -154,7 +154,7 @@ class _Worker:
                 return False  # a scheduler that started this worker again does not know that the trial has ended
             with logged_to(trial.log):
                 try:
-                    state = run_trial(trial, attempt, _SharedInSeat(self.kept, seat), self.stopping)
+                    state = run_trial(trial, attempt, _SharedInSeat(self.kept, seat, self.count), self.stopping)
                 except Superseded as error:
                     print(f"ended: {error}", flush=True)
                     return True
@@ -210,8 +210,8 @@ def pack_key(experiment: Experiment) -> str | None:
 class _SharedInSeat(Shared):
     """What a trial in a seat has in common with others, and its way through the model."""
 
-    def __init__(self, kept: KeptModel, seat: Seat) -> None:
-        self.kept, self.seat = kept, seat
+    def __init__(self, kept: KeptModel, seat: Seat, served: int) -> None:
+        self.kept, self.seat, self.served = kept, seat, served
 
     def get(self, what: str, key: str, make: Callable[[], T]) -> T:
         return self.kept.get(what, key, make)

@@ -11,13 +11,13 @@ from typing import TypeVar
 import peft
 from transformers import PreTrainedModel
 
-from isaerft_sweep.journal.folders import RUNNING, StatusWriter
 from isaerft_sweep.models.loading import LoadedModel
 from isaerft_sweep.plain import canonical_json, to_dict
 from isaerft_sweep.resources import cache_folder
 from isaerft_sweep.specs import Experiment
 from isaerft_sweep.trial.above_site import AboveSite, only_above_site
 from isaerft_sweep.trial.passes import Passes, why_not_shared
+from isaerft_sweep.trial.phases import FROZEN, Phases
 from isaerft_sweep.trial.trainer import TrialTrainer
 from isaerft_sweep.trial.trunk import NotStored, StoredTrunk, sequences_of, stored_trunk
 
@@ -26,6 +26,9 @@ T = TypeVar("T")
 
 class Shared:
     """What the trials of one process have in common. This one keeps nothing: for a process of a single trial."""
+
+    served = 0
+    """How many trials the process has run before."""
 
     def get(self, what: str, key: str, make: Callable[[], T]) -> T:
         """What ``make`` gives; a worker that stays keeps it for the next trial that asks with the same ``key``."""
@@ -56,7 +59,7 @@ def reused_trunk(
     trainer: TrialTrainer,
     share_prompts: bool,
     shared: Shared,
-    status: StatusWriter,
+    phases: Phases,
 ) -> Iterator[AboveSite | None]:
     """The frozen layers below the site, run once per sweep and node, where their output fits the cache.
 
@@ -69,14 +72,11 @@ def reused_trunk(
         return
     folder = Path(scratch).expanduser() if scratch else cache_folder(experiment.cache) / "trunk"
 
-    def tell(share: float) -> None:
-        status.write(RUNNING, {"message": f"frozen layers' output: {share:.0%}"}, force=False)
-
     def compute() -> StoredTrunk | None:
         started = time.monotonic()
         try:
             sequences = sequences_of(trainer.reached_rows(), trainer.eval_dataset)
-            stored = stored_trunk(model, experiment.model, sequences, folder, limit_gb, share_prompts, tell)
+            stored = stored_trunk(model, experiment.model, sequences, folder, limit_gb, share_prompts, phases.tell)
         except NotStored as reason:
             print(f"the frozen layers are computed in every step: {reason}", flush=True)
             return None
@@ -84,8 +84,7 @@ def reused_trunk(
         print(f"frozen layers' output of {len(stored.values)} tokens ready after {took:.1f} s", flush=True)
         return stored
 
-    stored = shared.get("trunk", trunk_key(experiment), compute)
-    status.write(RUNNING, {"message": ""}, force=False)
+    stored = phases.prepared(FROZEN, lambda: shared.get("trunk", trunk_key(experiment), compute))
     if stored is None:
         yield None
         return

@@ -9,6 +9,7 @@ import time
 import traceback
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -34,13 +35,15 @@ from isaerft_sweep.plain import canonical_json, to_dict
 from isaerft_sweep.results.card import make_card, write_card
 from isaerft_sweep.specs import TrialSpec
 from isaerft_sweep.tracking.run import open_run, summary_of
+from isaerft_sweep.trial import phases as phase
 from isaerft_sweep.trial.data import load_pairs
 from isaerft_sweep.trial.latents import learned, write_changes
 from isaerft_sweep.trial.passes import Passes
+from isaerft_sweep.trial.phases import Phases
 from isaerft_sweep.trial.recorder import Recorder
 from isaerft_sweep.trial.reuse import Shared, data_key, reused_trunk, shares_prompts
 from isaerft_sweep.trial.sparsity import sparsity_callbacks
-from isaerft_sweep.trial.stopping import asked_state, stop_requests
+from isaerft_sweep.trial.stopping import AskedToStop, asked_state, stop_requests
 from isaerft_sweep.trial.trainer import attach_adapter, complete_checkpoints, make_trainer
 from isaerft_sweep.trial.trunk import lowest_site
 
@@ -59,11 +62,15 @@ def run_trial(
     spec = folder.read_spec()
     status = StatusWriter(folder, attempt)
     status.write(RUNNING, {"step": 0})
+    shared = shared or Shared()
     try:
         with stop_requests() if stopping is None else nullcontext(stopping) as asked:
-            return _run(folder, spec, status, asked, shared or Shared())
+            return _run(folder, spec, status, Phases(status, asked), shared)
     except Superseded:
         raise
+    except AskedToStop:
+        print("ended before the first step", flush=True)
+        return _end(status, STOPPED, _cut_off(shared, complete_checkpoints(folder.checkpoints)))
     except IsaerftError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return _end(status, FAILED, {"message": str(error), "user_error": True})
@@ -72,55 +79,70 @@ def run_trial(
         return _end(status, FAILED, {"message": f"{type(error).__name__}: {error}"[:2000]})
 
 
-def _run(folder: TrialFolder, spec: TrialSpec, status: StatusWriter, stopping: dict[str, bool], shared: Shared) -> str:
+def _run(folder: TrialFolder, spec: TrialSpec, status: StatusWriter, phases: Phases, shared: Shared) -> str:
     experiment = spec.experiment
     key = canonical_json([to_dict(experiment.model), experiment.cache])
-    loaded = shared.get("model", key, lambda: without_dropout(load(experiment.model, experiment.cache)))
+    loaded = phases.prepared(
+        phase.LOADING,
+        lambda: shared.get("model", key, lambda: without_dropout(load(experiment.model, experiment.cache))),
+    )
     # on a copy over the same weights: whatever becomes of this trial, the next one finds the model as it was loaded
     own = replace(loaded, model=sharing_weights(loaded.model))
-    model = attach_adapter(own, experiment.adapter, experiment.orpo.seed, experiment.model.revision)
+    model = phases.prepared(
+        phase.ADAPTER,
+        lambda: attach_adapter(own, experiment.adapter, experiment.orpo.seed, experiment.model.revision),
+    )
     if experiment.launcher.compile:
         layers = decoder_layers(own.model)
         compile_layers(layers[lowest_site(layers) :])
-    return _train(folder, spec, status, stopping, shared, loaded, model)
+    return _train(folder, spec, status, phases, shared, loaded, model)
 
 
 def _train(
     folder: TrialFolder,
     spec: TrialSpec,
     status: StatusWriter,
-    stopping: dict[str, bool],
+    phases: Phases,
     shared: Shared,
     loaded: LoadedModel,
     model: peft.PeftModel,
 ) -> str:
     started = time.monotonic()
     experiment = spec.experiment
-    pairs = shared.get(
-        "pairs", data_key(experiment), lambda: load_pairs(experiment.data, loaded.tokenizer, experiment.orpo.max_length)
+    pairs = phases.prepared(
+        phase.READING,
+        lambda: shared.get(
+            "pairs", data_key(experiment), lambda: load_pairs(experiment.data, loaded.tokenizer, experiment.orpo.max_length)
+        ),
     )
     print(pairs.summary, flush=True)
     write_json(folder.environment, describe_environment(torch_device=_device_name()))
     run = open_run(spec, folder.path / "wandb")
-    recorder = Recorder(folder, experiment.orpo, status, run, spec.metric, lambda: asked_state(stopping, run.told))
+    recorder = Recorder(folder, experiment.orpo, status, run, spec.metric, lambda: asked_state(phases.stopping, run.told))
+    recorder.patience_s = experiment.launcher.grace_s / 2
     checkpoints = complete_checkpoints(folder.checkpoints)
     untrained = {"first": spec.index == 0, "always": True, "never": False}[experiment.orpo.eval_untrained]
     eval_first = untrained and not checkpoints
     callbacks = [*sparsity_callbacks(experiment.adapter), recorder]
     kept: list[Any] = shared.get("tokens", data_key(experiment), list)
     settings = (experiment.orpo, model, loaded, pairs, folder.checkpoints, eval_first, callbacks)
-    trainer = make_trainer(*settings, tokenised=(kept[0], kept[1]) if kept else None)
-    kept[:] = [trainer.train_dataset, trainer.eval_dataset]
-    trainer.lean_logits = experiment.launcher.lean_logits
-    trainer.note_scores = recorder.note_scores
-    recorder.rewind(int(checkpoints[-1].name.split("-")[1]) if checkpoints else -1)
-    trainer.tokens_seen = int(recorder.latest.get("train/num_tokens", 0))
+    cut_off = False
     try:
-        share_prompts = shares_prompts(experiment, loaded, shared)
-        with reused_trunk(experiment, model, trainer, share_prompts, shared, status) as above:
+        trainer = phases.prepared(
+            phase.TOKENISING, lambda: make_trainer(*settings, tokenised=(kept[0], kept[1]) if kept else None)
+        )
+        kept[:] = [trainer.train_dataset, trainer.eval_dataset]
+        trainer.lean_logits = experiment.launcher.lean_logits
+        trainer.note_scores = recorder.note_scores
+        recorder.rewind(int(checkpoints[-1].name.split("-")[1]) if checkpoints else -1)
+        trainer.tokens_seen = int(recorder.latest.get("train/num_tokens", 0))
+        share_prompts = phases.prepared(phase.FROZEN, lambda: shares_prompts(experiment, loaded, shared))
+        with reused_trunk(experiment, model, trainer, share_prompts, shared, phases) as above:
             trainer.passes = shared.passes(loaded.model, Passes(above, share_prompts))
             trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
             changes = [] if recorder.stopped else learned(model, trainer.eval_dataset)
+    except AskedToStop:
+        recorder.stopped, cut_off = asked_state(phases.stopping, run.told) or STOPPED, True
     except TrialDiverged as error:
         print(f"diverged: {error}", flush=True)
         run.finish({"state": DIVERGED}, exit_code=1)
@@ -128,15 +150,19 @@ def _train(
     except BaseException:
         run.finish({"state": FAILED}, exit_code=1)
         raise
+    told = (
+        "stopped early; its checkpoint is kept" if recorder.stopped == PRUNED else "asked to stop; a checkpoint was written"
+    )
+    words = _cut_off(shared, checkpoints) if cut_off else {"message": told}
     if recorder.stopped == PRUNED:
         results = _results(recorder, started)
         run.finish(summary_of(PRUNED, results), exit_code=0)
-        return _end(status, PRUNED, {"message": "stopped early; its checkpoint is kept", **results})
+        return _end(status, PRUNED, {**words, **results})
     if recorder.stopped:
-        words = {"message": "asked to stop; a checkpoint was written"}
         _end(status, STOPPED, {**words, "untold": True})  # whoever asked may not wait until W&B has answered
         run.finish({"state": STOPPED}, exit_code=1, preempted=True)
         return _end(status, STOPPED, {**words, "untold": run.lost})
+    phases.enter(phase.SAVING)
     write_changes(folder.latents, changes)
     results = _results(recorder, started)
     results["wandb"] = {"url": run.url, "sweep_url": run.sweep_url, "offline": run.offline_folder is not None}
@@ -146,6 +172,15 @@ def _train(
     run.finish(summary_of(COMPLETED, results), exit_code=0)
     shutil.rmtree(folder.checkpoints, ignore_errors=True)  # only now: until the status says so, a retry would need them
     return state
+
+
+def _cut_off(shared: Shared, checkpoints: list[Path]) -> dict[str, Any]:
+    """What is to be said of a trial that was stopped where no checkpoint could be written.
+
+    That is no fault of its own when its worker has run others before: it has not begun.
+    """
+    words = "it goes on from its last checkpoint" if checkpoints else "it had no step to keep"
+    return {"message": f"asked to stop; {words}", **({"begun": False} if shared.served else {})}
 
 
 def _results(recorder: Recorder, started: float) -> dict[str, Any]:

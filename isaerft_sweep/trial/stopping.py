@@ -1,4 +1,4 @@
-"""How a worker is asked to end: by a signal, by wandb, by its job's clock."""
+"""How a worker is asked to end: by a signal, by wandb, by its job's clock, by a file; and how soon it hears of it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from isaerft_sweep.journal.folders import PRUNED, STOPPED
+from isaerft_sweep.journal.folders import PRUNED, STOPPED, TrialFolder
 from isaerft_sweep.journal.workers import STOP_AT
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+LOOK_S = 0.2
+"""How often a trial that prepares looks whether its clock or a file asks it to stop."""
+
+
+class AskedToStop(BaseException):
+    """The trial shall end at once: nothing that it does now could be kept by a checkpoint.
+
+    No ``Exception``, since libraries that load and compute take those for failures of their own, and try again.
+    """
 
 
 @contextmanager
@@ -42,9 +51,12 @@ def stop_requests() -> Iterator[dict[str, bool]]:
         clock.start()
 
     def note(number: int, _frame: Any) -> None:
-        print(f"received {signal.Signals(number).name}: checkpoint, then stop", flush=True)
-        asked["asked"] = True
-        asked["by_signal"] = asked.get("by_signal", False) or number != signal.SIGINT
+        if not asked.pop("woken", False):
+            print(f"received {signal.Signals(number).name}: checkpoint, then stop", flush=True)
+            asked["asked"] = True
+            asked["by_signal"] = asked.get("by_signal", False) or number != signal.SIGINT
+        if asked.pop("at_once", False):
+            raise AskedToStop
 
     before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
     try:
@@ -64,3 +76,34 @@ def asked_state(stopping: dict[str, bool], by_wandb: bool) -> str | None:
     if not stopping["asked"]:
         return None
     return STOPPED if stopping.get("by_signal") or not by_wandb else PRUNED
+
+
+@contextmanager
+def at_once(stopping: dict[str, bool], folder: TrialFolder) -> Iterator[None]:
+    """While the block runs, a request to stop raises AskedToStop wherever it finds the trial, be it waiting for a lock.
+
+    For what comes before the first step: no checkpoint could keep it. ``stopping``: what ``stop_requests`` gave. A file that
+    asks for an early stop can wait: that is for the sake of other trials, and a checkpoint lets this one come back.
+    """
+
+    def is_asked() -> bool:
+        return stopping["asked"] or folder.stop_asked() == STOPPED
+
+    def look() -> None:
+        while not over.wait(LOOK_S):
+            if is_asked():
+                stopping["woken"] = True
+                # a signal, since it also ends a wait inside the kernel; the handler above raises
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+                return
+
+    over, watch = threading.Event(), threading.Thread(target=lambda: look(), daemon=True)
+    try:
+        stopping["at_once"] = True
+        if is_asked():
+            raise AskedToStop
+        watch.start()
+        yield
+    finally:
+        stopping.pop("at_once", None)
+        over.set()

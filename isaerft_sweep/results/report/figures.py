@@ -51,6 +51,7 @@ def space_map(report: Report) -> go.Figure | None:
             "colorbar": {"title": {"text": short_name(metric)}},
             "line": {"width": 1, "color": "#444"},
         },
+        error_y=None if y else error_bars([drawn[i] for i in best_first], [values[i] for i in best_first]),
         text=[f"{report.label(drawn[i])}<br>{metric} {values[i]:.4f}" for i in best_first],
         hoverinfo="text",
     )
@@ -120,6 +121,7 @@ def parallel(report: Report) -> go.Figure | None:
                 "colorscale": "Viridis",
                 "reversescale": report.sweep.metric.goal == "minimize",
                 "showscale": True,
+                "colorbar": {"title": {"text": short_name(metric)}},
             },
             dimensions=[{"label": d.label, "values": d.values, "tickvals": d.ticks, "ticktext": d.words} for d in found],
         )
@@ -132,11 +134,20 @@ def importances(report: Report) -> go.Figure | None:
     """Each parameter's share of what decides."""
     if report.importance is None:
         return None
-    ordered = sorted(report.importance.shares.items(), key=lambda item: item[1])
+    ordered = shares(report)
     figure = _figure(120 + 34 * len(ordered))
-    figure.add_bar(x=[share for _, share in ordered], y=[key for key, _ in ordered], orientation="h", marker_color=COLORS[0])
+    figure.add_bar(
+        x=[share for _, share in ordered], y=[name for name, _ in ordered], orientation="h", marker_color=COLORS[0]
+    )
     figure.update_xaxes(title_text="share", range=[0, 1], tickformat=".0%")
     return figure
+
+
+def shares(report: Report) -> list[tuple[str, float]]:
+    """Each parameter's name and share, the least first."""
+    names = {column.key: column.name for column in report.columns}
+    found = report.importance.shares if report.importance else {}
+    return [(names.get(key, key), share) for key, share in sorted(found.items(), key=lambda item: item[1])]
 
 
 def cost(report: Report) -> go.Figure | None:
@@ -154,7 +165,8 @@ def cost(report: Report) -> go.Figure | None:
         y=values,
         mode="markers",
         marker={"color": OTHERS, "line": {"width": 1, "color": "#777"}, "size": 8},
-        name="trial",
+        name="trial, 95 % over held-out pairs" if any(e.interval for e in entries) else "trial",
+        error_y=error_bars(entries, values),
         text=[report.label(e) for e in entries],
         hoverinfo="text+y",
     )
@@ -208,6 +220,22 @@ def spending(report: Report) -> tuple[list[Entry], np.ndarray, np.ndarray, np.nd
     hours = np.cumsum([e.device_s for e in entries]) / 3600
     values = np.array([v if e.rank and (v := e.value(metric)) is not None else np.nan for e in entries])
     return entries, hours, values, sign * np.fmax.accumulate(sign * values)
+
+
+def error_bars(entries: Sequence[Entry], values: Sequence[float] | np.ndarray) -> dict[str, Any] | None:
+    """Plotly's error bars for the trials' 95 % intervals; None where there are none."""
+    if not any(entry.interval for entry in entries):
+        return None
+    found = [entry.interval or (value, value) for entry, value in zip(entries, values, strict=True)]
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": [high - value for (_, high), value in zip(found, values, strict=True)],
+        "arrayminus": [value - low for (low, _), value in zip(found, values, strict=True)],
+        "thickness": 1,
+        "width": 2,
+        "color": "#888",
+    }
 
 
 def latent_name(latent: int, across: SiteAcrossTrials) -> str:

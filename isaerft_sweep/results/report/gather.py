@@ -13,6 +13,7 @@ from isaerft_sweep.errors import DataError, FolderError
 from isaerft_sweep.journal.files import read_json
 from isaerft_sweep.journal.folders import COMPLETED
 from isaerft_sweep.results.axes import Axis, axes, by_label
+from isaerft_sweep.results.columns import Column
 from isaerft_sweep.results.confirmation import Candidate, read_confirmation
 from isaerft_sweep.results.curves import Curve, curves_of
 from isaerft_sweep.results.importance import Importance, importance
@@ -39,10 +40,15 @@ class SiteAcrossTrials:
 
 @dataclass(frozen=True)
 class Report:
-    """A sweep, read for its report. ``curves``: by metric, then by trial number. ``samples``: answers to prompts."""
+    """A sweep, read for its report.
+
+    ``axes``: of what has several values; ``columns``: of all that is swept. ``curves``: by metric, then by trial number.
+    ``samples``: answers to prompts.
+    """
 
     sweep: ReadSweep
     axes: list[Axis]
+    columns: list[Column]
     curves: dict[str, dict[int, Curve]]
     importance: Importance | None
     latents: list[SiteAcrossTrials]
@@ -56,7 +62,7 @@ class Report:
 
     def label(self, entry: Entry) -> str:
         """``#3, lr 3.6e-05, beta 0.2``."""
-        words = by_label(entry.params, [axis.key for axis in self.axes])
+        words = by_label(entry.params, self.columns)
         return f"#{entry.record.index + 1}" + (f", {words}" if words else "")
 
 
@@ -75,6 +81,7 @@ def gather(sweep: ReadSweep, labels: Mapping[int | None, Path] | None = None) ->
     return Report(
         sweep=sweep,
         axes=axes(sweep),
+        columns=sweep.columns,
         curves={name: found for name, found in curves.items() if found},
         importance=importance(sweep),
         latents=_latents(sweep, labels or {}),

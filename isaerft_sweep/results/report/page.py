@@ -12,7 +12,6 @@ from plotly.offline import get_plotlyjs
 
 from isaerft_sweep import __version__
 from isaerft_sweep.resources import asset
-from isaerft_sweep.results.axes import show_value
 from isaerft_sweep.results.leaderboard import caveats, columns, number, short_name, show_interval
 from isaerft_sweep.results.reading import Entry
 from isaerft_sweep.results.report import figures
@@ -87,12 +86,12 @@ def leaderboard(report: Report) -> dict[str, Any]:
     """Header and rows; None stands for a cell without a value."""
     metric = report.sweep.metric
     names = columns(metric)
-    header = ["rank", "trial", *(axis.label for axis in report.axes), short_name(names[0]), "95 %", "best",
+    header = ["rank", "trial", *(column.name for column in report.columns), short_name(names[0]), "95 %", "best",
               *(short_name(n) for n in names[1:]), "time"]  # fmt: skip
     rows = [_row(report, entry, names) for entry in report.sweep.entries[:ROWS]]
     untrained = next((e.untrained for e in report.sweep.entries if e.untrained), None)
     if untrained:
-        blank = [""] * len(report.axes)
+        blank = [""] * len(report.columns)
         values = [number(untrained.get(n)) for n in names]
         rows.append(["", "untrained", *blank, values[0], "", "", *values[1:], ""])
     return {"header": header, "rows": rows, "left_out": max(0, len(report.sweep.entries) - ROWS)}
@@ -101,7 +100,7 @@ def leaderboard(report: Report) -> dict[str, Any]:
 def _row(report: Report, entry: Entry, names: list[str]) -> list[str]:
     values = [number(entry.metrics.get(n)) if entry.rank else "" for n in names]
     chance = "" if entry.probability_best is None else show_probability(entry.probability_best)
-    params = [show_value(entry.params.get(axis.key, "")) for axis in report.axes]
+    params = [column.show(entry.params) for column in report.columns]
     time_s = f"{entry.record.seconds:.0f} s" if entry.rank else entry.state
     return [str(entry.rank or "–"), f"#{entry.record.index + 1}", *params, values[0], show_interval(entry), chance,
             *values[1:], time_s]  # fmt: skip

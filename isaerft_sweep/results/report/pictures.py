@@ -1,18 +1,21 @@
-"""Figures for papers: PNGs by matplotlib, one idea each, readable in print and in grey."""
+"""Figures for papers by matplotlib, one idea each, readable in print and in grey: as PNG, and as PDF and SVG to be set."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
+from matplotlib import rc_context
+from matplotlib.cm import ScalarMappable
 from matplotlib.collections import LineCollection
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from isaerft_sweep.results.axes import Axis, show_value
 from isaerft_sweep.results.leaderboard import short_name
+from isaerft_sweep.results.reading import Entry
 from isaerft_sweep.results.report.figures import (
     COLORS,
     LEADERS,
@@ -21,34 +24,60 @@ from isaerft_sweep.results.report.figures import (
     dimensions,
     has,
     latent_name,
+    shares,
     spending,
 )
 from isaerft_sweep.results.report.gather import Report
 
 DPI = 200
+FORMATS = ("png", "pdf", "svg")
+TEXT_STAYS_TEXT: dict[Any, Any] = {"pdf.fonttype": 42, "svg.fonttype": "none", "svg.hashsalt": "isaerft-sweep"}
 SIZE_IN = (6.0, 3.8)
 PAPER = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.75}
 """Behind words that lines cross."""
 SHARES = 15
 """Latents in the picture of the best trial's vector."""
 
+INTERVAL = "95 % over held-out pairs"
+NO_DATE = {".pdf": "CreationDate", ".svg": "Date"}
+"""A figure of the same sweep is the same file."""
+
 Draw = Callable[[Any, Report], bool]
 """Draws on axes; False when there is nothing to draw."""
 
 
 def write_pictures(report: Report, folder: Path) -> list[Path]:
-    """Write every picture that there is something to draw for."""
+    """Write every picture that there is something to draw for, in all ``FORMATS``; the paths of the PNGs."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, draw in PICTURES.items():
         figure = Figure(figsize=SIZE_IN, layout="constrained")
-        path = folder / f"{name}.png"
+        paths = [folder / f"{name}.{form}" for form in FORMATS]
         if draw(figure.subplots(), report):
-            figure.savefig(path, dpi=DPI)
-            written.append(path)
+            with rc_context(TEXT_STAYS_TEXT):
+                for path in paths:
+                    figure.savefig(path, dpi=DPI, metadata={} if path.suffix == ".png" else {NO_DATE[path.suffix]: None})
+            written.append(paths[0])
         else:
-            path.unlink(missing_ok=True)  # an older report's
+            for path in paths:
+                path.unlink(missing_ok=True)  # an older report's
     return written
+
+
+def _error_bars(entries: Sequence[Entry], values: Sequence[Any] | np.ndarray) -> np.ndarray:
+    """How far below and above its value each trial's 95 % interval reaches [2, trials]; NaN where it has none."""
+    found = [entry.interval or (np.nan, np.nan) for entry in entries]
+    return np.array([[max(0.0, v - low), max(0.0, high - v)] for v, (low, high) in zip(values, found, strict=True)]).T
+
+
+def _draw_intervals(
+    ax: Any, across: Sequence[Any] | np.ndarray, entries: Sequence[Entry], values: Sequence[Any] | np.ndarray
+) -> None:
+    bars = _error_bars(entries, values)
+    if np.isfinite(bars).any():
+        ax.errorbar(
+            across, values, yerr=bars, fmt="none", ecolor="#888", elinewidth=0.9, capsize=2, zorder=2, label=INTERVAL
+        )
 
 
 def _map(ax: Any, report: Report) -> bool:
@@ -62,7 +91,8 @@ def _map(ax: Any, report: Report) -> bool:
     colormap = "viridis" if report.sweep.metric.goal == "maximize" else "viridis_r"
     across = [x.place(e.params[x.key]) for e in entries]
     up = [y.place(e.params[y.key]) for e in entries] if y else values
-    points = ax.scatter(across, up, c=values, cmap=colormap, s=60, edgecolors="#444", linewidths=0.6, zorder=3)
+    points = ax.scatter(across, up, c=values, cmap=colormap, s=60, edgecolors="#444", linewidths=0.6, zorder=3,
+                        label="completed")  # fmt: skip
     ax.scatter(across[-1:], up[-1:], s=220, facecolors="none", edgecolors="black", linewidths=1.4, zorder=4, label="best")
     for name, states, symbol, color in UNRANKED:
         others = [e for e in report.sweep.entries if e.state in states and has(e, x, y)]
@@ -74,6 +104,7 @@ def _map(ax: Any, report: Report) -> bool:
     if y:
         _scale(ax.yaxis, ax.set_yscale, ax.set_ylabel, y)
     else:
+        _draw_intervals(ax, across, entries, values)
         ax.set_ylabel(metric)
     ax.legend(loc="best", fontsize=8, framealpha=0.8)
     return True
@@ -86,17 +117,20 @@ def _curves(ax: Any, report: Report) -> bool:
     name = next(n for n, curves in report.curves.items() if curves is found)
     leaders = [e for e in report.completed if e.record.index in found][:LEADERS]
     named = {e.record.index for e in leaders}
-    for index, curve in found.items():
-        if index not in named:
-            ax.plot(curve.steps, curve.values, color=OTHERS, linewidth=0.8)
+    others = [curve for index, curve in found.items() if index not in named]
+    for i, curve in enumerate(others):
+        ax.plot(curve.steps, curve.values, color=OTHERS, linewidth=0.8, label=None if i else f"{len(others)} others")
     for i, entry in enumerate(leaders):
         curve = found[entry.record.index]
         style = {"color": COLORS[i % len(COLORS)], "marker": "o" if len(curve.steps) < 40 else None, "markersize": 3}
         ax.plot(curve.steps, curve.values, label=report.label(entry), linewidth=1.4, **style)
+    if name == report.sweep.metric.name:
+        ends = [(e, found[e.record.index]) for e in leaders if len(found[e.record.index].steps)]
+        last = [float(curve.values[-1]) for _, curve in ends]
+        _draw_intervals(ax, [float(curve.steps[-1]) for _, curve in ends], [e for e, _ in ends], last)
     ax.set_xlabel("step")
     ax.set_ylabel(name)
-    if leaders:
-        ax.legend(fontsize=7, framealpha=0.8)
+    ax.legend(fontsize=7, framealpha=0.8)
     return True
 
 
@@ -108,7 +142,8 @@ def _parallel(ax: Any, report: Report) -> bool:
     metric, maximize = report.sweep.metric.name, report.sweep.metric.goal == "maximize"
     values = np.array([e.value(metric) for e in entries])
     lowest, highest = values.min(), values.max()
-    colors = colormaps["viridis" if maximize else "viridis_r"]((values - lowest) / ((highest - lowest) or 1.0))
+    scale = ScalarMappable(Normalize(lowest, highest), "viridis" if maximize else "viridis_r")
+    colors = scale.to_rgba(values)
     lines = np.stack([np.broadcast_to(np.arange(len(found)), places.T.shape), places.T], axis=-1)[::-1]  # the best on top
     ax.add_collection(LineCollection(list(lines), colors=colors[::-1], linewidths=[1.0] * (len(entries) - 1) + [2.2]))
     for x, one in enumerate(found):
@@ -117,6 +152,9 @@ def _parallel(ax: Any, report: Report) -> bool:
         words = one.words or [f"{tick:.3g}" for tick in ticks]
         for y, word in dict(zip(_between(ticks, one.values + ticks), words, strict=True)).items():
             ax.annotate(word, (x, y), (4, 0), textcoords="offset points", fontsize=7, va="center", zorder=4, bbox=PAPER)
+    ax.figure.colorbar(scale, ax=ax, label=short_name(metric))
+    ax.plot([], [], color=colors[0], linewidth=2.2, label=f"best: {report.label(entries[0])}")
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize=7, frameon=False)
     ax.set_xticks(range(len(found)), [one.label for one in found])
     ax.set_yticks([])
     ax.spines[:].set_visible(False)
@@ -134,7 +172,8 @@ def _cost(ax: Any, report: Report) -> bool:
     found = spending(report)
     if found is None:
         return False
-    _, hours, values, best = found
+    entries, hours, values, best = found
+    _draw_intervals(ax, hours, entries, values)
     ax.plot(hours, best, drawstyle="steps-post", color=COLORS[0], linewidth=1.6, label="best so far")
     ax.scatter(hours, values, c=OTHERS, edgecolors="#777", s=28, label="trial", zorder=3)
     ax.set_xlim(left=0)
@@ -147,8 +186,8 @@ def _cost(ax: Any, report: Report) -> bool:
 def _importance(ax: Any, report: Report) -> bool:
     if report.importance is None:
         return False
-    ordered = sorted(report.importance.shares.items(), key=lambda item: item[1])
-    ax.barh([key for key, _ in ordered], [share for _, share in ordered], color=COLORS[0])
+    ordered = shares(report)
+    ax.barh([name for name, _ in ordered], [share for _, share in ordered], color=COLORS[0])
     ax.set_xlabel(f"share (PED-ANOVA, best {report.importance.good} of {report.importance.trials} trials)")
     ax.set_xlim(0, 1)
     return True
@@ -162,6 +201,11 @@ def _latents(ax: Any, report: Report) -> bool:
     top = site.top(SHARES)[::-1]
     colors = [COLORS[0] if site.moved[i] > 0 else COLORS[1] for i in top]
     ax.barh([latent_name(i, across) for i in top], 100 * site.share[top], color=colors)
+    for color, words in ((COLORS[0], "raised"), (COLORS[1], "lowered")):
+        if color in colors:
+            ax.bar([], [], color=color, label=words)
+    if top:
+        ax.legend(loc="lower right", fontsize=8, framealpha=0.8)
     ax.tick_params(axis="y", labelsize=7)
     ax.set_xlabel(f"share of the steering vector, % (layer {site.layer}, best trial)")
     return bool(top)

@@ -1,0 +1,36 @@
+"""What a trial does at the moment, for people who wait for it; before its first step a request to stop ends it at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from isaerft_sweep.journal.folders import RUNNING, StatusWriter
+from isaerft_sweep.trial.stopping import at_once
+
+LOADING, ADAPTER, READING, TOKENISING = "loading the model", "loading the SAE", "reading the data", "tokenising"
+FROZEN, TRAINING, EVALUATING, SAVING = "frozen layers", "training", "evaluating", "saving"
+
+T = TypeVar("T")
+
+
+class Phases:
+    """Writes the phase of one attempt into the trial's status. ``stopping``: what ``stop_requests`` gave."""
+
+    def __init__(self, status: StatusWriter, stopping: dict[str, bool]) -> None:
+        self.status, self.stopping = status, stopping
+        self.now = ""
+
+    def enter(self, phase: str) -> None:
+        self.now = phase
+        self.status.write(RUNNING, {"phase": phase})
+
+    def tell(self, share: float) -> None:
+        """How much of the phase is done."""
+        self.status.write(RUNNING, {"phase": f"{self.now} {100 * share:.0f} %"}, force=False)
+
+    def prepared(self, phase: str, make: Callable[[], T]) -> T:
+        """What ``make`` gives. Raises AskedToStop as soon as somebody asks for a stop."""
+        self.enter(phase)
+        with at_once(self.stopping, self.status.folder):
+            return make()

@@ -1,0 +1,175 @@
+"""What a trial says of itself before its first step, and that a request to stop is heard there at once."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_resident import rows_of
+
+from isaerft_sweep.journal.files import _lock_of
+from isaerft_sweep.journal.folders import PRUNED, STOPPED, StatusWriter, TrialFolder
+from isaerft_sweep.journal.workers import Task, WorkerFolder
+from isaerft_sweep.trial import reuse, run, trunk
+from isaerft_sweep.trial.resident import serve_trials
+from isaerft_sweep.trial.run import run_trial
+from isaerft_sweep.trial.trainer import TrialTrainer
+
+Made = Callable[..., TrialFolder]
+OFF = ("tracker=disabled",)
+HEARD_S = 1.0
+
+
+def slow(monkeypatch: pytest.MonkeyPatch, place: Any, name: str, seconds: float = 30.0) -> None:
+    """Stands in for a larger model: ``name`` takes long, and no processor time."""
+    whole = getattr(place, name)
+
+    def takes_long(*args: Any, **options: Any) -> Any:
+        time.sleep(seconds)
+        return whole(*args, **options)
+
+    monkeypatch.setattr(place, name, takes_long)
+
+
+def asked_during(phase: str, folder: TrialFolder, ask: Callable[[], None], work: Callable[[], Any]) -> tuple[Any, float]:
+    """What ``work`` gives, and how long after ``ask``, which is called when the trial is in ``phase``, it gave it."""
+    asked_s = [0.0]
+
+    def wait_and_ask() -> None:
+        while not folder.read_status().get("phase", "").startswith(phase):
+            time.sleep(0.02)
+        time.sleep(0.3)
+        asked_s[0] = time.monotonic()
+        ask()
+
+    thread = threading.Thread(target=wait_and_ask)
+    thread.start()
+    found = work()
+    took_s = time.monotonic() - asked_s[0]
+    thread.join()
+    return found, took_s
+
+
+def told(number: signal.Signals) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), number)
+
+
+SLOW_PLACES = {
+    "loading the model": (run, "load"),
+    "loading the SAE": (run, "attach_adapter"),
+    "reading the data": (run, "load_pairs"),
+    "tokenising": (run, "make_trainer"),
+    "frozen layers": (trunk, "streams_of"),
+    "evaluating": (TrialTrainer, "prediction_step"),
+}
+
+
+@pytest.mark.parametrize("phase", SLOW_PLACES)
+@pytest.mark.parametrize("how", ["signal", "file"])
+def test_a_stop_is_heard_within_a_second_before_the_first_step(
+    phase: str, how: str, trial: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = trial(*OFF, f"launcher.scratch={tmp_path / 'scratch'}", "orpo.eval_batch_size=1")
+    place, name = SLOW_PLACES[phase]
+    slow(monkeypatch, place, name, 0.4 if phase == "evaluating" else 30.0)
+    ask = told(signal.SIGTERM) if how == "signal" else folder.ask_to_stop
+    state, took_s = asked_during(phase, folder, ask, lambda: run_trial(folder, 1))
+    assert state == STOPPED == folder.read_status()["state"] and took_s < HEARD_S, took_s
+    assert "no step to keep" in folder.read_status()["message"]
+    monkeypatch.undo()
+    whole = trial(*OFF, "launcher.trunk_cache_gb=0", name="whole")
+    folder.begin_attempt(2)
+    assert run_trial(folder, 2) == run_trial(whole, 1) == "completed"
+    assert [row["step"] for row in rows_of(folder)] == [row["step"] for row in rows_of(whole)]
+
+
+def test_a_stop_is_heard_while_another_worker_computes_the_frozen_layers(trial: Made, tmp_path: Path) -> None:
+    scratch = tmp_path / "scratch"
+    first, waits = (trial(*OFF, f"launcher.scratch={scratch}", name=name) for name in "ab")
+    assert run_trial(first, 1) == "completed"
+    entry = next(path for path in scratch.iterdir() if path.is_dir())
+    entry.rename(tmp_path / "aside")
+    with _lock_of(entry).open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        state, took_s = asked_during("frozen layers", waits, waits.ask_to_stop, lambda: run_trial(waits, 1))
+    assert state == STOPPED and took_s < HEARD_S
+
+
+def test_a_request_for_an_early_stop_waits_for_a_checkpoint(trial: Made, tmp_path: Path) -> None:
+    folder = trial(*OFF, f"launcher.scratch={tmp_path / 'scratch'}")
+    folder.ask_to_stop(PRUNED)
+    assert run_trial(folder, 1) == PRUNED
+    assert list(folder.checkpoints.glob("checkpoint-1/.complete"))
+
+
+def test_a_worker_that_ran_others_takes_the_blame(trial: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its job's end must not count against a trial that had just sat down there."""
+    first = trial(*OFF, name="first")
+    other = trial(*OFF, "orpo.max_length=299", f"launcher.scratch={tmp_path / 'scratch'}", name="other")
+    worker = WorkerFolder(tmp_path / "worker")
+    worker.claim(Task(str(first.path), 1))
+    worker.claim(Task(str(other.path), 1), room=None)
+    compute = reuse.stored_trunk
+
+    def slow_for_other(*args: Any) -> Any:
+        if str(args[3]) == str(tmp_path / "scratch"):
+            time.sleep(30)
+        return compute(*args)
+
+    monkeypatch.setattr(reuse, "stored_trunk", slow_for_other)
+    _, took_s = asked_during("frozen", other, told(signal.SIGTERM), lambda: serve_trials(worker))
+    assert took_s < 2 * HEARD_S and first.read_status()["state"] == "completed"
+    assert other.read_status()["state"] == STOPPED and other.read_status()["begun"] is False
+
+
+def test_a_long_evaluation_in_training_gets_half_the_grace(trial: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A short one is finished, and its step kept; after a long one the trial goes on from the checkpoint before."""
+    options = (
+        *OFF,
+        "orpo.eval_untrained=never",
+        "orpo.eval_batch_size=1",
+        "orpo.eval_fraction=0.5",
+        "orpo.checkpoint_every_steps=1",
+    )
+    whole = trial(*options, name="whole")
+    assert run_trial(whole, 1) == "completed"
+    for grace, kept in ((60, 2), (1, 1)):
+        folder = trial(*options, f"launcher.grace_s={grace}", name=f"grace{grace}")
+        with monkeypatch.context() as patch:
+            slow(patch, TrialTrainer, "prediction_step", 0.4)
+            state, took_s = asked_during("evaluating", folder, folder.ask_to_stop, lambda f=folder: run_trial(f, 1))
+        assert state == STOPPED and took_s < 4
+        assert max(int(path.parent.name.split("-")[1]) for path in folder.checkpoints.glob("*/.complete")) == kept
+        folder.begin_attempt(2)
+        assert run_trial(folder, 2) == "completed" and rows_of(folder) == rows_of(whole)
+
+
+def test_the_phases_in_their_order(trial: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[dict[str, Any]] = []
+    write = StatusWriter.write
+
+    def noted(self: StatusWriter, state: str, facts: Any = None, *, force: bool = True) -> None:
+        said.append({**self._facts, **(facts or {})})
+        write(self, state, facts, force=force)
+
+    monkeypatch.setattr(StatusWriter, "write", noted)
+    folder = trial(*OFF, f"launcher.scratch={tmp_path / 'scratch'}")
+    before = time.time()
+    assert run_trial(folder, 1) == "completed"
+    words = [facts["phase"] for facts in said if "phase" in facts]
+    bare = list(dict.fromkeys(word.rstrip("0123456789 %") for word in words))
+    assert bare == [
+        "loading the model", "loading the SAE", "reading the data", "tokenising", "frozen layers", "evaluating", "training", "saving",
+    ]  # fmt: skip
+    assert "frozen layers 100 %" in words and "evaluating 100 %" in words
+    began = next(facts for facts in said if "trained_since" in facts)
+    assert began["trained_from"] == 0 and before < began["trained_since"] < time.time()
+    first_row = next(row for row in folder.read_metrics() if row["step"] == 1)
+    assert began["trained_since"] <= first_row["time"]
