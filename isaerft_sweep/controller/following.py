@@ -6,6 +6,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -97,14 +98,17 @@ def show_status(console: Console, path: Path) -> None:
 def waiting_reasons(records: list[TrialRecord]) -> Counter[str]:
     """Why SLURM has not started the jobs of these trials yet, in its own words; nothing for jobs of another kind."""
     jobs = [(record.job or {}).get("job", record.job or {}) for record in records]
-    ids = sorted({str(job["id"]) for job in jobs if job.get("kind") == "slurm"})
-    if not ids:
-        return Counter()
-    try:
-        lines = ask("squeue", "--noheader", "--array", "--format=%T|%r", "--jobs", ",".join(ids)).splitlines()
-    except LaunchError:
-        return Counter()  # it does not answer, or has forgotten one of them: the next poll of the controller will tell
-    return Counter(line.partition("|")[2] for line in lines if line.startswith("PENDING|"))
+    ids: dict[str | None, list[str]] = {}
+    for job in jobs:
+        if job.get("kind") == "slurm":
+            ids.setdefault(job.get("cluster"), []).append(str(job["id"]))
+    reasons: Counter[str] = Counter()
+    for cluster, of_it in ids.items():
+        flags = ("--noheader", "--array", "--format=%T|%r", "--jobs", ",".join(sorted(of_it)))
+        with suppress(LaunchError):  # it does not answer, or has forgotten one of them: the controller's next poll will tell
+            lines = ask("squeue", *flags, cluster=cluster).splitlines()
+            reasons.update(line.partition("|")[2] for line in lines if line.startswith("PENDING|"))
+    return reasons
 
 
 def shown_state(record: TrialRecord, statuses: dict[int, dict[str, Any]]) -> str:

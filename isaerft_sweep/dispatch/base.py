@@ -79,6 +79,10 @@ class Dispatcher(ABC):
         """Whether the place holds a living job still, so that it cannot say anything."""
         return False
 
+    def queued(self, ref: JobRef) -> bool:
+        """Whether the place has not started a living job yet."""
+        return False
+
     def close(self) -> None:  # noqa: B027  (most have nothing to do)
         """The sweep has ended: leave nothing running."""
 
