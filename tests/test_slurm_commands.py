@@ -319,7 +319,10 @@ def test_counts_of_resources(count: int, letter: str, typed: bool) -> None:
         ({"wait": True}, "launcher.slurm.wait must not be set here"),
         ({"time_min": 5}, "launcher.slurm.time_min must not be set here"),
         ({"additional_parameters": {"parsable": True}}, "launcher.slurm.parsable must not be set here"),
-        ({"additional_parameters": "parsable"}, "additional_parameters must be flags of sbatch with their values but got 'parsable'"),
+        (
+            {"additional_parameters": "parsable"},
+            "additional_parameters must be flags of sbatch with their values but got 'parsable'",
+        ),
         ({"setup": [{"module": "cuda"}]}, "setup must be lines of a script"),
         ({"comment": {"a": 1}}, "comment must be a flag's value but got {'a': 1}"),
     ],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,12 +14,13 @@ from isaerft_sweep.controller.preflight import known_trial_needs
 from isaerft_sweep.controller.question import open_journal, question, sweep_folder
 from isaerft_sweep.controller.run import begin_sweep, count_trials, make_sampler
 from isaerft_sweep.controller.trials import TrialFactory
+from isaerft_sweep.dispatch.base import QueueBusy
 from isaerft_sweep.dispatch.job import TrialJob
 from isaerft_sweep.dispatch.slurm import COMPLETING_S, scancel
 from isaerft_sweep.dispatch.slurm_site import OVER, ask, cluster_of
 from isaerft_sweep.dispatch.snapshot import code_snapshot
 from isaerft_sweep.environment import git_commit
-from isaerft_sweep.errors import ConfigError, FolderError
+from isaerft_sweep.errors import ConfigError, FolderError, LaunchError
 from isaerft_sweep.journal.files import write_text
 from isaerft_sweep.journal.folders import COMPLETED, DIVERGED, FINAL, STOPPED, SweepFolder
 from isaerft_sweep.journal.journal import SweepRecord, replay
@@ -68,21 +68,26 @@ def make_trials(experiment: Experiment, overrides: Sequence[str]) -> tuple[Path,
 
 def end_array(folder: SweepFolder) -> None:
     """Take out of SLURM's queue, and end, the arrays of ``slurm/trials.sbatch`` that run this sweep; wait for it."""
-    if shutil.which("squeue") is None:
-        return
-    cluster, end = cluster_of(LauncherSpec()), time.monotonic() + COMPLETING_S
-    while jobs := arrays_of(folder.path, cluster):
+    end = time.monotonic() + COMPLETING_S
+    while jobs := arrays_of(folder.path):
         if set(jobs.values()) == {"COMPLETING"} and time.monotonic() > end:
             print(f"SLURM does not get jobs {', '.join(jobs)} to end: they have been COMPLETING for {COMPLETING_S:g} s.")
             return
-        scancel(*jobs, cluster=cluster)
+        scancel(*jobs, cluster=cluster_of(LauncherSpec()))
         time.sleep(POLL_S)
 
 
-def arrays_of(path: Path, cluster: str | None = None) -> dict[str, str]:
-    """SLURM's ids of the user's jobs whose script was given the sweep in ``path``, with a state of each."""
+def arrays_of(path: Path) -> dict[str, str]:
+    """SLURM's ids of the user's jobs whose script was given the sweep in ``path``, with a state of each; none where there is
+    no SLURM. Raises QueueBusy when it does not answer."""
     found = {}
-    said = ask("squeue", "--noheader", "--user", str(os.getuid()), f"--format={SEPARATOR.join(FACTS)}", cluster=cluster)
+    flags = ("--noheader", "--user", str(os.getuid()), f"--format={SEPARATOR.join(FACTS)}")
+    try:
+        said = ask("squeue", *flags, cluster=cluster_of(LauncherSpec()))
+    except QueueBusy:
+        raise
+    except LaunchError:
+        return {}
     for line in said.splitlines():
         facts = line.split(SEPARATOR)
         if len(facts) != len(FACTS):

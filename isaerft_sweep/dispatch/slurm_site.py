@@ -59,6 +59,11 @@ def ask(*command: str, cluster: str | None = None) -> str:
         raise QueueBusy(f"'{program}' has not answered for {ANSWER_S} s. Is slurmctld up? See: scontrol ping") from error
     if done.returncode:
         said = " ".join(done.stderr.split())[-500:]
+        if "configuration source" in said:
+            raise LaunchError(
+                f"launcher=slurm needs a machine that belongs to a SLURM cluster, but '{program}' finds no configuration of "
+                "one. Start it on a login node, set SLURM_CONF, or use launcher=local."
+            )
         raise QueueBusy(f"'{' '.join(command[:3])}' failed: {said}. See: scontrol ping")
     return done.stdout
 
