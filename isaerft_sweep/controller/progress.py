@@ -102,14 +102,14 @@ def trial_table(records: list[TrialRecord], statuses: dict[int, dict[str, Any]],
 
 
 def time_left_s(records: list[TrialRecord], statuses: dict[int, dict[str, Any]], trials: int) -> float | None:
-    """Seconds until the sweep's end, from the trials so far; None before the first one ended."""
+    """Seconds until the sweep's end, from the trials so far and how many really run; None before the first one ended."""
     spent = [r.seconds for r in records if r.state == COMPLETED]
     if not spent:
         return None
-    running = [r for r in records if r.state == "queued"]
     each_s = sum(spent) / len(spent)
-    left_s = sum(_trial_left_s(statuses.get(r.index, {})) or each_s for r in running)
-    left_s += each_s * max(0, trials - len(records))
+    running = [statuses[r.index] for r in records if r.state == "queued" and statuses.get(r.index)]
+    waiting = max(trials, len(records)) - sum(r.ended for r in records) - len(running)
+    left_s = sum(_trial_left_s(status) or each_s for status in running) + each_s * waiting
     return left_s / max(1, len(running))
 
 
