@@ -29,6 +29,7 @@ def add_sweep_commands(commands: Any) -> None:
 
     attach = commands.add_parser("attach", help="follow a sweep; go on with it when no controller runs it")
     attach.add_argument("sweep", type=Path, help="the sweep's folder, outputs/NAME")
+    attach.add_argument("--here", action="store_true", help="train on this machine, if need be, without asking")
     attach.set_defaults(run=_attach)
 
     cancel = commands.add_parser("cancel", help="end a sweep's controller, trials and jobs; what is finished stays")
@@ -90,7 +91,7 @@ def _retry(args: argparse.Namespace) -> int:
 def _attach(args: argparse.Namespace) -> int:
     from isaerft_sweep.controller.remote import attach
 
-    return attach(args.sweep)
+    return attach(args.sweep, args.here)
 
 
 def _cancel(args: argparse.Namespace) -> int:

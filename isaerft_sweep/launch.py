@@ -29,7 +29,8 @@ failed = 0
 
 @hydra.main(version_base="1.3", config_path=str(folder("conf")), config_name="config")
 def main(config: Any) -> None:
-    """Run the composed sweep; exit 2 on an error that the user can mend, 1 when no trial succeeded, 130 on Ctrl-C."""
+    """Run the composed sweep; exit 2 on an error that the user can mend, 1 when no trial completed or one was given up, 130
+    on Ctrl-C."""
     from isaerft_sweep.config.boundary import to_experiment
 
     try:

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -17,11 +18,17 @@ import pytest
 from conftest import TINY, events, processes_of
 from test_sweep import ended_states, start, statuses, stepping, wait_for
 
+from isaerft_sweep.controller.progress import time_left_s
+from isaerft_sweep.controller.sweep import Silent, SweepController
+from isaerft_sweep.controller.trials import TrialFactory
 from isaerft_sweep.dispatch.base import Dispatcher, JobRef
 from isaerft_sweep.dispatch.job import TrialJob, WorkerJob
 from isaerft_sweep.dispatch.resident import ResidentDispatcher
-from isaerft_sweep.journal.folders import PRUNED, STOPPED, TrialFolder
+from isaerft_sweep.journal.folders import PRUNED, STOPPED, StatusWriter, SweepFolder, TrialFolder
+from isaerft_sweep.journal.journal import Journal, TrialRecord
 from isaerft_sweep.journal.workers import Progress, Task, WorkerFolder
+from isaerft_sweep.search.sampler import GivenPoints, Point
+from isaerft_sweep.search.sweep_file import Metric, SweepDefinition
 from isaerft_sweep.trial.resident import serve_trials
 from isaerft_sweep.trial.run import run_trial
 from isaerft_sweep.trial.trainer import TrialTrainer
@@ -155,6 +162,8 @@ class FakeJobs(Dispatcher):
         self.started: list[WorkerJob] = []
         self.dead: set[int] = set()
         self.killed: list[int] = []
+        self.waiting: set[int] = set()
+        """Those that the place has not started."""
 
     def submit_all(self, jobs: Sequence[Any]) -> list[JobRef]:
         return [self._start(job) for job in jobs]
@@ -173,6 +182,9 @@ class FakeJobs(Dispatcher):
 
     def log_tail(self, ref: JobRef, lines: int = 8) -> str:
         return ""
+
+    def queued(self, ref: JobRef) -> bool:
+        return ref["number"] in self.waiting
 
     def worker(self, number: int) -> WorkerFolder:
         return WorkerFolder(Path(self.started[number].folder))
@@ -297,6 +309,121 @@ def test_a_worker_told_to_stop_within_a_step_is_given_nothing_more(
     worker.claim(Task(str(trial(*OFF, name="t").path), 1))
     assert serve_trials(worker, idle_s=5) == 1
     assert said and all(progress.ending for progress in said)
+
+
+class Workers(FakeJobs):
+    """Stands in for a queue that starts ``running`` of the workers; each call runs what those have been given."""
+
+    def __init__(self, slots: int, running: int) -> None:
+        super().__init__()
+        self.slots, self.running = slots, running
+        self.runs: Counter[str] = Counter()
+
+    def _start(self, job: Any) -> JobRef:
+        if len(self.started) >= self.running:
+            self.waiting.add(len(self.started))
+        return super()._start(job)
+
+    def alive(self, refs: Iterable[JobRef]) -> list[bool]:
+        for number in range(len(self.started)):
+            if number not in self.waiting and number not in self.dead:
+                self._work(number)
+        return super().alive(refs)
+
+    def kill(self, refs: Sequence[JobRef]) -> None:
+        super().kill(refs)
+        self.dead |= {ref["number"] for ref in refs}
+
+    def _work(self, number: int) -> None:
+        worker = self.worker(number)
+        progress = worker.progress()
+        task = worker.task(progress.upto + 1)
+        if task is None:
+            return
+        if task.trial is None:
+            self.dead.add(number)
+            worker.note(Progress(progress.upto, ending=True))
+            return
+        folder = TrialFolder(Path(task.trial))
+        if folder.current_attempt() == task.attempt:
+            self.runs[folder.path.name] += 1
+            StatusWriter(folder, task.attempt).write("completed", {"metric": 0.5, "ended": time.time()})
+        worker.note(progress.with_over(progress.upto + 1))
+
+
+@pytest.mark.parametrize(("trials", "slots", "running"), [(200, 64, 8), (10, 64, 8), (9, 8, 1), (8, 8, 8)])
+def test_idle_workers_take_over_what_waits_for_others_to_be_started(
+    trials: int, slots: int, running: int, experiment: Callable[..., Any], tmp_path: Path
+) -> None:
+    composed = experiment(*TINY, "launcher.poll_s=0.001")
+    folder = SweepFolder(tmp_path / "s")
+    journal = Journal(folder)
+    journal.write("sweep", sweep_id="s", question="q", metric="eval/loss", goal="minimize")
+    definition = SweepDefinition("given points", Metric("eval/loss", "minimize"), {})
+    points = GivenPoints([Point({"orpo.beta": 0.1 * (i + 1)}) for i in range(trials)])
+    factory, jobs = TrialFactory(composed, definition, folder, "s", None), Workers(slots, running)
+    pool = ResidentDispatcher(jobs, folder.workers, 0.001)
+    SweepController(journal, points, factory, pool, composed.launcher, trials, Silent(), lambda: 0).run()
+    records = list(journal.record.trials.values())
+    assert all(record.state == "completed" and record.failures == 0 for record in records) and len(records) == trials
+    assert set(jobs.runs.values()) == {1} and len(jobs.runs) == trials, "each once"
+    assert len(jobs.started) == min(slots, trials) and not jobs.waiting - set(jobs.killed), "the superfluous ones have gone"
+    assert time_left_s(records, {}, trials) == 0.0
+    journal.close()
+
+
+def test_the_time_left_counts_what_really_runs() -> None:
+    records = [TrialRecord(i, f"r{i}", f"{i}", Point({})) for i in range(10)]
+    for i, record in enumerate(records):
+        record.state = "completed" if i < 2 else "queued" if i < 8 else "created"
+        record.seconds = 100.0 if i < 2 else 0.0
+    half = {"step": 5, "max_steps": 10, "started": time.time() - 50}
+    left_s = time_left_s(records, {2: dict(half), 3: dict(half), 4: {}}, 12)
+    assert left_s == pytest.approx((50 + 50 + 100 * (4 + 2 + 2)) / 2, rel=0.01), "two run: four in the queue are yet to come"
+
+
+def test_a_job_that_survives_being_killed_is_given_up(
+    experiment: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that hangs in the kernel: its trial goes on in another job, and it may write nothing more."""
+    monkeypatch.setattr("isaerft_sweep.controller.sweep.ENDING_S", 0.2)
+    composed = experiment(*TINY, "launcher.poll_s=0.01", "launcher.heartbeat_s=0.1")
+
+    class Hanging(FakeJobs):
+        slots = 1
+
+        def alive(self, refs: Iterable[JobRef]) -> list[bool]:
+            for number, job in enumerate(self.started):
+                folder = TrialFolder(Path(WorkerFolder(Path(job.folder)).task(1).trial))  # type: ignore[union-attr,arg-type]
+                if number == 0 and not folder.read_status():
+                    StatusWriter(folder, 1).write("running", {"checkpoint": 0})
+                elif number == 1 and folder.current_attempt() == 2:
+                    StatusWriter(folder, 2).write("completed", {"metric": 0.5, "ended": time.time()})
+                    self.worker(1).note(Progress(1))
+            return super().alive(refs)
+
+    folder, jobs = SweepFolder(tmp_path / "s"), Hanging()
+    journal = Journal(folder)
+    journal.write("sweep", sweep_id="s", question="q", metric="eval/loss", goal="minimize")
+    factory = TrialFactory(composed, SweepDefinition("given points", Metric("m", "minimize"), {}), folder, "s", None)
+    pool = ResidentDispatcher(jobs, folder.workers, 0.01)
+    points = GivenPoints([Point({"orpo.beta": 0.1})])
+    SweepController(journal, points, factory, pool, composed.launcher, 1, Silent(), lambda: 0).run()
+    assert journal.record.trials[0].state == "completed" and journal.record.trials[0].attempt == 2
+    assert 0 in jobs.killed and len(jobs.started) == 2
+    journal.close()
+
+
+def test_a_worker_passes_over_what_another_one_has_taken(trial: Made, tmp_path: Path) -> None:
+    """It was started at the last moment: the newer attempt is not disturbed, and it goes on with its next trial."""
+    taken, own = trial(*OFF, name="taken"), trial(*OFF, name="own")
+    taken.begin_attempt(2)
+    worker = WorkerFolder(tmp_path / "worker")
+    worker.claim(Task(str(taken.path), 1))
+    worker.claim(Task(str(own.path), 1), room=None)
+    worker.claim(Task(None), room=None)
+    assert serve_trials(worker, idle_s=5) == 1 and worker.progress() == Progress(2, ending=True)
+    assert taken.read_status() == {} and own.read_status()["state"] == "completed"
 
 
 @pytest.mark.slow

@@ -380,3 +380,35 @@ def test_a_full_shared_disk(slurm: Bed, tmp_path: Path) -> None:
         check_same_as_alone(sweep, tmp_path)
     finally:
         subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_more_workers_than_there_is_room_for(slurm: Bed, tmp_path: Path) -> None:
+    """Six are asked for and two may run: they run all trials, and the jobs of the others leave the queue."""
+    sweep = tmp_path / "outputs" / "s"
+    options = ("sweep.run_cap=8", "launcher.slots=6", "launcher.slurm.array_parallelism=2", "orpo.max_steps=12")
+    ends = finish(start(tmp_path, *ONE, *options, "tracker=disabled"), tmp_path)
+    assert ended_states(sweep)["completed"] == 8 and slurm.jobs() == []
+    assert not [e for e in ends if e["state"] not in ("completed", "stopped") or e["counted"]]
+    assert len({s["pid"] for s in statuses(sweep)}) == 2, "no third worker had to load anything"
+
+
+def test_a_job_that_is_completing_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An epilog hangs on the node of the first trial's job: the trial goes on elsewhere."""
+    if reason := slurm_bed.why_not():
+        pytest.skip(reason)
+    (tmp_path / "epilog").write_text(f"#!/bin/bash\nwhile [ ! -e {tmp_path}/go ]; do sleep 0.5; done\n")
+    (tmp_path / "epilog").chmod(0o755)
+    with slurm_bed.running_bed(accounting=False, Epilog=str(tmp_path / "epilog")) as bed:
+        monkeypatch.setenv("SLURM_CONF", str(bed.conf))
+        sweep = tmp_path / "outputs" / "s"
+        controller = start(tmp_path, *ONE)
+        victim = wait_for(past(sweep, 12))[0]["pid"]
+        first = job_of(sweep)
+        os.kill(victim, signal.SIGKILL)
+        wait_for(lambda: bed.command("squeue", "-h", "-o", "%T", "-j", first).split() == ["COMPLETING"])
+        ends = wait_for(lambda: [e for e in events(sweep) if e["event"] == "end"], 200)
+        assert ends[0]["state"] == "stopped" and "SLURM: COMPLETING" in ends[0]["message"]
+        wait_for(past(sweep, ends[0]["checkpoint"], attempt=2))
+        (tmp_path / "go").touch()
+        finish(controller, tmp_path)
+    check_same_as_alone(sweep, tmp_path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,18 +14,22 @@ from isaerft_sweep.controller.preflight import known_trial_needs
 from isaerft_sweep.controller.question import check_files, open_journal, questions, result_files, settings, sweep_folder
 from isaerft_sweep.controller.run import begin_sweep, count_trials, make_sampler
 from isaerft_sweep.controller.trials import TrialFactory
+from isaerft_sweep.dispatch.base import QueueBusy
 from isaerft_sweep.dispatch.job import TrialJob
-from isaerft_sweep.dispatch.slurm import OVER, scancel
-from isaerft_sweep.dispatch.slurm_site import ask
+from isaerft_sweep.dispatch.slurm import COMPLETING_S, scancel
+from isaerft_sweep.dispatch.slurm_site import OVER, ask, cluster_of
 from isaerft_sweep.dispatch.snapshot import code_snapshot
 from isaerft_sweep.environment import git_commit
-from isaerft_sweep.errors import ConfigError, FolderError
+from isaerft_sweep.errors import ConfigError, FolderError, LaunchError
 from isaerft_sweep.journal.files import write_text
 from isaerft_sweep.journal.folders import COMPLETED, DIVERGED, FINAL, STOPPED, SweepFolder
 from isaerft_sweep.journal.journal import SweepRecord, replay
-from isaerft_sweep.specs import Experiment
+from isaerft_sweep.specs import Experiment, LauncherSpec
 
-JOB_FACTS = ("JobId", "UserId", "JobState", "Command", "WorkDir")
+FACTS = ("%F", "%T", "%Z", "%o")
+"""In squeue's letters: the array, its state, the folder that it was submitted from, the script with its arguments."""
+SEPARATOR = "\x1f"
+"""Of what may hold any character that people write."""
 POLL_S = 1.0
 TRY_AGAIN = 75
 """Exit code of a trial that was stopped and can be gone on with (EX_TEMPFAIL of sysexits.h)."""
@@ -68,25 +71,46 @@ def make_trials(experiment: Experiment, overrides: Sequence[str]) -> tuple[Path,
 
 def end_array(folder: SweepFolder) -> None:
     """Take out of SLURM's queue, and end, the arrays of ``slurm/trials.sbatch`` that run this sweep; wait for it."""
-    if shutil.which("scontrol") is None:
-        return
+    end = time.monotonic() + COMPLETING_S
     while jobs := arrays_of(folder.path):
-        scancel(*jobs)
+        if set(jobs.values()) == {"COMPLETING"} and time.monotonic() > end:
+            print(f"SLURM does not get jobs {', '.join(jobs)} to end: they have been COMPLETING for {COMPLETING_S:g} s.")
+            return
+        scancel(*jobs, cluster=cluster_of(LauncherSpec()))
         time.sleep(POLL_S)
 
 
-def arrays_of(path: Path) -> list[str]:
-    """SLURM's ids of the user's jobs whose script was given the sweep in ``path``."""
-    found = []
-    for line in ask("scontrol", "--oneliner", "show", "jobs").splitlines():
-        facts = {key: re.search(rf"(?:^| ){key}=(.*?)(?= \w[\w:/]*=|$)", line) for key in JOB_FACTS}
-        job, owner, state, command, place = (match[1].strip() if match else "" for match in facts.values())
-        words = command.split()
-        if not owner.endswith(f"({os.getuid()})") or state in OVER or len(words) < 2:
+def arrays_of(path: Path) -> dict[str, str]:
+    """SLURM's ids of the user's jobs whose script was given the sweep in ``path``, with a state of each; none where there is
+    no SLURM. Raises QueueBusy when it does not answer."""
+    found = {}
+    flags = ("--noheader", "--user", str(os.getuid()), f"--format={SEPARATOR.join(FACTS)}")
+    try:
+        said = ask("squeue", *flags, cluster=cluster_of(LauncherSpec()))
+    except QueueBusy:
+        raise
+    except LaunchError:
+        return {}
+    for line in said.splitlines():
+        facts = line.split(SEPARATOR)
+        if len(facts) != len(FACTS):
             continue
-        if Path(place, Path(words[1]).expanduser()).resolve() == path.resolve():
-            found.append(job)
+        job, state, place, command = facts
+        if state not in OVER and argument(command, Path(place)).resolve() == path.resolve():
+            found[job] = state
     return found
+
+
+def argument(command: str, place: Path) -> Path:
+    """The folder that a script was given, in a command whose words SLURM shows joined by spaces, whatever is in them.
+
+    The script is the shortest beginning that is a file, and the folder the longest beginning of the rest that holds trials.
+    """
+    ends = [match.start() for match in re.finditer(" ", command)]
+    begin = next((end for end in ends if Path(command[:end]).is_file()), ends[0] if ends else len(command))
+    rest = command[begin + 1 :]
+    given = [Path(place, rest[:end]) for end in [len(rest), *(end - begin - 1 for end in reversed(ends) if end > begin)]]
+    return next((folder for folder in given if SweepFolder(folder).journal.is_file()), given[0])
 
 
 def run_made_trial(path: Path, index: int) -> int:

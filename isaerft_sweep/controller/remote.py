@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import socket
 import subprocess
 import sys
 import time
@@ -13,13 +15,15 @@ import yaml
 
 from isaerft_sweep.config.boundary import to_definition
 from isaerft_sweep.controller.following import Follower, follow
-from isaerft_sweep.controller.made import end_array
+from isaerft_sweep.controller.made import arrays_of, end_array
 from isaerft_sweep.controller.presence import is_run, last_presence
 from isaerft_sweep.controller.question import sweep_folder
-from isaerft_sweep.controller.run import INTERRUPTED, end_jobs, run_sweep
+from isaerft_sweep.controller.run import INTERRUPTED, disk_errors_named, end_jobs, run_sweep
 from isaerft_sweep.controller.stopping import ask_to_stop
 from isaerft_sweep.errors import ConfigError, FolderError
-from isaerft_sweep.journal.folders import SweepFolder
+from isaerft_sweep.journal.folders import FINAL, SweepFolder
+from isaerft_sweep.journal.journal import SweepRecord
+from isaerft_sweep.journal.log import whole_lines
 from isaerft_sweep.plain import from_mapping
 from isaerft_sweep.results.confirmation import first_sweep
 from isaerft_sweep.specs import Experiment
@@ -27,7 +31,9 @@ from isaerft_sweep.terminal import make_console
 
 POLL_S = 0.2
 BEGUN_S = 20.0
-"""How long a controller that says nothing new (all its trials run already) is watched before it is left."""
+"""How long a controller that adopts what runs already is watched before it is left: it may dispatch nothing for hours."""
+DISPATCHED_S = 120.0
+"""How long one that has something to dispatch is watched: a queue that is full takes nothing, one that refuses says so."""
 
 
 def detach(experiment: Experiment, overrides: Sequence[str]) -> int:
@@ -37,8 +43,10 @@ def detach(experiment: Experiment, overrides: Sequence[str]) -> int:
         raise FolderError(
             f"the sweep in {folder.path} is already run by {last_presence(folder)}. isaerft-sweep attach shows it."
         )
-    folder.path.mkdir(parents=True, exist_ok=True)
-    already = folder.journal.stat().st_size if folder.journal.is_file() else 0
+    with disk_errors_named(folder):
+        folder.path.mkdir(parents=True, exist_ok=True)
+        folder.controller_log.touch()
+    _, already = whole_lines(folder.journal)
     begin = folder.controller_log.stat().st_size if folder.controller_log.is_file() else 0
     with folder.controller_log.open("a", encoding="utf-8") as log:
         controller = subprocess.Popen(
@@ -51,11 +59,7 @@ def detach(experiment: Experiment, overrides: Sequence[str]) -> int:
     try:
         while controller.poll() is None:
             known = last_presence(folder)
-            if (
-                known
-                and known.pid == controller.pid
-                and (folder.journal.stat().st_size > already or time.time() - known.started > BEGUN_S)
-            ):
+            if known and known.pid == controller.pid and has_begun(folder, already, known.started):
                 print(f"The sweep is run by {known}.\nfollow it:  isaerft-sweep attach {folder.path}")
                 print(f"            isaerft-sweep status {folder.path}\nend it:     isaerft-sweep cancel {folder.path}")
                 return 0
@@ -70,8 +74,27 @@ def detach(experiment: Experiment, overrides: Sequence[str]) -> int:
     return controller.returncode
 
 
-def attach(path: Path) -> int:
-    """Show a sweep until it ends, or go on with it when no controller runs it; an exit code as ``run_sweep``'s."""
+def has_begun(folder: SweepFolder, already: int, started: float) -> bool:
+    """Whether a controller that runs since ``started`` can be left: it has dispatched trials, or will say nothing soon.
+
+    ``already``: the size of the journal when it began.
+    """
+    content = folder.journal.read_bytes()
+    news = [json.loads(line)["event"] for line in content[already:].split(b"\n")[:-1]]
+    if "dispatch" in news:
+        return True
+    before = SweepRecord()
+    for line in content[:already].split(b"\n")[:-1]:
+        before.apply(json.loads(line))
+    adopts = any(record.job is not None and not record.ended for record in before.trials.values())
+    return time.time() - started > (BEGUN_S if adopts else DISPATCHED_S)
+
+
+def attach(path: Path, here: bool = False) -> int:
+    """Show a sweep until it ends, or go on with it when no controller runs it; an exit code as ``run_sweep``'s.
+
+    ``here``: whether it may train on this machine without asking.
+    """
     console = make_console()
     folder = Follower(path).folder
     try:
@@ -81,7 +104,7 @@ def attach(path: Path) -> int:
             seen = Follower(path)
             ended = sum(record.ended for record in seen.records)
             console.print(f"The controller has ended, with {ended} of {seen.trials} trials ended.")
-            return 0 if ended >= seen.trials else 1
+            return 0 if ended >= seen.trials and not any(record.given_up for record in seen.records) else 1
     except KeyboardInterrupt:
         console.print("Left. The sweep goes on.")
         return 0
@@ -90,9 +113,44 @@ def attach(path: Path) -> int:
             f"{folder.path} runs the leaders of {first.path} again, and no controller runs it now. Go on with it: "
             f"isaerft-sweep confirm {first.path}, with the --top and --seeds of before."
         )
+    experiment, known = read_experiment(folder), last_presence(folder)
+    if not (here or may_go_on(folder, experiment)):
+        console.print("Left as it is: no trial was begun.")
+        return 1
     console.print("No controller runs this sweep: going on with it.", style="dim")
-    known = last_presence(folder)
-    return run_sweep(read_experiment(folder), known.overrides if known else ())
+    return run_sweep(experiment, known.overrides if known else ())
+
+
+def may_go_on(folder: SweepFolder, experiment: Experiment) -> bool:
+    """Whether whoever attaches wants what would follow: it asks before it trains on this machine.
+
+    Raises FolderError where nobody can be asked and the sweep was not run by a controller of this machine.
+    """
+    if folder.made.exists() and (jobs := arrays_of(folder.path)):
+        raise FolderError(
+            f"SLURM's jobs {', '.join(jobs)} run trials of {folder.path}, which no controller started. Wait for them, or "
+            f"end them: isaerft-sweep cancel {folder.path}."
+        )
+    seen = Follower(folder.path)
+    statuses = seen.statuses()
+    ended = [r for r in seen.records if (r.ended and not r.given_up) or statuses.get(r.index, {}).get("state") in FINAL]
+    left = seen.trials - len(ended)
+    if experiment.launcher.kind != "local" or left <= 0:
+        return True
+    host, known = socket.gethostname(), last_presence(folder)
+    if sys.stdin.isatty():
+        print(f"{left} of {seen.trials} trials are left, and launcher=local: they would be trained on this machine, {host}.")
+        try:
+            return input("Train them here? [y/N] ").strip().lower() in ("y", "yes")
+        except EOFError:
+            return False
+    if known is not None and known.host == host:
+        return True
+    raise FolderError(
+        f"{left} of {seen.trials} trials are left, and launcher=local would train them on this machine, {host}, where no "
+        f"controller has run this sweep before. If that is right: isaerft-sweep attach --here {folder.path}. Else "
+        f"give its command with another launcher: python -m isaerft_sweep.launch name={folder.path.name} … launcher=slurm."
+    )
 
 
 def cancel(path: Path, at_once: bool) -> int:
@@ -100,16 +158,18 @@ def cancel(path: Path, at_once: bool) -> int:
 
     Finished trials stay, unfinished ones can be gone on with.
     """
-    folder = Follower(path).folder
+    folder = SweepFolder(path.expanduser().absolute())
     if not is_run(folder):
+        folder = Follower(path).folder
+        with disk_errors_named(folder):
+            ask_to_stop(folder.cancel, at_once)  # of a controller that is being started: it will find it
         if folder.made.exists():
             end_array(folder)
-        end_jobs(read_experiment(folder), folder, at_once)
-    else:
-        ask_to_stop(folder.cancel, at_once)
-        print(f"Asked {last_presence(folder)} to stop.", flush=True)
-        while is_run(folder):
-            time.sleep(POLL_S)
+        if not is_run(folder):
+            end_jobs(read_experiment(folder), folder, at_once)
+    if is_run(folder):
+        with disk_errors_named(folder):
+            wait_for_end(folder, at_once)
     seen = Follower(path)
     under_way = sum(record.state == "queued" for record in seen.records)
     if under_way:
@@ -118,6 +178,17 @@ def cancel(path: Path, at_once: bool) -> int:
         f"Nothing of {folder.path} is left running; {sum(r.ended for r in seen.records)} of {seen.trials} trials have ended."
     )
     return 0
+
+
+def wait_for_end(folder: SweepFolder, at_once: bool) -> None:
+    """Ask the sweep's controller to stop, and wait until it has: it may not have begun to listen yet."""
+    ask_to_stop(folder.cancel, at_once)
+    print(f"Asked {last_presence(folder) or 'its controller'} to stop.", flush=True)
+    while is_run(folder):
+        if not folder.cancel.exists():
+            ask_to_stop(folder.cancel, at_once)
+        time.sleep(POLL_S)
+    folder.cancel.unlink(missing_ok=True)
 
 
 def read_experiment(folder: SweepFolder) -> Experiment:

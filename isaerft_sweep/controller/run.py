@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import yaml
@@ -23,7 +24,7 @@ from isaerft_sweep.controller.trials import GivenIds, TrialFactory, new_sweep_id
 from isaerft_sweep.controller.whereabouts import given_up_words
 from isaerft_sweep.dispatch.base import Dispatcher
 from isaerft_sweep.environment import describe_environment, git_commit
-from isaerft_sweep.errors import FolderError
+from isaerft_sweep.errors import FolderError, LaunchError
 from isaerft_sweep.journal.files import write_json, write_text
 from isaerft_sweep.journal.folders import COMPLETED, SweepFolder
 from isaerft_sweep.journal.journal import Journal
@@ -39,11 +40,15 @@ from isaerft_sweep.terminal import make_console
 from isaerft_sweep.tracking.announce import create_sweep, finish_sweep
 
 INTERRUPTED = 130
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
+SHOWN_GIVEN_UP = 5
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.EFBIG)
+FILE_ERRORS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR)
+"""Of one file, which such an error names."""
 
 
 def run_sweep(experiment: Experiment, overrides: Sequence[str] = ()) -> int:
-    """Run or go on with the sweep; the process's exit code: 0, 1 when no trial completed, 130 when stopped.
+    """Run or go on with the sweep; the process's exit code: 0, 1 when no trial completed or one was given up, 130
+    when stopped.
 
     Raises IsaerftError before any trial is dispatched when something is wrong that the user can mend.
     """
@@ -77,53 +82,84 @@ def run_trials(
         check: whether model, SAE and data are looked at before the first trial.
     """
     console = make_console()
-    check_disk(folder.path, experiment.launcher.min_free_gb)
-    known_as = [asked] if asked else questions(experiment, definition)
-    experiment = with_sweeps_project(experiment, definition)
-    files = result_files(experiment, definition)
-    journal = open_journal(folder, known_as, settings(experiment, definition), files)
+    with disk_errors_named(folder):
+        check_disk(folder.path, experiment.launcher.min_free_gb)
+        known_as = [asked] if asked else questions(experiment, definition)
+        experiment = with_sweeps_project(experiment, definition)
+        files = result_files(experiment, definition)
+        journal = open_journal(folder, known_as, settings(experiment, definition), files)
+        try:
+            trials = count_trials(definition, sampler, len(journal.record.trials))
+            ended = sum(record.ended and not record.given_up for record in journal.record.trials.values())
+            console.print(introduction(folder, experiment, definition, sampler, trials, ended), soft_wrap=True)
+            check_place(journal, experiment.launcher)
+            dispatcher = make_dispatcher(experiment.launcher, folder)  # first of all: a cluster's answer takes no time
+            if ended < trials and check:
+                console.print("checking model, SAE and data; the first time may download or convert the model", style="dim")
+                print_facts(console, known_trial_needs(*variants(experiment, definition)))
+            online = experiment.tracker.mode == "wandb" and given is None and bool(definition.raw)
+
+            def named() -> str:
+                known = create_sweep(folder.definition, experiment.tracker) if online else None
+                return given.sweep_id if given else known or new_sweep_id()
+
+            # again, since the check may have fetched what the Hub's cache did not hold
+            check_files(given.whole if given else folder, result_files(experiment, definition))
+            begin_sweep(experiment, definition, folder, journal, known_as[0], named)
+            stop = StopRequest(folder.cancel, given.agent if given else None)
+            with (
+                stop.heard(),
+                presence(folder, trials, overrides),
+                Progress(console, definition.metric.name, trials, folder) as view,
+                closed_in_the_end(dispatcher),
+            ):
+                stop.tell = lambda asked: view.note(asked.words(experiment.launcher.grace_s))
+                sweep_id = journal.record.sweep_id
+                factory = TrialFactory(experiment, definition, folder, sweep_id, git_commit(), overrides, given)
+                early = make_early_stopping(experiment, definition)
+                SweepController(
+                    journal, sampler, factory, dispatcher, experiment.launcher, trials, view, lambda: stop.urgency, early,
+                    revive=given is not None,  # whoever starts a run again that was stopped early wants it to go on
+                ).run()  # fmt: skip
+                stopped = stop.urgency > 0
+            if online and all(record.ended for record in journal.record.trials.values()):
+                finish_sweep(journal.record.sweep_id, experiment.tracker)
+            whole = given.whole if given else folder
+            return conclude(console, whole, journal, trials, stopped, show, definition)
+        finally:
+            journal.close()
+
+
+@contextmanager
+def closed_in_the_end(dispatcher: Dispatcher) -> Iterator[None]:
+    """Close the dispatcher after the block; an error of the block is told, not one that closing meets because of it."""
     try:
-        trials = count_trials(definition, sampler, len(journal.record.trials))
-        ended = sum(record.ended and not record.given_up for record in journal.record.trials.values())
-        console.print(introduction(folder, experiment, definition, sampler, trials, ended), soft_wrap=True)
-        dispatcher = make_dispatcher(experiment.launcher, folder)  # first of all: a cluster's answer takes no time
-        if ended < trials and check:
-            console.print("checking model, SAE and data; the first time may download or convert the model", style="dim")
-            print_facts(console, known_trial_needs(*variants(experiment, definition)))
-        online = experiment.tracker.mode == "wandb" and given is None and bool(definition.raw)
+        yield
+    except BaseException:
+        with suppress(Exception):
+            dispatcher.close()
+        raise
+    dispatcher.close()
 
-        def named() -> str:
-            known = create_sweep(folder.definition, experiment.tracker) if online else None
-            return given.sweep_id if given else known or new_sweep_id()
 
-        # again, since the check may have fetched what the Hub's cache did not hold
-        check_files(given.whole if given else folder, result_files(experiment, definition))
-        begin_sweep(experiment, definition, folder, journal, known_as[0], named)
-        stop = StopRequest(folder.cancel, given.agent if given else None)
-        with (
-            stop.heard(),
-            presence(folder, trials, overrides),
-            Progress(console, definition.metric.name, trials, folder) as view,
-        ):
-            stop.tell = lambda asked: view.note(asked.words(experiment.launcher.grace_s))
-            sweep_id = journal.record.sweep_id
-            factory = TrialFactory(experiment, definition, folder, sweep_id, git_commit(), overrides, given)
-            early = make_early_stopping(experiment, definition)
-            controller = SweepController(
-                journal, sampler, factory, dispatcher, experiment.launcher, trials, view, lambda: stop.urgency, early,
-                revive=given is not None,  # whoever starts a run again that was stopped early wants it to go on
-            )  # fmt: skip
-            try:
-                with disk_errors_named(folder):
-                    controller.run()
-            finally:
-                dispatcher.close()
-        if online and all(record.ended for record in journal.record.trials.values()):
-            finish_sweep(journal.record.sweep_id, experiment.tracker)
-        whole = given.whole if given else folder
-        return conclude(console, whole, journal, trials, stop.urgency > 0, show, definition)
-    finally:
-        journal.close()
+def check_place(journal: Journal, launcher: LauncherSpec) -> None:
+    """Raise LaunchError when trials are under way that another kind of launcher has started."""
+    place = place_of_jobs(journal)
+    if place not in (None, (launcher.kind, launcher.resident)):
+        assert place is not None
+        raise LaunchError(
+            f"trials of {journal.folder.path} are under way, as far as is known, which launcher={place[0]} "
+            f"launcher.resident={str(place[1]).lower()} has started: the sweep must go on with the same. Or end them first: "
+            f"isaerft-sweep cancel {journal.folder.path}."
+        )
+
+
+def place_of_jobs(journal: Journal) -> tuple[str, bool] | None:
+    """Launcher and ``resident`` of the trials that are under way; None when there are none."""
+    for record in journal.record.trials.values():
+        if record.job is not None and not record.ended:
+            return str(record.job.get("job", record.job)["kind"]), record.job["kind"] == "resident"
+    return None
 
 
 @contextmanager
@@ -132,7 +168,7 @@ def disk_errors_named(folder: SweepFolder) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        if error.errno not in (DISK_ERRORS if error.filename is None else (*DISK_ERRORS, *FILE_ERRORS)):
             raise
         raise FolderError(
             f"{error.filename or folder.path} cannot be written ({error.strerror}). Make room or mend the disk, then run "
@@ -144,15 +180,17 @@ def end_jobs(experiment: Experiment, folder: SweepFolder, at_once: bool) -> None
     """End all jobs of a sweep that no controller runs, in order or at once."""
     journal = Journal(folder)
     try:
-        console = make_console()
-        with Progress(console, journal.record.metric, len(journal.record.trials), folder) as view:
-            factory = TrialFactory(experiment, SweepDefinition("given points", Metric("", "maximize"), {}), folder, "", None)
-            urgency = AT_ONCE if at_once else IN_ORDER
-            dispatcher = make_dispatcher(experiment.launcher, folder)
-            SweepController(
-                journal, GivenPoints([]), factory, dispatcher, experiment.launcher, 0, view, lambda: urgency
-            ).run()
-            dispatcher.close()
+        kind, resident = place_of_jobs(journal) or (experiment.launcher.kind, experiment.launcher.resident)
+        launcher = replace(experiment.launcher, kind=kind, resident=resident)
+        factory = TrialFactory(experiment, SweepDefinition("given points", Metric("", "maximize"), {}), folder, "", None)
+        urgency = AT_ONCE if at_once else IN_ORDER
+        with (
+            disk_errors_named(folder),
+            Progress(make_console(), journal.record.metric, len(journal.record.trials), folder) as view,
+        ):
+            dispatcher = make_dispatcher(launcher, folder)
+            with closed_in_the_end(dispatcher):
+                SweepController(journal, GivenPoints([]), factory, dispatcher, launcher, 0, view, lambda: urgency).run()
     finally:
         journal.close()
 
@@ -210,8 +248,13 @@ def begin_sweep(
     asked: str | None = None,
     named: Callable[[], str] = new_sweep_id,
 ) -> None:
-    """Write down what the sweep is, if that has not been done yet; ``named`` gives its id, after its file is written."""
-    if not journal.record.sweep_id:
+    """Write down what the sweep is, if that has not been done yet; ``named`` gives its id, after its file is written.
+
+    One that goes on does so as the last command says, with another cap or launcher, say: so will ``attach``.
+    """
+    if journal.record.sweep_id:
+        write_settings(experiment, definition, folder)
+    else:
         write_question(experiment, definition, folder)
         asked, metric = asked or questions(experiment, definition)[0], definition.metric
         journal.write("sweep", sweep_id=named(), question=asked, metric=metric.name, goal=metric.goal)
@@ -219,9 +262,16 @@ def begin_sweep(
 
 def write_question(experiment: Experiment, definition: SweepDefinition, folder: SweepFolder) -> None:
     """What was asked, for people: the sweep file, the composed config, and what it is run with."""
-    write_text(folder.definition, yaml.safe_dump(dict(definition.raw), sort_keys=False))
-    write_text(folder.config, yaml.safe_dump(to_dict(experiment), sort_keys=False))
+    write_settings(experiment, definition, folder)
     write_json(folder.environment, describe_environment())
+
+
+def write_settings(experiment: Experiment, definition: SweepDefinition, folder: SweepFolder) -> None:
+    """The sweep file and the composed config, where they are not there yet as they are now."""
+    for path, content in ((folder.definition, dict(definition.raw)), (folder.config, to_dict(experiment))):
+        text = yaml.safe_dump(content, sort_keys=False)
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            write_text(path, text)
 
 
 def introduction(
@@ -293,6 +343,10 @@ def conclude(
     elif ended < trials:
         reason = next((r.message for r in records if r.given_up), "")
         console.print(f"Ended after {ended} trials, since none of them completed: {reason}", soft_wrap=True, style="red")
-    if any(r.given_up for r in records) and folder.journal.is_file():  # an agent decides by itself what it runs again
+    given_up = [record for record in records if record.given_up]
+    for record in given_up[:SHOWN_GIVEN_UP]:
+        why = record.message.partition("\n")[0]
+        console.print(f"given up: {record.name}: {why}", soft_wrap=True, style="red", markup=False, highlight=False)
+    if given_up and folder.journal.is_file():  # an agent decides by itself what it runs again
         console.print(given_up_words(records, folder), style="yellow")
-    return 0 if any(r.state == COMPLETED for r in records) else 1
+    return 0 if any(r.state == COMPLETED for r in records) and not given_up else 1

@@ -8,6 +8,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -111,14 +112,18 @@ def _row(seen: Follower, record: TrialRecord, status: Mapping[str, Any], now: fl
 
 def waiting_reasons(records: list[TrialRecord]) -> Counter[str]:
     """Why SLURM has not started the jobs of these trials yet, in its own words; nothing for jobs of another kind."""
-    ids = sorted({str(job["id"]) for r in records if (job := innermost(r.job)).get("kind") == "slurm"})
-    if not ids:
-        return Counter()
-    try:
-        lines = ask("squeue", "--noheader", "--array", "--format=%T|%r", "--jobs", ",".join(ids)).splitlines()
-    except LaunchError:
-        return Counter()  # it does not answer, or has forgotten one of them: the next poll of the controller will tell
-    return Counter(line.partition("|")[2] for line in lines if line.startswith("PENDING|"))
+    ids: dict[str | None, list[str]] = {}
+    for record in records:
+        job = innermost(record.job)
+        if job.get("kind") == "slurm":
+            ids.setdefault(job.get("cluster"), []).append(str(job["id"]))
+    reasons: Counter[str] = Counter()
+    for cluster, of_it in ids.items():
+        flags = ("--noheader", "--array", "--format=%T|%r", "--jobs", ",".join(sorted(of_it)))
+        with suppress(LaunchError):  # it does not answer, or has forgotten one of them: the controller's next poll will tell
+            lines = ask("squeue", *flags, cluster=cluster).splitlines()
+            reasons.update(line.partition("|")[2] for line in lines if line.startswith("PENDING|"))
+    return reasons
 
 
 def controller_words(seen: Follower, ended: int) -> str:

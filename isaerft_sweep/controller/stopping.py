@@ -6,11 +6,12 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from isaerft_sweep.dispatch.processes import start_time
 from isaerft_sweep.journal.files import write_text
 
 IN_ORDER, AT_ONCE = 1, 2
@@ -66,10 +67,13 @@ class StopRequest:
         # one that is ignored stays ignored: that is what nohup means
         heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
         before = {number: signal.signal(number, note) for number in heard}
-        self.file.unlink(missing_ok=True)  # meant for an earlier controller
+        with suppress(FileNotFoundError):
+            if self.file.stat().st_mtime < process_began():
+                self.file.unlink()  # meant for an earlier controller
         try:
             yield
         finally:
+            self.file.unlink(missing_ok=True)
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -79,6 +83,12 @@ def wait(seconds: float, urgency: Callable[[], int]) -> None:
     before, end = urgency(), time.monotonic() + seconds
     while (left_s := end - time.monotonic()) > 0 and urgency() <= before:
         time.sleep(min(left_s, LOOK_S))
+
+
+def process_began() -> float:
+    """When this process was started, in seconds since the epoch."""
+    ticks = start_time(os.getpid()) or 0.0
+    return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
 
 
 def ask_to_stop(file: Path, at_once: bool) -> None:

@@ -74,6 +74,7 @@ class SweepController:
         self.statuses: dict[int, dict[str, Any]] = {}
         self.exhausted = False
         self._told_to_stop: dict[int, float] = {}
+        self._killed: dict[int, float] = {}
         self._held: dict[int, float] = {}
         """When a trial was last seen suspended by its place."""
         self._pause_s = self._pause_until = 0.0
@@ -154,6 +155,8 @@ class SweepController:
             chosen.append(record)
         if chosen:
             self._dispatch(chosen)
+        elif not self.waiting and not self.hopeless and (self.exhausted or len(self.records) >= self.trials):
+            self._take_over()
         return bool(self.active or (self.waiting and not self.hopeless))
 
     def _take_retries(self) -> None:
@@ -166,6 +169,30 @@ class SweepController:
                 if isinstance(self.sampler, Sampler):
                     self.sampler.pending_again(record.point)
                 self.waiting.append(record)
+
+    def _take_over(self) -> None:
+        """Let workers that have nothing more to do run what waits for others to be started, which is then not needed; end
+        those that are left without anything. Where trials may be revived, workers wait for that as long as they do."""
+        idle = self.dispatcher.idle_workers
+        unstarted = [r for r in self.active.values() if r.job is not None and not self.statuses.get(r.index)]
+        # the last ones: a scheduler starts an array's jobs in their order
+        taken = [r for r in unstarted if idle and r.job is not None and self.dispatcher.queued(r.job)][-idle:]
+        refs = [record.job for record in taken if record.job is not None]
+        for record in taken:
+            facts = {
+                "metric": None,
+                "message": "another worker takes it",
+                "seconds": 0.0,
+                "given_up": False,
+                "counted": False,
+            }
+            self.journal.write("end", index=record.index, state=STOPPED, **facts)
+            del self.active[record.index]
+        if taken:
+            self._dispatch(taken)
+            self.dispatcher.withdraw(refs)
+        elif idle and self.early is None:
+            self.dispatcher.dismiss_idle()
 
     def _revived(self, chosen: list[TrialRecord]) -> TrialRecord | None:
         """A trial that was stopped early and has turned out to be worth going on with."""
@@ -226,6 +253,8 @@ class SweepController:
             elif self._overdue(record, status):
                 assert record.job is not None
                 self.dispatcher.kill([record.job])
+                if self._survives(record, ENDING_S):
+                    self._settle(record, status)
             elif self.early and status.get("state") == RUNNING and self.early.stops(record.index, status):
                 self.factory.folder.trial(record.name).ask_to_stop(PRUNED)
 
@@ -247,6 +276,16 @@ class SweepController:
         limit_s = ENDING_S if status["state"] in (*FINAL, PRUNED, STOPPED, FAILED) else self.launcher.heartbeat_s
         return time.time() - max(float(status["heartbeat"]), self._held.get(record.index, 0.0)) > limit_s
 
+    def _survives(self, record: TrialRecord, limit_s: float) -> bool:
+        """Whether its job is still there so long after it was first killed (a process that hangs in the kernel, a node that
+        does not answer). It is given up then: a newer attempt fences it off should it come back."""
+        first = self._killed.setdefault(record.index, time.monotonic())
+        if time.monotonic() - first <= limit_s:
+            return False
+        assert record.job is not None
+        self.dispatcher.abandon(record.job)
+        return True
+
     def _settle(self, record: TrialRecord, status: dict[str, Any]) -> None:
         if self.early:
             self.early.note(record.index, status)
@@ -267,8 +306,8 @@ class SweepController:
             checkpoint=int(status.get("checkpoint") or 0),
         )
         del self.active[record.index]
-        self._told_to_stop.pop(record.index, None)
-        self._held.pop(record.index, None)
+        for told in (self._told_to_stop, self._held, self._killed):
+            told.pop(record.index, None)
         if record.ended:
             self._count_ended(record)
         else:
@@ -302,3 +341,6 @@ class SweepController:
             self.dispatcher.cancel(ask)
         if force:
             self.dispatcher.kill(force)
+        for record in [r for r in self.active.values() if r.job in force]:
+            if self._survives(record, ENDING_S):
+                self._settle(record, self._read_status(record))

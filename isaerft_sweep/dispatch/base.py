@@ -40,6 +40,8 @@ class Dispatcher(ABC):
     """How many threads each trial may use; None: as many as its job has."""
     waiting_workers: int = 0
     """How many trials can be given to somebody who waits for one, without a new job."""
+    idle_workers: int = 0
+    """How many of those who wait have nothing to do."""
 
     @abstractmethod
     def submit_all(self, jobs: Sequence[Job]) -> list[JobRef]:
@@ -78,6 +80,19 @@ class Dispatcher(ABC):
     def suspended(self, ref: JobRef) -> bool:
         """Whether the place holds a living job still, so that it cannot say anything."""
         return False
+
+    def queued(self, ref: JobRef) -> bool:
+        """Whether the place has not started a living job yet."""
+        return False
+
+    def withdraw(self, refs: Sequence[JobRef]) -> None:  # noqa: B027  (most run one trial in a job)
+        """Take trials that have a newer attempt from workers that are not started yet, and end those left without one."""
+
+    def dismiss_idle(self) -> None:  # noqa: B027
+        """End the workers that wait: there is nothing more to give them."""
+
+    def abandon(self, ref: JobRef) -> None:  # noqa: B027
+        """Give up a job that does not end, though it was killed: its slot is free for another one."""
 
     def close(self) -> None:  # noqa: B027  (most have nothing to do)
         """The sweep has ended: leave nothing running."""

@@ -66,6 +66,10 @@ class ResidentDispatcher(Dispatcher):
     def waiting_workers(self) -> int:  # type: ignore[override]
         return sum(self._room(worker) for worker in self._workers.values())
 
+    @property
+    def idle_workers(self) -> int:  # type: ignore[override]
+        return sum(not worker.open and self._room(worker) > 0 for worker in self._workers.values())
+
     def submit_all(self, jobs: Sequence[Job]) -> list[JobRef]:
         tasks = [Task(job.folder, job.attempt) for job in jobs if isinstance(job, TrialJob)]
         assert len(tasks) == len(jobs)
@@ -175,12 +179,35 @@ class ResidentDispatcher(Dispatcher):
     def suspended(self, ref: JobRef) -> bool:
         return self.inner.suspended(ref["job"])
 
-    def close(self) -> None:
-        """End the workers that wait; one that does not listen is killed. Busy ones go on: they will be adopted."""
+    def queued(self, ref: JobRef) -> bool:
+        return self.inner.queued(ref["job"])
+
+    def withdraw(self, refs: Sequence[JobRef]) -> None:
+        """A worker that is started after all finds that the attempt is not the present one, and passes it over."""
+        left = []
+        for ref in refs:
+            worker = self._workers.get(ref["worker"])
+            if worker is not None:
+                worker.open.discard(ref["task"])
+                left += [] if worker.open or worker.last else [worker]
+        for worker in left:
+            worker.folder.claim(Task(None), room=None)
+            worker.last = True
+        if left:
+            self.inner.kill([worker.job for worker in left])
+
+    def dismiss_idle(self) -> None:
         for worker in self._workers.values():
             if not worker.open and not worker.last:
                 worker.folder.claim(Task(None))
                 worker.last = True
+
+    def abandon(self, ref: JobRef) -> None:
+        self._workers.pop(ref["worker"], None)
+
+    def close(self) -> None:
+        """End the workers that wait; one that does not listen is killed. Busy ones go on: they will be adopted."""
+        self.dismiss_idle()
         end = time.monotonic() + max(CLOSING_S, 2 * self.poll_s)
         while waiting := self._ending():
             if time.monotonic() >= end:

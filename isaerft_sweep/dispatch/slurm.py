@@ -11,9 +11,10 @@ import os
 import re
 import shlex
 import subprocess
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import submitit
@@ -21,18 +22,32 @@ import submitit
 from isaerft_sweep.dispatch.base import Dispatcher, JobRef, QueueBusy, Verdict, tail
 from isaerft_sweep.dispatch.job import Job
 from isaerft_sweep.dispatch.slurm_flags import sbatch_parameters, working_s
-from isaerft_sweep.dispatch.slurm_site import ANSWER_S, ask, read_site
+from isaerft_sweep.dispatch.slurm_site import (
+    ANSWER_S,
+    OVER,
+    PLACE,
+    REST,
+    SACCT,
+    SETTING,
+    SQUEUE,
+    ask,
+    cluster_of,
+    commands_environment,
+    parse_accounting,
+    parse_queue,
+    read_site,
+    state_of,
+    to_cluster,
+)  # fmt: skip
 from isaerft_sweep.dispatch.snapshot import code_snapshot
 from isaerft_sweep.errors import LaunchError
 from isaerft_sweep.specs import LauncherSpec
 
-OVER = {
-    "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "PREEMPTED",
-    "REVOKED", "LAUNCH_FAILED",
-}  # fmt: skip
-SITES_DOING = {"TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "PREEMPTED", "REVOKED", "LAUNCH_FAILED"}
+SITES_DOING = {"TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "PREEMPTED", "REVOKED", "LAUNCH_FAILED", "COMPLETING"}
 CORES = '[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"'
 """From 22.05 on srun does not take over how many cores sbatch was asked for: a step would be bound to one."""
+COMPLETING_S = 90.0
+"""How long a job may take to end once its processes have been told to: SLURM itself kills them after half a minute."""
 FULL = ("SubmitJob",)
 """In sbatch's words: as many jobs as the user's account or qos allows are in the queue. There may be room for fewer."""
 AWAY = (
@@ -41,6 +56,7 @@ AWAY = (
 )  # fmt: skip
 """In sbatch's words: slurmctld does not answer, or the whole cluster's queue is full (sbatch itself has waited by then)."""
 
+NOT_IN_PATHS = re.compile(r"%[jtaA]|[\\\\\n\r]")
 REFUSED = re.compile(r"[0-9a-f]{32}\.pkl")
 """submitit's name for a job that has no number yet."""
 
@@ -50,12 +66,16 @@ class SlurmDispatcher(Dispatcher):
 
     def __init__(self, spec: LauncherSpec, folder: Path) -> None:
         """Read the cluster and check what is asked of it. Raises LaunchError with what is valid."""
+        check_folder(folder)
         self.folder = folder
         self.slots = spec.slots or 1
         self.threads = spec.threads
-        site = read_site()
+        self.cluster = cluster_of(spec)
+        site = read_site(self.cluster)
         self.name = job_name(folder)
         parameters = sbatch_parameters(spec, site, self.name)
+        if self.cluster is not None:
+            parameters["additional_parameters"]["clusters"] = self.cluster
         self.name = parameters["job_name"]
         code = code_snapshot(folder.parent / "code")
         path = f"export PYTHONPATH={shlex.quote(str(code.absolute()))}${{PYTHONPATH:+:$PYTHONPATH}}"
@@ -65,12 +85,9 @@ class SlurmDispatcher(Dispatcher):
         self._limit_s = working_s(parameters["time"], spec.grace_s)
         self._parallelism = int(parameters.pop("array_parallelism", self.slots))
         self._array_size = site.array_size
-        self._states: dict[str, tuple[str, str]] = {}
-        self._remembered: dict[str, tuple[str, str]] = {}
-        self._known: set[str] = set()
-        self._names = {self.name}
+        self._queues: dict[str | None, _Queue] = {self.cluster: _Queue(self.cluster, {self.name})}
         try:
-            self.executor = submitit.SlurmExecutor(folder=folder, python=spec.slurm.get("python"))
+            self.executor = _Executor(folder=folder, python=spec.slurm.get("python"))
             self.executor.update_parameters(**parameters)
         except RuntimeError as error:
             raise LaunchError(f"launcher=slurm needs srun on this machine: {error}. Or use launcher=local.") from error
@@ -91,7 +108,8 @@ class SlurmDispatcher(Dispatcher):
                     break  # those are in the queue, whatever became of the others
                 else:
                     raise
-        return [{"kind": "slurm", "id": job_id, "name": self.name} for job_id in ids]
+        where = {} if self.cluster is None else {"cluster": self.cluster}
+        return [{"kind": "slurm", "id": job_id, "name": self.name, **where} for job_id in ids]
 
     def _submit_array(self, jobs: Sequence[Job], parallelism: int) -> list[str]:
         self._queue_is_full = False
@@ -109,7 +127,7 @@ class SlurmDispatcher(Dispatcher):
         except OSError as error:
             raise LaunchError(f"{self.folder} cannot be written: {error.strerror}. Make room or mend the disk.") from error
         ids = [job.job_id for job in submitted]
-        self._known.update(ids)
+        self._queues[self.cluster].known.update(ids)
         return ids
 
     def _forget_refused(self) -> None:
@@ -120,69 +138,148 @@ class SlurmDispatcher(Dispatcher):
 
     def alive(self, refs: Iterable[JobRef]) -> list[bool]:
         asked = list(refs)
-        ids = [ref["id"] for ref in asked]
-        self._names.update(ref["name"] for ref in asked if "name" in ref)  # of a controller that saw the folder elsewhere
-        self._known.update(ids)
-        try:
-            self._states = self._read_states()
-        except LaunchError:
-            return [True] * len(ids)  # the scheduler does not answer: nothing is known, so nothing has ended
-        if strays := [job for job, (state, _) in self._states.items() if state not in OVER and job not in self._known]:
-            scancel(*strays)  # of a controller that died between sbatch and its journal: their trials are begun anew
-        self._ask_accounting([job for job in ids if job not in self._states and job not in self._remembered])
-        return [self._states.get(job, ("", ""))[0] not in {"", *OVER} for job in ids]
+        for ref in asked:
+            queue = self._queue(ref)
+            queue.known.add(ref["id"])
+            if "name" in ref:
+                queue.names.add(ref["name"])  # of a controller that saw the folder elsewhere
+        answers = {
+            cluster: queue.ask({ref["id"] for ref in asked if ref.get("cluster") == cluster})
+            for cluster, queue in self._queues.items()
+        }
+        # a scheduler that does not answer: nothing is known, so nothing has ended
+        return [not answers[ref.get("cluster")] or self._queue(ref).lives(ref["id"]) for ref in asked]
 
-    def _read_states(self) -> dict[str, tuple[str, str]]:
-        """State, with reason and node, of every job of this sweep that the scheduler remembers."""
-        who = ("--user", str(os.getuid()), "--name", ",".join(sorted(self._names)))
-        lines = ask("squeue", "--noheader", "--array", "--states=all", *who, "--format=%i|%T|%r|%N").splitlines()
-        rows = [line.split("|") for line in lines if line.count("|") == 3]
-        return {row[0].strip(): (row[1], ", ".join(part for part in row[2:] if part not in ("", "None"))) for row in rows}
+    def _queue(self, ref: JobRef) -> _Queue:
+        cluster = ref.get("cluster")
+        return self._queues.setdefault(cluster, _Queue(cluster, {ref.get("name", self.name)}))
 
     def verdict(self, ref: JobRef) -> Verdict:
-        state, more = self._states.get(ref["id"]) or self._remembered.get(ref["id"], ("", ""))
+        state, more = self._queue(ref).said_of(ref["id"])
         if not state or state == "COMPLETED":
             return Verdict()
         cause = "site" if state in SITES_DOING else "person" if state == "CANCELLED" else "trial"
         return Verdict(f"SLURM: {state}" + (f" ({more})" if more else ""), cause)
 
-    def _ask_accounting(self, jobs: list[str]) -> None:
-        """What accounting knows of jobs that squeue has forgotten, in one query; nothing where there is no accounting."""
-        if not jobs:
-            return
-        try:
-            lines = ask("sacct", "-X", "-n", "-P", "-j", ",".join(jobs), "-o", "JobID,State,NodeList").splitlines()
-        except LaunchError:
-            return
-        for job, state, node in (line.split("|") for line in lines if line.count("|") == 2):
-            self._remembered[job] = (state.split() or [""])[0], node
-
     def cancel(self, refs: Sequence[JobRef]) -> None:
-        ids = self._arrays(refs)
-        # to the steps alone: the batch script would die of it and take the trial along before its checkpoint
-        scancel("--state=PENDING", *ids)
-        scancel("--signal=TERM", "--state=RUNNING", *ids)
+        for queue, ids in self._arrays(refs):
+            # to the steps alone: the batch script would die of it and take the trial along before its checkpoint
+            scancel("--state=PENDING", *ids, cluster=queue.cluster)
+            scancel("--signal=TERM", "--state=RUNNING", *ids, cluster=queue.cluster)
 
     def kill(self, refs: Sequence[JobRef]) -> None:
-        scancel(*self._arrays(refs))
+        for queue, ids in self._arrays(refs):
+            scancel(*ids, cluster=queue.cluster)
 
-    def _arrays(self, refs: Sequence[JobRef]) -> list[str]:
-        """The jobs' ids, with one id for all of an array that are alive: the scheduler gets one request for an array."""
-        ids = dict.fromkeys(ref["id"] for ref in refs)
-        told = self._known | set(self._states)
-        others = {job for job in told if job not in ids and self._states.get(job, ("", ""))[0] not in OVER}
-        shared = {job.split("_")[0] for job in others}
-        return list(dict.fromkeys(job if (array := job.split("_")[0]) in shared else array for job in ids))
+    def _arrays(self, refs: Sequence[JobRef]) -> list[tuple[_Queue, list[str]]]:
+        """The jobs' ids by cluster, as few as say it."""
+        found: dict[str | None, list[str]] = {}
+        for ref in refs:
+            found.setdefault(self._queue(ref).cluster, []).append(ref["id"])
+        return [(self._queues[cluster], self._queues[cluster].arrays(ids)) for cluster, ids in found.items()]
 
     def log_tail(self, ref: JobRef, lines: int = 8) -> str:
         return tail(self.folder / f"{ref['id']}_0_log.out", lines)
 
     def suspended(self, ref: JobRef) -> bool:
-        return self._states.get(ref["id"], ("", ""))[0] == "SUSPENDED"
+        return self._queue(ref).said_of(ref["id"])[0] == "SUSPENDED"
+
+    def queued(self, ref: JobRef) -> bool:
+        return self._queue(ref).said_of(ref["id"])[0] == "PENDING"
 
     def close(self) -> None:
         """Take out of the queue what nobody remembers; jobs that are known are told to end by their owner."""
         self.alive([])
+
+
+@dataclass
+class _Queue:
+    """What one cluster says of this sweep's jobs, which have these ``names`` there."""
+
+    cluster: str | None
+    names: set[str]
+    known: set[str] = field(default_factory=set)
+    states: dict[str, tuple[str, str]] = field(default_factory=dict)
+    remembered: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """By accounting, of jobs that squeue does not tell of."""
+    completing: dict[str, float] = field(default_factory=dict)
+    """Since when a job has been seen to end (``time.monotonic``)."""
+
+    def ask(self, jobs: set[str]) -> bool:
+        """Take note of the states of all, in one query; whether the scheduler has answered."""
+        who = ("--user", str(os.getuid()), "--name", ",".join(sorted(self.names)), f"--format={SQUEUE}")
+        try:
+            self.states = parse_queue(ask("squeue", "--noheader", "--array", "--states=all", *who, cluster=self.cluster))
+        except LaunchError:
+            return False
+        # of a controller that died between sbatch and its journal: their trials are begun anew
+        strays = [job for job, (state, _) in self.states.items() if state not in OVER and job not in self.known]
+        if strays := [job for job in strays if not job.endswith(REST)]:
+            scancel(*strays, cluster=self.cluster)
+        self.completing = {
+            job: self.completing.get(job, time.monotonic()) for job in jobs if self.said_of(job)[0] == "COMPLETING"
+        }
+        over = {job for job, (state, _) in self.remembered.items() if state in OVER}
+        self._ask_accounting(sorted(job for job in jobs - over if not state_of(self.states, job)[0] or self._stuck(job)))
+        return True
+
+    def _ask_accounting(self, jobs: list[str]) -> None:
+        """What accounting knows of jobs that squeue does not tell of, in one query; nothing where there is no accounting."""
+        if not jobs:
+            return
+        try:
+            said = ask("sacct", "-X", "-n", "-P", "-j", ",".join(jobs), "-o", SACCT, cluster=self.cluster)
+        except LaunchError:
+            return
+        self.remembered |= parse_accounting(said)
+
+    def said_of(self, job: str) -> tuple[str, str]:
+        """State, with reason and node: squeue's word, else accounting's; empty when neither has one."""
+        found = state_of(self.states, job)
+        known = state_of(self.remembered, job)
+        return known if not found[0] or (found[0] == "COMPLETING" and known[0] in OVER) else found
+
+    def lives(self, job: str) -> bool:
+        """Whether the job is queued or running, as far as is known."""
+        return self.said_of(job)[0] not in {"", *OVER} and not self._stuck(job)
+
+    def _stuck(self, job: str) -> bool:
+        """Whether its end takes too long: its processes have been told to end, and a node or an epilog hangs."""
+        return job in self.completing and time.monotonic() - self.completing[job] > COMPLETING_S
+
+    def arrays(self, jobs: Iterable[str]) -> list[str]:
+        """The jobs' ids, with one id for all of an array that are alive: the scheduler gets one request for an array."""
+        ids = dict.fromkeys(jobs)
+        others = {
+            job for job in self.known | set(self.states) if job not in ids and state_of(self.states, job)[0] not in OVER
+        }
+        shared = {job.split("_")[0] for job in others}
+        return list(dict.fromkeys(job if (array := job.split("_")[0]) in shared else array for job in ids))
+
+
+class _Executor(submitit.SlurmExecutor):
+    """submitit's, for more folders: in the names of output files SLURM takes ``%`` for the beginning of a pattern."""
+
+    folder: Path
+
+    def _make_submission_file_text(self, command: str, uid: str) -> str:
+        folder, stand_in = self.folder, Path("/.output")
+        self.folder = stand_in
+        try:
+            text: str = super()._make_submission_file_text(command, uid)
+        finally:
+            self.folder = folder
+        begin = str(folder.absolute()).replace("%", "%%")
+        return re.sub(rf"{stand_in}/(\S+)", lambda name: shlex.quote(f"{begin}/{name[1]}"), text)
+
+
+def check_folder(folder: Path) -> None:
+    """Raise LaunchError for a path whose characters SLURM or submitit would take for something else."""
+    if found := NOT_IN_PATHS.search(str(folder.absolute())):
+        raise LaunchError(
+            f"with launcher=slurm the output folder's path must not contain {found[0]!r}, which stands for something "
+            f"else in the names of a job's files, but got {str(folder.absolute().parent)!r}. Choose another: output=PATH."
+        )
 
 
 def job_name(folder: Path) -> str:
@@ -192,20 +289,21 @@ def job_name(folder: Path) -> str:
     return f"{readable}-{hashlib.sha256(str(place).encode()).hexdigest()[:8]}"
 
 
-def scancel(*args: str) -> None:
+def scancel(*args: str, cluster: str | None = None) -> None:
     """One scancel for all; a scheduler that does not answer is asked again at the next poll."""
-    with suppress(subprocess.TimeoutExpired):
-        subprocess.run(["scancel", *args], capture_output=True, timeout=ANSWER_S, check=False)
+    command = ["scancel", *to_cluster(cluster), *args]
+    with suppress(subprocess.TimeoutExpired, OSError):
+        subprocess.run(command, capture_output=True, timeout=ANSWER_S, check=False, env=commands_environment())
 
 
 @contextmanager
 def outside_of_any_job() -> Iterator[None]:
     """Hide the settings of the job that this process may itself run in: they would become the new job's.
 
-    submitit's own helper also hides SLURM_CONF, without which the commands may not find their cluster.
+    submitit's own helper also hides the variables without which the commands may not find their cluster.
     """
-    place = os.environ.get("SLURM_CONF")
-    with submitit.helpers.clean_env(extra_names=("CUDA_VISIBLE_DEVICES",)):
-        if place is not None:
-            os.environ["SLURM_CONF"] = place
+    places = {name: os.environ[name] for name in PLACE if name in os.environ}
+    settings = [name for name in os.environ if name.startswith(SETTING)]
+    with submitit.helpers.clean_env(extra_names=("CUDA_VISIBLE_DEVICES", *settings)):
+        os.environ.update(places)
         yield

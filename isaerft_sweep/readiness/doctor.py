@@ -15,7 +15,7 @@ from rich.console import Console
 from isaerft_sweep.controller.run import make_inner_dispatcher
 from isaerft_sweep.dispatch.job import Job
 from isaerft_sweep.dispatch.slurm_flags import sbatch_parameters
-from isaerft_sweep.dispatch.slurm_site import Site, ask, read_site
+from isaerft_sweep.dispatch.slurm_site import Site, ask, cluster_of, read_site
 from isaerft_sweep.errors import FolderError, LaunchError
 from isaerft_sweep.journal.files import read_json, write_json
 from isaerft_sweep.journal.folders import SweepFolder
@@ -54,7 +54,8 @@ def show(console: Console, findings: list[Finding]) -> list[Finding]:
 def site_findings(experiment: Experiment) -> list[Finding]:
     """What the cluster says of itself."""
     try:
-        site = read_site()
+        cluster = cluster_of(experiment.launcher)
+        site = read_site(cluster)
     except LaunchError as error:
         return [Finding("SLURM", BAD, str(error))]
     settings = site.settings
@@ -68,7 +69,7 @@ def site_findings(experiment: Experiment) -> list[Finding]:
         f"{key} {asked[key]}" for key in ("time", "gpus_per_node", "gres", "cpus_per_task", "mem") if key in asked
     )
     findings.append(Finding("launcher.slurm", GOOD, f"{words} (time in minutes)"))
-    findings.append(preemption(settings, grace_s(str(asked.get("partition") or site.default_partition))))
+    findings.append(preemption(settings, grace_s(str(asked.get("partition") or site.default_partition), cluster)))
     findings.append(requeue(settings))
     findings.append(arrays(site, experiment))
     findings.append(accounting(settings))
@@ -94,10 +95,10 @@ def preemption(settings: Mapping[str, str], grace: int) -> Finding:
     return Finding("preemption", WARNING, words, remedy)
 
 
-def grace_s(partition: str) -> int:
+def grace_s(partition: str, cluster: str | None = None) -> int:
     """The partition's GraceTime."""
     try:
-        text = ask("scontrol", "--oneliner", "show", "partition", partition.split(",")[0])
+        text = ask("scontrol", "--oneliner", "show", "partition", partition.split(",")[0], cluster=cluster)
     except LaunchError:
         return 0
     return next((int(word.split("=")[1]) for word in text.split() if word.startswith("GraceTime=")), 0)

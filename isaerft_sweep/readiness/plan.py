@@ -17,7 +17,7 @@ from isaerft_sweep.controller.question import sweep_folder
 from isaerft_sweep.controller.run import count_trials, introduction, make_sampler
 from isaerft_sweep.dispatch.local import visible_gpus
 from isaerft_sweep.dispatch.slurm_flags import sbatch_parameters, working_s
-from isaerft_sweep.dispatch.slurm_site import parse_gres, read_site
+from isaerft_sweep.dispatch.slurm_site import cluster_of, parse_gres, read_site
 from isaerft_sweep.errors import ConfigError
 from isaerft_sweep.readiness.calibrate import Estimate, calibrate, from_earlier_sweeps
 from isaerft_sweep.results.axes import LOG_FAMILIES
@@ -99,7 +99,7 @@ def layout(experiment: Experiment, trials: int) -> tuple[list[str], int, int]:
         workers = min(-(-trials // together), launcher.slots or max(1, len(devices)) * launcher.trials_per_gpu)
         where = f"{len(devices)} GPUs" if devices else "the processor"
         return [f"layout      {workers} {kind}, on {where} of this machine"], workers * together, min(1, len(devices))
-    site = read_site()
+    site = read_site(cluster_of(launcher))
     asked = sbatch_parameters(launcher, site, "plan")
     workers = min(-(-trials // together), launcher.slots or 1)
     sizes = [min(site.array_size, workers - start) for start in range(0, workers, site.array_size)]

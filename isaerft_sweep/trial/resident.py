@@ -102,6 +102,9 @@ class _Worker:
                 return None
             trial = TrialFolder(Path(task.trial))
             try:
+                if trial.current_attempt() > task.attempt:  # another worker has taken it over before this one was started
+                    self._pass_over(number)
+                    continue
                 return number, trial, task.attempt, trial.read_spec().experiment
             except Exception as error:
                 self._cannot_begin(number, trial, task.attempt, error)
@@ -110,6 +113,9 @@ class _Worker:
     def _cannot_begin(self, number: int, trial: TrialFolder, attempt: int, error: Exception) -> None:
         """A trial whose folder cannot be read has failed; the others of this worker have not."""
         _note_failure(trial, attempt, error)
+        self._pass_over(number)
+
+    def _pass_over(self, number: int) -> None:
         self.progress = self.progress.with_over(number)
         self._note(self.progress)
 
