@@ -74,7 +74,8 @@ class DataSpec:
 class AdapterSpec:
     """The trainable block on the SAE's latents f. bias: f + b; scale: f·(1 + s); linear: f + Wf + c; mlp: f + MLP(f).
 
-    ``l1`` and ``top_k`` keep few latents, for bias and scale: see ``trial/sparsity.py``.
+    ``l1`` and ``top_k`` keep few latents, for bias and scale: see ``trial/sparsity.py``. ``force_hook`` takes an SAE whose
+    own config names another place or model than its site.
     """
 
     kind: str = option("bias", choices=("bias", "scale", "linear", "mlp"))
@@ -84,6 +85,7 @@ class AdapterSpec:
     hidden_layers: int = option(1, at_least=1)
     l1: float | None = option(None, at_least=0, later=True)
     top_k: int | None = option(None, at_least=1, later=True)
+    force_hook: bool = option(False, cosmetic=True)
 
 
 @dataclass(frozen=True)

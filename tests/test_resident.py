@@ -17,6 +17,7 @@ import psutil
 import pytest
 from conftest import TINY, events, processes_of
 from test_sweep import ended_states, start, statuses, stepping, wait_for
+from trl.experimental.orpo import ORPOTrainer
 
 from isaerft_sweep.controller.progress import time_left_s
 from isaerft_sweep.controller.sweep import Silent, SweepController
@@ -29,6 +30,7 @@ from isaerft_sweep.journal.journal import Journal, TrialRecord
 from isaerft_sweep.journal.workers import Progress, Task, WorkerFolder
 from isaerft_sweep.search.sampler import GivenPoints, Point
 from isaerft_sweep.search.sweep_file import Metric, SweepDefinition
+from isaerft_sweep.trial.data import PairTokenizer
 from isaerft_sweep.trial.resident import serve_trials
 from isaerft_sweep.trial.run import run_trial
 from isaerft_sweep.trial.trainer import TrialTrainer
@@ -88,8 +90,9 @@ def test_the_model_and_the_data_are_loaded_once(trial: Made, tmp_path: Path, mon
 
     calls: Counter[str] = Counter()
     rows: list[int] = []
-    tokenise = TrialTrainer.tokenize_row
-    monkeypatch.setattr(TrialTrainer, "tokenize_row", lambda self, *a, **k: rows.append(1) or tokenise(self, *a, **k))
+    tokenise = ORPOTrainer.tokenize_row
+    for reader in (TrialTrainer, PairTokenizer):
+        monkeypatch.setattr(reader, "tokenize_row", lambda self, *a, **k: rows.append(1) or tokenise(self, *a, **k))
     for place, name in ((run, "load"), (run, "load_pairs"), (reuse, "stored_trunk")):
         original = getattr(place, name)
 
@@ -101,7 +104,7 @@ def test_the_model_and_the_data_are_loaded_once(trial: Made, tmp_path: Path, mon
     trials = [trial(*OFF, f"orpo.beta={i + 1}.0", name=f"t{i}") for i in range(3)]
     assert serve(WorkerFolder(tmp_path / "worker"), trials) == 3
     assert calls == {"load": 1, "load_pairs": 1, "stored_trunk": 1}
-    assert len(rows) == 24 + 8, "TRL tokenised every pair once for three trials"
+    assert len(rows) == 24 + 8, "every pair was tokenised once for three trials"
     assert serve(WorkerFolder(tmp_path / "other"), [trial(*OFF, "data.eval_size=4", name="less")]) == 1
     assert calls["load_pairs"] == 2
 

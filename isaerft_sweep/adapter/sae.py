@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import warnings
@@ -12,11 +13,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import httpx
 import torch
 
 from isaerft_sweep.errors import ModelError, suggest
 from isaerft_sweep.resources import asset
+from isaerft_sweep.sae_folder import CONFIG, WEIGHTS, check_sae_folder
 
 OWN_RELEASE = "isaerft-sweep"
 """The release whose SAEs ship with this package, or (``random-64x256``: d_in 64, 256 latents) are made at random."""
@@ -88,8 +89,10 @@ def _load(release: str | None, sae_id: str | None, path: str | None) -> FrozenSa
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore", UserWarning)  # sae_lens asks for transformer_lens flags that we do not use
         sae = _read(release, sae_id, path)
+    name = path or f"{release}/{sae_id}"
+    _check_kind(sae, name)
     sae.requires_grad_(False).eval()
-    decoder = _affine_decoder(sae, path or f"{release}/{sae_id}")
+    decoder = _affine_decoder(sae, name)
     digest = hashlib.sha256(decoder.cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
     return FrozenSae(sae, decoder, digest)
 
@@ -98,30 +101,66 @@ def _read(release: str | None, sae_id: str | None, path: str | None) -> Any:
     from sae_lens import SAE
 
     if path:
-        folder = Path(path).expanduser()
-        if not (folder / "cfg.json").is_file():
-            raise ModelError(
-                f"sae_path must be a folder with cfg.json and sae_weights.safetensors (as sae_lens saves it) but got "
-                f"'{path}', where there is no cfg.json."
-            )
-        return SAE.load_from_disk(folder, dtype="float32")
+        return _from_folder(check_sae_folder(path))
     if release == OWN_RELEASE:
         return _own(str(sae_id))
     try:
         return SAE.from_pretrained(str(release), str(sae_id), dtype="float32")
-    except (OSError, ValueError, KeyError, ImportError, httpx.HTTPError) as error:
+    except Exception as error:  # each release has its own files and readers, which raise what they want
         offline = " HF_HUB_OFFLINE is set, so the Hub was not asked." if os.environ.get("HF_HUB_OFFLINE") else ""
         raise ModelError(
             f"the SAE '{release}' / '{sae_id}' must be known to sae_lens and be in the Hub's cache or on a reachable "
-            f"Hub.{offline} First reason: {(str(error) or repr(error)).splitlines()[0]} Check both names, or download "
+            f"Hub.{offline} First reason: {first_line(error)} Check both names, or download "
             "it on a machine with internet, or give a local folder: sae_path=/path."
         ) from error
+
+
+def _from_folder(folder: Path) -> Any:
+    from sae_lens import SAE
+    from sae_lens.registry import SAE_CLASS_REGISTRY
+
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    architecture = config.get("architecture", "standard")
+    if architecture not in list(SAE_CLASS_REGISTRY):
+        raise ModelError(
+            f"{folder / CONFIG}: the SAE's architecture is unknown to sae_lens: {architecture!r}."
+            + suggest(str(architecture), SAE_CLASS_REGISTRY)
+        )
+    try:
+        sae = SAE.load_from_disk(folder, dtype="float32")
+        with torch.no_grad():
+            sae.encode(torch.zeros(1, sae.cfg.d_in))  # some values of a config are read only here
+        return sae
+    except Exception as error:  # whatever a config that does not fit its weights leads to
+        raise ModelError(
+            f"the SAE in {folder} cannot be read by sae_lens ({type(error).__name__}: {first_line(error)}). Its {CONFIG} "
+            f"must describe what is in {WEIGHTS}."
+        ) from error
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, as far as one line goes."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2]) or repr(error)
+
+
+def _check_kind(sae: Any, name: str) -> None:
+    """Raise ModelError unless ``sae`` reads and writes one place, in finite numbers."""
+    architecture = sae.cfg.architecture()
+    if "transcoder" in architecture or getattr(sae.cfg, "d_out", sae.cfg.d_in) != sae.cfg.d_in:
+        raise ModelError(
+            f"the SAE must read and write the same residual stream but {name} is a {architecture}, which reads one place "
+            "and writes another. Choose an SAE of the residual stream."
+        )
+    bad = [key for key, tensor in sae.state_dict().items() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise ModelError(f"the SAE {name} must hold finite numbers but {bad[0]} has NaN or infinity. Copy its folder again.")
 
 
 def _own(sae_id: str) -> Any:
     from sae_lens import SAE, StandardSAE, StandardSAEConfig
 
-    size = re.fullmatch(r"random-(\d+)x(\d+)", sae_id)
+    size = re.fullmatch(r"random-([1-9]\d*)x([1-9]\d*)", sae_id)
     if size:
         sae = StandardSAE(StandardSAEConfig(d_in=int(size[1]), d_sae=int(size[2])))
         generator = torch.Generator().manual_seed(0)

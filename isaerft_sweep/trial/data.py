@@ -1,50 +1,89 @@
-"""Preference pairs: read, checked, split by prompt, and rid of the rows that TRL would turn into NaN."""
+"""Preference pairs as TRL reads them: split by prompt, tokenised, and rid of those that cannot be trained on, which are
+counted."""
 
 from __future__ import annotations
 
-import gzip
 import json
 import random
-import zlib
-from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from accelerate import PartialState
-from datasets import Dataset, disable_progress_bars, load_dataset
+from datasets import Dataset, Features, List, Value, concatenate_datasets, disable_progress_bars, load_dataset
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import maybe_apply_chat_template, maybe_extract_prompt
 from trl.experimental.orpo import ORPOTrainer
 
 from isaerft_sweep.errors import DataError
+from isaerft_sweep.preferences import ANSWERS, Row, Written, alike, check_row, data_files, read_pairs
 from isaerft_sweep.resources import asset
 from isaerft_sweep.specs import DataSpec
 
-COLUMNS = ("prompt", "chosen", "rejected")
-Row = dict[str, Any]
+PROMPT_FILLS = "prompt fills max_length"
+SAME_ANSWERS = "chosen and rejected are the same"
+NO_PROMPT = "no prompt, and answers that begin differently"
+TOO_MANY = "more answers to a held-out prompt than data.eval_size has room for"
+OTHER_PROMPT = "with a text prompt that their messages do not hold: the messages count, as in TRL"
+ALSO_TRAINED = "of the held-out pairs are also trained on"
+
+TEXTS = ("prompt", *ANSWERS)
+FEATURES = Features(
+    {name: Value("string") for name in TEXTS}
+    | {f"{name}_input_ids": List(Value("int32")) for name in TEXTS}
+    | {f"{name}_attention_mask": List(Value("int8")) for name in TEXTS}
+    | {f"{name}_labels": List(Value("int32")) for name in ANSWERS}
+)
+"""A tokenised pair, as ORPOTrainer's own ``map`` leaves it."""
+CHUNK = 512
+"""Pairs that are tokenised in one call."""
+SAY_S = 10.0
+"""Between two lines about how far it is."""
+
+Tell = Callable[[int, int], None]
+"""Hears how many of all pairs are tokenised."""
 
 disable_progress_bars()
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Rows for training and evaluation, and how many were left out because their prompt fills ``max_length``."""
+    """Tokenised pairs for training and evaluation; how many were left out by reason; how many are cut at ``max_length``.
+
+    ``notes``: what else people should know of them, with how many it concerns.
+    """
 
     train: Dataset
     evaluation: Dataset
-    dropped: int
+    left_out: dict[str, int]
     truncated: int
+    notes: dict[str, int]
+
+    @property
+    def dropped(self) -> int:
+        """Pairs whose prompt leaves no room for an answer."""
+        return self.left_out.get(PROMPT_FILLS, 0)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """For the trial's status and its card."""
+        counts = {"trained": len(self.train), "held_out": len(self.evaluation), "cut": self.truncated}
+        return {**counts, "left_out": self.left_out, "notes": self.notes}
 
     @property
     def summary(self) -> str:
-        left_out = f", {self.dropped} left out (prompt fills max_length)" if self.dropped else ""
-        cut = f", {self.truncated} cut at max_length" if self.truncated else ""
-        return f"{len(self.train)} pairs to train on, {len(self.evaluation)} held out{left_out}{cut}"
+        words = [f"{len(self.train)} pairs to train on", f"{len(self.evaluation)} held out"]
+        words += [f"{count} left out ({reason})" for reason, count in self.left_out.items() if count]
+        words += [f"{self.truncated} cut at max_length"] if self.truncated else []
+        words += [f"{count} {note}" for note, count in self.notes.items() if count]
+        return ", ".join(words)
 
 
 class PairTokenizer:
-    """TRL's own tokenisation of a pair, without a model: what ORPOTrainer will see."""
+    """TRL's own tokenisation of a pair, without a model: what ORPOTrainer would see."""
 
     tokenize_row = ORPOTrainer.tokenize_row
     build_tokenized_answer = ORPOTrainer.build_tokenized_answer
@@ -52,140 +91,247 @@ class PairTokenizer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
         PartialState()  # TRL warns of a prompt that fills max_length through a logger that needs it
-        self.processing_class, self.max_length = tokenizer, max_length
+        self.tokenizer, self.processing_class, self.max_length = tokenizer, _Encodings(tokenizer), max_length
+        self._takes_parts: bool | None = None
 
     def __call__(self, row: Row) -> Row:
-        """Token ids and labels of one row."""
-        row = maybe_apply_chat_template(maybe_extract_prompt(dict(row)), self.processing_class)
-        return self.tokenize_row(row)
+        """Texts, token ids, masks and labels of one row."""
+        texts = self.texts(row)
+        return {**texts, **{name: v for name, v in self.tokenize_row(texts).items() if name in FEATURES}}
 
+    def texts(self, row: Row) -> Row:
+        """Prompt and answers as text, by the chat template where they are messages."""
+        row = with_prompt(row)
+        if isinstance(row["chosen"], list) and not self.takes_parts:
+            row = {name: [_joined(m) for m in value] if name in TEXTS else value for name, value in row.items()}
+        texts = maybe_apply_chat_template(row, self.tokenizer)
+        return {name: texts[name] for name in TEXTS}
 
-def load_pairs(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Pairs:
-    """Read, check, split and filter. Raises DataError when nothing usable is there."""
-    train, evaluation = _read(spec)
-    tokenize = PairTokenizer(tokenizer, max_length)
-    counts = {"dropped": 0, "truncated": 0}
-    usable = {}
-    for name, rows in (("train", train), ("evaluation", evaluation)):
-        if not rows:
-            raise DataError(f"the {name} split of {spec.name} must have at least one pair but is empty. {_sizes(spec)}")
-        rows = [maybe_extract_prompt(dict(row)) for row in rows]
-        _check_alike(rows, f"the {name} split of {spec.name}")
-        usable[name] = [row for row in rows if _fits(tokenize, row, max_length, counts)]
-        if not usable[name]:
-            raise DataError(
-                f"no pair of the {name} split of {spec.name} fits: every prompt fills orpo.max_length={max_length} "
-                "tokens and leaves no room for an answer. Raise orpo.max_length."
-            )
-    return Pairs(Dataset.from_list(usable["train"]), Dataset.from_list(usable["evaluation"]), **counts)
-
-
-def _check_alike(rows: list[Row], where: str) -> None:
-    """One form for all rows: a table has one type per column, and a prompt missing in some rows would vanish in all."""
-    forms = {(frozenset(row), type(row["chosen"])) for row in rows}
-    if len(forms) > 1 or "prompt" not in rows[0]:
-        raise DataError(
-            f"{where}: every row must have a prompt (of its own, or as the common beginning of chat answers), and all rows "
-            "must be text or all be chat messages."
+    def prepare(self, texts: Sequence[Row]) -> None:
+        """Tokenise what the next rows will need in one call."""
+        self.processing_class.prepare(
+            [t for row in texts for t in (row["prompt"], *(row["prompt"] + row[a] for a in ANSWERS))]
         )
 
+    @property
+    def takes_parts(self) -> bool:
+        """Whether the chat template reads content that is given as parts, as those of models with pictures do."""
+        if self._takes_parts is None:
+            parts = [{"type": "text", "text": "part1"}, {"type": "text", "text": "part2"}]
+            try:
+                probe = self.tokenizer.apply_chat_template(
+                    [{"role": role, "content": parts} for role in ("user", "assistant")], tokenize=False
+                )
+                self._takes_parts = len(re.findall(r"part1\s*part2", str(probe))) == 2
+            except Exception:  # a template may object in its own way
+                self._takes_parts = False
+        return self._takes_parts
 
-def _fits(tokenize: PairTokenizer, row: Row, max_length: int, counts: dict[str, int]) -> bool:
+
+class _Encodings:
+    """Stands for a tokenizer in TRL's code: each text is tokenised once, many in one call."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer, self._known = tokenizer, dict[str, dict[str, list[int]]]()
+        self.bos_token_id, self.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+
+    def prepare(self, texts: Sequence[str]) -> None:
+        different = list(dict.fromkeys(texts))
+        try:
+            found = self._tokenizer(different, add_special_tokens=False)
+        except Exception:  # one of them is at fault: it is found when its row comes
+            self._known = {}
+            return
+        pairs = zip(different, found["input_ids"], found["attention_mask"], strict=True)
+        self._known = {text: {"input_ids": ids, "attention_mask": mask} for text, ids, mask in pairs}
+
+    def __call__(self, text: str, add_special_tokens: bool) -> Any:
+        known = self._known.get(text)
+        return self._tokenizer(text, add_special_tokens=add_special_tokens) if known is None else known
+
+
+def _joined(message: Row) -> Row:
+    """A message with its parts of text as one text, as templates that read parts write them: one behind the other."""
+    content = message["content"]
+    return message if isinstance(content, str) else {**message, "content": "".join(part["text"] for part in content)}
+
+
+def load_pairs(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, max_length: int, tell: Tell | None = None) -> Pairs:
+    """Read, check, split, filter and tokenise. Raises DataError when nothing usable is there."""
+    left_out, notes = Counter[str](), Counter[str]()
+    train, evaluation = _read(spec, left_out, notes)
+    tokenize = PairTokenizer(tokenizer, max_length)
+    tell = tell or Progress()
+    total, done, sets, truncated = len(train) + len(evaluation), 0, {}, 0
+    for name, rows in (("train", train), ("evaluation", evaluation)):
+        of_split: Counter[str] = Counter()
+        chunks = []
+        for start in range(0, len(rows), CHUNK):
+            kept = list(_usable(tokenize, rows[start : start + CHUNK], of_split))
+            truncated += sum(any(len(row[f"{side}_labels"]) >= max_length for side in ANSWERS) for row in kept)
+            chunks.append(
+                Dataset.from_dict({column: [row[column] for row in kept] for column in FEATURES}, features=FEATURES)
+            )
+            done += len(rows[start : start + CHUNK])
+            tell(done, total)
+        sets[name] = concatenate_datasets(chunks)
+        if not len(sets[name]):
+            raise DataError(_nothing_left(f"the {name} split of {spec.name}", of_split, len(rows), max_length))
+        left_out += of_split
+    return Pairs(sets["train"], sets["evaluation"], dict(left_out), truncated, dict(notes))
+
+
+class Progress:
+    """Says from time to time how many pairs are tokenised."""
+
+    def __init__(self) -> None:
+        self._said_s = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        if time.monotonic() - self._said_s > SAY_S:
+            self._said_s = time.monotonic()
+            print(f"tokenised {done} of {total} pairs", flush=True)
+
+
+def with_prompt(row: Row) -> Row:
+    """The row with a prompt of its own: what its answers begin with, where it has none (or a text before messages)."""
+    return {**row, **maybe_extract_prompt({name: row[name] for name in TEXTS if name in row})}
+
+
+def _usable(tokenize: PairTokenizer, rows: Sequence[Written], left_out: Counter[str]) -> Iterator[Row]:
+    """Tokenised rows, without those that cannot teach a preference."""
+    texts = [_tried(row, tokenize.texts) for row in rows]
+    tokenize.prepare(texts)
+    for row, text in zip(rows, texts, strict=True):
+        if text["chosen"] == text["rejected"]:
+            left_out[SAME_ANSWERS] += 1
+            continue
+        tokens = _tried(replace(row, row=text), tokenize)
+        # the first token of a sequence is never predicted
+        if any(all(label == -100 for label in tokens[f"{side}_labels"][1:]) for side in ANSWERS):
+            left_out[PROMPT_FILLS] += 1
+            continue
+        yield tokens
+
+
+def _tried(row: Written, what: Callable[[Row], Row]) -> Row:
     try:
-        tokens = tokenize(row)
-    except (ValueError, TypeError, KeyError) as error:
-        raise DataError(f"a row cannot be tokenised ({error}): {json.dumps(row)[:300]}") from error
-    answers = (tokens["chosen_labels"], tokens["rejected_labels"])
-    if any(all(label == -100 for label in labels) for labels in answers):
-        counts["dropped"] += 1
-        return False
-    counts["truncated"] += any(len(labels) >= max_length for labels in answers)
-    return True
+        return what(row.row)
+    except Exception as error:  # a chat template raises whatever it wants
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise DataError(
+            f"{row.where}: the row cannot be tokenised ({reason}). Mend or remove it, or choose a tokenizer whose chat "
+            f"template takes it: model.tokenizer=NAME. It is {json.dumps(row.row)[:300]}"
+        ) from error
 
 
-def _sizes(spec: DataSpec) -> str:
+def _nothing_left(where: str, left_out: Counter[str], rows: int, max_length: int) -> str:
+    if left_out[PROMPT_FILLS] == rows:
+        return (
+            f"no pair of {where} fits: every prompt fills orpo.max_length={max_length} tokens and leaves no room for an "
+            "answer. Raise orpo.max_length."
+        )
+    reasons = ", ".join(f"{count} of {rows}: {reason}" for reason, count in left_out.items())
+    return f"{where} must have at least one pair that can be trained on but has none ({reasons})."
+
+
+def _read(spec: DataSpec, left_out: Counter[str], notes: Counter[str]) -> tuple[list[Written], list[Written]]:
+    """Rows with prompts, for training and for evaluation."""
+
+    def prompted(rows: Iterable[Written]) -> list[Written]:
+        return list(_with_prompts(rows, left_out, notes))
+
     if spec.source == "hub":
-        return f"Choose other slices: data.train_split (now {spec.train_split}), data.eval_split (now {spec.eval_split})."
-    return "Give more rows, or a smaller data.eval_size, or a file of its own: data.eval_path=PATH."
-
-
-def _read(spec: DataSpec) -> tuple[list[Row], list[Row]]:
-    if spec.source == "hub":
-        return _from_hub(spec, spec.train_split), _from_hub(spec, spec.eval_split)
-    path = asset("data", "courtesy.jsonl") if spec.source == "builtin" else Path(str(spec.path)).expanduser()
-    rows = read_rows(path)
-    if spec.eval_path:
-        train, evaluation = rows, read_rows(Path(spec.eval_path).expanduser())
-    else:
-        train, evaluation = split_by_prompt(rows, spec.eval_size or max(1, len(rows) // 10), spec.seed)
+        if spec.train_split == spec.eval_split:
+            raise DataError(f"data.eval_split must differ from data.train_split but both are '{spec.eval_split}'.")
+        train, evaluation = (prompted(_from_hub(spec, split)) for split in (spec.train_split, spec.eval_split))
+        return _apart(spec, train, evaluation, notes)
+    path, eval_path = (asset("data", "courtesy.jsonl"), None) if spec.source == "builtin" else data_files(spec)
+    rows = prompted(read_pairs(path))
+    if eval_path:
+        return _apart(spec, rows[: spec.train_size], prompted(read_pairs(eval_path))[: spec.eval_size], notes)
+    train, evaluation = split_by_prompt(rows, spec.eval_size or max(1, len(rows) // 10), spec.seed)
+    if not train or not evaluation:
+        raise DataError(_empty(spec, "train" if rows else "train and evaluation", rows, left_out))
+    left_out[TOO_MANY] += max(0, len(evaluation) - spec.eval_size) if spec.eval_size else 0
     return train[: spec.train_size], evaluation[: spec.eval_size]
 
 
-def split_by_prompt(rows: list[Row], eval_size: int, seed: int) -> tuple[list[Row], list[Row]]:
-    """Shuffle, then hold out whole prompts until ``eval_size`` pairs are there: no prompt is on both sides."""
-    groups: dict[str, list[Row]] = {}
+def _with_prompts(rows: Iterable[Written], left_out: Counter[str], notes: Counter[str]) -> Iterator[Written]:
+    """The rows, each with a prompt of its own, where TRL finds one."""
     for row in rows:
-        groups.setdefault(json.dumps(maybe_extract_prompt(dict(row)).get("prompt")), []).append(row)
+        chosen, rejected = (row.row[name] for name in ANSWERS)
+        given = row.row.get("prompt")
+        if (given is None or row.is_chat != isinstance(given, list)) and chosen[0] != rejected[0]:
+            if row.is_chat:
+                raise DataError(
+                    f"{row.where}: a row of messages must have a prompt of messages, or answers that begin with the same "
+                    f"ones, but chosen begins with {str(chosen[0])[:80]!r} and rejected with {str(rejected[0])[:80]!r}."
+                )
+            if chosen.endswith(" "):  # TRL would take chosen for the prompt of both
+                left_out[NO_PROMPT] += 1
+                continue
+        found = with_prompt(row.row)
+        if row.is_chat and isinstance(given, str):
+            texts = [str(_joined(message)["content"]).strip() for message in found["prompt"]]
+            notes[OTHER_PROMPT] += given.strip() not in texts
+        yield replace(row, row=found)
+
+
+def _apart(
+    spec: DataSpec, train: list[Written], evaluation: list[Written], notes: Counter[str]
+) -> tuple[list[Written], list[Written]]:
+    """Training and held-out rows that come from different places. Raises DataError when they are the same pairs."""
+    for name, rows in (("train", train), ("evaluation", evaluation)):
+        if not rows:
+            raise DataError(_empty(spec, name, rows, Counter()))
+    trained, held_out = ([json.dumps(row.row, sort_keys=True) for row in rows] for rows in (train, evaluation))
+    known = set(trained)
+    if known == set(held_out):
+        where = "data.eval_split" if spec.source == "hub" else "data.eval_path"
+        raise DataError(
+            f"{where} must hold other pairs than are trained on but those of {spec.name} are the same: trials would be "
+            "judged by what they were trained on. Give other pairs, or let data.eval_size hold some out."
+        )
+    notes[ALSO_TRAINED] += sum(row in known for row in held_out)
+    return train, evaluation
+
+
+def _empty(spec: DataSpec, split: str, rows: Sequence[Written], left_out: Counter[str]) -> str:
+    said = f"the {split} split of {spec.name} must have at least one pair but is empty"
+    if spec.source == "hub":
+        slices = f"data.train_split (now {spec.train_split}), data.eval_split (now {spec.eval_split})"
+        return f"{said}. Choose other slices: {slices}."
+    if rows and len({_group(row) for row in rows}) == 1 < len(rows):
+        said += f": all {len(rows)} pairs have the same prompt, and a prompt is trained on or held out with all its pairs"
+    elif rows:
+        said += f": data.eval_size={spec.eval_size or 1} holds out all {len(rows)} pairs that there are"
+    left = "".join(f" ({count} left out: {reason})" for reason, count in left_out.items() if count)
+    return f"{said}{left}. Give more rows, or a smaller data.eval_size, or a file of its own: data.eval_path=PATH."
+
+
+def split_by_prompt(rows: list[Written], eval_size: int, seed: int) -> tuple[list[Written], list[Written]]:
+    """Shuffle, then hold out whole prompts until ``eval_size`` pairs are there: no prompt is on both sides."""
+    groups: dict[str, list[Written]] = {}
+    for row in rows:
+        groups.setdefault(_group(row), []).append(row)
     keys = sorted(groups)
     random.Random(seed).shuffle(keys)
-    train: list[Row] = []
-    evaluation: list[Row] = []
+    train: list[Written] = []
+    evaluation: list[Written] = []
     for key in keys:
         (evaluation if len(evaluation) < eval_size else train).extend(groups[key])
     random.Random(seed).shuffle(train)
     return train, evaluation
 
 
-def read_rows(path: Path) -> list[Row]:
-    """Rows of a .jsonl, .jsonl.gz or .parquet file, reduced to prompt, chosen and rejected."""
-    if not path.is_file():
-        raise DataError(f"data.path must be a file that exists but got '{path}'.")
-    if path.suffix == ".parquet":
-        import pyarrow
-        import pyarrow.parquet
-
-        try:
-            found = pyarrow.parquet.read_table(path).to_pylist()
-        except (pyarrow.ArrowInvalid, OSError) as error:
-            raise DataError(f"{path} cannot be read as Parquet: {error}") from error
-        return [_check_row(row, f"{path}, row {i}") for i, row in enumerate(found)]
-    if path.name.endswith((".jsonl", ".jsonl.gz", ".json.gz", ".json")):
-        return list(_json_rows(path))
-    raise DataError(f"data.path must end in .jsonl, .jsonl.gz or .parquet but got '{path}'.")
+def _group(row: Written) -> str:
+    """What keeps rows together: their prompt; without one, all of the row."""
+    prompt = row.row["prompt"]
+    return json.dumps(prompt if prompt else [row.row[name] for name in TEXTS])
 
 
-def _json_rows(path: Path) -> Iterable[Row]:
-    opener = gzip.open if path.suffix == ".gz" else open
-    number = 0
-    try:
-        with opener(path, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield _check_row(json.loads(line), f"{path}, line {number}")
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}, line {number}: not valid JSON ({error.msg}). One JSON object per line.") from error
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-
-
-def _check_row(row: Any, where: str) -> Row:
-    form = 'Right form: {"prompt": "…", "chosen": "…", "rejected": "…"}, as text or as [{"role": …, "content": …}].'
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: a row must be an object but got {str(row)[:80]!r}. {form}")
-    missing = [name for name in ("chosen", "rejected") if not row.get(name)]
-    if missing:
-        raise DataError(f"{where}: a row must have {' and '.join(missing)} but has columns {sorted(row)}. {form}")
-    kept = {name: row[name] for name in COLUMNS if row.get(name)}
-    for name, value in kept.items():
-        chat = isinstance(value, list) and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in value)
-        if not chat and not isinstance(value, str):
-            raise DataError(f"{where}: {name} must be text or chat messages but got {str(value)[:80]!r}. {form}")
-    if len({type(value) for value in kept.values()}) > 1:
-        raise DataError(f"{where}: prompt, chosen and rejected must all be text or all be chat messages. {form}")
-    return kept
-
-
-def _from_hub(spec: DataSpec, split: str) -> list[Row]:
+def _from_hub(spec: DataSpec, split: str) -> Iterator[Written]:
     try:
         found = load_dataset(spec.name, split=split)
     except Exception as error:  # the Hub's client, its HTTP library and datasets each raise their own
@@ -195,4 +341,5 @@ def _from_hub(spec: DataSpec, split: str) -> list[Row]:
             f"split, or on a machine with internet run `hf download --repo-type dataset {spec.name}`, or give a file: "
             "data=jsonl data.path=PATH."
         ) from error
-    return [_check_row(row, f"{spec.name} ({split}), row {i}") for i, row in enumerate(found)]
+    places = ((f"{spec.name} ({split}), row {i}", row) for i, row in enumerate(found))
+    return alike(Written(where, check_row(row, where)) for where, row in places)

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 import isaerft_sweep.trial  # noqa: F401  (settings that must come before trl is imported)
+from isaerft_sweep.adapter.hook import check_hook
 from isaerft_sweep.adapter.sae import FrozenSae, check_fits, describe, load_sae
 from isaerft_sweep.errors import ConfigError, IsaerftError, suggest
 from isaerft_sweep.models.loading import load_config, load_tokenizer
@@ -49,9 +50,11 @@ def prepare(experiment: Experiment, seen: dict[str, Any] | None = None) -> dict[
     config = once(lambda: load_config(model, experiment.cache), "config", *named)
     text = config.get_text_config()
     saes = []
-    for site in (to_dict(s) for s in experiment.adapter.sites):
+    for index, site in enumerate(to_dict(s) for s in experiment.adapter.sites):
         sae = once(lambda site=site: load_sae(site), "sae", site)  # type: ignore[misc]
         check_fits(sae, site, text.hidden_size, text.num_hidden_layers)
+        if not experiment.adapter.force_hook:
+            check_hook(sae, site, model.name, index)
         saes.append(_describe_sae(site, sae))
     tokenizer = once(lambda: load_tokenizer(model, experiment.cache), "tokenizer", *named)
     pairs = once(lambda: load_pairs(data, tokenizer, max_length), "pairs", *named, to_dict(data), max_length)

@@ -124,14 +124,10 @@ def _train(
     untrained = {"first": spec.index == 0, "always": True, "never": False}[experiment.orpo.eval_untrained]
     eval_first = untrained and not checkpoints
     callbacks = [*sparsity_callbacks(experiment.adapter), recorder]
-    kept: list[Any] = shared.get("tokens", data_key(experiment), list)
     settings = (experiment.orpo, model, loaded, pairs, folder.checkpoints, eval_first, callbacks)
     cut_off = False
     try:
-        trainer = phases.prepared(
-            phase.TOKENISING, lambda: make_trainer(*settings, tokenised=(kept[0], kept[1]) if kept else None)
-        )
-        kept[:] = [trainer.train_dataset, trainer.eval_dataset]
+        trainer = phases.prepared(phase.TOKENISING, lambda: make_trainer(*settings))
         trainer.lean_logits = experiment.launcher.lean_logits
         trainer.note_scores = recorder.note_scores
         recorder.rewind(int(checkpoints[-1].name.split("-")[1]) if checkpoints else -1)

@@ -174,12 +174,8 @@ def make_trainer(
     folder: Path,
     eval_first: bool,
     callbacks: list[TrainerCallback],
-    tokenised: tuple[Dataset, Dataset] | None = None,
 ) -> TrialTrainer:
-    """The trainer of one trial. ``folder`` receives the checkpoints.
-
-    ``tokenised``: the data sets of an earlier trainer over the same pairs, which are used as they are.
-    """
+    """The trainer of one trial. ``folder`` receives the checkpoints."""
     cuda = torch.cuda.is_available()
     steps = total_steps(spec, len(pairs.train))
     args = ORPOConfig(
@@ -222,8 +218,8 @@ def make_trainer(
     trainer = TrialTrainer(
         model=model,
         args=args,
-        train_dataset=_as_it_is(tokenised[0]) if tokenised else pairs.train,
-        eval_dataset=_as_it_is(tokenised[1]) if tokenised else pairs.evaluation,
+        train_dataset=_as_it_is(pairs.train),
+        eval_dataset=_as_it_is(pairs.evaluation),
         processing_class=loaded.tokenizer,
         callbacks=callbacks,
     )

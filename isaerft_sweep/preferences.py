@@ -1,0 +1,194 @@
+"""Preference pairs as people write them: files, read and checked row by row, without torch."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO, cast
+
+from isaerft_sweep.errors import DataError
+from isaerft_sweep.specs import DataSpec
+
+ANSWERS = ("chosen", "rejected")
+COLUMNS = ("prompt", *ANSWERS, "chat_template_kwargs")
+"""What TRL reads of a row; everything else in it is about the row and not of it."""
+ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+FORM = 'Right form: {"prompt": "…", "chosen": "…", "rejected": "…"}, as text or as [{"role": …, "content": …}].'
+LFS_POINTER = "version https://git-lfs.github.com"
+"""How the stand-in begins that git leaves for a large file which was not fetched."""
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Written:
+    """One row as it was written, with what TRL reads of it; ``where`` names its file and line."""
+
+    where: str
+    row: Row
+
+    @property
+    def is_chat(self) -> bool:
+        return isinstance(self.row["chosen"], list)
+
+
+def check_files(spec: DataSpec) -> None:
+    """Raise DataError unless the files of ``spec`` are there, can be read, and hold rows of the right form."""
+    if spec.source != "files":
+        return
+    path, eval_path = data_files(spec)
+    for file in (path, eval_path) if eval_path else (path,):
+        for _ in read_pairs(file):
+            pass
+
+
+def data_files(spec: DataSpec) -> tuple[Path, Path | None]:
+    """``data.path`` and ``data.eval_path``. Raises DataError when the second is the first one again."""
+    path, eval_path = expanded(str(spec.path)), expanded(spec.eval_path) if spec.eval_path else None
+    if eval_path and path.is_file() and eval_path.is_file() and path.samefile(eval_path):
+        raise DataError(
+            f"data.eval_path must be another file than data.path but both are '{path}': trials would be judged by what they "
+            "were trained on. Leave data.eval_path out, and data.eval_size pairs are held out."
+        )
+    return path, eval_path
+
+
+def expanded(path: str) -> Path:
+    """A path with ``~`` as the user's home; an unknown user's stays as it is and is found missing."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 (pathlib's raises for an unknown user)
+
+
+def read_pairs(path: Path) -> Iterator[Written]:
+    """The rows of a .jsonl, .jsonl.gz or .parquet file. Raises DataError that names the first one that cannot be used."""
+    if not path.is_file():
+        raise DataError(f"data.path must be a file that exists but got '{path}'.")
+    if not path.name.endswith(ENDINGS):
+        raise DataError(f"data.path must end in .jsonl, .jsonl.gz or .parquet but got '{path}'.")
+    rows = _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
+    return alike(Written(where, check_row(row, where)) for where, row in rows)
+
+
+def alike(rows: Iterable[Written]) -> Iterator[Written]:
+    """The rows, as long as all are text or all are chat messages: TRL reads a table, which has one type per column."""
+    first: Written | None = None
+    for row in rows:
+        first = first or row
+        if row.is_chat != first.is_chat:
+            forms = ("chat messages", "text") if row.is_chat else ("text", "chat messages")
+            raise DataError(
+                f"{row.where}: every row must have a prompt (of its own, or as the common beginning of its answers), and "
+                f"all rows must be text or all be chat messages, but this one is {forms[0]} and {first.where} is {forms[1]}."
+            )
+        yield row
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+            for row in batch.to_pylist():
+                yield f"{path}, row {number}", row
+                number += 1
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}{_pointer_hint(path)}") from error
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    number = 0
+    try:
+        with _opened(path) as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield f"{path}, line {number}", json.loads(line, object_pairs_hook=_without_doubles)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UnicodeDecodeError):
+            raise DataError(f"{path} cannot be read: {error}") from error
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+        hint = _pointer_hint(path) or " One JSON object per line."
+        raise DataError(f"{path}, line {number}: not valid JSON ({reason}).{hint}") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read: {error}{_pointer_hint(path)}") from error
+
+
+def _opened(path: Path) -> TextIO:
+    opener = gzip.open if path.suffix == ".gz" else open
+    return cast(TextIO, opener(path, "rt", encoding="utf-8-sig"))
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object that says nothing twice: JSON would take the last word without a word."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"'{next(name for name in names if names.count(name) > 1)}' is there twice")
+    return found
+
+
+def _pointer_hint(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            pointer = file.read(len(LFS_POINTER)) == LFS_POINTER.encode()
+    except OSError:
+        return ""
+    return " It is a pointer of Git LFS: fetch the file itself with `git lfs pull`." if pointer else ""
+
+
+def check_row(row: Any, where: str) -> Row:
+    """What TRL reads of a row. Raises DataError when it is not a pair, or TRL would read text in it that nobody wrote."""
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: a row must be an object but got {_shown(row)}. {FORM}")
+    kept = {name: row[name] for name in COLUMNS if row.get(name) is not None}
+    missing = [name for name in ANSWERS if name not in kept]
+    if missing:
+        raise DataError(f"{where}: a row must have {' and '.join(missing)} but has columns {sorted(map(str, row))}. {FORM}")
+    for name in (name for name in ("prompt", *ANSWERS) if name in kept):
+        _check_value(kept[name], name, where)
+    chat = {name: isinstance(kept[name], list) for name in ("prompt", *ANSWERS) if name in kept}
+    # a text prompt before answers that begin with the same messages: TRL takes the messages
+    if chat["chosen"] != chat["rejected"] or (chat.get("prompt") and not chat["chosen"]):
+        raise DataError(f"{where}: prompt, chosen and rejected must all be text or all be chat messages. {FORM}")
+    if "prompt" in row and "prompt" not in kept and not chat["chosen"]:
+        raise DataError(f'{where}: prompt must be text but got null. Give an empty one as "", or leave it out. {FORM}')
+    if not isinstance(kept.get("chat_template_kwargs", {}), dict):
+        raise DataError(f"{where}: chat_template_kwargs must be an object but got {_shown(kept['chat_template_kwargs'])}.")
+    return kept
+
+
+def _check_value(value: Any, name: str, where: str) -> None:
+    if value in ([], "") and (name in ANSWERS or value == []):
+        hint = " Leave it out where the answers carry it." if name == "prompt" else ""
+        raise DataError(f"{where}: {name} must not be empty.{hint} {FORM}")
+    if isinstance(value, str):
+        return
+    if not isinstance(value, list) or not all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in value):
+        raise DataError(f"{where}: {name} must be text or chat messages but got {_shown(value)}. {FORM}")
+    for message in value:
+        if not isinstance(message["role"], str):
+            raise DataError(f"{where}: a message's role in {name} must be text but got {_shown(message['role'])}. {FORM}")
+        _check_content(message["content"], name, where)
+
+
+def _check_content(content: Any, name: str, where: str) -> None:
+    """Text, or parts of type text: a template that knows nothing else would print Python's words for the rest."""
+    if isinstance(content, str):
+        return
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        raise DataError(f"{where}: a message's content in {name} must be text or parts of text but got {_shown(content)}.")
+    for part in content:
+        if part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise DataError(
+                f"{where}: the parts of a message's content in {name} must be of type text, "
+                f'{{"type": "text", "text": "…"}}, but one is {_shown(part)}. Language models are trained on text alone.'
+            )
+
+
+def _shown(value: Any) -> str:
+    return repr(str(value)[:80])
