@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from typing import Any
 
 from isaerft_sweep.errors import IsaerftError
 
@@ -30,3 +32,25 @@ def checked_name(what: str, name: str) -> str:
             f"but got {name[:140]!r}."
         )
     return name
+
+
+def json_object(name: str, text: Any) -> dict[str, Any]:
+    """A JSON object in a string. Raises RequestError."""
+    try:
+        found = json.loads(text) if isinstance(text, str) else text or {}
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{name} must be JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise RequestError(f"{name} must be a JSON object but got {str(text)[:80]}.")
+    return found
+
+
+def whole_number(name: str, value: Any) -> int | None:
+    """A number that is not negative, None where there is none. Raises RequestError."""
+    if value is None:
+        return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise RequestError(f"{name} must be a whole number of at least 0 but got {str(value)[:80]}.")
+    return value

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from isaerft_sweep.serve.checks import RequestError
 from isaerft_sweep.serve.runs import ServedRun
+from isaerft_sweep.tracking.metric_names import number_at, value_at
 
 T = TypeVar("T")
 PAGE = 1000
@@ -41,27 +42,35 @@ COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
 """``$regex`` matches its text literally: a pattern from outside could take for ever."""
 
 
-def field_of(run: ServedRun, name: str) -> Any:
-    """A run's value by W&B's name for it: ``state``, ``config.orpo.beta.value``, ``summary_metrics.eval/loss``."""
+def field_of(run: ServedRun, name: str, goal: str | None = None) -> Any:
+    """A run's value by W&B's name for it: ``state``, ``config.orpo.beta.value``, ``summary_metrics.eval/loss``.
+
+    ``goal``: which value of a metric counts where the summary has several, see ``number_at``.
+    """
     kind, _, rest = re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower().partition(".")
     rest = name.partition(".")[2]
     if kind in FIELDS and not rest:
         return FIELDS[kind](run)
     if kind in ("summary_metrics", "summary") and rest:
-        return _at(json.loads(run.summary), rest)
+        return _in_summary(run, rest, goal)
     if kind == "config" and rest:
-        return _at(run.config_values(), rest.removesuffix(".value"))
+        return _in_config(run, rest)
     raise RequestError(
         f"runs cannot be filtered or sorted by '{name}'. Valid: {', '.join(FIELDS)}, config.…, summary_metrics.…."
     )
 
 
-def _at(content: Any, path: str) -> Any:
-    if isinstance(content, Mapping) and path in content:
-        return content[path]
-    for part in path.split("."):
-        content = content.get(part) if isinstance(content, Mapping) else None
-    return content
+def _in_summary(run: ServedRun, name: str, goal: str | None) -> Any:
+    summary = json.loads(run.summary)
+    number = number_at(summary, name, goal)
+    return value_at(summary, name) if number is None else number
+
+
+def _in_config(run: ServedRun, name: str) -> Any:
+    """``config.a`` and ``config.a.value``; of what is nested ``config.a.b``, ``config.a.b.value``, ``config.a.value.b``."""
+    values = run.config_values()
+    tries = ((values, name), (json.loads(run.config), name), (values, name.removesuffix(".value")))
+    return next((found for content, path in tries if (found := value_at(content, path)) is not None), None)
 
 
 def matches(run: ServedRun, wanted: Any, depth: int = 0) -> bool:
@@ -106,7 +115,8 @@ def select(runs: Sequence[ServedRun], filters: str | None, order: str | None) ->
         part = part.strip()
         name = part.lstrip("+-")
         # those without a value come last, whatever the direction
-        values = {id(run): _sortable(field_of(run, name), name.startswith("summary_metrics")) for run in found}
+        goal = "maximize" if part.startswith("-") else "minimize"
+        values = {id(run): _sortable(field_of(run, name, goal), name.startswith("summary")) for run in found}
         there = [run for run in found if values[id(run)] is not None]
         there.sort(key=lambda run: values[id(run)], reverse=part.startswith("-"))  # type: ignore[arg-type, return-value]
         found = there + [run for run in found if values[id(run)] is None]

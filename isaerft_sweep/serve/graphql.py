@@ -25,8 +25,9 @@ from graphql import (
 from isaerft_sweep.errors import IsaerftError
 from isaerft_sweep.resources import asset
 from isaerft_sweep.serve import artifacts
+from isaerft_sweep.serve.answers import UNFORESEEN
 from isaerft_sweep.serve.caller import Caller, global_id, parse_id
-from isaerft_sweep.serve.checks import RequestError, disk_refused
+from isaerft_sweep.serve.checks import RequestError, disk_refused, json_object
 from isaerft_sweep.serve.run_views import FileView, RunView
 from isaerft_sweep.serve.runs import RunKey
 from isaerft_sweep.serve.sweep_views import AgentView, SweepView
@@ -90,7 +91,7 @@ def _response(result: ExecutionResult, document: DocumentNode) -> dict[str, Any]
             raise cause  # the agent takes this alone for a sweep that is gone
         if cause is not None and not isinstance(cause, (IsaerftError, GraphQLError)):
             log.error("GraphQL: an operation failed", exc_info=cause)
-            error.message = "the server could not answer this; its log says why."
+            error.message = UNFORESEEN
         else:
             log.warning("GraphQL: %s", error.message[:500])
     return {"data": result.data, "errors": [error.formatted for error in result.errors]}
@@ -193,7 +194,7 @@ class Root:
         return {"agent": AgentView(self.caller, server.fleet.create_agent(sweep, input["host"], self.caller.user))}
 
     def agent_heartbeat(self, input: dict[str, Any]) -> Any:
-        told = _json_object("runState", input.get("runState"))
+        told = json_object("runState", input.get("runState"))
         commands = self.caller.server.fleet.heartbeat(input["id"], told)
         agent = self.caller.server.agents[input["id"]]
         return {"agent": AgentView(self.caller, agent), "commands": json.dumps(commands)}
@@ -204,7 +205,7 @@ class Root:
         given = {name: value for name, value in input.items() if value is not None}
         for name in ("config", "summaryMetrics"):
             if name in given:
-                _json_object(name, given[name])
+                json_object(name, given[name])
         given.pop("debug", None), given.pop("clientMutationId", None)
         project, entity, state = given.pop("modelName", None), given.pop("entityName", None), given.pop("state", None)
         name, storage_id = given.pop("name", None), given.pop("id", None)
@@ -262,14 +263,3 @@ class Root:
 
     def use_artifact(self, input: dict[str, Any]) -> Any:
         return {"artifact": artifacts.find(self.caller, input["artifactID"])}
-
-
-def _json_object(name: str, text: Any) -> dict[str, Any]:
-    """A JSON object in a string. Raises RequestError."""
-    try:
-        found = json.loads(text) if isinstance(text, str) else text or {}
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"{name} must be JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise RequestError(f"{name} must be a JSON object but got {str(text)[:80]}.")
-    return found
