@@ -53,6 +53,8 @@ def failed(request: Request, error: Exception) -> Response:
         # acknowledged is only what is on the disk; clients try again
         log.error("the disk does not take it: %s", error)
         return refusal(507, f"the server's disk does not take it: {error}")
+    if isinstance(error, OSError):
+        return refusal(400, f"a file cannot have this name here: {error.strerror}.")
     if isinstance(error, IsaerftError):
         return refusal(400, str(error))
     log.error("%s %s failed: %r", request.method, request.scope["path"][:200], error, exc_info=error)

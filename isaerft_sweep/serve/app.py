@@ -11,9 +11,11 @@ import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path, PurePosixPath
+from urllib.parse import unquote
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
+from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
@@ -34,6 +36,15 @@ CHALLENGE = {"WWW-Authenticate": 'Basic realm="isaerft-sweep serve: any name, th
 Handler = Callable[[Request], Awaitable[Response]]
 
 
+class Anything(PathConvertor):
+    """A path with whatever characters a file's name may have, line ends too."""
+
+    regex = r"[\s\S]*"
+
+
+register_url_convertor("anything", Anything())
+
+
 class Application:
     """The routes over one server. ``max_upload``: of an uploaded file, bytes."""
 
@@ -46,8 +57,9 @@ class Application:
         routes = [
             Route("/graphql", self._guarded(self.graphql), methods=["POST"]),
             Route(stream, self._guarded(self.stream), methods=["POST"]),
-            Route("/uploads/{path:path}", self._answered(self.upload), methods=["PUT"]),
-            Route("/uploads/{path:path}", self._answered(self.download), methods=["GET"]),
+            Route("/uploads/{path:anything}", self._answered(self.upload), methods=["PUT"]),
+            Route("/uploads/{path:anything}", self._answered(self.download), methods=["GET"]),
+            Route("/artifactsV2/{place:anything}", self._guarded(self.artifact_file), methods=["GET"]),
             Route("/healthz", self._answered(self.health), methods=["GET"]),
             Route("/", self._guarded(self.overview), methods=["GET"]),
             Route("/{entity}/{project}/sweeps/{sweep}", self._guarded(self.sweep), methods=["GET"]),
@@ -123,14 +135,14 @@ class Application:
 
     def _place(self, request: Request) -> Path:
         """The file that a signed address names. Raises HTTPException."""
-        path = request.scope["path"]  # decoded: the URL's own would end at a ? or # in the file's name
+        path = unquote(request.scope["raw_path"].decode("ascii"))  # of the file's name, % and ? and # are part
         given = request.query_params
         method = "PUT" if request.method == "PUT" else "GET"
         if not self.signer.allows(method, path, given.get("until", ""), given.get("signature", "")):
             raise HTTPException(403, "this address is not valid, or not any more.", CLOSE)
-        parts = PurePosixPath(request.path_params["path"]).parts
+        parts = PurePosixPath(path.removeprefix("/uploads/")).parts
         least = {"runs": 5, "artifacts": 3}.get(parts[0] if parts else "", 99)
-        if len(parts) < least or any(part == ".." or part.startswith(".upload") or "\0" in part for part in parts):
+        if len(parts) < least or any(part == ".." or "\0" in part for part in parts):
             raise HTTPException(400, "a file's name must be a relative path without '..'.")
         return self.server.folder.joinpath(*parts)
 
@@ -139,9 +151,9 @@ class Application:
         return Response(status_code=200)
 
     async def _receive(self, request: Request, target: Path) -> None:
-        """Write the body beside ``target``, then put it in its place whole. Raises HTTPException, OSError."""
+        """Write the body aside, then put it in its place whole. Raises HTTPException, OSError."""
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, aside = tempfile.mkstemp(dir=target.parent, prefix=".upload.")
+        handle, aside = tempfile.mkstemp(dir=self.server.aside)
         try:
             with os.fdopen(handle, "wb") as file:
                 async for chunk in limited(request, self.max_upload):
@@ -154,12 +166,16 @@ class Application:
             raise
 
     async def download(self, request: Request) -> Response:
-        target = self._place(request)
-        if not target.is_file():
-            raise HTTPException(404, "there is no such file.")
-        # never shown in this server's name: it may be anybody's HTML
-        headers = {"Content-Disposition": "attachment", "X-Content-Type-Options": "nosniff"}
-        return FileResponse(target, media_type="application/octet-stream", headers=headers)
+        return _attachment(self._place(request))
+
+    async def artifact_file(self, request: Request, caller: Caller) -> Response:
+        """A file of an artifact by its digest, as clients ask for it that have no signed address: …/BIRTH-ID/MD5/NAME."""
+        parts = request.path_params["place"].split("/")
+        try:
+            artifact_id, digest = parts[-3], base64.b64encode(bytes.fromhex(parts[-2])).decode()
+        except (IndexError, ValueError) as error:
+            raise HTTPException(404, "there is no such file.") from error
+        return _attachment(self.server.artifacts.by_digest(artifact_id, digest))
 
     # -- for people
 
@@ -180,6 +196,14 @@ class Application:
     async def run(self, request: Request, caller: Caller) -> Response:
         place = request.path_params
         return html(page.run(caller, caller.server.find_run(place["entity"], place["project"], place["run"])))
+
+
+def _attachment(path: Path | None) -> Response:
+    if path is None or not path.is_file():
+        raise HTTPException(404, "there is no such file.")
+    # never shown in this server's name: it may be anybody's HTML
+    headers = {"Content-Disposition": "attachment", "X-Content-Type-Options": "nosniff"}
+    return FileResponse(path, media_type="application/octet-stream", headers=headers)
 
 
 def _key_of(request: Request) -> str:

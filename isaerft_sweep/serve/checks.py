@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 from typing import Any
@@ -9,6 +10,10 @@ from typing import Any
 from isaerft_sweep.errors import IsaerftError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+
+
+NAME_ERRORS = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EINVAL, errno.ELOOP)
+"""A file cannot be there under its name, today or tomorrow: too long, or a folder's, or below another file."""
 
 
 class RequestError(IsaerftError):
@@ -21,6 +26,8 @@ class RequestError(IsaerftError):
 
 def disk_refused(error: BaseException | None) -> bool:
     """Whether the disk did not take what was to be written: nothing was acknowledged, and the client may try again."""
+    if isinstance(error, OSError) and error.errno in NAME_ERRORS:
+        return False
     return isinstance(error, OSError) or (isinstance(error, IsaerftError) and isinstance(error.__cause__, OSError))
 
 

@@ -26,6 +26,7 @@ from isaerft_sweep.errors import IsaerftError
 from isaerft_sweep.resources import asset
 from isaerft_sweep.serve import artifacts
 from isaerft_sweep.serve.answers import UNFORESEEN
+from isaerft_sweep.serve.artifact_views import ArtifactFileView, ArtifactView, CollectionView, manifest_view
 from isaerft_sweep.serve.caller import Caller, global_id, parse_id
 from isaerft_sweep.serve.checks import RequestError, disk_refused, json_object
 from isaerft_sweep.serve.run_views import FileView, RunView
@@ -69,6 +70,7 @@ def answer(caller: Caller, query: str, variables: Mapping[str, Any], operation: 
         variable_values=without_nulls(variables),
         operation_name=operation,
         field_resolver=resolve,
+        type_resolver=lambda value, _info, _type: value.typename,
     )
     return _response(result, document)
 
@@ -237,7 +239,7 @@ class Root:
         if len(input["files"]) > MAX_FILES:
             raise RequestError(f"at most {MAX_FILES} files can be asked for at once but got {len(input['files'])}.")
         folder = server.files_of(run)
-        files = [FileView(self.caller, run, name, folder / name) for name in input["files"]]
+        files = [FileView(self.caller, run, name, folder / name.lstrip("/")) for name in input["files"]]
         key = run.key
         return {"runID": global_id("Run", key.name, key.project, key.entity), "uploadHeaders": [], "files": files}
 
@@ -246,20 +248,45 @@ class Root:
 
     # -- artifacts
 
+    def artifact(self, id: str) -> ArtifactView | None:
+        known = self.caller.server.artifacts.get(id)
+        return ArtifactView(self.caller, known) if known else None
+
+    def artifact_collection(self, id: str) -> CollectionView | None:
+        key = parse_id("ArtifactCollection", id)
+        known = len(key) == 3 and (key[0], key[1], key[2]) in self.caller.server.artifacts.collections
+        return CollectionView(self.caller, (key[0], key[1], key[2])) if known else None
+
     def create_artifact(self, input: dict[str, Any]) -> Any:
-        return {"artifact": artifacts.create(self.caller, input)}
+        return {"artifact": ArtifactView(self.caller, artifacts.create(self.caller, input))}
 
     def create_artifact_manifest(self, input: dict[str, Any]) -> Any:
-        return {"artifactManifest": artifacts.create_manifest(self.caller, input)}
+        known = artifacts.new_manifest(self.caller, input["artifactID"], input["digest"])
+        return {"artifactManifest": manifest_view(self.caller, known)}
 
     def update_artifact_manifest(self, input: dict[str, Any]) -> Any:
-        return {"artifactManifest": artifacts.update_manifest(self.caller, input)}
+        known = artifacts.new_manifest(self.caller, input["artifactManifestID"], input.get("digest"))
+        return {"artifactManifest": manifest_view(self.caller, known)}
 
     def create_artifact_files(self, input: dict[str, Any]) -> Any:
-        return {"files": {"edges": [{"node": file} for file in artifacts.create_files(self.caller, input)]}}
+        """Addresses to upload an artifact's files to."""
+        specs = input["artifactFiles"]
+        for artifact_id in {spec["artifactID"] for spec in specs}:
+            artifacts.find(self.caller, artifact_id)
+        made = [ArtifactFileView(self.caller, spec["artifactID"], spec["name"], {"digest": spec["md5"]}) for spec in specs]
+        return {"files": {"edges": [{"node": file} for file in made]}}
 
     def commit_artifact(self, input: dict[str, Any]) -> Any:
-        return {"artifact": artifacts.commit(self.caller, input)}
+        return {"artifact": ArtifactView(self.caller, artifacts.commit(self.caller, input))}
+
+    def update_artifact(self, input: dict[str, Any]) -> Any:
+        return {"artifact": ArtifactView(self.caller, artifacts.update(self.caller, input))}
+
+    def add_aliases(self, input: dict[str, Any]) -> Any:
+        return artifacts.change_aliases(self.caller, input, add=True)
+
+    def delete_aliases(self, input: dict[str, Any]) -> Any:
+        return artifacts.change_aliases(self.caller, input, add=False)
 
     def use_artifact(self, input: dict[str, Any]) -> Any:
-        return {"artifact": artifacts.find(self.caller, input["artifactID"])}
+        return {"artifact": ArtifactView(self.caller, artifacts.use(self.caller, input))}

@@ -7,12 +7,13 @@ import json
 import math
 import mimetypes
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from isaerft_sweep.serve import artifact_views, sweep_views, views
 from isaerft_sweep.serve import runs as states
-from isaerft_sweep.serve import sweep_views, views
 from isaerft_sweep.serve.caller import Caller, global_id, stamp, thinned
 from isaerft_sweep.serve.checks import RequestError, json_object, whole_number
 from isaerft_sweep.serve.filters import page
@@ -58,6 +59,7 @@ class RunView:
 
     caller: Caller
     run: ServedRun
+    typename = "Run"
     read_only = False
     system_metrics = "{}"
 
@@ -133,17 +135,21 @@ class RunView:
         # the run's own word, which is not written to the disk each time
         return stamp(max(self.run.updated, time.time() - (time.monotonic() - self.run.heard) if self.run.active else 0.0))
 
+    def _lines(self, name: str) -> int:
+        # a client counts on from here: one that has begun the run anew from 0
+        return 0 if self.run.begun_anew else self.run.lines[name]
+
     @property
     def history_line_count(self) -> int:
-        return self.run.lines[HISTORY]
+        return self._lines(HISTORY)
 
     @property
     def events_line_count(self) -> int:
-        return self.run.lines[EVENTS]
+        return self._lines(EVENTS)
 
     @property
     def log_line_count(self) -> int:
-        return self.run.lines[OUTPUT]
+        return self._lines(OUTPUT)
 
     @property
     def history_tail(self) -> str:
@@ -215,7 +221,7 @@ class RunView:
 
     def _paths(self) -> list[Path]:
         folder = self.caller.server.files_of(self.run)
-        return sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".upload"))
+        return sorted(path for path in folder.rglob("*") if path.is_file())
 
     @property
     def file_count(self) -> int:
@@ -235,6 +241,21 @@ class RunView:
         if pattern:
             found = [(name, path) for name, path in found if _like(name, pattern)]
         return page(found, after, first, lambda one: FileView(self.caller, self.run, *one))
+
+    def output_artifacts(self, after: str | None = None, first: int | None = None) -> Any:
+        """Those that the run has logged."""
+        return self._artifacts(lambda known: known.get("run") == self.run.key.name, after, first)
+
+    def input_artifacts(self, after: str | None = None, first: int | None = None) -> Any:
+        """Those that the run has used."""
+        key = [self.run.key.entity, self.run.key.project, self.run.key.name]
+        return self._artifacts(lambda known: key in (known.get("users") or ()), after, first)
+
+    def _artifacts(self, wanted: Callable[[Mapping[str, Any]], bool], after: str | None, first: int | None) -> Any:
+        place, artifacts = (self.run.key.entity, self.run.key.project), self.caller.server.artifacts
+        versions = [known for key in artifacts.collections for known in artifacts.versions(key)]
+        used = [a for a in versions if wanted(a) and ("users" in a or (a["entity"], a["project"]) == place)]
+        return page(used, after, first, lambda known: artifact_views.ArtifactView(self.caller, known))
 
 
 @dataclass(frozen=True)
@@ -277,8 +298,7 @@ class FileView:
 
     @property
     def _address(self) -> str:
-        key = self.run.key
-        return f"/uploads/runs/{key.entity}/{key.project}/{key.name}/{self.name}"
+        return f"/uploads/{self.path.relative_to(self.caller.server.folder).as_posix()}"
 
 
 def _like(name: str, pattern: str) -> bool:

@@ -62,6 +62,8 @@ class ServedRun:
     curve: list[float] = field(default_factory=list)
     resuming: bool = False
     """Whether a client has asked what there is to go on with, and not begun yet."""
+    begun_anew: bool = False
+    """Whether a new process has begun the run without asking what there is, and has not sent anything yet."""
     heard: float = 0.0
     """When the run, or its agent on its behalf, was last heard of, by this process's monotonic clock."""
     _names: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -143,20 +145,40 @@ class ServedRun:
             if name == HISTORY and self.metric:
                 self.curve += values_of(rows, self.metric)
 
+    def overwritten_by(self, files: Mapping[str, tuple[int, list[str]]]) -> bool:
+        """Whether a new process writes the run from its start: it overwrites what an older one has left, as on W&B.
+
+        A client that sends rows again sends the same ones; one that goes on sends later steps.
+        """
+        offset, rows = files.get(HISTORY, (0, []))
+        if rows and self._is_later(rows[0]):
+            return False
+        if self.begun_anew:
+            return any(offset < self.lines.get(name, 0) for name, (offset, _) in files.items())
+        known = itertools.islice(self.rows(), len(rows)) if rows and offset == 0 else ()
+        return any(json.loads(old) != json.loads(new) for old, new in zip(known, rows, strict=False) if old != new)
+
     def new_rows(self, name: str, offset: int, rows: list[str]) -> list[str]:
         """Those of ``rows`` that are not here yet.
 
         A client that missed the answer sends them again; `wandb sync` of a run that is partly here sends all of them, behind
         those. A history's steps only grow.
         """
-        if name not in STREAMS:
-            return rows
-        rows = rows[max(0, self.lines[name] - offset) :]
-        last = json.loads(self.last[name]).get("_step") if rows and name == HISTORY and name in self.last else None
-        if not is_number(last) or json.loads(rows[0]).get("_step", last) > last:
-            return rows
-        steps = [json.loads(row).get("_step") for row in rows]
-        return [row for row, step in zip(rows, steps, strict=True) if not is_number(step) or step > last]
+        if name == HISTORY and rows and is_number(self._step_of(rows[0])) and is_number(self._last_step):
+            return [row for row in rows if self._is_later(row)]
+        return rows[max(0, self.lines[name] - offset) :] if name in STREAMS else rows
+
+    @property
+    def _last_step(self) -> Any:
+        return self._step_of(self.last[HISTORY]) if HISTORY in self.last else None
+
+    def _step_of(self, row: str) -> Any:
+        return json.loads(row).get("_step")
+
+    def _is_later(self, row: str) -> bool:
+        """Whether a row belongs behind the last one."""
+        last, step = self._last_step, self._step_of(row)
+        return not is_number(last) or not is_number(step) or step > last
 
     def rows(self, name: str = HISTORY) -> Sequence[str]:
         """The lines of a stream, from the disk."""
