@@ -120,7 +120,7 @@ def test_a_body_that_is_no_request_is_refused(client: Client, body: bytes) -> No
 
 
 def test_a_body_that_is_too_large_is_refused(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("isaerft_sweep.serve.app.MAX_BODY", 1000)
+    monkeypatch.setattr("isaerft_sweep.serve.bodies.MAX_BODY", 1000)
     assert client.http.post("/graphql", content=b"x" * 1001, headers=client.headers).status_code == 413
     pieces = (b"x" * 100 for _ in range(100))
     answer = client.http.post("/graphql", content=pieces, headers=client.headers)

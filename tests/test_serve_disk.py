@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from serve_client import BEAT, RESUME, Client, facts
 
@@ -403,3 +403,106 @@ def test_a_long_history_is_read_once_for_all_its_pages(client: Client) -> None:
     assert found == list(range(0, 15000, 3)) and states.rows_in.cache_info().misses == 1
     client.stream("r1", [{"_step": 15000}], offset=5000)
     assert len(client.run("r1")["history"]) == 5001, "it is read again when there is more"
+
+
+# -- a run that is begun a second time
+
+HOSTED = 'mutation UpsertBucket($n: String) { upsertBucket(input: {name: $n, modelName: "p", host: "h", config: "{}"}) { bucket { id } } }'
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_second_process_that_does_not_resume_overwrites_the_first_one(client: Client, ended: bool) -> None:
+    client.get(HOSTED, n="r1")
+    ending = {"complete": True, "exitcode": 0} if ended else {}
+    client.stream("r1", [{"_step": i, "loss": 1.0} for i in range(5)], summary={"loss": 1.0, "old": 1}, **ending)
+    client.get(HOSTED, n="r1")
+    assert client.run("r1")["state"] == "running" and client.run("r1")["historyLineCount"] == 0, (
+        "the client counts from here"
+    )
+    assert len(client.run("r1")["history"]) == 5, "it has sent nothing yet"
+    client.stream("r1", [], summary={})
+    client.stream("r1", [{"_step": i, "loss": 2.0} for i in range(3)], summary={"loss": 2.0}, complete=True, exitcode=0)
+    run = client.run("r1")
+    assert [json.loads(row)["loss"] for row in run["history"]] == [2.0] * 3 and run["state"] == "finished"
+    assert json.loads(run["summaryMetrics"]) == {"loss": 2.0}
+    again = Server(shutil.copytree(client.folder, client.folder.parent / "copy"), "local")
+    assert facts(again) == facts(client.server)
+    again.close()
+
+
+@pytest.mark.parametrize("offset", [5, 0])
+def test_a_process_that_goes_on_loses_nothing_when_the_server_is_killed_before_it_begins(
+    client: Client, offset: int
+) -> None:
+    client.get(HOSTED, n="r1")
+    client.stream("r1", [{"_step": i} for i in range(5)], preempting=True, complete=True, exitcode=1)
+    client.get(RESUME, n="r1")
+    restarted = Client(shutil.copytree(client.folder, client.folder.parent / "copy"))
+    try:
+        restarted.get(HOSTED, n="r1")
+        assert restarted.run("r1")["state"] == "running"
+        restarted.stream("r1", [{"_step": 5}], offset=offset)
+        restarted.stream("r1", [{"_step": 6}], offset=offset + 1, complete=True, exitcode=0)
+        assert [json.loads(row)["_step"] for row in restarted.run("r1")["history"]] == list(range(7))
+    finally:
+        restarted.server.close()
+
+
+def test_a_run_s_first_words_that_come_twice_change_nothing(client: Client) -> None:
+    rows = [{"_step": i, "loss": 1.0} for i in range(3)]
+    for _ in range(2):
+        client.get(HOSTED, n="r1")
+    for _ in range(2):
+        client.stream("r1", rows)
+    client.get(
+        'mutation U($n: String) { upsertBucket(input: {name: $n, modelName: "p", config: "{\\"a\\": 1}"}) { bucket { id } } }',
+        n="r1",
+    )
+    client.stream("r1", [{"_step": 3, "loss": 1.0}], offset=3)
+    assert client.run("r1")["historyLineCount"] == 4
+
+
+# -- names
+
+NAMES = ("pairs.jsonl", "a", "a.jsonl", "a.jsonl.jsonl", "x.jsonl", "server", "runs", "a.b-c_d")
+
+
+def test_runs_and_projects_may_have_any_name_that_is_allowed(client: Client) -> None:
+    bucket = 'mutation UpsertBucket($n: String, $p: String) { upsertBucket(input: {name: $n, modelName: $p, config: "{}"}) { bucket { id } } }'
+    create = 'mutation CreateRunFiles($n: String!, $p: String!) { createRunFiles(input: {entityName: "local", projectName: $p, runName: $n, files: ["pairs.jsonl", "b/c"]}) { files { name uploadUrl } } }'
+    for project in ("p", "p.jsonl"):
+        for name in NAMES:
+            client.get(bucket, n=name, p=project)
+            for file in client.get(create, n=name, p=project)["createRunFiles"]["files"]:
+                assert client.http.put(file["uploadUrl"], content=f"{project} {name} {file['name']}").status_code == 200
+    again = Server(shutil.copytree(client.folder, client.folder.parent / "copy"), "local")
+    assert facts(again) == facts(client.server) and len(again.runs) == 2 * len(NAMES)
+    for run in again.runs.values():
+        found = {
+            path.relative_to(again.files_of(run)).as_posix(): path.read_text()
+            for path in again.files_of(run).rglob("*")
+            if path.is_file()
+        }
+        assert found == {name: f"{run.key.project} {run.key.name} {name}" for name in ("pairs.jsonl", "b/c")}
+    again.close()
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.text(alphabet=st.characters(codec="utf-8", exclude_characters="/\0"), min_size=1, max_size=40))
+@example("100%.txt")
+@example("a?b#c d.txt")
+@example("%2e%2e")
+@example("x\ny\n")
+@example(".upload.txt")
+@example("é\u2028\u202e")
+def test_a_file_of_any_name_comes_back(client: Client, name: str) -> None:
+    if len(name.encode()) > 250 or name in (".", ".."):
+        return
+    client.begin("r1")
+    create = 'mutation CreateRunFiles($f: [String!]!) { createRunFiles(input: {entityName: "local", projectName: "p", runName: "r1", files: $f}) { files { name uploadUrl } } }'
+    (file,) = client.get(create, f=[f"media/{name}"])["createRunFiles"]["files"]
+    assert client.http.put(file["uploadUrl"], content=name.encode()).status_code == 200
+    files = 'query RunFiles($f: [String]) { project(name: "p") { run(name: "r1") { files(names: $f) { edges { node { name sizeBytes directUrl } } } } } }'
+    (edge,) = client.get(files, f=[f"media/{name}"])["project"]["run"]["files"]["edges"]
+    assert edge["node"]["sizeBytes"] == len(name.encode())
+    assert client.http.get(edge["node"]["directUrl"]).content == name.encode()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -15,6 +14,7 @@ from isaerft_sweep.results.reading import Entry, ReadSweep, rank
 from isaerft_sweep.search.distributions import Distribution
 from isaerft_sweep.search.sampler import Point
 from isaerft_sweep.search.sweep_file import Metric, read_metric_name, read_sweep
+from isaerft_sweep.tracking.metric_names import is_number, number_at, value_at
 
 STATES = {"finished": COMPLETED, "killed": "stopped", "preempting": "stopped", "preempted": "stopped", "crashed": "failed"}
 """W&B's states of a run in our words; the others are the same."""
@@ -35,7 +35,7 @@ def read_wandb_sweep(path: str, metric: str | None = None) -> ReadSweep:
     sweep = _asked(path, lambda: wandb.Api(timeout=30).sweep(path))
     config = dict(sweep.config)
     own = _metric(config)
-    entries = _asked(path, lambda: [_entry(i, run, config) for i, run in enumerate(_by_age(sweep.runs))])
+    entries = _asked(path, lambda: [_entry(i, run, config, own) for i, run in enumerate(_by_age(sweep.runs))])
     runs = {entry.record.run_id: run for entry, run in zip(entries, _by_age(sweep.runs), strict=True)}
     read = ReadSweep(
         name=str(config.get("name") or sweep.id),
@@ -73,8 +73,8 @@ def _metric(config: Mapping[str, Any]) -> Metric:
     try:
         return read_sweep({**config, "parameters": {"orpo.beta": {"value": 1.0}}, "method": "random"}).metric
     except SpaceError:
-        asked = config.get("metric") or {}
-        return Metric(str(asked.get("name", "eval/log_odds_chosen")), str(asked.get("goal", "maximize")))
+        asked = config.get("metric") or {"name": "eval/log_odds_chosen", "goal": "maximize"}
+        return Metric(str(asked.get("name", "")), str(asked.get("goal", "minimize")))
 
 
 def _space(config: Mapping[str, Any]) -> Mapping[str, Distribution]:
@@ -84,14 +84,16 @@ def _space(config: Mapping[str, Any]) -> Mapping[str, Distribution]:
         return {}  # a sweep of other parameters can be read all the same; only the edges of its space are not known
 
 
-def _entry(index: int, run: Any, sweep: Mapping[str, Any]) -> Entry:
+def _entry(index: int, run: Any, sweep: Mapping[str, Any], own: Metric) -> Entry:
     config, summary = dict(run.config), _plain(run.summary)
     swept = _names(sweep.get("parameters") or {})
-    params = {key: value for key in swept if (value := _at(config, key)) is not _MISSING}
-    metrics = {k: float(v) for k, v in summary.items() if k.startswith(("eval/", "train/")) and _is_number(v)}
+    params = {key: value for key in swept if (value := value_at(config, key, _MISSING)) is not _MISSING}
+    known = (own.name, *(name for name in summary if name.startswith(("eval/", "train/"))))
+    found = {name: number_at(summary, name, own.goal if name == own.name else None) for name in known}
+    metrics = {name: value for name, value in found.items() if value is not None}
     runtime = summary.get("seconds", summary.get("_runtime", 0))  # W&B's is that of the upload when a run came later
     record = TrialRecord(index, run.name, run.id, Point(params), state=STATES.get(run.state, run.state))
-    record.seconds = float(runtime) if _is_number(runtime) else 0.0
+    record.seconds = float(runtime) if is_number(runtime) else 0.0
     return Entry(record, metrics, {}, state=record.state, device_s=record.seconds)
 
 
@@ -109,19 +111,5 @@ def _names(parameters: Mapping[str, Any], prefix: str = "") -> list[str]:
     return found
 
 
-def _at(config: Mapping[str, Any], key: str) -> Any:
-    """``config[key]`` or, for ``orpo.beta``, ``config["orpo"]["beta"]``; ``_MISSING`` when there is neither."""
-    if key in config:
-        return config[key]
-    found: Any = config
-    for part in key.split("."):
-        found = found.get(part, _MISSING) if isinstance(found, Mapping) else _MISSING
-    return found
-
-
 def _rows(run: Any) -> list[dict[str, Any]]:
     return [{**row, "step": row.get("_step", i), "time": row.get("_timestamp")} for i, row in enumerate(run.scan_history())]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
+from urllib.parse import quote
 
 from isaerft_sweep.serve.checks import RequestError
 from isaerft_sweep.serve.server import Server
@@ -25,7 +26,7 @@ class Caller:
 
     def file_url(self, path: str, method: str) -> str:
         """An address for one file that needs no key, for a while: wandb's uploads carry none."""
-        return f"{self.base_url}{path}?{self.signer.sign(method, path)}"
+        return f"{self.base_url}{quote(path)}?{self.signer.sign(method, path)}"
 
 
 def stamp(seconds: float) -> str:

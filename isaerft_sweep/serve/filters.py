@@ -6,26 +6,44 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from functools import partial
 from typing import Any, TypeVar
+
+import regex
 
 from isaerft_sweep.serve.checks import RequestError
 from isaerft_sweep.serve.runs import ServedRun
+from isaerft_sweep.tracking.metric_names import number_at, value_at
 
 T = TypeVar("T")
+Field = Callable[[str], Any]
+"""A thing's value by W&B's name for it. Raises RequestError on a name that there is not."""
 PAGE = 1000
 DEPTH = 20
+LONGEST = 20_000
+"""Letters of a filter."""
+REGEX_S = 0.05
+"""How long a pattern may search in one value; some would take for ever."""
 
 FIELDS: dict[str, Callable[[ServedRun], Any]] = {
     "name": lambda run: run.key.name,
-    "display_name": lambda run: run.facts.get("displayName"),
+    "display_name": lambda run: run.facts.get("displayName") or run.key.name,
     "state": lambda run: run.state,
     "sweep": lambda run: run.sweep,
     "group": lambda run: run.facts.get("groupName"),
+    "group_name": lambda run: run.facts.get("groupName"),
     "job_type": lambda run: run.facts.get("jobType"),
     "tags": lambda run: run.facts.get("tags") or [],
+    "notes": lambda run: run.facts.get("notes"),
+    "description": lambda run: run.facts.get("description"),
+    "host": lambda run: run.facts.get("host"),
+    "commit": lambda run: run.facts.get("commit"),
     "created_at": lambda run: run.created,
+    "updated_at": lambda run: run.updated,
     "heartbeat_at": lambda run: run.updated,
 }
+TIMES = ("created_at", "updated_at", "heartbeat_at")
 COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     "$eq": lambda value, wanted: bool(value == wanted or (isinstance(value, list) and wanted in value)),
     "$ne": lambda value, wanted: not COMPARISONS["$eq"](value, wanted),
@@ -36,77 +54,142 @@ COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     "$lt": lambda value, wanted: value is not None and value < wanted,
     "$lte": lambda value, wanted: value is not None and value <= wanted,
     "$exists": lambda value, wanted: (value is not None) == bool(wanted),
-    "$regex": lambda value, wanted: value is not None and re.search(re.escape(str(wanted)), str(value)) is not None,
 }
-"""``$regex`` matches its text literally: a pattern from outside could take for ever."""
+GROUPS = ("$and", "$or", "$nor")
 
 
-def field_of(run: ServedRun, name: str) -> Any:
-    """A run's value by W&B's name for it: ``state``, ``config.orpo.beta.value``, ``summary_metrics.eval/loss``."""
-    kind, _, rest = re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower().partition(".")
-    rest = name.partition(".")[2]
+def snake(name: str) -> str:
+    """``created_at`` of ``createdAt``."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
+
+
+def field_of(run: ServedRun, name: str, goal: str | None = None) -> Any:
+    """A run's value by W&B's name for it: ``state``, ``config.orpo.beta.value``, ``summary_metrics.eval/loss``.
+
+    ``goal``: which value of a metric counts where the summary has several, see ``number_at``.
+    """
+    kind, _, rest = name.partition(".")
+    kind = snake(kind)
     if kind in FIELDS and not rest:
         return FIELDS[kind](run)
     if kind in ("summary_metrics", "summary") and rest:
-        return _at(json.loads(run.summary), rest)
+        return _in_summary(run, rest, goal)
     if kind == "config" and rest:
-        return _at(run.config_values(), rest.removesuffix(".value"))
+        return _in_config(run, rest)
     raise RequestError(
-        f"runs cannot be filtered or sorted by '{name}'. Valid: {', '.join(FIELDS)}, config.…, summary_metrics.…."
+        f"runs cannot be filtered or sorted by '{name[:200]}'. Valid: {', '.join(FIELDS)}, config.…, summary_metrics.…."
     )
 
 
-def _at(content: Any, path: str) -> Any:
-    if isinstance(content, Mapping) and path in content:
-        return content[path]
-    for part in path.split("."):
-        content = content.get(part) if isinstance(content, Mapping) else None
-    return content
+def _in_summary(run: ServedRun, name: str, goal: str | None) -> Any:
+    summary = json.loads(run.summary)
+    number = number_at(summary, name, goal)
+    return value_at(summary, name) if number is None else number
 
 
-def matches(run: ServedRun, wanted: Any, depth: int = 0) -> bool:
-    """Whether the run fits a filter. Raises RequestError on what is not supported."""
+def _in_config(run: ServedRun, name: str) -> Any:
+    """``config.a`` and ``config.a.value``; of what is nested ``config.a.b``, ``config.a.b.value``, ``config.a.value.b``."""
+    values = run.config_values()
+    tries = ((values, name), (json.loads(run.config), name), (values, name.removesuffix(".value")))
+    return next((found for content, path in tries if (found := value_at(content, path)) is not None), None)
+
+
+def matches(field: Field, wanted: Any, depth: int = 0) -> bool:
+    """Whether a thing with these fields fits a filter. Raises RequestError on what is not supported."""
     if not isinstance(wanted, Mapping) or depth > DEPTH:
         raise RequestError(f"a filter must be a mapping of names to conditions, nested at most {DEPTH} times.")
     for name, condition in wanted.items():
-        if name in ("$and", "$or"):
+        if name in GROUPS:
             if not isinstance(condition, list):
                 raise RequestError(f"{name} must have a list of filters.")
-            found = [matches(run, part, depth + 1) for part in condition]
-            good = all(found) if name == "$and" else any(found)
+            found = [matches(field, part, depth + 1) for part in condition]
+            good = all(found) if name == "$and" else any(found) == (name == "$or")
         else:
-            good = _fits(field_of(run, name), condition)
+            good = _fits(name, field(name), condition, depth)
         if not good:
             return False
     return True
 
 
-def _fits(value: Any, condition: Any) -> bool:
+def _fits(name: str, value: Any, condition: Any, depth: int) -> bool:
+    if snake(name) in TIMES:
+        value, condition = math.floor(value), _in_seconds(name, condition)
     if not isinstance(condition, Mapping):
         return COMPARISONS["$eq"](value, condition)
-    for operator, wanted in condition.items():
-        if operator not in COMPARISONS:
-            raise RequestError(f"filters cannot have '{operator}'. Valid: {', '.join(COMPARISONS)}, $and, $or.")
-        try:
-            if not COMPARISONS[operator](value, wanted):
-                return False
-        except TypeError:
-            return False  # values of different kinds compare to nothing
-    return True
+    return all(_compares(name, value, condition, operator, depth) for operator in condition if operator != "$options")
 
 
-def select(runs: Sequence[ServedRun], filters: str | None, order: str | None) -> list[ServedRun]:
-    """The runs that fit, in order. Raises RequestError when filters or order cannot be read."""
+def _compares(name: str, value: Any, condition: Mapping[str, Any], operator: str, depth: int) -> bool:
+    wanted = condition[operator]
+    if operator == "$not" and depth < DEPTH:
+        return not _fits(name, value, wanted, depth + 1)
+    if operator == "$regex":
+        return _found(wanted, condition.get("$options", ""), value)
+    if operator not in COMPARISONS:
+        raise RequestError(
+            f"filters cannot have '{operator[:80]}'. Valid: {', '.join(COMPARISONS)}, $regex, $not, {', '.join(GROUPS)}."
+        )
+    try:
+        return COMPARISONS[operator](value, wanted)
+    except TypeError:
+        return False  # values of different kinds compare to nothing
+
+
+def _found(pattern: Any, options: Any, value: Any) -> bool:
+    """MongoDB's ``$regex``. Raises RequestError when it is not one, or takes too long."""
+    flags = {"i": regex.IGNORECASE, "m": regex.MULTILINE, "s": regex.DOTALL, "x": regex.VERBOSE}
+    if not isinstance(pattern, str) or len(pattern) > 500 or not isinstance(options, str) or set(options) - set(flags):
+        raise RequestError("$regex must be a pattern of at most 500 letters, $options some of i, m, s and x.")
+    values = value if isinstance(value, list) else [value]
+    try:
+        compiled = regex.compile(pattern, sum(flags[letter] for letter in set(options)))
+        return any(compiled.search(text, timeout=REGEX_S) is not None for text in values if isinstance(text, str))
+    except (regex.error, OverflowError, RecursionError) as error:
+        raise RequestError(f"$regex must be a regular expression but got '{pattern[:80]}': {error}.") from error
+    except TimeoutError as error:
+        raise RequestError(f"$regex '{pattern[:80]}' takes too long. Choose a simpler one.") from error
+
+
+def _in_seconds(name: str, condition: Any) -> Any:
+    """Times of a condition in seconds. Raises RequestError on one that cannot be read: it would find nothing."""
+    if isinstance(condition, Mapping):
+        return {key: part if key == "$exists" else _in_seconds(name, part) for key, part in condition.items()}
+    if isinstance(condition, list):
+        return [_in_seconds(name, part) for part in condition]
+    if condition is None or (isinstance(condition, (int, float)) and not isinstance(condition, bool)):
+        return condition
+    try:
+        found = datetime.fromisoformat(condition)
+        return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
+    except (TypeError, ValueError, OverflowError) as error:
+        raise RequestError(
+            f"{name} must be compared with a time like 2026-11-27 or 2026-11-27T18:30:00Z but got {str(condition)[:80]!r}."
+        ) from error
+
+
+def read_filter(filters: str | None) -> Mapping[str, Any]:
+    """A filter's conditions. Raises RequestError."""
+    if filters and len(filters) > LONGEST:
+        raise RequestError(f"filters may have at most {LONGEST} letters but got {len(filters)}.")
     try:
         wanted = json.loads(filters) if filters else {}
     except (ValueError, RecursionError) as error:
         raise RequestError(f"filters must be JSON: {error}") from error
-    found = [run for run in runs if matches(run, wanted or {})]
+    if not isinstance(wanted or {}, Mapping):
+        raise RequestError("filters must be a mapping of names to conditions.")
+    return wanted or {}
+
+
+def select(runs: Sequence[ServedRun], filters: str | None, order: str | None) -> list[ServedRun]:
+    """The runs that fit, in order. Raises RequestError when filters or order cannot be read."""
+    wanted = read_filter(filters)
+    found = [run for run in runs if matches(partial(field_of, run), wanted)]
     for part in reversed([p for p in (order or "+created_at").split(",") if p.strip()]):
         part = part.strip()
         name = part.lstrip("+-")
         # those without a value come last, whatever the direction
-        values = {id(run): _sortable(field_of(run, name), name.startswith("summary_metrics")) for run in found}
+        goal = "maximize" if part.startswith("-") else "minimize"
+        values = {id(run): _sortable(field_of(run, name, goal), name.startswith("summary")) for run in found}
         there = [run for run in found if values[id(run)] is not None]
         there.sort(key=lambda run: values[id(run)], reverse=part.startswith("-"))  # type: ignore[arg-type, return-value]
         found = there + [run for run in found if values[id(run)] is None]

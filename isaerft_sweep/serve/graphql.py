@@ -25,8 +25,10 @@ from graphql import (
 from isaerft_sweep.errors import IsaerftError
 from isaerft_sweep.resources import asset
 from isaerft_sweep.serve import artifacts
+from isaerft_sweep.serve.answers import UNFORESEEN
+from isaerft_sweep.serve.artifact_views import ArtifactFileView, ArtifactView, CollectionView, manifest_view
 from isaerft_sweep.serve.caller import Caller, global_id, parse_id
-from isaerft_sweep.serve.checks import RequestError, disk_refused
+from isaerft_sweep.serve.checks import RequestError, disk_refused, json_object
 from isaerft_sweep.serve.run_views import FileView, RunView
 from isaerft_sweep.serve.runs import RunKey
 from isaerft_sweep.serve.sweep_views import AgentView, SweepView
@@ -68,6 +70,7 @@ def answer(caller: Caller, query: str, variables: Mapping[str, Any], operation: 
         variable_values=without_nulls(variables),
         operation_name=operation,
         field_resolver=resolve,
+        type_resolver=lambda value, _info, _type: value.typename,
     )
     return _response(result, document)
 
@@ -90,7 +93,7 @@ def _response(result: ExecutionResult, document: DocumentNode) -> dict[str, Any]
             raise cause  # the agent takes this alone for a sweep that is gone
         if cause is not None and not isinstance(cause, (IsaerftError, GraphQLError)):
             log.error("GraphQL: an operation failed", exc_info=cause)
-            error.message = "the server could not answer this; its log says why."
+            error.message = UNFORESEEN
         else:
             log.warning("GraphQL: %s", error.message[:500])
     return {"data": result.data, "errors": [error.formatted for error in result.errors]}
@@ -193,7 +196,7 @@ class Root:
         return {"agent": AgentView(self.caller, server.fleet.create_agent(sweep, input["host"], self.caller.user))}
 
     def agent_heartbeat(self, input: dict[str, Any]) -> Any:
-        told = _json_object("runState", input.get("runState"))
+        told = json_object("runState", input.get("runState"))
         commands = self.caller.server.fleet.heartbeat(input["id"], told)
         agent = self.caller.server.agents[input["id"]]
         return {"agent": AgentView(self.caller, agent), "commands": json.dumps(commands)}
@@ -204,7 +207,7 @@ class Root:
         given = {name: value for name, value in input.items() if value is not None}
         for name in ("config", "summaryMetrics"):
             if name in given:
-                _json_object(name, given[name])
+                json_object(name, given[name])
         given.pop("debug", None), given.pop("clientMutationId", None)
         project, entity, state = given.pop("modelName", None), given.pop("entityName", None), given.pop("state", None)
         name, storage_id = given.pop("name", None), given.pop("id", None)
@@ -236,7 +239,7 @@ class Root:
         if len(input["files"]) > MAX_FILES:
             raise RequestError(f"at most {MAX_FILES} files can be asked for at once but got {len(input['files'])}.")
         folder = server.files_of(run)
-        files = [FileView(self.caller, run, name, folder / name) for name in input["files"]]
+        files = [FileView(self.caller, run, name, folder / name.lstrip("/")) for name in input["files"]]
         key = run.key
         return {"runID": global_id("Run", key.name, key.project, key.entity), "uploadHeaders": [], "files": files}
 
@@ -245,31 +248,45 @@ class Root:
 
     # -- artifacts
 
+    def artifact(self, id: str) -> ArtifactView | None:
+        known = self.caller.server.artifacts.get(id)
+        return ArtifactView(self.caller, known) if known else None
+
+    def artifact_collection(self, id: str) -> CollectionView | None:
+        key = parse_id("ArtifactCollection", id)
+        known = len(key) == 3 and (key[0], key[1], key[2]) in self.caller.server.artifacts.collections
+        return CollectionView(self.caller, (key[0], key[1], key[2])) if known else None
+
     def create_artifact(self, input: dict[str, Any]) -> Any:
-        return {"artifact": artifacts.create(self.caller, input)}
+        return {"artifact": ArtifactView(self.caller, artifacts.create(self.caller, input))}
 
     def create_artifact_manifest(self, input: dict[str, Any]) -> Any:
-        return {"artifactManifest": artifacts.create_manifest(self.caller, input)}
+        known = artifacts.new_manifest(self.caller, input["artifactID"], input["digest"])
+        return {"artifactManifest": manifest_view(self.caller, known)}
 
     def update_artifact_manifest(self, input: dict[str, Any]) -> Any:
-        return {"artifactManifest": artifacts.update_manifest(self.caller, input)}
+        known = artifacts.new_manifest(self.caller, input["artifactManifestID"], input.get("digest"))
+        return {"artifactManifest": manifest_view(self.caller, known)}
 
     def create_artifact_files(self, input: dict[str, Any]) -> Any:
-        return {"files": {"edges": [{"node": file} for file in artifacts.create_files(self.caller, input)]}}
+        """Addresses to upload an artifact's files to."""
+        specs = input["artifactFiles"]
+        for artifact_id in {spec["artifactID"] for spec in specs}:
+            artifacts.find(self.caller, artifact_id)
+        made = [ArtifactFileView(self.caller, spec["artifactID"], spec["name"], {"digest": spec["md5"]}) for spec in specs]
+        return {"files": {"edges": [{"node": file} for file in made]}}
 
     def commit_artifact(self, input: dict[str, Any]) -> Any:
-        return {"artifact": artifacts.commit(self.caller, input)}
+        return {"artifact": ArtifactView(self.caller, artifacts.commit(self.caller, input))}
+
+    def update_artifact(self, input: dict[str, Any]) -> Any:
+        return {"artifact": ArtifactView(self.caller, artifacts.update(self.caller, input))}
+
+    def add_aliases(self, input: dict[str, Any]) -> Any:
+        return artifacts.change_aliases(self.caller, input, add=True)
+
+    def delete_aliases(self, input: dict[str, Any]) -> Any:
+        return artifacts.change_aliases(self.caller, input, add=False)
 
     def use_artifact(self, input: dict[str, Any]) -> Any:
-        return {"artifact": artifacts.find(self.caller, input["artifactID"])}
-
-
-def _json_object(name: str, text: Any) -> dict[str, Any]:
-    """A JSON object in a string. Raises RequestError."""
-    try:
-        found = json.loads(text) if isinstance(text, str) else text or {}
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"{name} must be JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise RequestError(f"{name} must be a JSON object but got {str(text)[:80]}.")
-    return found
+        return {"artifact": ArtifactView(self.caller, artifacts.use(self.caller, input))}

@@ -19,6 +19,7 @@ from isaerft_sweep.serve.filters import select
 from isaerft_sweep.serve.runs import ServedRun
 from isaerft_sweep.serve.sweep_views import AGENT_SILENCE_S, AgentView
 from isaerft_sweep.serve.sweeps import ServedSweep
+from isaerft_sweep.tracking.metric_names import flat, is_number
 
 SHOWN = 200
 POINTS = 300
@@ -67,7 +68,7 @@ def project(caller: Caller, key: tuple[str, str]) -> str:
     server = caller.server
     sweeps = sorted((s for s in server.sweeps.values() if (s.entity, s.project) == key), key=lambda s: -s.created)
     runs = [run for run in server.runs.values() if (run.key.entity, run.key.project) == key]
-    tables = [_sweep_table(caller, sweeps), _run_table(select(runs, None, "-created_at"), "")]
+    tables = [_sweep_table(caller, sweeps), _run_table(select(runs, None, "-created_at"), None)]
     return _render(title="/".join(key), trail=_trail(), tables=tables)
 
 
@@ -98,7 +99,7 @@ def sweep(caller: Caller, found: ServedSweep) -> str:
         trail=_trail((f"{found.entity}/{found.project}", f"/{found.entity}/{found.project}")),
         facts=facts,
         charts=charts,
-        tables=[_run_table(runs, metric), table],
+        tables=[_run_table(runs, found), table],
         text=("Sweep file", found.config),
     )
 
@@ -118,7 +119,7 @@ def run(caller: Caller, found: ServedRun) -> str:
         ("last word", ago(found.updated)),
         ("rows", f"{found.lines[states.HISTORY]}"),
     ]
-    summary = {name: value for name, value in sorted(json.loads(found.summary).items()) if not name.startswith("_")}
+    summary = {name: value for name, value in sorted(flat(json.loads(found.summary))) if not name.startswith("_")}
     rows = [[Cell(name), Cell(show(value), number=True)] for name, value in summary.items()]
     table = {"name": "Summary", "header": ("name", "value"), "rows": rows, "empty": "Nothing yet.", "more": 0}
     values = {name: value for name, value in found.config_values().items() if name != "_wandb"}
@@ -137,8 +138,8 @@ def run_charts(found: ServedRun) -> list[dict[str, Any]]:
     """A curve for each of the run's metrics, the sweep's own first, then evaluations; single values last."""
     points: dict[str, list[tuple[float, float]]] = {}
     for row in found.steps():
-        for name, value in row.items():
-            if not name.startswith("_") and states.is_number(value):
+        for name, value in flat(row):
+            if not name.startswith("_") and is_number(value):
                 points.setdefault(name, []).append((float(row["_step"]), float(value)))
 
     def place(name: str) -> tuple[bool, bool, bool, str]:
@@ -181,7 +182,7 @@ def _sweep_table(caller: Caller, sweeps: Sequence[ServedSweep]) -> dict[str, Any
             if found.metric
             else []
         )
-        value = best[0].summary_value(found.metric) if best else None
+        value = best[0].summary_value(found.metric, found.goal) if best else None
         rows.append(
             [
                 Cell(str(found.raw.get("name") or found.id), f"/{found.entity}/{found.project}/sweeps/{found.id}"),
@@ -198,10 +199,10 @@ def _sweep_table(caller: Caller, sweeps: Sequence[ServedSweep]) -> dict[str, Any
     return {"name": "Sweeps", "header": header, "rows": rows, "empty": empty, "more": max(0, len(sweeps) - SHOWN)}
 
 
-def _run_table(runs: Sequence[ServedRun], metric: str) -> dict[str, Any]:
-    rows = []
+def _run_table(runs: Sequence[ServedRun], sweep: ServedSweep | None) -> dict[str, Any]:
+    rows, metric = [], sweep.metric if sweep else ""
     for found in runs[:SHOWN]:
-        value = found.summary_value(metric) if metric else None
+        value = found.summary_value(metric, sweep.goal) if sweep and metric else None
         link = f"/{found.key.entity}/{found.key.project}/runs/{found.key.name}"
         cells = [Cell(_name(found), link), Cell(found.state, state=True)]
         cells += [Cell("" if value is None else f"{value:.4g}", number=True)] if metric else []
@@ -227,7 +228,7 @@ def _trail(*steps: tuple[str, str]) -> Iterable[tuple[str, str]]:
 
 def show(value: Any) -> str:
     """A value of the summary, short."""
-    return f"{value:.6g}" if states.is_number(value) else json.dumps(value)[:120]
+    return f"{value:.6g}" if is_number(value) else json.dumps(value)[:120]
 
 
 def ago(seconds: float) -> str:

@@ -7,17 +7,50 @@ import json
 import math
 import mimetypes
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from isaerft_sweep.serve import artifact_views, sweep_views, views
 from isaerft_sweep.serve import runs as states
-from isaerft_sweep.serve import sweep_views, views
 from isaerft_sweep.serve.caller import Caller, global_id, stamp, thinned
+from isaerft_sweep.serve.checks import RequestError, json_object, whole_number
 from isaerft_sweep.serve.filters import page
 from isaerft_sweep.serve.runs import EVENTS, HISTORY, OUTPUT, ServedRun
+from isaerft_sweep.tracking.metric_names import is_number, value_at
 
 SAMPLES = 500
+
+
+MISSING = object()
+
+
+@dataclass(frozen=True)
+class HistorySpec:
+    """What ``sampledHistory`` is asked for: rows from step ``low`` to below ``high`` that have all ``keys``."""
+
+    keys: tuple[str, ...]
+    low: float
+    high: float
+    samples: int
+
+    @classmethod
+    def read(cls, text: str) -> HistorySpec:
+        """Raises RequestError.
+
+        ``maxStep`` belongs to what is asked for, as on W&B's server, but for clients that ask for as many samples as there
+        are steps below it: up to wandb 0.27 they take it for the first step of the next page.
+        """
+        spec = json_object("a spec of sampledHistory", text)
+        keys, samples = spec.get("keys") or [], whole_number("samples", spec.get("samples"))
+        if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+            raise RequestError(f"keys must be a list of names but got {str(keys)[:80]}.")
+        low, last = whole_number("minStep", spec.get("minStep")) or 0, whole_number("maxStep", spec.get("maxStep"))
+        if last is None:
+            return cls(tuple(keys), low, math.inf, samples or SAMPLES)
+        below = samples is not None and samples <= last - low
+        return cls(tuple(keys), low, last if below else last + 1, samples or SAMPLES)
 
 
 @dataclass(frozen=True)
@@ -26,6 +59,7 @@ class RunView:
 
     caller: Caller
     run: ServedRun
+    typename = "Run"
     read_only = False
     system_metrics = "{}"
 
@@ -101,17 +135,21 @@ class RunView:
         # the run's own word, which is not written to the disk each time
         return stamp(max(self.run.updated, time.time() - (time.monotonic() - self.run.heard) if self.run.active else 0.0))
 
+    def _lines(self, name: str) -> int:
+        # a client counts on from here: one that has begun the run anew from 0
+        return 0 if self.run.begun_anew else self.run.lines[name]
+
     @property
     def history_line_count(self) -> int:
-        return self.run.lines[HISTORY]
+        return self._lines(HISTORY)
 
     @property
     def events_line_count(self) -> int:
-        return self.run.lines[EVENTS]
+        return self._lines(EVENTS)
 
     @property
     def log_line_count(self) -> int:
-        return self.run.lines[OUTPUT]
+        return self._lines(OUTPUT)
 
     @property
     def history_tail(self) -> str:
@@ -127,33 +165,38 @@ class RunView:
 
     @property
     def history_keys(self) -> Any:
-        count = self.run.lines[HISTORY]
         last = json.loads(self.run.last[HISTORY]) if HISTORY in self.run.last else {}
-        kinds = {key: {"typeCounts": [{"type": "number", "count": count}]} for key in json.loads(self.run.summary)}
-        return {"lastStep": int(last.get("_step", count - 1)), "keys": kinds, "sets": []}
+        step = float(last["_step"]) if is_number(last.get("_step")) else self.run.lines[HISTORY] - 1.0
+        kinds = {
+            name: {"typeCounts": [{"type": kind, "count": count} for kind, count in counts.items()]}
+            for name, counts in self.run.logged_names().items()
+        }
+        return {"lastStep": int(step), "keys": kinds, "sets": []}
 
     def sampled_history(self, specs: list[str]) -> list[Any]:
-        found = []
-        for text in specs:
-            spec = json.loads(text)
-            keys, samples = list(spec.get("keys") or ()), int(spec.get("samples") or SAMPLES)
-            rows = list(self.run.steps())
-            if keys:
-                rows = [{k: row[k] for k in keys} for row in rows if all(k in row for k in keys)]
-            found.append(thinned(rows, samples))
-        return found
+        return [self._sampled(HistorySpec.read(text)) for text in specs]
+
+    def _sampled(self, spec: HistorySpec) -> list[Any]:
+        rows = list(self.run.steps(spec.low, spec.high))
+        if spec.keys:
+            wanted = ({key: value_at(row, key, MISSING) for key in spec.keys} for row in rows)
+            rows = [row for row in wanted if MISSING not in row.values()]
+        return thinned(rows, spec.samples)
 
     def history(self, min_step: Any = None, max_step: Any = None, samples: int | None = None) -> list[str]:
         if min_step is None and max_step is None:
             return thinned(self.run.rows(), samples or SAMPLES)
-        inside = self.run.steps(int(min_step or 0), int(max_step) if max_step is not None else math.inf)
+        low, high = whole_number("minStep", min_step), whole_number("maxStep", max_step)
+        inside = self.run.steps(low or 0, math.inf if high is None else high)
         return [json.dumps(row) for row in itertools.islice(inside, samples or None)]
 
     def events(self, samples: int | None = None) -> list[str]:
         return thinned(self.run.rows(EVENTS), samples or SAMPLES)
 
     def parquet_history(self, live_keys: list[str]) -> Any:
-        return {"parquetUrls": [], "liveData": []}
+        # nothing has been put into files; clients look up here from which step on they have to ask for rows
+        first = next(self.run.steps(), None)
+        return {"parquetUrls": [], "liveData": [{key: first.get(key) for key in live_keys}] if first else []}
 
     @property
     def user(self) -> views.UserView:
@@ -178,7 +221,7 @@ class RunView:
 
     def _paths(self) -> list[Path]:
         folder = self.caller.server.files_of(self.run)
-        return sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".upload"))
+        return sorted(path for path in folder.rglob("*") if path.is_file())
 
     @property
     def file_count(self) -> int:
@@ -198,6 +241,21 @@ class RunView:
         if pattern:
             found = [(name, path) for name, path in found if _like(name, pattern)]
         return page(found, after, first, lambda one: FileView(self.caller, self.run, *one))
+
+    def output_artifacts(self, after: str | None = None, first: int | None = None) -> Any:
+        """Those that the run has logged."""
+        return self._artifacts(lambda known: known.get("run") == self.run.key.name, after, first)
+
+    def input_artifacts(self, after: str | None = None, first: int | None = None) -> Any:
+        """Those that the run has used."""
+        key = [self.run.key.entity, self.run.key.project, self.run.key.name]
+        return self._artifacts(lambda known: key in (known.get("users") or ()), after, first)
+
+    def _artifacts(self, wanted: Callable[[Mapping[str, Any]], bool], after: str | None, first: int | None) -> Any:
+        place, artifacts = (self.run.key.entity, self.run.key.project), self.caller.server.artifacts
+        versions = [known for key in artifacts.collections for known in artifacts.versions(key)]
+        used = [a for a in versions if wanted(a) and ("users" in a or (a["entity"], a["project"]) == place)]
+        return page(used, after, first, lambda known: artifact_views.ArtifactView(self.caller, known))
 
 
 @dataclass(frozen=True)
@@ -240,8 +298,7 @@ class FileView:
 
     @property
     def _address(self) -> str:
-        key = self.run.key
-        return f"/uploads/runs/{key.entity}/{key.project}/{key.name}/{self.name}"
+        return f"/uploads/{self.path.relative_to(self.caller.server.folder).as_posix()}"
 
 
 def _like(name: str, pattern: str) -> bool:

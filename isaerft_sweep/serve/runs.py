@@ -20,6 +20,7 @@ from typing import Any
 from isaerft_sweep.errors import FolderError
 from isaerft_sweep.journal.folders import PRUNED
 from isaerft_sweep.journal.log import AppendLog, whole_lines
+from isaerft_sweep.tracking.metric_names import flat, is_number, logged_value, number_at
 
 PENDING, RUNNING, FINISHED, FAILED, CRASHED = "pending", "running", "finished", "failed", "crashed"
 KILLED, PREEMPTING, PREEMPTED = "killed", "preempting", "preempted"
@@ -61,8 +62,12 @@ class ServedRun:
     curve: list[float] = field(default_factory=list)
     resuming: bool = False
     """Whether a client has asked what there is to go on with, and not begun yet."""
+    begun_anew: bool = False
+    """Whether a new process has begun the run without asking what there is, and has not sent anything yet."""
     heard: float = 0.0
     """When the run, or its agent on its behalf, was last heard of, by this process's monotonic clock."""
+    _names: dict[str, dict[str, int]] = field(default_factory=dict)
+    _counted: int = 0
 
     @property
     def sweep(self) -> str:
@@ -127,6 +132,7 @@ class ServedRun:
     def _forget_rows(self) -> None:
         """A client has begun the run again from its start."""
         self.lines, self.last, self.curve, self.summary = dict.fromkeys(STREAMS, 0), {}, [], "{}"
+        self._names, self._counted = {}, 0
 
     def _on_files(self, files: Mapping[str, Any]) -> None:
         for name, (_offset, rows) in files.items():
@@ -139,20 +145,40 @@ class ServedRun:
             if name == HISTORY and self.metric:
                 self.curve += values_of(rows, self.metric)
 
+    def overwritten_by(self, files: Mapping[str, tuple[int, list[str]]]) -> bool:
+        """Whether a new process writes the run from its start: it overwrites what an older one has left, as on W&B.
+
+        A client that sends rows again sends the same ones; one that goes on sends later steps.
+        """
+        offset, rows = files.get(HISTORY, (0, []))
+        if rows and self._is_later(rows[0]):
+            return False
+        if self.begun_anew:
+            return any(offset < self.lines.get(name, 0) for name, (offset, _) in files.items())
+        known = itertools.islice(self.rows(), len(rows)) if rows and offset == 0 else ()
+        return any(json.loads(old) != json.loads(new) for old, new in zip(known, rows, strict=False) if old != new)
+
     def new_rows(self, name: str, offset: int, rows: list[str]) -> list[str]:
         """Those of ``rows`` that are not here yet.
 
         A client that missed the answer sends them again; `wandb sync` of a run that is partly here sends all of them, behind
         those. A history's steps only grow.
         """
-        if name not in STREAMS:
-            return rows
-        rows = rows[max(0, self.lines[name] - offset) :]
-        last = json.loads(self.last[name]).get("_step") if rows and name == HISTORY and name in self.last else None
-        if not is_number(last) or json.loads(rows[0]).get("_step", last) > last:
-            return rows
-        steps = [json.loads(row).get("_step") for row in rows]
-        return [row for row, step in zip(rows, steps, strict=True) if not is_number(step) or step > last]
+        if name == HISTORY and rows and is_number(self._step_of(rows[0])) and is_number(self._last_step):
+            return [row for row in rows if self._is_later(row)]
+        return rows[max(0, self.lines[name] - offset) :] if name in STREAMS else rows
+
+    @property
+    def _last_step(self) -> Any:
+        return self._step_of(self.last[HISTORY]) if HISTORY in self.last else None
+
+    def _step_of(self, row: str) -> Any:
+        return json.loads(row).get("_step")
+
+    def _is_later(self, row: str) -> bool:
+        """Whether a row belongs behind the last one."""
+        last, step = self._last_step, self._step_of(row)
+        return not is_number(last) or not is_number(step) or step > last
 
     def rows(self, name: str = HISTORY) -> Sequence[str]:
         """The lines of a stream, from the disk."""
@@ -170,11 +196,19 @@ class ServedRun:
         raw = json.loads(self.config)
         return {k: v.get("value") if isinstance(v, Mapping) and "value" in v else v for k, v in raw.items()}
 
-    def summary_value(self, name: str) -> float | None:
-        """A finite number of the summary, nested or not."""
-        found: Any = json.loads(self.summary)
-        value = found.get(name)
-        return float(value) if is_number(value) else None
+    def summary_value(self, name: str, goal: str | None = None) -> float | None:
+        """A finite number of the summary, see ``number_at``."""
+        return number_at(json.loads(self.summary), name, goal)
+
+    def logged_names(self) -> dict[str, dict[str, int]]:
+        """How often a value of which kind was logged under each dotted name. What was counted is not counted again."""
+        rows = self.rows()
+        for text in itertools.islice(rows, self._counted, None):
+            for name, value in flat(json.loads(text)):
+                counts = self._names.setdefault(name, {})
+                counts[kind_of(value)] = counts.get(kind_of(value), 0) + 1
+        self._counted = len(rows)
+        return self._names
 
 
 @lru_cache(maxsize=4)
@@ -200,18 +234,19 @@ def steps_in(path: Path, length: int) -> tuple[float, ...]:
 def values_of(rows: list[str], metric: str) -> list[float]:
     """The metric in those rows that have it, without the untrained model's (step 0), which not every run measures."""
     found = []
-    for text in rows:
-        if metric in text:
-            row = json.loads(text)
-            value = row.get(metric)
-            if row.get("_step") != 0 and value is not None:
-                found.append(float(value) if is_number(value) else math.nan)
+    for row in map(json.loads, rows):
+        value = logged_value(row, metric)
+        if row.get("_step") != 0 and value is not None:
+            found.append(float(value) if is_number(value) else math.nan)
     return found
 
 
-def is_number(value: Any) -> bool:
-    """Whether ``value`` is a finite number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def kind_of(value: Any) -> str:
+    """W&B's name for a value's kind, as in a run's ``history_keys``."""
+    if isinstance(value, Mapping):
+        return str(value.get("_type", "map"))
+    kinds = {bool: "boolean", str: "string", list: "list", int: "number", float: "number"}
+    return "number" if value in ("NaN", "Infinity", "-Infinity") else kinds.get(type(value), "nil")
 
 
 def next_state(run: ServedRun, ending: Mapping[str, Any], held: bool) -> dict[str, Any]:

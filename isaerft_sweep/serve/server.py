@@ -20,6 +20,7 @@ from isaerft_sweep.journal.folders import SweepFolder
 from isaerft_sweep.journal.log import AppendLog, whole_lines
 from isaerft_sweep.serve import runs as states
 from isaerft_sweep.serve import sweeps
+from isaerft_sweep.serve.artifacts import Artifacts
 from isaerft_sweep.serve.checks import RequestError, checked_name
 from isaerft_sweep.serve.fleet import Fleet, ServedAgent
 from isaerft_sweep.serve.runs import RunKey, ServedRun
@@ -40,7 +41,9 @@ class Server:
         self.runs: dict[RunKey, ServedRun] = {}
         self.sweeps: dict[str, ServedSweep] = {}
         self.agents: dict[str, ServedAgent] = {}
-        self.artifacts: dict[str, dict[str, Any]] = {}
+        self.artifacts = Artifacts(folder / "artifacts")
+        self.aside = folder / ".aside"
+        """Where files are written until they are whole."""
         self._read_only = read_only
         self.fleet = Fleet(self)
         if not read_only:
@@ -54,6 +57,9 @@ class Server:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._handle = (self.folder / ".lock").open("a", encoding="utf-8")
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.aside.mkdir(exist_ok=True)
+            for left in self.aside.iterdir():  # by a server that was killed
+                left.unlink()
         except BlockingIOError as error:
             raise FolderError(
                 f"{self.folder} is in use by another server. Stop it, or choose another: --data PATH."
@@ -79,7 +85,7 @@ class Server:
             self._reconcile(sweep)
 
     def _load_runs(self) -> None:
-        for path in sorted((self.folder / "runs").glob("*/*/*.jsonl")):
+        for path in sorted(p for p in (self.folder / "runs").glob("*/*/*.jsonl") if p.is_file()):
             key = RunKey(path.parent.parent.name, path.parent.name, path.name.removesuffix(".jsonl"))
             run = ServedRun(key, path, heard=time.monotonic())
             run.load(lambda sweep: self.sweeps[sweep].metric if sweep in self.sweeps else "")
@@ -133,7 +139,7 @@ class Server:
         self.agents[agent.id] = agent
 
     def _on_artifact(self, event: Mapping[str, Any]) -> None:
-        self.artifacts.setdefault(event["id"], {"created": event["t"]}).update(event["facts"])
+        self.artifacts.note(event["id"], event["facts"], event["t"])
 
     def close(self) -> None:
         self._log.close()
@@ -233,11 +239,12 @@ class Server:
             run.metric = sweep.metric
         given = {name: value for name, value in facts.items() if value is not None and run.facts.get(name) != value}
         event: dict[str, Any] = {"facts": given} if given or inserted else {}
-        begins = from_run and (run.resuming or run.state == states.PENDING)
+        # a process names its host or program when it begins, and never again; one that goes on has asked for the run first
+        anew = from_run and not run.resuming and not inserted and bool({"host", "jobProgram"} & facts.keys())
+        begins = (from_run and (run.resuming or run.state == states.PENDING)) or anew
         if inserted or (begins and run.state != states.RUNNING):
             event["set"] = {"state": states.RUNNING, "exitcode": None}
-            if not run.resuming and any(run.lines.values()):
-                event["set"]["anew"] = True
+        run.begun_anew = not run.resuming and (begins or run.begun_anew)
         run.resuming = run.resuming and not from_run
         if begins and run.state == states.CRASHED:
             self.fleet.returned(run)
@@ -259,6 +266,9 @@ class Server:
         ``ending``: of ``preempting``, ``complete`` and ``exitcode`` what the client sent.
         """
         run.heard = time.monotonic()
+        if run.overwritten_by(files):
+            run.write(set={"anew": True})
+        run.begun_anew = run.begun_anew and not any(name in files for name in states.STREAMS)
         fresh = {name: (offset, run.new_rows(name, offset, rows)) for name, (offset, rows) in files.items()}
         event: dict[str, Any] = {"files": {name: part for name, part in fresh.items() if part[1]}}
         if ending.get("complete") and event["files"]:
@@ -284,8 +294,9 @@ class Server:
             run.write(set={"stop": "user"})
 
     def files_of(self, run: ServedRun) -> Path:
-        """The folder of the run's uploaded files."""
-        return run.path.with_suffix("")
+        """The folder of the run's uploaded files. No run's log may have its name."""
+        folder = run.path.with_suffix("")
+        return folder if folder.suffix != ".jsonl" else folder.with_name(f"{folder.name}+files")
 
     # -- artifacts
 

@@ -10,7 +10,7 @@ import yaml
 from isaerft_sweep.errors import IsaerftError, SpaceError
 from isaerft_sweep.search.pruning import evaluations
 from isaerft_sweep.search.sweep_file import SweepDefinition, read_sweep
-from isaerft_sweep.serve import runs as states
+from isaerft_sweep.tracking.metric_names import is_number
 
 OURS = "isaerft_sweep.launch"
 EVALUATIONS = 1000
@@ -63,6 +63,6 @@ def evaluations_of(config: Mapping[str, Any]) -> int:
     if not isinstance(orpo, Mapping):
         return EVALUATIONS
     fraction, steps = orpo.get("eval_fraction"), orpo.get("max_steps")
-    if not states.is_number(fraction) or not fraction or fraction <= 0:
+    if not is_number(fraction) or not fraction or fraction <= 0:
         return EVALUATIONS
     return evaluations(fraction, steps if isinstance(steps, int) else -1)

@@ -60,9 +60,10 @@ class SweepView:
 
     @property
     def best_loss(self) -> float | None:
-        values = [run.summary_value(self.sweep.metric) for run in self._runs() if run.state == states.FINISHED]
+        sweep = self.sweep
+        values = [run.summary_value(sweep.metric, sweep.goal) for run in self._runs() if run.state == states.FINISHED]
         found = [value for value in values if value is not None]
-        return (max if self.sweep.goal == "maximize" else min)(found) if found else None
+        return (max if sweep.goal == "maximize" else min)(found) if found else None
 
     @property
     def created_at(self) -> str:

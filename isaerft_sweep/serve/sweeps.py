@@ -149,7 +149,7 @@ class ServedSweep:
         if record is None or record.job is None or run.active:
             return
         if run.state == states.FINISHED:
-            value = run.summary_value(self.metric)
+            value = run.summary_value(self.metric, self.goal)
             self.end(record, COMPLETED, value, "" if value is not None else f"it logged no finite {self.metric}")
         elif run.stop == "pruner":
             self.end(record, PRUNED, None, "stopped early; its checkpoint is kept")

@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from isaerft_sweep.serve import artifacts, run_views, sweep_views
+from isaerft_sweep.serve import artifact_views, run_views, sweep_views
 from isaerft_sweep.serve.caller import Caller, global_id, stamp
 from isaerft_sweep.serve.checks import RequestError
-from isaerft_sweep.serve.filters import page, select
+from isaerft_sweep.serve.filters import page, read_filter, select
 from isaerft_sweep.serve.runs import RunKey, ServedRun
 from isaerft_sweep.serve.sweeps import ServedSweep
 
@@ -28,6 +28,7 @@ class UserView:
     admin: bool = False
     deleted_at: None = None
     capabilities: tuple[str, ...] = ()
+    typename = "User"
 
     @property
     def id(self) -> str:
@@ -113,8 +114,28 @@ class ProjectView:
             raise RequestError(f"there is no run {'/'.join(self.key)}/{name} on this server.", 404)
         return found if found is not None and found.run.created else None
 
-    def artifact(self, name: str) -> Any:
-        return artifacts.find_named(self.caller, self.key, name)
+    def artifact(self, name: str) -> artifact_views.ArtifactView | None:
+        known = artifact_views.named(self.caller, self.key, name)
+        return artifact_views.ArtifactView(self.caller, known) if known else None
+
+    def artifact_collection_membership(self, name: str) -> artifact_views.MembershipView | None:
+        known = artifact_views.named(self.caller, self.key, name)
+        return artifact_views.MembershipView(self.caller, known) if known else None
+
+    def artifact_collection(self, name: str) -> artifact_views.CollectionView | None:
+        return next((view for view in artifact_views.collections(self.caller, self.key) if view.name == name), None)
+
+    def artifact_collections(
+        self, after: str | None = None, first: int | None = None, filters: str | None = None, order: str | None = None
+    ) -> Any:
+        artifact_views.refuse_filters(filters)
+        return page(artifact_views.collections(self.caller, self.key), after, first, lambda view: view)
+
+    def artifact_type(self, name: str) -> artifact_views.TypeView | None:
+        return next((view for view in artifact_views.types(self.caller, self.key) if view.name == name), None)
+
+    def artifact_types(self, after: str | None = None, first: int | None = None) -> Any:
+        return page(artifact_views.types(self.caller, self.key), after, first, lambda view: view)
 
     def _sweeps(self) -> list[ServedSweep]:
         return [s for s in self.caller.server.sweeps.values() if (s.entity, s.project) == self.key]
@@ -124,6 +145,8 @@ class ProjectView:
         return len(self._sweeps())
 
     def sweeps(self, after: str | None = None, first: int | None = None, filters: str | None = None) -> Any:
+        if read_filter(filters):
+            raise RequestError("sweeps cannot be filtered by this server: leave filters out.")
         return page(self._sweeps(), after, first, lambda sweep: sweep_views.SweepView(self.caller, sweep))
 
     def sweep(self, sweep_name: str) -> sweep_views.SweepView | None:
