@@ -196,6 +196,12 @@ class ServedRun:
         raw = json.loads(self.config)
         return {k: v.get("value") if isinstance(v, Mapping) and "value" in v else v for k, v in raw.items()}
 
+    @property
+    def said_state(self) -> str:
+        """What one of our trials says of its own end in its summary; empty for other programs' runs."""
+        summary = json.loads(self.summary)
+        return str(summary.get("state", "")) if isinstance(summary, dict) else ""
+
     def summary_value(self, name: str, goal: str | None = None) -> float | None:
         """A finite number of the summary, see ``number_at``."""
         return number_at(json.loads(self.summary), name, goal)

@@ -6,6 +6,8 @@ import math
 import time
 from typing import Any
 
+import yaml
+
 from isaerft_sweep.controller.early import EarlyStopping
 from isaerft_sweep.controller.trials import run_id
 from isaerft_sweep.errors import SpaceError
@@ -33,14 +35,29 @@ class ServedSweep:
         self.state = FINISHED if imported else RUNNING
         self.facts: dict[str, Any] = {}
         self.created = self.updated = time.time()
-        self.raw = parse_config(config)
-        self.definition = read_definition(self.raw) if not imported else None
+        self.raw, self.definition = self._read(config)
         self.waiting: list[TrialRecord] = []
         self._asked: Point | None = None
         """A point that the sampler has given and the journal has not taken yet."""
         self.seconds: dict[int, float] = {}
         if self.definition is not None:
             self._open(self.definition)
+
+    def _read(self, config: str) -> tuple[dict[str, Any], SweepDefinition | None]:
+        """The config and, for a sweep that is run here, what it defines. Raises SpaceError for a new one that is not valid.
+
+        One that an earlier version has begun may not be valid any more. It must not keep the server from starting: its runs
+        are shown, and no further one is handed out.
+        """
+        try:
+            raw = parse_config(config)
+            return raw, None if self.imported else read_definition(raw)
+        except SpaceError as error:
+            if not self.folder.journal.is_file():
+                raise
+            print(f"sweep {self.id} hands out no further runs, since its config is not valid: {error}", flush=True)
+            self.state = FINISHED
+            return dict(yaml.safe_load(config)), None
 
     def _open(self, definition: SweepDefinition) -> None:
         self.journal = Journal(self.folder)
@@ -52,8 +69,8 @@ class ServedSweep:
         self.early: EarlyStopping | None = None
         for record in sorted(self.records.values(), key=lambda r: r.index):
             self.sampler.restore(record.point)
-            if record.ended and record.state != PRUNED:
-                self.sampler.tell(record.point, record.metric)
+            if record.ended:
+                self._tell(record)
             elif record.job is None and not record.ended:
                 self.waiting.append(record)
 
@@ -89,7 +106,7 @@ class ServedSweep:
                 "another sweep for another space."
             )
         self.config, self.raw = config, raw
-        if not self.imported:
+        if self.definition is not None:
             self.definition = read_definition(raw)
 
     def record_of(self, name: str) -> TrialRecord | None:
@@ -108,7 +125,7 @@ class ServedSweep:
         return record
 
     def _new(self) -> TrialRecord | None:
-        if len(self.records) >= self.cap:
+        if self._has_all:
             return None
         point = self._asked = self._asked or self.sampler.ask()
         if point is None:
@@ -140,8 +157,15 @@ class ServedSweep:
             self.early.forget(record.index)
         if not record.ended:
             self.waiting.append(record)
-        elif state != PRUNED:
-            self.sampler.tell(record.point, metric)
+        else:
+            self._tell(record)
+
+    def _tell(self, record: TrialRecord) -> None:
+        """The sampler hears of a run that has ended, unless its end says nothing of its point (a lost node, a person)."""
+        if record.state in (COMPLETED, DIVERGED):
+            self.sampler.tell(record.point, record.metric)
+        elif record.state != PRUNED:  # which may come back, and stays pending until then
+            self.sampler.forget(record.point)
 
     def settle(self, run: ServedRun) -> None:
         """Take in that a run of this sweep has come to an end in W&B's sense."""
@@ -160,8 +184,10 @@ class ServedSweep:
         elif run.state == states.CRASHED:
             again = record.failures < RETRIES
             self.end(record, FAILED, None, "neither the run nor its agent has been heard of", given_up=not again)
-        else:
+        elif run.said_state == DIVERGED:
             self._note_curve(record, run, {"state": DIVERGED})
+            self.end(record, DIVERGED, None, f"ended with code {run.exitcode}")
+        else:
             self.end(record, FAILED, None, f"ended with code {run.exitcode}", given_up=True)
 
     def returned(self, run: ServedRun) -> None:
@@ -207,8 +233,7 @@ class ServedSweep:
         """After a restart: what the pruner knew of a run. It is judged again at its next evaluation."""
         record = self.record_of(run.key.name)
         if record is not None and run.curve:
-            failed = record.state == FAILED and record.given_up
-            self._note_curve(record, run, {"state": DIVERGED} if failed else {})
+            self._note_curve(record, run, {"state": record.state} if record.state == DIVERGED else {})
 
     @property
     def over(self) -> bool:
@@ -216,8 +241,16 @@ class ServedSweep:
         if self.definition is None:
             return True
         records = self.records.values()
-        exhausted = len(self.records) >= self.cap
-        return exhausted and not self.waiting and all(r.ended and r.job is None for r in records)
+        return self._has_all and not self.waiting and all(r.ended and r.job is None for r in records)
+
+    @property
+    def _has_all(self) -> bool:
+        """Whether every run has been made: as many as there shall be, or one has reached the metric's target."""
+        assert self.definition is not None
+        reached = self.definition.target is not None and any(
+            self.definition.reached_by(record.metric) for record in self.records.values()
+        )
+        return reached or len(self.records) >= self.cap
 
     def opens_again(self, was_over: bool) -> bool:
         """Whether it had finished by itself, not by somebody's stop, and has something to do now."""
@@ -225,7 +258,7 @@ class ServedSweep:
 
     def nothing_left(self) -> bool:
         """Whether there is nothing to hand out, nor will be unless a run dies."""
-        return not self.waiting and len(self.records) >= self.cap
+        return not self.waiting and self._has_all
 
     def command(self, record: TrialRecord, resume: bool) -> dict[str, Any]:
         """What an agent is told to start: our trials with flat dotted names, as Hydra wants, others with nested ones."""
