@@ -25,8 +25,11 @@ HEAVY = ("torch", "transformers", "peft", "trl", "datasets", "sae_lens", "wandb"
 
 @pytest.mark.parametrize("choice", [*CHOICES, *SWEEPS, "sweep=none"])
 def test_every_config_file_composes_and_passes_the_checks(choice: str, experiment, tmp_path: Path) -> None:
-    extra = [f"data.path={tmp_path}/pairs.jsonl"] if choice == "data=jsonl" else []
-    composed = experiment(choice, *extra)
+    needs = {
+        "data=jsonl": [f"data.path={tmp_path}/pairs.jsonl"],
+        "model=hub": ["model.name=org/name", "adapter.sites=[{layer: 3, sae_path: sae}]"],
+    }
+    composed = experiment(choice, *needs.get(choice, []))
     group, _, name = choice.partition("=")
     assert from_mapping(Experiment, to_dict(composed), "") == composed
     if group == "sweep":

@@ -74,7 +74,7 @@ def test_what_is_loopback() -> None:
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ("method: [", "must be YAML"),
+        ("method: [", "not valid YAML"),
         ("hello", "must be a mapping"),
         ("{method: magic, parameters: {a: {value: 1}}}", "method must be one of grid, random, bayes"),
         ("{method: grid, parameters: {a: {min: 0.0, max: 1.0}}}", "grid needs a finite set"),
