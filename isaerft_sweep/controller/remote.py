@@ -84,7 +84,7 @@ def attach(path: Path) -> int:
             return 0 if ended >= seen.trials else 1
     except KeyboardInterrupt:
         console.print("Left. The sweep goes on.")
-        return 0
+        return INTERRUPTED
     if first := first_sweep(folder):
         raise FolderError(
             f"{folder.path} runs the leaders of {first.path} again, and no controller runs it now. Go on with it: "
