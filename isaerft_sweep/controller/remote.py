@@ -122,6 +122,11 @@ def cancel(path: Path, at_once: bool) -> int:
 
 def read_experiment(folder: SweepFolder) -> Experiment:
     """What the sweep in ``folder`` was started with, wherever it lies now. Raises FolderError when it cannot be read."""
+    if not folder.config.is_file():
+        raise FolderError(
+            f"{folder.path} must have a config.yaml, but its sweep ended before any trial began (a check that failed, or "
+            "Ctrl-C). Give the sweep's command again."
+        )
     try:
         raw = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
         experiment: Experiment = from_mapping(Experiment, raw, "")
