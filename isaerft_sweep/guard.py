@@ -64,7 +64,11 @@ def keep_trace(text: str, wanted: Path | None = None) -> Path | None:
     """Write a trace to a file of its own, in the folder ``wanted`` if that can be; None after it could only be printed."""
     name = f"error-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
     content = f"{' '.join(sys.argv)}\n\n{text}"
-    for folder in (*([wanted] if wanted else []), cache_folder() / "errors", Path(tempfile.gettempdir())):
+    for folder in (
+        *([wanted] if wanted and wanted.is_dir() else []),
+        cache_folder() / "errors",
+        Path(tempfile.gettempdir()),
+    ):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / name

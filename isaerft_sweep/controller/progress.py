@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from isaerft_sweep.controller.whereabouts import doing, job_words, log_path
+from isaerft_sweep.controller.whereabouts import doing, innermost, job_words, log_path
 from isaerft_sweep.journal.folders import COMPLETED, DIVERGED, PRUNED, RUNNING, SweepFolder
 from isaerft_sweep.journal.journal import TrialRecord
 from isaerft_sweep.results.columns import Column, columns_for
@@ -125,7 +125,7 @@ class Progress:
         """Where the first ones under way write, and how to see it."""
         if self.folder is None:
             return Text("")
-        running = [r for r in records if r.state == "queued" and statuses.get(r.index)]
+        running = [r for r in records if r.state == "queued" and (statuses.get(r.index) or "pid" in innermost(r.job))]
         lines = [f"log of {r.index + 1}: {short_path(log_path(self.folder, r))}" for r in running[:SHOWN_LOGS]]
         if len(running) > SHOWN_LOGS:
             lines.append(f"{len(running) - SHOWN_LOGS} more: isaerft-sweep logs {short_path(self.folder.path)} TRIAL -f")
