@@ -14,7 +14,8 @@ from isaerft_sweep import __version__
 from isaerft_sweep.cli_serve import add_serve_commands
 from isaerft_sweep.cli_sweeps import add_sweep_commands
 from isaerft_sweep.cli_types import at_least_one, labels
-from isaerft_sweep.errors import FolderError, IsaerftError
+from isaerft_sweep.errors import FolderError
+from isaerft_sweep.guard import guarded
 from isaerft_sweep.terminal import make_console
 
 if TYPE_CHECKING:
@@ -24,13 +25,14 @@ WANDB = "wandb:"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; its exit code is 2 after an error that the user can mend."""
-    args = _parser().parse_args(argv)
-    try:
-        return args.run(args) or 0
-    except IsaerftError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    """Run one command; its exit code: see ``guarded``."""
+
+    def run() -> int | None:
+        args = _parser().parse_args(argv)
+        found: int | None = args.run(args)
+        return found
+
+    return guarded(run)
 
 
 def _parser() -> argparse.ArgumentParser:

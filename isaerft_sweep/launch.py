@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from isaerft_sweep.config.command import from_agent
 from isaerft_sweep.config.composition_errors import explain
 from isaerft_sweep.config.schema import register
-from isaerft_sweep.errors import IsaerftError
+from isaerft_sweep.guard import guarded
 from isaerft_sweep.resources import folder
 
 register()
@@ -31,29 +31,7 @@ failed = 0
 def main(config: Any) -> None:
     """Run the composed sweep; exit 2 on an error that the user can mend, 1 when no trial completed or one was given up, 130
     on Ctrl-C."""
-    from isaerft_sweep.config.boundary import to_experiment
-
-    try:
-        experiment = to_experiment(config)
-        overrides = hydra.core.hydra_config.HydraConfig.get().overrides.task
-        if detaching:
-            from isaerft_sweep.controller.remote import detach
-
-            code = detach(experiment, overrides)
-        elif "WANDB_SWEEP_ID" in os.environ:
-            from isaerft_sweep.controller.agent import run_for_agent
-
-            code = run_for_agent(experiment, overrides, os.environ)
-        else:
-            from isaerft_sweep.controller.run import run_sweep
-
-            code = run_sweep(experiment, overrides)
-    except KeyboardInterrupt:
-        print("Stopped before any trial was dispatched.", file=sys.stderr)
-        code = 130
-    except IsaerftError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 2
+    code = guarded(lambda: _run(config), "Stopped. The same command goes on.")
     if code in (1, 2) and hydra.core.hydra_config.HydraConfig.get().mode == RunMode.MULTIRUN:
         global failed
         failed = max(failed, code)  # the other sweeps are none the worse for it
@@ -61,25 +39,42 @@ def main(config: Any) -> None:
         sys.exit(code)
 
 
+def _run(config: Any) -> int:
+    from isaerft_sweep.config.boundary import to_experiment
+
+    experiment = to_experiment(config)
+    overrides = hydra.core.hydra_config.HydraConfig.get().overrides.task
+    if detaching:
+        from isaerft_sweep.controller.remote import detach
+
+        return detach(experiment, overrides)
+    elif "WANDB_SWEEP_ID" in os.environ:
+        from isaerft_sweep.controller.agent import run_for_agent
+
+        return run_for_agent(experiment, overrides, os.environ)
+    else:
+        from isaerft_sweep.controller.run import run_sweep
+
+        return run_sweep(experiment, overrides)
+
+
 def run() -> None:
     """The command line: Hydra's, and ``--detach``, which leaves the controller in the background."""
     global detaching
     detaching = "--detach" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--detach"]
-    if "WANDB_SWEEP_ID" in os.environ:
-        try:
+
+    def composed() -> int:
+        if "WANDB_SWEEP_ID" in os.environ:
             sys.argv[1:] = from_agent(sys.argv[1:], os.environ)
-        except IsaerftError as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would print in six lines
-    try:
-        main()
-    except (HydraException, OmegaConfBaseException) as error:
-        print(f"error: {explain(error)}", file=sys.stderr)
-        sys.exit(2)
-    if failed:
-        sys.exit(failed)
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would print in six lines
+        try:
+            main()
+        except (HydraException, OmegaConfBaseException) as error:
+            raise explain(error) from error
+        return failed
+
+    sys.exit(guarded(composed))
 
 
 if __name__ == "__main__":

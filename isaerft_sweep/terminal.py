@@ -49,9 +49,11 @@ def make_console() -> Console:
     from rich.console import Console
 
     made = Console(soft_wrap=True)
-    if made.is_dumb_terminal and "COLUMNS" not in os.environ:  # rich takes every one for 80 columns wide
+    if made.is_dumb_terminal:  # rich takes every one for 80 columns wide
         with suppress(OSError, ValueError):
-            made.width = os.get_terminal_size(sys.stdout.fileno()).columns or made.width
+            wide, high = os.get_terminal_size(sys.stdout.fileno())
+            asked = os.environ.get("COLUMNS", "")
+            made.size = int(asked) if asked.isdecimal() else wide or made.width, high or made.height  # type: ignore[assignment]
     return made
 
 

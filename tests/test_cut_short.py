@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -173,3 +174,17 @@ def test_workers_that_wait_get_trials_while_the_queue_takes_no_jobs(run: Callabl
 def test_a_refusal_for_good_ends_the_sweep_when_nothing_runs(run: Callable[..., Any]) -> None:
     with pytest.raises(LaunchError, match="invalid partition"):
         run(StandInCluster([DONE], takes=[LaunchError("sbatch refused the job: invalid partition")]))
+
+
+def test_a_deleted_folder_costs_its_own_trial_alone(experiment: Callable[..., Experiment], tmp_path: Path) -> None:
+    composed, folder = experiment(*TINY, "launcher.poll_s=0.001"), SweepFolder(tmp_path / "s")
+    journal, points = Journal(folder), GivenPoints([Point({"orpo.beta": 0.1 * (i + 1)}) for i in range(2)])
+    journal.write("sweep", sweep_id="s", question="q", metric="eval/loss", goal="minimize")
+    definition = SweepDefinition("given points", Metric("eval/loss", "minimize"), {})
+    factory = TrialFactory(composed, definition, folder, "s", None)
+    lost = factory.add(journal, points.points[0])
+    shutil.rmtree(folder.trial(lost.name).path)
+    SweepController(journal, points, factory, StandInCluster([DONE]), composed.launcher, 2, Notes(), lambda: 0).run()
+    journal.close()
+    ends = {e["index"]: e for e in events(folder.path) if e["event"] == "end"}
+    assert ends[1]["state"] == "completed" and ends[0]["given_up"] and "is not there any more" in ends[0]["message"]

@@ -132,3 +132,17 @@ def test_a_failed_trial_names_its_log(tmp_path: Path) -> None:
     with Progress(Console(file=out, width=80), "m", 3, SweepFolder(tmp_path)) as view:
         view.event(record(0, "failed", message="CUDA error: " + "x" * 100, last_job={"kind": "slurm", "id": "12_0"}))
     assert f"  its log: {tmp_path / 'jobs' / '12_0_0_log.out'}" in out.getvalue().splitlines()
+
+
+class Gone(io.StringIO):
+    """A terminal that has gone."""
+
+    def write(self, _text: str) -> int:
+        raise OSError(5, "Input/output error")
+
+
+def test_a_terminal_that_has_gone_does_not_end_the_sweep(tmp_path: Path) -> None:
+    with Progress(Console(file=Gone(), width=80), "m", 3, SweepFolder(tmp_path)) as view:
+        view.event(record(0, "completed", metric=1.0, seconds=2.0))
+        view.note("slurmctld does not answer")
+        view.update([record(0, "queued", attempt=1)], {0: {"state": "running", "phase": "training"}})

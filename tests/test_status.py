@@ -257,3 +257,12 @@ def test_a_running_controller_is_asked_to_try_again(tmp_path: Path, capsys: pyte
         assert "to run trial 1, run-0, again" in capsys.readouterr().out
     assert journal.folder.take_retries() == [0] and journal.folder.take_retries() == []
     journal.close()
+
+
+@pytest.mark.parametrize("command", ["attach", "cancel"])
+def test_what_ended_before_its_first_trial_cannot_be_gone_on_with(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Journal(SweepFolder(tmp_path / "s")).close()
+    assert main([command, str(tmp_path / "s")]) == 2
+    assert "ended before any trial began" in capsys.readouterr().err

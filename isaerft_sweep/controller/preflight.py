@@ -17,6 +17,7 @@ from typing import Any
 
 from isaerft_sweep.environment import versions
 from isaerft_sweep.errors import FolderError, LaunchError, ModelError
+from isaerft_sweep.guard import of_process
 from isaerft_sweep.journal.files import read_json, write_json
 from isaerft_sweep.plain import canonical_json, to_dict
 from isaerft_sweep.resources import PACKAGE, cache_folder
@@ -59,9 +60,7 @@ def check_trial_needs(*experiments: Experiment) -> dict[str, Any]:
     try:
         answer = json.loads(lines[-1])
     except (IndexError, ValueError) as error:
-        raise LaunchError(
-            f"the check of model, SAE and data ended with code {done.returncode}:\n{done.stderr.strip()[-2000:]}"
-        ) from error
+        raise LaunchError(f"the check of model, SAE and data {of_process(done)}") from error
     if "error" in answer:
         raise ModelError(answer["error"])
     facts: dict[str, Any] = answer["ok"]

@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from isaerft_sweep.controller.whereabouts import doing, job_words, log_path
+from isaerft_sweep.controller.whereabouts import doing, innermost, job_words, log_path
 from isaerft_sweep.journal.folders import COMPLETED, DIVERGED, PRUNED, RUNNING, SweepFolder
 from isaerft_sweep.journal.journal import TrialRecord
 from isaerft_sweep.results.columns import Column, columns_for
@@ -43,7 +43,7 @@ class Progress:
         """``folder``: the sweep's, for the logs' paths and what is searched."""
         self.console, self.metric, self.trials, self.folder = console, metric, trials, folder
         self._space = read_space(folder) if folder else {}
-        self._noted = ""
+        self._noted, self._deaf = "", False
         self._said: dict[int, tuple[str, float]] = {}
         self._live = Live(console=console, refresh_per_second=2, transient=True) if is_live(console) else None
 
@@ -78,13 +78,21 @@ class Progress:
             what += "" if record.ended or record.state == "stopped" else "\n  it will be tried again"
         if record.state in ("failed", DIVERGED) and self.folder:
             what += f"\n  its log: {short_path(log_path(self.folder, record))}"
-        self.console.print(Text(what, style=COLORS.get(record.state, "")), soft_wrap=True)
+        self._print(what, COLORS.get(record.state, ""))
 
     def note(self, text: str) -> None:
         """Something about the sweep as a whole; the same words are not said twice in a row."""
         if text != self._noted:
-            self.console.print(Text(text, style="yellow"), soft_wrap=True)
+            self._print(text, "yellow")
         self._noted = text
+
+    def _print(self, text: str, style: str = "") -> None:
+        """A line; a sweep goes on when nobody reads it any more (a closed pipe, a terminal that has gone)."""
+        if not self._deaf:
+            try:
+                self.console.print(Text(text, style=style), soft_wrap=True)
+            except OSError:
+                self._deaf = True
 
     def _say_phases(self, records: list[TrialRecord], statuses: Statuses) -> None:
         """A line for every phase until the first trial trains, and of a trial that is alone until its end."""
@@ -100,7 +108,7 @@ class Progress:
             same = _bare(phase) == _bare(before)
             if not same or (now - said_s > AGAIN_S and (phase != before or status.get("step"))):
                 self._said[record.index] = phase, now
-                self.console.print(Text(self._phase_line(record, status, phase, first=not before)), soft_wrap=True)
+                self._print(self._phase_line(record, status, phase, first=not before))
 
     def _phase_line(self, record: TrialRecord, status: Mapping[str, Any], phase: str, first: bool) -> str:
         line = f"trial {record.index + 1}/{self.trials} {record.name}: {phase}"
@@ -117,7 +125,7 @@ class Progress:
         """Where the first ones under way write, and how to see it."""
         if self.folder is None:
             return Text("")
-        running = [r for r in records if r.state == "queued" and statuses.get(r.index)]
+        running = [r for r in records if r.state == "queued" and (statuses.get(r.index) or "pid" in innermost(r.job))]
         lines = [f"log of {r.index + 1}: {short_path(log_path(self.folder, r))}" for r in running[:SHOWN_LOGS]]
         if len(running) > SHOWN_LOGS:
             lines.append(f"{len(running) - SHOWN_LOGS} more: isaerft-sweep logs {short_path(self.folder.path)} TRIAL -f")
@@ -199,7 +207,7 @@ def _cells(record: TrialRecord, status: Mapping[str, Any], metric: str, at_work:
 
 def time_left_s(records: list[TrialRecord], statuses: Statuses, trials: int) -> float | None:
     """Seconds until the sweep's end, from what trials have taken so far; None while nothing is known of it."""
-    running = [r for r in records if _at_work(r, statuses)]
+    running = [r for r in records if _at_work(r, statuses) and statuses.get(r.index)]  # not those whose jobs still wait
     left = {r.index: trial_left_s(statuses.get(r.index, {})) for r in running}
     spent = [r.seconds for r in records if r.state in (COMPLETED, PRUNED, DIVERGED) and r.seconds > 0]
     # before the first one has ended: as long as those that run will have taken

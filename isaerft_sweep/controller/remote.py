@@ -107,7 +107,7 @@ def attach(path: Path, here: bool = False) -> int:
             return 0 if ended >= seen.trials and not any(record.given_up for record in seen.records) else 1
     except KeyboardInterrupt:
         console.print("Left. The sweep goes on.")
-        return 0
+        return INTERRUPTED
     if first := first_sweep(folder):
         raise FolderError(
             f"{folder.path} runs the leaders of {first.path} again, and no controller runs it now. Go on with it: "
@@ -193,6 +193,11 @@ def wait_for_end(folder: SweepFolder, at_once: bool) -> None:
 
 def read_experiment(folder: SweepFolder) -> Experiment:
     """What the sweep in ``folder`` was started with, wherever it lies now. Raises FolderError when it cannot be read."""
+    if not folder.config.is_file():
+        raise FolderError(
+            f"{folder.path} must have a config.yaml, but its sweep ended before any trial began (a check that failed, or "
+            "Ctrl-C). Give the sweep's command again."
+        )
     try:
         raw = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
         experiment: Experiment = from_mapping(Experiment, raw, "")

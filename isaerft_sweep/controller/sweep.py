@@ -152,7 +152,10 @@ class SweepController:
             record = self._revived(chosen) or (self.waiting.pop(0) if self.waiting else self._new_trial())
             if record is None:
                 break
-            chosen.append(record)
+            if self.factory.folder.trial(record.name).path.is_dir():
+                chosen.append(record)
+            else:
+                self._give_up_lost(record)
         if chosen:
             self._dispatch(chosen)
         elif not self.waiting and not self.hopeless and (self.exhausted or len(self.records) >= self.trials):
@@ -315,6 +318,15 @@ class SweepController:
             if not status and ending.counted:  # a node that ends every job at once must not use up the trials' retries
                 pause_s = min(LONGEST_PAUSE_S, self.launcher.poll_s * 2**failures)
                 self._pause_until = max(self._pause_until, time.monotonic() + pause_s)
+        self.view.event(record)
+
+    def _give_up_lost(self, record: TrialRecord) -> None:
+        """A trial whose folder somebody has deleted cannot be run; the others can."""
+        path = self.factory.folder.trial(record.name).path
+        message = f"its folder {path} is not there any more, so it cannot be run. Restore it"
+        facts = {"state": FAILED, "metric": None, "message": message, "seconds": 0.0}
+        self.journal.write("end", index=record.index, **facts, given_up=True, counted=True, checkpoint=0)
+        self._count_ended(record)
         self.view.event(record)
 
     def _count_ended(self, record: TrialRecord) -> None:

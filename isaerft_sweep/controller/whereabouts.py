@@ -50,7 +50,9 @@ def doing(record: TrialRecord, status: Mapping[str, Any]) -> str:
         return record.state
     state = str(status.get("state", record.state))
     if state != RUNNING:
-        return "waiting" if state == "queued" else state
+        if state == "queued":  # a process has begun, and imports; a job may wait for its turn
+            return "starting" if "pid" in innermost(record.job) else "waiting"
+        return state
     return str(status.get("phase") or state)
 
 

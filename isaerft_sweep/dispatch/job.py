@@ -5,17 +5,22 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from isaerft_sweep.errors import IsaerftError
+from isaerft_sweep.guard import UNEXPECTED, WRONG, unexpected
 from isaerft_sweep.journal.workers import STOP_AT
+from isaerft_sweep.terminal import speak_any_encoding
 
 
 def prepare_process(threads: int | None, device: str | None, limit_s: float | None = None) -> None:
     """Settings that must come before torch is imported."""
+    speak_any_encoding()
     if limit_s is not None:
         os.environ[STOP_AT] = str(started() + limit_s)
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
@@ -27,6 +32,19 @@ def prepare_process(threads: int | None, device: str | None, limit_s: float | No
         # several trials on one machine must share its cores: spinning threads slow each other down tenfold
         os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@contextmanager
+def ending_clearly(folder: Path) -> Iterator[None]:
+    """An error that nobody has foreseen ends the process with one line, the last of its log; its trace is in ``folder``."""
+    try:
+        yield
+    except IsaerftError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(WRONG) from None
+    except Exception as error:
+        print(f"error: {unexpected(error, folder)}", file=sys.stderr, flush=True)
+        raise SystemExit(UNEXPECTED) from None
 
 
 @contextmanager
@@ -67,6 +85,10 @@ class TrialJob:
     """How many seconds after the job's start the trial must begin to end."""
 
     def __call__(self) -> str:
+        with ending_clearly(Path(self.folder)):
+            return self._run()
+
+    def _run(self) -> str:
         prepare_process(self.threads, self.device, self.limit_s)
         with importing():
             from isaerft_sweep.journal.folders import Superseded, TrialFolder
@@ -94,6 +116,10 @@ class WorkerJob:
     """How many seconds after the job's start the trial must begin to end."""
 
     def __call__(self) -> str:
+        with ending_clearly(Path(self.folder)):
+            return self._run()
+
+    def _run(self) -> str:
         prepare_process(self.threads, self.device, self.limit_s)
         with importing():
             from isaerft_sweep.journal.workers import WorkerFolder
@@ -104,6 +130,7 @@ class WorkerJob:
 
 def check_needs() -> int:
     """What the check before a sweep runs in a process of its own; see ``trial/prepare.py``."""
+    speak_any_encoding()
     with importing():
         from isaerft_sweep.trial.prepare import main
 

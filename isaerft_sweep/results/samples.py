@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from isaerft_sweep.errors import FolderError, ModelError
+from isaerft_sweep.guard import of_process
 from isaerft_sweep.journal.files import write_json
 from isaerft_sweep.results.axes import by_label
 from isaerft_sweep.results.reading import Entry, ReadSweep, trial_of
@@ -73,7 +74,7 @@ def _ask(request: Mapping[str, Any]) -> list[list[str]]:
     try:
         told = json.loads(done.stdout.strip().splitlines()[-1])
     except (IndexError, ValueError) as error:
-        raise ModelError(f"the answers could not be made:\n{done.stderr.strip()[-2000:]}") from error
+        raise ModelError(f"the process that answers {of_process(done)}") from error
     if "error" in told:
         raise ModelError(told["error"])
     rows: list[list[str]] = told["ok"]
