@@ -215,6 +215,60 @@ def test_a_job_that_is_said_to_wait_or_run_is_never_dead(answer: tuple[str, dict
                 assert state_of(states, f"7_{task}")[0] not in OVER
 
 
+@given(st.lists(st.tuples(answers(), answers()), min_size=1, max_size=3))
+def test_what_is_said_over_several_polls(polls: list[tuple[tuple[str, dict[int, str]], tuple[str, dict[int, str]]]]) -> None:
+    """squeue and accounting, each with other lines and cut short, in turn: the words of both reach the dispatcher's verdict."""
+    queue, jobs = slurm._Queue(None, {"s"}), {f"7_{task}" for task in range(10)}
+    queue.known |= jobs | {"6_0"}
+    for (shown, _), (remembered, _) in polls:
+        said = {"squeue": shown, "sacct": remembered}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(slurm, "ask", lambda command, *_, said=said, **__: said[command])
+            patch.setattr(slurm, "scancel", lambda *args, **_: pytest.fail(f"ended {args}"))
+            answered = queue.ask(jobs)
+        for job in jobs if answered else ():
+            words = [w for line in shown.splitlines() if (w := line.replace(" ", "").split("|"))[0] == job and len(w) > 1]
+            told = [
+                w for line in remembered.splitlines() if (w := line.replace(" ", "").split("|"))[0] == job and len(w) > 1
+            ]
+            if any(w[1] in LIVING for w in words) or (not words and any(w[1] in LIVING for w in told)):
+                assert queue.lives(job) or queue.remembered.get(job, ("",))[0] in OVER
+            if words and any(w[1] in LIVING for w in words):
+                assert queue.lives(job)
+
+
+@st.composite
+def clusters(draw: st.DrawFn) -> dict[str, str]:
+    """What sinfo, scontrol and sacctmgr may print: nearly valid."""
+    field = st.sampled_from(
+        ["main", "main*", "4", "128+", "8000", "infinite", "1-00:00:00", "5:00", "0:30", "n/a", "(null)", "a100,nv|link", "gpu:2", "",
+         "gpu:a100:4(S:0-1),tmp:2T", "gpu:a:b:", "é", "-1", "1e9", "*", "CLUSTER: far"]
+    )  # fmt: skip
+    good = "main|main*|4|8000|infinite|big|gpu:fake:2"
+    lines = draw(
+        st.lists(st.lists(field, min_size=1, max_size=9).map("|".join) | st.sampled_from([good, *BANNERS]), max_size=4)
+    )
+    settings = draw(st.lists(st.sampled_from(["MaxArraySize = x", "MaxArraySize=0", "MaxArraySize = 1001", "a = b = c", "=", "ClusterName = bed",
+                                              "AccountingStorageEnforce = associations,qos", *BANNERS]), max_size=4))  # fmt: skip
+    users = draw(st.lists(st.sampled_from(["lab|normal,few", "lab|", "|", "a|b|c", *BANNERS]), max_size=3))
+    return {"sinfo": "\n".join(lines), "scontrol": "\n".join(settings), "sacctmgr": "\n".join(users)}
+
+
+@given(
+    clusters(), st.sampled_from([{}, {"partition": "main"}, {"gres": "gpu:1"}, {"constraint": "big"}, {"account": "lab"}])
+)
+def test_a_cluster_is_read_or_refused_in_one_line(said: dict[str, str], flags: dict[str, str]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(slurm_site, "ask", lambda command, *_, **__: said[command])
+        try:
+            site = slurm_site.read_site()
+            found = parameters(site, **flags)
+        except LaunchError as error:
+            assert "\n" not in str(error)
+        else:
+            assert site.array_size >= 1 and found["time"] >= 1 and found["cpus_per_task"] >= 1
+
+
 @given(st.sets(st.integers(0, 40), min_size=1), st.sampled_from(["", "%4"]), st.booleans())
 def test_many_tasks_in_one_line(tasks: set[int], most: str, cut: bool) -> None:
     listed = ",".join(map(str, sorted(tasks))) + (",..." if cut else "")

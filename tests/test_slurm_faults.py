@@ -302,7 +302,8 @@ def test_a_slow_shared_disk(slurm: Bed, tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "slow" / "sitecustomize.py").write_text(SLOW_DISK)
     sweep = tmp_path / "outputs" / "s"
     monkeypatch.setenv("SLOW_FOLDER", str(sweep))
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "slow"))  # jobs inherit both
+    path = os.pathsep.join(filter(None, [str(tmp_path / "slow"), os.environ.get("PYTHONPATH")]))
+    monkeypatch.setenv("PYTHONPATH", path)  # jobs inherit both
     began = time.monotonic()
     ends = finish(start(tmp_path, *ONE, "sweep.run_cap=2", "launcher.slots=2", "orpo.max_steps=20"), tmp_path)
     assert [e["state"] for e in ends] == ["completed"] * 2 and time.monotonic() - began > 10, "it was slow"

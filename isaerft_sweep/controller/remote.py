@@ -142,7 +142,8 @@ def may_go_on(folder: SweepFolder, experiment: Experiment) -> bool:
         print(f"{left} of {seen.trials} trials are left, and launcher=local: they would be trained on this machine, {host}.")
         try:
             return input("Train them here? [y/N] ").strip().lower() in ("y", "yes")
-        except EOFError:
+        except (EOFError, KeyboardInterrupt):
+            print()
             return False
     if known is not None and known.host == host:
         return True

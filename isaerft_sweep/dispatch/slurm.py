@@ -119,7 +119,7 @@ class SlurmDispatcher(Dispatcher):
                 submitted = [self.executor.submit(replace(job, limit_s=self._limit_s)) for job in jobs]
         except (submitit.core.utils.FailedJobError, subprocess.CalledProcessError) as error:
             self._forget_refused()
-            words = str(error).strip()
+            words = " ".join(str(error).split())
             self._queue_is_full = any(word in words for word in FULL)
             if self._queue_is_full or any(word in words for word in AWAY):
                 raise QueueBusy(f"sbatch takes no job now: {words}") from error
@@ -270,7 +270,7 @@ class _Executor(submitit.SlurmExecutor):
         finally:
             self.folder = folder
         begin = str(folder.absolute()).replace("%", "%%")
-        return re.sub(rf"{stand_in}/(\S+)", lambda name: shlex.quote(f"{begin}/{name[1]}"), text)
+        return re.sub(rf"{re.escape(str(stand_in))}/(\S+)", lambda name: shlex.quote(f"{begin}/{name[1]}"), text)
 
 
 def check_folder(folder: Path) -> None:

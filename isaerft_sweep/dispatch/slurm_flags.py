@@ -222,7 +222,7 @@ def _time_limit(asked_min: int | None, kinds: list[NodeKind]) -> int:
     limits = [kind.max_min for kind in kinds]
     most = None if None in limits else max(limit for limit in limits if limit is not None)
     if asked_min is None:
-        return min(DEFAULT_MIN, most) if most is not None else DEFAULT_MIN
+        return max(1, min(DEFAULT_MIN, most)) if most is not None else DEFAULT_MIN
     if most is not None and asked_min > most:
         names = ", ".join(f"{kind.partition} {kind.max_min} min" for kind in kinds)
         raise LaunchError(f"launcher.timeout_min must be at most the partition's limit ({names}) but got {asked_min}.")
