@@ -22,6 +22,7 @@ from isaerft_sweep.serve import runs as states
 from isaerft_sweep.serve import sweeps
 from isaerft_sweep.serve.artifacts import Artifacts
 from isaerft_sweep.serve.checks import RequestError, checked_name
+from isaerft_sweep.serve.disk import made_folder
 from isaerft_sweep.serve.fleet import Fleet, ServedAgent
 from isaerft_sweep.serve.runs import RunKey, ServedRun
 from isaerft_sweep.serve.sweep_config import parse_config, read_definition
@@ -54,7 +55,7 @@ class Server:
 
     def _lock(self) -> None:
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            made_folder(self.folder)
             self._handle = (self.folder / ".lock").open("a", encoding="utf-8")
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.aside.mkdir(exist_ok=True)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from isaerft_sweep.controller.early import EarlyStopping
-from isaerft_sweep.controller.trials import run_id
 from isaerft_sweep.errors import SpaceError
 from isaerft_sweep.journal.folders import COMPLETED, DIVERGED, FAILED, PRUNED, STOPPED, SweepFolder
 from isaerft_sweep.journal.journal import Journal, TrialRecord
+from isaerft_sweep.naming import run_id
 from isaerft_sweep.plain import canonical_json
 from isaerft_sweep.search.pruning import make_pruner
 from isaerft_sweep.search.sampler import Point, Sampler
@@ -18,6 +19,7 @@ from isaerft_sweep.search.sweep_file import SweepDefinition
 from isaerft_sweep.serve import runs as states
 from isaerft_sweep.serve.runs import ServedRun
 from isaerft_sweep.serve.sweep_config import evaluations_of, is_ours, nested, parse_config, read_definition
+from isaerft_sweep.tracking.metric_names import parameter_names, value_at
 
 RUNNING, PAUSED, FINISHED, CANCELED = "RUNNING", "PAUSED", "FINISHED", "CANCELED"
 RETRIES = 2
@@ -66,11 +68,29 @@ class ServedSweep:
         """The metric that the sweep is about; empty when it names none."""
         if self.definition is not None:
             return self.definition.metric.name
-        return str((self.raw.get("metric") or {}).get("name", ""))
+        return str(self._asked_metric.get("name", ""))
 
     @property
     def goal(self) -> str:
-        return str((self.raw.get("metric") or {}).get("goal", "minimize"))
+        return str(self._asked_metric.get("goal", "minimize"))
+
+    @property
+    def _asked_metric(self) -> Mapping[str, Any]:
+        asked = self.raw.get("metric")
+        return asked if isinstance(asked, Mapping) else {}
+
+    @property
+    def swept(self) -> list[str]:
+        """The dotted names of the parameters that it varies, in the file's order."""
+        blocks = self.raw.get("parameters")
+        return parameter_names(blocks, constants=False) if isinstance(blocks, Mapping) else []
+
+    def point_of(self, run: ServedRun) -> dict[str, Any]:
+        """What a run of this sweep has been given, by dotted name: what was handed out, else what its config says."""
+        record = self.record_of(run.key.name)
+        values = record.point.params if record is not None else run.config_values()
+        found = {key: value_at(values, key) for key in self.swept}
+        return {key: value for key, value in found.items() if value is not None}
 
     @property
     def cap(self) -> float:
