@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -75,9 +76,10 @@ def test_a_sweep_s_runs_show_everything_that_is_swept_by_its_own_name(client: Cl
 
 
 LONG = "a_metric_with_a_very_long_name_that_nobody_would_like_to_read_on_a_phone/and_then_some_more_of_it"
+RUN = "a-run-with-a-rather-long-id-0123456789-0123456789-0123456789"
 PROGRAM = f"""
 import wandb
-run = wandb.init(id="a-run-with-a-rather-long-id-0123456789-0123456789-0123456789", project="demo", tags=["t" * 60], config={{"k" * 90: "v" * 300}})
+run = wandb.init(project="demo", tags=["t" * 60], config={{"k" * 90: "v" * 300}})
 for step in range(5):
     run.log({{"{LONG}": step, "b": 1.0 / (1 + step)}})
 run.finish()
@@ -96,24 +98,33 @@ def test_no_page_is_wider_than_a_phone(tmp_path: Path, browser: Any) -> None:  #
             f"method: random\nname: {'n' * 100}\nmetric: {{name: {LONG}}}\nprogram: train.py\nparameters: {{{names}}}\n"
         )
         path = serving.sweep(file)
-        environment = {**serving.environment, "WANDB_SWEEP_ID": path.rpartition("/")[2], "WANDB_SILENT": "true"}
-        import subprocess
-
+        environment = {
+            **serving.environment,
+            "WANDB_SWEEP_ID": path.rpartition("/")[2],
+            "WANDB_SILENT": "true",
+            "WANDB_RUN_ID": RUN,
+        }
         subprocess.run([str(BIN / "python"), "-c", PROGRAM], cwd=tmp_path, env=environment, check=True, timeout=120)
         browser.execute_cdp_cmd(
             "Emulation.setDeviceMetricsOverride", {"width": 390, "height": 844, "deviceScaleFactor": 3, "mobile": True}
         )
         browser.get(f"http://api:{serving.key}@127.0.0.1:{serving.port}/")
-        run = "/local/demo/runs/a-run-with-a-rather-long-id-0123456789-0123456789-0123456789"
-        for page in ("/", "/local/demo", f"/local/demo/sweeps/{path.rpartition('/')[2]}", run):
+        for page in (
+            "/",
+            "/local/demo",
+            f"/local/demo/sweeps/{path.rpartition('/')[2]}",
+            f"/local/demo/runs/{RUN}",
+            "/local/demo/runs/nothing",
+        ):
             browser.get(f"{serving.address}{page}")
             width = browser.execute_script(
                 "return [window.innerWidth, document.documentElement.scrollWidth, document.body.scrollWidth]"
             )
-            assert max(width) == 390, (page, width)
+            assert max(width) == 390, (page, width, browser.page_source[:500])
+            assert "there is no run" in browser.page_source or not page.endswith("nothing")
             assert browser.execute_script(
                 "return [...document.querySelectorAll('h1, p, figure, .facts, pre, .wide')].every(e => e.getBoundingClientRect().right <= 390)"
             ), page
-        assert complaints(browser) == []
+        assert [c["message"] for c in complaints(browser) if "404" not in c["message"]] == []
     finally:
         serving.kill()

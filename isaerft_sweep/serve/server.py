@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from isaerft_sweep.controller.trials import new_sweep_id
-from isaerft_sweep.errors import FolderError
+from isaerft_sweep.errors import FolderError, SpaceError
 from isaerft_sweep.journal.folders import SweepFolder
 from isaerft_sweep.journal.log import AppendLog, whole_lines
 from isaerft_sweep.serve import runs as states
@@ -129,7 +129,10 @@ class Server:
         sweep = self.sweeps[event["id"]]
         sweep.updated = event["t"]
         if event.get("config"):
-            sweep.update(event["config"])
+            try:
+                sweep.update(event["config"])
+            except SpaceError as error:  # an older version has taken it; a new one is checked before it is written
+                log.error("sweep %s keeps its older file, since this version does not take the newer: %s", sweep.id, error)
         sweep.state = event.get("state") or sweep.state
         sweep.facts.update({k: event[k] for k in ("description", "displayName") if event.get(k)})
 

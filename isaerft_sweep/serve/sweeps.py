@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from isaerft_sweep.serve.runs import ServedRun
 from isaerft_sweep.serve.sweep_config import evaluations_of, is_ours, nested, parse_config, read_definition
 from isaerft_sweep.tracking.metric_names import parameter_names, value_at
 
+log = logging.getLogger("isaerft.serve")
 RUNNING, PAUSED, FINISHED, CANCELED = "RUNNING", "PAUSED", "FINISHED", "CANCELED"
 RETRIES = 2
 """How often a run that has died without a word is handed out again."""
@@ -35,14 +37,24 @@ class ServedSweep:
         self.state = FINISHED if imported else RUNNING
         self.facts: dict[str, Any] = {}
         self.created = self.updated = time.time()
-        self.raw = parse_config(config)
-        self.definition = read_definition(self.raw) if not imported else None
+        self.raw: dict[str, Any] = {}
+        self.definition: SweepDefinition | None = None
+        self._read()
         self.waiting: list[TrialRecord] = []
         self._asked: Point | None = None
         """A point that the sampler has given and the journal has not taken yet."""
         self.seconds: dict[int, float] = {}
         if self.definition is not None:
             self._open(self.definition)
+
+    def _read(self) -> None:
+        """Take in the file. A new one has been checked; one that this version does not take must not stop the others."""
+        try:
+            self.raw = parse_config(self.config)
+            self.definition = None if self.imported else read_definition(self.raw)
+        except SpaceError as error:
+            log.error("sweep %s is only shown, since this version does not take its file: %s", self.id, error)
+            self.state = FINISHED
 
     def _open(self, definition: SweepDefinition) -> None:
         self.journal = Journal(self.folder)
@@ -108,9 +120,8 @@ class ServedSweep:
                 "a sweep that has begun keeps its question: only run_cap, name and description can be changed. Start "
                 "another sweep for another space."
             )
-        self.config, self.raw = config, raw
-        if not self.imported:
-            self.definition = read_definition(raw)
+        definition = read_definition(raw) if self.definition is not None else None
+        self.config, self.raw, self.definition = config, raw, definition
 
     def record_of(self, name: str) -> TrialRecord | None:
         return next((r for r in self.records.values() if r.run_id == name), None) if self.definition else None
