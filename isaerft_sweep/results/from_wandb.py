@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from isaerft_sweep.errors import FolderError, SpaceError
+from isaerft_sweep.errors import ConfigError, FolderError, SpaceError
 from isaerft_sweep.journal.folders import COMPLETED
 from isaerft_sweep.journal.journal import TrialRecord
 from isaerft_sweep.naming import run_id
@@ -82,7 +82,7 @@ def _numbered(sweep_id: str, runs: Any) -> dict[int, Any]:
 def _metric(config: Mapping[str, Any]) -> Metric:
     try:
         return read_sweep({**config, "parameters": {"orpo.beta": {"value": 1.0}}, "method": "random"}).metric
-    except SpaceError:
+    except (SpaceError, ConfigError):
         asked = config.get("metric") or {"name": "eval/log_odds_chosen", "goal": "maximize"}
         return Metric(str(asked.get("name", "")), str(asked.get("goal", "minimize")))
 
@@ -90,7 +90,7 @@ def _metric(config: Mapping[str, Any]) -> Metric:
 def _space(config: Mapping[str, Any]) -> Mapping[str, Distribution]:
     try:
         return read_sweep(config).parameters
-    except SpaceError:
+    except (SpaceError, ConfigError):
         return {}  # a sweep of other parameters can be read all the same; only the edges of its space are not known
 
 
