@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from isaerft_sweep.cli_types import at_least_one
+from isaerft_sweep.cli_types import above_zero, at_least_one
 
 
 def add_serve_commands(commands: Any) -> None:
@@ -21,7 +21,7 @@ def add_serve_commands(commands: Any) -> None:
     serve.add_argument("--private-key", type=Path, help="the certificate's key, where it is not in the same file")
     serve.add_argument("--new-key", action="store_true", help="make and show another access key")
     serve.add_argument("--revoke", metavar="USER", help="make a user's keys invalid (the server must be down), and leave")
-    serve.add_argument("--crash-after", type=float, default=90.0, metavar="SECONDS", help="silence that means death")
+    serve.add_argument("--crash-after", type=above_zero, default=90.0, metavar="SECONDS", help="silence that means death")
     serve.add_argument("--max-upload-mb", type=at_least_one, default=1024, help="of one uploaded file")
     serve.set_defaults(run=_serve)
 

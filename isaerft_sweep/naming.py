@@ -15,6 +15,8 @@ from pathlib import Path
 
 from isaerft_sweep.errors import ConfigError
 
+ALPHABET = "0123456789abcdefghijklmnopqrstuvwxyz"
+"""Of W&B's ids."""
 HUB_LIMIT = 96
 """Longest repository id that the Hub accepts, characters."""
 MODEL_LIMIT = 24
@@ -114,3 +116,9 @@ def reserve(registry: Path, candidate: Callable[[int], str]) -> str:
             return name
         except FileExistsError:
             grow += 1
+
+
+def run_id(sweep_id: str, index: int) -> str:
+    """The W&B run id of a trial: eight characters that its sweep and number decide, the same after any restart."""
+    number = int.from_bytes(sha256(f"{sweep_id}/{index}".encode()).digest()[:8], "big")
+    return "".join(ALPHABET[(number // 36**i) % 36] for i in range(8))

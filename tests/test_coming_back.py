@@ -27,6 +27,7 @@ from isaerft_sweep.controller.stopping import StopRequest, ask_to_stop, process_
 from isaerft_sweep.dispatch.base import Dispatcher
 from isaerft_sweep.errors import FolderError
 from isaerft_sweep.journal.folders import SweepFolder
+from isaerft_sweep.search.sweep_file import Metric, SweepDefinition
 
 OFF = (*TINY, "name=s", "tracker=disabled")
 
@@ -139,10 +140,11 @@ def test_a_trial_that_was_given_up_among_others_is_told(tmp_path: Path) -> None:
         facts = {"metric": 0.5 if i == 0 else None, "message": "out of [bold]memory\nmore", "seconds": 1.0}
         journal.write("end", index=i, state=state, given_up=state == "failed", **facts)
     console = Console(record=True, width=200)
-    assert conclude(console, folder, journal, 2, stopped=False, show=False) == 1
+    definition = SweepDefinition("random", Metric("eval/loss", "minimize"), {})
+    assert conclude(console, folder, journal, 2, stopped=False, show=False, definition=definition) == 1
     said = console.export_text()
     assert "given up: run-1: out of [bold]memory\n" in said
-    assert "1 of 2 trials was given up. The same command tries it again." in said
+    assert "Trial 2 was given up. The same command tries it again" in said
     journal.close()
 
 

@@ -10,6 +10,7 @@ import pytest
 from stand_ins import StandInWandb, served
 
 from isaerft_sweep.cli import main
+from isaerft_sweep.naming import run_id
 from isaerft_sweep.results.from_wandb import read_wandb_sweep
 
 CONFIG = """\
@@ -73,6 +74,24 @@ def test_report(
     assert "HistoryPage" in wandb_api.asked, "the curves are W&B's"
     assert main(["report", "wandb:e/p/abcd1234", "--generate"]) == 2
     assert "only be made of a sweep in a folder" in capsys.readouterr().err
+
+
+def test_trials_keep_their_numbers_however_they_were_uploaded(wandb_api: StandInWandb) -> None:
+    for i, (index, state) in enumerate(((7, "finished"), (0, "finished"), (3, "crashed"))):
+        wandb_api.runs[i]["name"], wandb_api.runs[i]["state"] = run_id("abcd1234", index), state
+    numbers = {entry.record.run_id: entry.record.index for entry in read_wandb_sweep("e/p/abcd1234").entries}
+    assert numbers == {**{run_id("abcd1234", index): index for index in (7, 0, 3)}, "rid3": 8}, "another's run comes behind"
+
+
+def test_a_sweep_of_another_program_with_a_nested_aggregated_metric(wandb_api: StandInWandb) -> None:
+    wandb_api.config = "{method: random, metric: {name: val.acc}, parameters: {net: {parameters: {kind: {values: [a, b]}}}}}"
+    for i, best in enumerate((3.0, 1.0, 2.0)):
+        wandb_api.runs[i]["summaryMetrics"] = {"val": {"acc": {"min": best, "max": 9.0}}, "eval/x": {"last": best}}
+        wandb_api.runs[i]["config"] = {"net": {"value": {"kind": "ab"[i % 2]}}}
+    read = read_wandb_sweep("e/p/abcd1234")
+    assert (read.metric.name, read.metric.goal) == ("val.acc", "minimize"), "W&B's own default"
+    ranked = [(e.record.index, e.metrics["val.acc"], e.metrics["eval/x"], e.params) for e in read.entries if e.rank]
+    assert ranked == [(1, 1.0, 1.0, {"net.kind": "b"}), (2, 2.0, 2.0, {"net.kind": "a"}), (0, 3.0, 3.0, {"net.kind": "a"})]
 
 
 @pytest.mark.parametrize("name", ["wandb:e/p/nothere1", "wandb:abcd1234", "wandb:a/b/c/d"])

@@ -119,7 +119,7 @@ def test_it_saves_most_of_the_work_and_keeps_the_best_where_curves_keep_their_or
     ("early", "words"),
     [
         ({"type": "envelope"}, "must be hyperband or median"),
-        ({"type": "hyperband", "min_iter": 3, "eta": 1}, "eta must be above 1"),
+        ({"type": "hyperband", "min_iter": 3, "eta": 1}, "eta must be a number above 1"),
         ({"type": "median"}, "min_iter"),
         ({"type": "median", "min_iter": 2, "s": 3}, "unknown key 's'"),
         ({"type": "hyperband", "min_iter": 2, "max_iter": 3, "s": 3}, "either min_iter"),

@@ -130,6 +130,8 @@ from pathlib import Path
 Path("m.bin").write_bytes(b"one"); Path("deep").mkdir(); Path("deep/x%20 y#?.txt").write_text("two")
 run = init(id="maker")
 first = wandb.Artifact("model", type="model", description="the first", metadata={"beta": 0.1})
+for i in range(150):
+    with first.new_file(f"many/{i}.txt") as file: file.write(str(i))
 first.add_file("m.bin"); first.add_file("deep/x%20 y#?.txt", name="deep/x%20 y#?.txt")
 first = run.log_artifact(first, aliases=["best", "latest"]).wait()
 Path("m.bin").write_bytes(b"two!")
@@ -142,6 +144,7 @@ run = init(id="user", reinit="finish_previous")
 used = run.use_artifact("model:best")
 folder = Path(used.download(root="used"))
 files = {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*") if path.is_file()}
+many = [files.pop(f"many/{i}.txt") for i in range(150)]
 again = wandb.Artifact("model", type="model")
 again.add_file("m.bin")
 again = run.log_artifact(again, aliases=["same"]).wait()
@@ -162,13 +165,13 @@ try:
     api.artifact("p/model:nothing")
 except Exception as error:
     missing = str(error)
-tell(first=first.version, second=second.version, files=files, metadata=used.metadata, description=used.description,
+tell(many=many, count=used.file_count, listing=len(list(used.files())), first=first.version, second=second.version, files=files, metadata=used.metadata, description=used.description,
      again=[again.version, sorted(again.aliases)], third=third.version, size=used.size,
      names={name: named(name) for name in ("model", "model:latest", "model:v0", "model:v1", "model:v2", "model:same")},
      listed=[a.name for a in api.artifacts("model", "p/model")], types=[t.name for t in api.artifact_types("p")],
      collections=[c.name for c in api.artifact_type("model", "p").collections()], exists=[api.artifact_exists(f"p/model:v{i}") for i in (0, 9)],
      entry=Path(api.artifact("p/model:v0").get_entry("m.bin").download(root="one")).read_text(),
-     whole=sorted(p.name for p in Path(api.artifact("p/model:v2").download(root="three")).rglob("*") if p.is_file()),
+     whole=sorted(p.name for p in Path(api.artifact("p/model:v2").download(root="three")).rglob("*") if p.is_file() and p.parent.name != "many"),
      logged=[a.name for a in api.run("p/maker").logged_artifacts()], used=[a.name for a in api.run("p/user").used_artifacts()],
      by=[used.logged_by().id, [r.id for r in used.used_by()]], changed=[sorted(changed.aliases), changed.metadata, changed.description], missing=missing)
 """
@@ -177,7 +180,10 @@ tell(first=first.version, second=second.version, files=files, metadata=used.meta
 def test_artifacts_are_logged_used_read_and_renamed(server: Serving, told: Told, tmp_path: Path) -> None:
     found = told(ARTIFACTS)
     assert (found["first"], found["second"], found["third"]) == ("v0", "v1", "v2")
-    assert found["files"] == {"m.bin": "one", "deep/x%20 y#?.txt": "two"} and found["size"] == 6
+    assert found["files"] == {"m.bin": "one", "deep/x%20 y#?.txt": "two"} and found["size"] == 6 + len(
+        "".join(found["many"])
+    )
+    assert found["many"] == [str(i) for i in range(150)] and found["count"] == found["listing"] == 152
     assert found["metadata"] == {"beta": 0.1} and found["description"] == "the first"
     assert found["again"] == ["v1", ["latest", "same"]], "the same content is the same version"
     assert found["names"] == {

@@ -506,3 +506,64 @@ def test_a_file_of_any_name_comes_back(client: Client, name: str) -> None:
     (edge,) = client.get(files, f=[f"media/{name}"])["project"]["run"]["files"]["edges"]
     assert edge["node"]["sizeBytes"] == len(name.encode())
     assert client.http.get(edge["node"]["directUrl"]).content == name.encode()
+
+
+@pytest.mark.parametrize("bad", ["method: magic", "method: [", "- 1", "method: random\nparameters: {a: {min: 2, max: 1}}"])
+def test_a_sweep_that_a_newer_version_does_not_take_is_shown_and_keeps_no_other_from_going_on(
+    client: Client, bad: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    old, good = client.sweep(), client.sweep()
+    name = client.beat(client.agent(old))[0]["run_id"]
+    client.begin(name, old)
+    copy = shutil.copytree(client.folder, client.folder.parent / "copy")
+    lines = [json.loads(line) for line in (copy / "server.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line["event"] == "sweep" and line["id"] == old["name"]:
+            line["config"] = bad
+    lines.append({"event": "sweep_update", "id": good["name"], "config": bad, "state": None, "t": 1.0})
+    (copy / "server.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    restarted = Client(copy)
+    try:
+        assert "this version does not take" in caplog.text
+        assert restarted.beat(restarted.agent(old)) == [{"type": "exit"}]
+        assert restarted.beat(restarted.agent(good))[0]["type"] == "run"
+        restarted.stream(name, [{"_step": 0, "loss": 1.0}], complete=True, exitcode=0)
+        for page in ("/", "/local/p", f"/local/p/sweeps/{old['name']}"):
+            assert restarted.http.get(page, headers=restarted.headers).status_code == 200
+    finally:
+        restarted.server.close()
+
+
+def test_whatever_fails_gets_one_line_and_its_trace_goes_to_the_log(
+    client: Client, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    client.begin("r1")
+    create = 'mutation CreateRunFiles { createRunFiles(input: {entityName: "local", projectName: "p", runName: "r1", files: ["a"]}) { files { uploadUrl } } }'
+    url = client.get(create)["createRunFiles"]["files"][0]["uploadUrl"]
+
+    def broken(*_args: Any, **_more: Any) -> None:
+        raise ZeroDivisionError("nobody has thought of this")
+
+    for place in (
+        "graphql.execute_sync",
+        "graphql.checked",
+        "server.Server.find_run",
+        "page.overview",
+        "app.tempfile.mkstemp",
+    ):
+        monkeypatch.setattr(f"isaerft_sweep.serve.{place}", broken)
+    answers = [
+        client.http.post("/graphql", json={"query": "query V { viewer { id } }"}, headers=client.headers),
+        client.stream("r1", [{"_step": 0}]),
+        client.http.get("/", headers=client.headers),
+        client.http.put(url, content=b"x"),
+    ]
+    assert [answer.status_code for answer in answers] == [200, 500, 500, 500], (
+        "a query is not tried again for ever, rows are"
+    )
+    for answer in answers:
+        assert answer.json()["errors"][0]["message"] == "the server could not answer this; its log says why."
+        assert "Traceback" not in answer.text and "ZeroDivision" not in answer.text
+    assert caplog.text.count("ZeroDivisionError: nobody has thought of this") == 4
+    monkeypatch.undo()
+    assert client.run("r1")["state"] == "running", "and it goes on"

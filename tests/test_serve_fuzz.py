@@ -106,6 +106,50 @@ def test_any_query(client: Client, text: str, start: str) -> None:
     assert answer.status_code == 200 and ("errors" in answer.json() or answer.json()["data"] is not None)
 
 
+ARTIFACT_ID = st.sampled_from(["ARTIFACT", "artifact-0", "", "..", "\0"])
+WORD = st.sampled_from(["m", "latest", "v0", "v99999999999", "a/b", "", "..", "é", "x:y"]) | st.text(max_size=9)
+ALIASES = st.lists(st.fixed_dictionaries({"alias": WORD}, optional={"artifactCollectionName": WORD}), max_size=3)
+ARTIFACT_INPUTS = {
+    "createArtifact": ("CreateArtifactInput", "artifact { id aliases { alias } versionIndex }", st.fixed_dictionaries(
+        {"entityName": WORD, "projectName": WORD, "artifactTypeName": WORD, "digest": WORD},
+        optional={"artifactCollectionName": WORD, "artifactCollectionNames": st.lists(WORD, max_size=2), "runName": WORD,
+                  "aliases": ALIASES, "metadata": WORD, "tags": st.lists(st.fixed_dictionaries({"tagName": WORD}), max_size=2)})),
+    "commitArtifact": ("CommitArtifactInput", "artifact { id size fileCount currentManifest { file { directUrl } } }",
+                       st.fixed_dictionaries({"artifactID": ARTIFACT_ID})),
+    "updateArtifact": ("UpdateArtifactInput", "artifact { id tags { name } }", st.fixed_dictionaries(
+        {"artifactID": ARTIFACT_ID}, optional={"aliases": ALIASES, "description": WORD, "metadata": WORD})),
+    "addAliases": ("AddAliasesInput", "success", st.fixed_dictionaries({"artifactID": ARTIFACT_ID, "aliases": ALIASES})),
+    "deleteAliases": ("DeleteAliasesInput", "success", st.fixed_dictionaries({"artifactID": ARTIFACT_ID, "aliases": ALIASES})),
+    "useArtifact": ("UseArtifactInput", "artifact { usedBy { edges { node { name } } } }", st.fixed_dictionaries(
+        {"artifactID": ARTIFACT_ID, "entityName": WORD, "projectName": WORD, "runName": WORD})),
+    "createArtifactFiles": ("CreateArtifactFilesInput", "files { edges { node { name uploadUrl storagePath digest } } }", st.fixed_dictionaries(
+        {"artifactFiles": st.lists(st.fixed_dictionaries({"artifactID": ARTIFACT_ID, "name": WORD, "md5": WORD}), max_size=2)})),
+}  # fmt: skip
+READ_ARTIFACT = """query A($n: String!, $i: ID!, $f: JSONString) {
+  artifact(id: $i) { id files { edges { node { name directUrl } } } createdBy { __typename } artifactMemberships { edges { node { id } } } }
+  project(name: "p") { artifact(name: $n) { id } artifactCollectionMembership(name: $n) { versionIndex files { totalCount } }
+    artifactCollection(name: $n) { __typename id aliases { edges { node { alias } } } artifacts(filters: $f) { totalCount } }
+    artifactType(name: $n) { name createdAt artifactCollections { totalCount } } artifactTypes { edges { node { name } } }
+    run(name: "r1") { outputArtifacts { totalCount } inputArtifacts { totalCount } } } }"""
+
+
+@BIG
+@given(st.data(), WORD, st.sampled_from([None, "{}", "[", '{"state": "COMMITTED"}', '{"x": 1}']))
+def test_any_artifact(client: Client, data: Any, name: str, filters: str | None) -> None:
+    made = '{createArtifact(input: {entityName: "local", projectName: "p", artifactTypeName: "t", artifactCollectionName: "m", digest: "d"}) {artifact {id}}}'
+    known = client.get(f"mutation M {made}")["createArtifact"]["artifact"]["id"]
+    mutation = data.draw(st.sampled_from(sorted(ARTIFACT_INPUTS)))
+    kind, wanted, inputs = ARTIFACT_INPUTS[mutation]
+    given_input = json.loads(json.dumps(data.draw(inputs)).replace("ARTIFACT", known))
+    query = f"mutation M($i: {kind}!) {{ {mutation}(input: $i) {{ {wanted} }} }}"
+    for asked, variables in ((query, {"i": given_input}), (READ_ARTIFACT, {"n": name, "i": known, "f": filters})):
+        answer = client.http.post(
+            "/graphql", content=encoded({"query": asked, "variables": variables}), headers=client.headers
+        )
+        assert answer.status_code in (200, 400, 404), answer.text
+        assert "its log says why" not in answer.text, answer.text
+
+
 @BIG
 @given(JSON, st.text(max_size=20))
 def test_any_filter_and_order(client: Client, filters: Any, order: str) -> None:
@@ -116,6 +160,40 @@ def test_any_filter_and_order(client: Client, filters: Any, order: str) -> None:
         headers=client.headers,
     )
     assert answer.status_code == 200 and "its log says why" not in answer.text, answer.text
+
+
+TIMES = (
+    st.datetimes().map(str)
+    | st.sampled_from(["2026-11-27", "2026-11-27T10:00:00Z", "9999-12-31", "0001-01-01", "x", ""])
+    | JSON
+)
+CONDITIONS = st.dictionaries(
+    st.sampled_from(["$eq", "$ne", "$in", "$nin", "$gt", "$lte", "$exists", "$regex", "$options", "$not", "$where"]),
+    JSON | TIMES | st.sampled_from(["(a+)+$", "[", "r.*", "i", "\\d{1000000}", "(?R)"]), max_size=3)  # fmt: skip
+CONDITIONED = st.dictionaries(
+    st.sampled_from(["created_at", "updatedAt", "name", "tags", "summary_metrics.loss", "config.a.value.b", "$nor", "$and"]),
+    CONDITIONS | TIMES | st.lists(CONDITIONS, max_size=2), max_size=3)  # fmt: skip
+
+
+@BIG
+@given(CONDITIONED)
+def test_any_condition(client: Client, filters: Any) -> None:
+    query = 'query Runs($f: JSONString) { project(name: "p") { runCount(filters: $f) } }'
+    body = encoded({"query": query, "variables": {"f": json.dumps(filters)}})
+    answer = client.http.post("/graphql", content=body, headers=client.headers)
+    assert answer.status_code == 200 and "its log says why" not in answer.text, answer.text
+
+
+SPEC = st.fixed_dictionaries({}, optional={k: JSON | st.integers(0, 5) for k in ("minStep", "maxStep", "samples")} | {"keys": JSON | st.lists(st.text(max_size=3), max_size=2)})  # fmt: skip
+
+
+@BIG
+@given(SPEC, JSON, JSON)
+def test_any_piece_of_a_history(client: Client, spec: Any, low: Any, high: Any) -> None:
+    query = 'query H($s: JSONString!, $l: Int64, $h: Int64) { project(name: "p") { run(name: "r1") { sampledHistory(specs: [$s]) history(minStep: $l, maxStep: $h) historyKeys } } }'
+    body = encoded({"query": query, "variables": {"s": json.dumps(spec), "l": low, "h": high}})
+    answer = client.http.post("/graphql", content=body, headers=client.headers)
+    assert answer.status_code in (200, 400) and "its log says why" not in answer.text, answer.text
 
 
 def test_after_all_that_everything_is_there(client: Client, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 import shlex
 from collections.abc import Sequence
@@ -18,18 +17,10 @@ from isaerft_sweep.search.sampler import Point
 from isaerft_sweep.search.sweep_file import SweepDefinition
 from isaerft_sweep.specs import Experiment, TrialSpec, identity
 
-ALPHABET = "0123456789abcdefghijklmnopqrstuvwxyz"
-
 
 def new_sweep_id() -> str:
     """Eight characters, as W&B's sweep ids."""
-    return "".join(secrets.choice(ALPHABET) for _ in range(8))
-
-
-def run_id(sweep_id: str, index: int) -> str:
-    """The W&B run id of a trial: eight characters that its sweep and number decide, the same after any restart."""
-    number = int.from_bytes(hashlib.sha256(f"{sweep_id}/{index}".encode()).digest()[:8], "big")
-    return "".join(ALPHABET[(number // 36**i) % 36] for i in range(8))
+    return "".join(secrets.choice(naming.ALPHABET) for _ in range(8))
 
 
 @dataclass(frozen=True)
@@ -79,7 +70,7 @@ class TrialFactory:
             index=index,
             name=name,
             model_name=naming.model_name(experiment.model.name, name),
-            run_id=self.given.run_id if self.given else run_id(self.sweep_id, index),
+            run_id=self.given.run_id if self.given else naming.run_id(self.sweep_id, index),
             sweep_id=self.sweep_id,
             sweep_name=(self.given.whole if self.given else self.folder).path.name,
             identity=identity(experiment),

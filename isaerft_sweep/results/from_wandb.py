@@ -7,17 +7,21 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from isaerft_sweep.errors import FolderError, SpaceError
+from isaerft_sweep.errors import ConfigError, FolderError, SpaceError
 from isaerft_sweep.journal.folders import COMPLETED
 from isaerft_sweep.journal.journal import TrialRecord
+from isaerft_sweep.naming import run_id
 from isaerft_sweep.results.reading import Entry, ReadSweep, rank
 from isaerft_sweep.search.distributions import Distribution
 from isaerft_sweep.search.sampler import Point
 from isaerft_sweep.search.sweep_file import Metric, read_metric_name, read_sweep
-from isaerft_sweep.tracking.metric_names import is_number, number_at, value_at
+from isaerft_sweep.tracking.metric_names import is_number, number_at, parameter_names, value_at
 
 STATES = {"finished": COMPLETED, "killed": "stopped", "preempting": "stopped", "preempted": "stopped", "crashed": "failed"}
 """W&B's states of a run in our words; the others are the same."""
+
+MOST_TRIALS = 20_000
+"""Of one sweep, to tell a run's number from its id."""
 
 T = TypeVar("T")
 _MISSING = object()
@@ -35,8 +39,9 @@ def read_wandb_sweep(path: str, metric: str | None = None) -> ReadSweep:
     sweep = _asked(path, lambda: wandb.Api(timeout=30).sweep(path))
     config = dict(sweep.config)
     own = _metric(config)
-    entries = _asked(path, lambda: [_entry(i, run, config, own) for i, run in enumerate(_by_age(sweep.runs))])
-    runs = {entry.record.run_id: run for entry, run in zip(entries, _by_age(sweep.runs), strict=True)}
+    numbered = _asked(path, lambda: _numbered(sweep.id, sweep.runs))
+    entries = _asked(path, lambda: [_entry(i, run, config, own) for i, run in numbered.items()])
+    runs = {run.id: run for run in numbered.values()}
     read = ReadSweep(
         name=str(config.get("name") or sweep.id),
         source=f"wandb:{path}",
@@ -65,14 +70,19 @@ def _asked(path: str, ask: Callable[[], T]) -> T:
         ) from error
 
 
-def _by_age(runs: Any) -> list[Any]:
-    return sorted(runs, key=lambda run: str(run.created_at))
+def _numbered(sweep_id: str, runs: Any) -> dict[int, Any]:
+    """The runs by their trials' numbers, which the ids of our runs tell: uploads come in any order. Others follow by age."""
+    by_age = sorted(runs, key=lambda run: str(run.created_at))
+    ours = {run_id(sweep_id, index): index for index in range(MOST_TRIALS)}
+    found = {ours[run.id]: run for run in by_age if run.id in ours}
+    rest = [run for run in by_age if run.id not in ours]
+    return dict(sorted({**found, **{max(found, default=-1) + i: run for i, run in enumerate(rest, 1)}}.items()))
 
 
 def _metric(config: Mapping[str, Any]) -> Metric:
     try:
         return read_sweep({**config, "parameters": {"orpo.beta": {"value": 1.0}}, "method": "random"}).metric
-    except SpaceError:
+    except (SpaceError, ConfigError):
         asked = config.get("metric") or {"name": "eval/log_odds_chosen", "goal": "maximize"}
         return Metric(str(asked.get("name", "")), str(asked.get("goal", "minimize")))
 
@@ -80,13 +90,13 @@ def _metric(config: Mapping[str, Any]) -> Metric:
 def _space(config: Mapping[str, Any]) -> Mapping[str, Distribution]:
     try:
         return read_sweep(config).parameters
-    except SpaceError:
+    except (SpaceError, ConfigError):
         return {}  # a sweep of other parameters can be read all the same; only the edges of its space are not known
 
 
 def _entry(index: int, run: Any, sweep: Mapping[str, Any], own: Metric) -> Entry:
     config, summary = dict(run.config), _plain(run.summary)
-    swept = _names(sweep.get("parameters") or {})
+    swept = parameter_names(sweep.get("parameters") or {})
     params = {key: value for key in swept if (value := value_at(config, key, _MISSING)) is not _MISSING}
     known = (own.name, *(name for name in summary if name.startswith(("eval/", "train/"))))
     found = {name: number_at(summary, name, own.goal if name == own.name else None) for name in known}
@@ -100,15 +110,6 @@ def _entry(index: int, run: Any, sweep: Mapping[str, Any], own: Metric) -> Entry
 def _plain(summary: Any) -> dict[str, Any]:
     found = getattr(summary, "_json_dict", summary)
     return dict(found if isinstance(found, Mapping) else json.loads(found))
-
-
-def _names(parameters: Mapping[str, Any], prefix: str = "") -> list[str]:
-    found = []
-    for name, block in parameters.items():
-        key = f"{prefix}.{name}" if prefix else str(name)
-        nested = block.get("parameters") if isinstance(block, Mapping) else None
-        found += _names(nested, key) if nested else [key]
-    return found
 
 
 def _rows(run: Any) -> list[dict[str, Any]]:

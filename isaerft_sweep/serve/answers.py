@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from html import escape as html_escape
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -34,15 +35,26 @@ def refusal(status: int, words: str, headers: dict[str, str] | None = None) -> R
     return Json({"error": words, "errors": [{"message": words}]}, status, headers)
 
 
-def html(text: str) -> Response:
+def html(text: str, status: int = 200) -> Response:
     """A page that can do nothing but be looked at."""
     policy = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
     headers = {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff"}
-    return Response(text.encode("utf-8", "replace"), media_type="text/html", headers=headers)
+    return Response(text.encode("utf-8", "replace"), status, headers, "text/html")
 
 
 def failed(request: Request, error: Exception) -> Response:
-    """The answer to a request that has failed. The trace goes to the log, never to the client."""
+    """The answer to a request that has failed: for a browser a page, for others JSON."""
+    answer = _refused(request, error)
+    if request.method != "GET" or "text/html" not in request.headers.get("Accept", "") or not answer.body:
+        return answer
+    words = html_escape(json.loads(bytes(answer.body))["error"])
+    viewport = '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    head = f'<meta charset="utf-8">{viewport}<style>p {{ overflow-wrap: anywhere; }}</style><title>{words}</title>'
+    return html(f'<!doctype html><html lang="en"><head>{head}</head><body><p>{words}</p></body></html>', answer.status_code)
+
+
+def _refused(request: Request, error: Exception) -> Response:
+    """One clear line. The trace goes to the log, never to the client."""
     if isinstance(error, HTTPException):
         return refusal(error.status_code, error.detail, dict(error.headers or {}))
     if isinstance(error, RequestError):

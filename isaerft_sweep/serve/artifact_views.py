@@ -13,7 +13,7 @@ from isaerft_sweep.serve import artifacts, run_views, views
 from isaerft_sweep.serve.artifacts import MANIFEST, Collection, collection_of
 from isaerft_sweep.serve.caller import Caller, global_id, stamp
 from isaerft_sweep.serve.checks import RequestError
-from isaerft_sweep.serve.filters import matches, page, read_filter, snake
+from isaerft_sweep.serve.filters import FILES, matches, page, read_filter, snake
 from isaerft_sweep.serve.runs import RunKey
 
 
@@ -90,11 +90,11 @@ class ArtifactView:
 
     def files(self, names: list[str] | None = None, after: str | None = None, first: int | None = None) -> Any:
         entries = [(n, e) for n, e in self._manifest.items() if not e.get("ref") and (not names or n in names)]
-        return page(entries, after, first, lambda one: ArtifactFileView(self.caller, self.id, *one))
+        return page(entries, after, first, lambda one: ArtifactFileView(self.caller, self.id, *one), FILES)
 
     def files_by_manifest_entries(self, entries: list[dict[str, Any]] | None = None, **_how: Any) -> Any:
         found = [ArtifactFileView(self.caller, self.id, entry["name"], entry) for entry in entries or ()]
-        return page(found, None, len(found), lambda view: view)
+        return page(found, None, None, lambda view: view, FILES)
 
     @property
     def artifact_memberships(self) -> Any:

@@ -51,12 +51,16 @@ def _content(server: Server, run: ServedRun) -> dict[str, Any]:
 
 
 def _artifacts(server: Server, run: ServedRun) -> list[dict[str, Any]]:
+    """The versions that the run has logged, with their files by name, wherever an older version has left them."""
     found = []
     for artifact_id, known in server.artifacts.items():
         if (known["entity"], known["project"], known["run"], known["state"]) == (*_place(run), "COMMITTED"):
-            base = server.folder / "artifacts" / artifact_id / "files"
-            files = [str(path) for path in sorted(base.rglob("*")) if path.is_file()]
-            found.append({"name": known["collection"], "type": known["type"], "base": str(base), "files": files})
+            entries = server.artifacts.manifest(artifact_id)
+            paths = {name: server.artifacts.path_of(artifact_id, name, entry) for name, entry in entries.items()}
+            facts = {name: known.get(name) for name in ("type", "description", "aliases")}
+            facts["metadata"] = json.loads(known.get("metadata") or "null")
+            files = {name: str(path) for name, path in paths.items() if path is not None}
+            found.append({"name": known["collection"], **facts, "files": files})
     return found
 
 

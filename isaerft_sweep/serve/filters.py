@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import regex
 
+from isaerft_sweep.serve import cost
 from isaerft_sweep.serve.checks import RequestError
 from isaerft_sweep.serve.runs import ServedRun
 from isaerft_sweep.tracking.metric_names import number_at, value_at
@@ -19,7 +20,8 @@ from isaerft_sweep.tracking.metric_names import number_at, value_at
 T = TypeVar("T")
 Field = Callable[[str], Any]
 """A thing's value by W&B's name for it. Raises RequestError on a name that there is not."""
-PAGE = 1000
+PAGE, FILES = 100, 10_000
+"""At most so many runs and other things, and so many files, are sent at once; clients ask for the rest."""
 DEPTH = 20
 LONGEST = 20_000
 """Letters of a filter."""
@@ -183,6 +185,7 @@ def read_filter(filters: str | None) -> Mapping[str, Any]:
 def select(runs: Sequence[ServedRun], filters: str | None, order: str | None) -> list[ServedRun]:
     """The runs that fit, in order. Raises RequestError when filters or order cannot be read."""
     wanted = read_filter(filters)
+    cost.spend(len(runs) * (1 + (filters or "").count(":")) // cost.LOOKS)
     found = [run for run in runs if matches(partial(field_of, run), wanted)]
     for part in reversed([p for p in (order or "+created_at").split(",") if p.strip()]):
         part = part.strip()
@@ -203,12 +206,14 @@ def _sortable(value: Any, metric: bool) -> tuple[int, Any] | None:
     return (0, value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
-def page(found: Sequence[T], after: str | None, first: int | None, view: Callable[[T], Any]) -> dict[str, Any]:
+def page(
+    found: Sequence[T], after: str | None, first: int | None, view: Callable[[T], Any], most: int = PAGE
+) -> dict[str, Any]:
     """A GraphQL connection over part of ``found``; the cursor is a place in it."""
     if after and not after.isdecimal():
         raise RequestError(f"the cursor '{after[:40]}' is not one of this server's.")
     begin = int(after or 0)
-    size = PAGE if first is None else max(0, min(first, PAGE))
+    size = most if first is None else max(0, min(first, most))
     end = min(begin + size, len(found))
     edges = [{"node": view(one), "cursor": str(begin + i + 1)} for i, one in enumerate(found[begin:end])]
     more = end < len(found)

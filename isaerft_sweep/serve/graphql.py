@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -24,7 +25,7 @@ from graphql import (
 
 from isaerft_sweep.errors import IsaerftError
 from isaerft_sweep.resources import asset
-from isaerft_sweep.serve import artifacts
+from isaerft_sweep.serve import artifacts, cost
 from isaerft_sweep.serve.answers import UNFORESEEN
 from isaerft_sweep.serve.artifact_views import ArtifactFileView, ArtifactView, CollectionView, manifest_view
 from isaerft_sweep.serve.caller import Caller, global_id, parse_id
@@ -35,7 +36,11 @@ from isaerft_sweep.serve.sweep_views import AgentView, SweepView
 from isaerft_sweep.serve.views import ProjectView, UserView, entity_view
 
 log = logging.getLogger("isaerft.serve")
-MAX_TOKENS = 5000
+MAX_TOKENS = 2000
+MAX_QUERY = 50_000
+"""Letters; wandb's longest query has a tenth of it. What is large comes in variables."""
+MAX_ITEMS = 200_000
+"""Of the variables, all lists and objects together."""
 MAX_FILES = 1000
 
 
@@ -59,27 +64,35 @@ def checked(query: str) -> DocumentNode | tuple[GraphQLError, ...]:
 
 def answer(caller: Caller, query: str, variables: Mapping[str, Any], operation: str | None) -> dict[str, Any]:
     """The response to one GraphQL request, errors included. Raises RequestError when HTTP itself should say no."""
+    if len(query) > MAX_QUERY:
+        raise RequestError(f"a query may have at most {MAX_QUERY} letters but got {len(query)}: put values into variables.")
     document = checked(query)
     if isinstance(document, tuple):
         log.warning("GraphQL: %s: %s", _name(query), "; ".join(error.message for error in document)[:500])
         return {"data": None, "errors": [error.formatted for error in document]}
-    result = execute_sync(
-        schema(),
-        document,
-        root_value=Root(caller),
-        variable_values=without_nulls(variables),
-        operation_name=operation,
-        field_resolver=resolve,
-        type_resolver=lambda value, _info, _type: value.typename,
-    )
+    with cost.limited():
+        result = execute_sync(
+            schema(),
+            document,
+            root_value=Root(caller),
+            variable_values=without_nulls(variables, itertools.count()),
+            operation_name=operation,
+            field_resolver=resolve,
+            type_resolver=lambda value, _info, _type: value.typename,
+        )
     return _response(result, document)
 
 
-def without_nulls(value: Any) -> Any:
-    """Newer clients send every field that they know, null where it does not matter; this schema may not know it."""
+def without_nulls(value: Any, items: Iterator[int]) -> Any:
+    """Newer clients send every field that they know, null where it does not matter; this schema may not know it.
+
+    ``items`` counts what there is. Raises RequestError when it is too much.
+    """
+    if next(items) > MAX_ITEMS:
+        raise RequestError(f"variables may have at most {MAX_ITEMS} values: send them in several requests.")
     if isinstance(value, Mapping):
-        return {key: without_nulls(part) for key, part in value.items() if part is not None}
-    return [without_nulls(part) for part in value] if isinstance(value, list) else value
+        return {key: without_nulls(part, items) for key, part in value.items() if part is not None}
+    return [without_nulls(part, items) for part in value] if isinstance(value, list) else value
 
 
 def _response(result: ExecutionResult, document: DocumentNode) -> dict[str, Any]:
@@ -118,6 +131,7 @@ def snake(name: str) -> str:
 
 def resolve(source: Any, info: Any, **args: Any) -> Any:
     """A field's value: of a mapping by its own name, of a view by its name in snake case."""
+    cost.spend(cost.FIELD)
     if isinstance(source, Mapping):
         return source.get(info.field_name)
     value = getattr(source, snake(info.field_name), None)

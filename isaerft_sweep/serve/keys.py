@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import secrets
 import string
 import time
@@ -59,9 +60,10 @@ class KeyRing:
         return self._users.get(_digest(key))
 
     def _write(self, event: dict[str, str]) -> None:
+        os.close(os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o600))
+        self.path.chmod(0o600)  # one of an older version
         log = AppendLog(self.path, self._length)
         try:
-            self.path.chmod(0o600)
             log.append(event)
         finally:
             log.close()

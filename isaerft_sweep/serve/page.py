@@ -23,6 +23,8 @@ from isaerft_sweep.tracking.metric_names import flat, is_number
 
 SHOWN = 200
 POINTS = 300
+DRAWN = 20_000
+"""Rows of a long history that a page looks at, evenly spread."""
 CHARTS = 12
 LINES = 50
 REFRESH_S = 15
@@ -137,7 +139,7 @@ def run(caller: Caller, found: ServedRun) -> str:
 def run_charts(found: ServedRun) -> list[dict[str, Any]]:
     """A curve for each of the run's metrics, the sweep's own first, then evaluations; single values last."""
     points: dict[str, list[tuple[float, float]]] = {}
-    for row in found.steps():
+    for row in found.steps(most=DRAWN):
         for name, value in flat(row):
             if not name.startswith("_") and is_number(value):
                 points.setdefault(name, []).append((float(row["_step"]), float(value)))
@@ -200,16 +202,35 @@ def _sweep_table(caller: Caller, sweeps: Sequence[ServedSweep]) -> dict[str, Any
 
 
 def _run_table(runs: Sequence[ServedRun], sweep: ServedSweep | None) -> dict[str, Any]:
-    rows, metric = [], sweep.metric if sweep else ""
+    """Runs; those of one sweep with what it varies, which tells them apart."""
+    swept, metric = (sweep.swept, sweep.metric) if sweep else ([], "")
+    rows = []
     for found in runs[:SHOWN]:
         value = found.summary_value(metric, sweep.goal) if sweep and metric else None
         link = f"/{found.key.entity}/{found.key.project}/runs/{found.key.name}"
         cells = [Cell(_name(found), link), Cell(found.state, state=True)]
         cells += [Cell("" if value is None else f"{value:.4g}", number=True)] if metric else []
+        point = sweep.point_of(found) if sweep else {}
+        cells += [Cell(show(point[key]) if key in point else "", number=is_number(point.get(key))) for key in swept]
+        cells += [] if sweep else [_sweep_cell(found)]
         cells += [Cell(f"{found.lines[states.HISTORY]}", number=True), Cell(ago(found.updated)), Cell(found.key.name)]
         rows.append(cells)
-    header = ("run", "state", *((metric,) if metric else ()), "rows", "last word", "id")
+    header = (
+        "run",
+        "state",
+        *((metric,) if metric else ()),
+        *swept,
+        *(() if sweep else ("sweep",)),
+        "rows",
+        "last word",
+        "id",
+    )
     return {"name": "Runs", "header": header, "rows": rows, "empty": "None yet.", "more": max(0, len(runs) - SHOWN)}
+
+
+def _sweep_cell(found: ServedRun) -> Cell:
+    link = f"/{found.key.entity}/{found.key.project}/sweeps/{found.sweep}" if found.sweep else ""
+    return Cell(found.sweep, link)
 
 
 def _agent_state(view: AgentView) -> str:
@@ -227,8 +248,8 @@ def _trail(*steps: tuple[str, str]) -> Iterable[tuple[str, str]]:
 
 
 def show(value: Any) -> str:
-    """A value of the summary, short."""
-    return f"{value:.6g}" if is_number(value) else json.dumps(value)[:120]
+    """A value of the summary or the config, short."""
+    return f"{value:.6g}" if is_number(value) else value[:120] if isinstance(value, str) else json.dumps(value)[:120]
 
 
 def ago(seconds: float) -> str:

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from isaerft_sweep.serve import artifact_views, sweep_views, views
+from isaerft_sweep.serve import artifact_views, cost, sweep_views, views
 from isaerft_sweep.serve import runs as states
 from isaerft_sweep.serve.caller import Caller, global_id, stamp, thinned
 from isaerft_sweep.serve.checks import RequestError, json_object, whole_number
-from isaerft_sweep.serve.filters import page
+from isaerft_sweep.serve.filters import FILES, page
 from isaerft_sweep.serve.runs import EVENTS, HISTORY, OUTPUT, ServedRun
 from isaerft_sweep.tracking.metric_names import is_number, value_at
 
@@ -46,10 +46,11 @@ class HistorySpec:
         keys, samples = spec.get("keys") or [], whole_number("samples", spec.get("samples"))
         if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
             raise RequestError(f"keys must be a list of names but got {str(keys)[:80]}.")
-        low, last = whole_number("minStep", spec.get("minStep")) or 0, whole_number("maxStep", spec.get("maxStep"))
+        first, last = whole_number("minStep", spec.get("minStep")) or 0, whole_number("maxStep", spec.get("maxStep"))
+        low = float(first) if first else -math.inf
         if last is None:
             return cls(tuple(keys), low, math.inf, samples or SAMPLES)
-        below = samples is not None and samples <= last - low
+        below = samples is not None and samples <= last - first
         return cls(tuple(keys), low, last if below else last + 1, samples or SAMPLES)
 
 
@@ -165,6 +166,7 @@ class RunView:
 
     @property
     def history_keys(self) -> Any:
+        cost.spend_reading(self.run.lines[HISTORY] - self.run.counted)
         last = json.loads(self.run.last[HISTORY]) if HISTORY in self.run.last else {}
         step = float(last["_step"]) if is_number(last.get("_step")) else self.run.lines[HISTORY] - 1.0
         kinds = {
@@ -174,9 +176,14 @@ class RunView:
         return {"lastStep": int(step), "keys": kinds, "sets": []}
 
     def sampled_history(self, specs: list[str]) -> list[Any]:
-        return [self._sampled(HistorySpec.read(text)) for text in specs]
+        found = []
+        for text in specs:
+            found.append(self._sampled(HistorySpec.read(text)))
+            cost.spend(len(found[-1]) * cost.ROW)
+        return found
 
     def _sampled(self, spec: HistorySpec) -> list[Any]:
+        cost.spend_reading(self.run.lines[HISTORY])
         rows = list(self.run.steps(spec.low, spec.high))
         if spec.keys:
             wanted = ({key: value_at(row, key, MISSING) for key in spec.keys} for row in rows)
@@ -184,14 +191,16 @@ class RunView:
         return thinned(rows, spec.samples)
 
     def history(self, min_step: Any = None, max_step: Any = None, samples: int | None = None) -> list[str]:
+        cost.spend_reading(self.run.lines[HISTORY])
         if min_step is None and max_step is None:
-            return thinned(self.run.rows(), samples or SAMPLES)
+            return _sent(thinned(self.run.rows(), samples or SAMPLES))
         low, high = whole_number("minStep", min_step), whole_number("maxStep", max_step)
         inside = self.run.steps(low or 0, math.inf if high is None else high)
-        return [json.dumps(row) for row in itertools.islice(inside, samples or None)]
+        return _sent([json.dumps(row) for row in itertools.islice(inside, samples or None)])
 
     def events(self, samples: int | None = None) -> list[str]:
-        return thinned(self.run.rows(EVENTS), samples or SAMPLES)
+        cost.spend_reading(self.run.lines[EVENTS])
+        return _sent(thinned(self.run.rows(EVENTS), samples or SAMPLES))
 
     def parquet_history(self, live_keys: list[str]) -> Any:
         # nothing has been put into files; clients look up here from which step on they have to ask for rows
@@ -240,7 +249,7 @@ class RunView:
             found = [(name, path) for name, path in found if name in names]
         if pattern:
             found = [(name, path) for name, path in found if _like(name, pattern)]
-        return page(found, after, first, lambda one: FileView(self.caller, self.run, *one))
+        return page(found, after, first, lambda one: FileView(self.caller, self.run, *one), FILES)
 
     def output_artifacts(self, after: str | None = None, first: int | None = None) -> Any:
         """Those that the run has logged."""
@@ -299,6 +308,11 @@ class FileView:
     @property
     def _address(self) -> str:
         return f"/uploads/{self.path.relative_to(self.caller.server.folder).as_posix()}"
+
+
+def _sent(rows: list[str]) -> list[str]:
+    cost.spend(len(rows) * cost.ROW)
+    return rows
 
 
 def _like(name: str, pattern: str) -> bool:

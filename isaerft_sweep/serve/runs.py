@@ -11,6 +11,7 @@ import json
 import math
 import time
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -66,8 +67,9 @@ class ServedRun:
     """Whether a new process has begun the run without asking what there is, and has not sent anything yet."""
     heard: float = 0.0
     """When the run, or its agent on its behalf, was last heard of, by this process's monotonic clock."""
-    _names: dict[str, dict[str, int]] = field(default_factory=dict)
-    _counted: int = 0
+    counted: int = 0
+    """How many rows of the history ``logged_names`` has gone through."""
+    _names: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     @property
     def sweep(self) -> str:
@@ -132,7 +134,7 @@ class ServedRun:
     def _forget_rows(self) -> None:
         """A client has begun the run again from its start."""
         self.lines, self.last, self.curve, self.summary = dict.fromkeys(STREAMS, 0), {}, [], "{}"
-        self._names, self._counted = {}, 0
+        self._names, self.counted = Counter(), 0
 
     def _on_files(self, files: Mapping[str, Any]) -> None:
         for name, (_offset, rows) in files.items():
@@ -184,11 +186,14 @@ class ServedRun:
         """The lines of a stream, from the disk."""
         return rows_in(self.path, self._length, name) if self.lines[name] else ()
 
-    def steps(self, low: float = -math.inf, high: float = math.inf) -> Iterator[dict[str, Any]]:
-        """The history's rows whose step is at least ``low`` and less than ``high``."""
+    def steps(self, low: float = -math.inf, high: float = math.inf, most: int | None = None) -> Iterator[dict[str, Any]]:
+        """The history's rows whose step is at least ``low`` and less than ``high``; of more than ``most`` every so many."""
         rows = self.rows()
-        steps = steps_in(self.path, self._length) if rows else ()
-        for i in range(bisect_left(steps, low), bisect_left(steps, high)):
+        inside = range(len(rows))
+        if rows and (low > -math.inf or high < math.inf):
+            steps = steps_in(self.path, self._length)
+            inside = range(bisect_left(steps, low), bisect_left(steps, high))
+        for i in inside[:: max(1, len(inside) // most) if most else 1]:
             yield {"_step": i, **json.loads(rows[i])}
 
     def config_values(self) -> dict[str, Any]:
@@ -208,13 +213,15 @@ class ServedRun:
 
     def logged_names(self) -> dict[str, dict[str, int]]:
         """How often a value of which kind was logged under each dotted name. What was counted is not counted again."""
-        rows = self.rows()
-        for text in itertools.islice(rows, self._counted, None):
-            for name, value in flat(json.loads(text)):
-                counts = self._names.setdefault(name, {})
-                counts[kind_of(value)] = counts.get(kind_of(value), 0) + 1
-        self._counted = len(rows)
-        return self._names
+        for text in itertools.islice(self.rows(), self.counted, None):
+            row = json.loads(text)
+            for name, value in row.items() if all(type(value) in PLAIN for value in row.values()) else flat(row):
+                self._names[name, kind_of(value)] += 1
+        self.counted = self.lines[HISTORY]
+        found: dict[str, dict[str, int]] = {}
+        for (name, kind), count in self._names.items():
+            found.setdefault(name, {})[kind] = count
+        return found
 
 
 @lru_cache(maxsize=4)
@@ -247,12 +254,15 @@ def values_of(rows: list[str], metric: str) -> list[float]:
     return found
 
 
+KINDS = {bool: "boolean", str: "string", list: "list", int: "number", float: "number"}
+PLAIN = frozenset({int, float})
+
+
 def kind_of(value: Any) -> str:
     """W&B's name for a value's kind, as in a run's ``history_keys``."""
     if isinstance(value, Mapping):
         return str(value.get("_type", "map"))
-    kinds = {bool: "boolean", str: "string", list: "list", int: "number", float: "number"}
-    return "number" if value in ("NaN", "Infinity", "-Infinity") else kinds.get(type(value), "nil")
+    return "number" if value in ("NaN", "Infinity", "-Infinity") else KINDS.get(type(value), "nil")
 
 
 def next_state(run: ServedRun, ending: Mapping[str, Any], held: bool) -> dict[str, Any]:

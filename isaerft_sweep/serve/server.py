@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from isaerft_sweep.controller.trials import new_sweep_id
-from isaerft_sweep.errors import FolderError
+from isaerft_sweep.errors import FolderError, SpaceError
 from isaerft_sweep.journal.folders import SweepFolder
 from isaerft_sweep.journal.log import AppendLog, whole_lines
 from isaerft_sweep.serve import runs as states
 from isaerft_sweep.serve import sweeps
 from isaerft_sweep.serve.artifacts import Artifacts
 from isaerft_sweep.serve.checks import RequestError, checked_name
+from isaerft_sweep.serve.disk import made_folder
 from isaerft_sweep.serve.fleet import Fleet, ServedAgent
 from isaerft_sweep.serve.runs import RunKey, ServedRun
 from isaerft_sweep.serve.sweep_config import parse_config, read_definition
@@ -54,7 +55,7 @@ class Server:
 
     def _lock(self) -> None:
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            made_folder(self.folder)
             self._handle = (self.folder / ".lock").open("a", encoding="utf-8")
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.aside.mkdir(exist_ok=True)
@@ -128,7 +129,10 @@ class Server:
         sweep = self.sweeps[event["id"]]
         sweep.updated = event["t"]
         if event.get("config"):
-            sweep.update(event["config"])
+            try:
+                sweep.update(event["config"])
+            except SpaceError as error:  # an older version has taken it; a new one is checked before it is written
+                log.error("sweep %s keeps its older file, since this version does not take the newer: %s", sweep.id, error)
         sweep.state = event.get("state") or sweep.state
         sweep.facts.update({k: event[k] for k in ("description", "displayName") if event.get(k)})
 

@@ -8,7 +8,7 @@ import secrets
 import time
 from pathlib import Path
 
-from isaerft_sweep.journal.files import write_text
+from isaerft_sweep.serve.disk import write_secret
 
 VALID_S = 24 * 3600
 SECRET_BYTES = 32
@@ -18,11 +18,10 @@ class Signer:
     """The secret lies in ``path``, so that addresses stay valid over a restart."""
 
     def __init__(self, path: Path) -> None:
-        secret = path.read_text(encoding="ascii") if path.exists() else ""
+        secret = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
         if len(secret) < 2 * SECRET_BYTES:  # a torn one would be anybody's guess
             secret = secrets.token_hex(SECRET_BYTES)
-            write_text(path, secret)
-            path.chmod(0o600)
+            write_secret(path, secret)
         self._secret = secret.encode()
 
     def sign(self, method: str, path: str) -> str:

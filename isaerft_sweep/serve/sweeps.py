@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
+from collections.abc import Mapping
 from typing import Any
 
-import yaml
-
 from isaerft_sweep.controller.early import EarlyStopping
-from isaerft_sweep.controller.trials import run_id
 from isaerft_sweep.errors import SpaceError
 from isaerft_sweep.journal.folders import COMPLETED, DIVERGED, FAILED, PRUNED, STOPPED, SweepFolder
 from isaerft_sweep.journal.journal import Journal, TrialRecord
+from isaerft_sweep.naming import run_id
 from isaerft_sweep.plain import canonical_json
 from isaerft_sweep.search.pruning import make_pruner
 from isaerft_sweep.search.sampler import Point, Sampler
@@ -20,7 +20,9 @@ from isaerft_sweep.search.sweep_file import SweepDefinition
 from isaerft_sweep.serve import runs as states
 from isaerft_sweep.serve.runs import ServedRun
 from isaerft_sweep.serve.sweep_config import evaluations_of, is_ours, nested, parse_config, read_definition
+from isaerft_sweep.tracking.metric_names import parameter_names, value_at
 
+log = logging.getLogger("isaerft.serve")
 RUNNING, PAUSED, FINISHED, CANCELED = "RUNNING", "PAUSED", "FINISHED", "CANCELED"
 RETRIES = 2
 """How often a run that has died without a word is handed out again."""
@@ -35,7 +37,9 @@ class ServedSweep:
         self.state = FINISHED if imported else RUNNING
         self.facts: dict[str, Any] = {}
         self.created = self.updated = time.time()
-        self.raw, self.definition = self._read(config)
+        self.raw: dict[str, Any] = {}
+        self.definition: SweepDefinition | None = None
+        self._read()
         self.waiting: list[TrialRecord] = []
         self._asked: Point | None = None
         """A point that the sampler has given and the journal has not taken yet."""
@@ -43,21 +47,14 @@ class ServedSweep:
         if self.definition is not None:
             self._open(self.definition)
 
-    def _read(self, config: str) -> tuple[dict[str, Any], SweepDefinition | None]:
-        """The config and, for a sweep that is run here, what it defines. Raises SpaceError for a new one that is not valid.
-
-        One that an earlier version has begun may not be valid any more. It must not keep the server from starting: its runs
-        are shown, and no further one is handed out.
-        """
+    def _read(self) -> None:
+        """Take in the file. A new one has been checked; one that this version does not take must not stop the others."""
         try:
-            raw = parse_config(config)
-            return raw, None if self.imported else read_definition(raw)
+            self.raw = parse_config(self.config)
+            self.definition = None if self.imported else read_definition(self.raw)
         except SpaceError as error:
-            if not self.folder.journal.is_file():
-                raise
-            print(f"sweep {self.id} hands out no further runs, since its config is not valid: {error}", flush=True)
+            log.error("sweep %s is only shown, since this version does not take its file: %s", self.id, error)
             self.state = FINISHED
-            return dict(yaml.safe_load(config)), None
 
     def _open(self, definition: SweepDefinition) -> None:
         self.journal = Journal(self.folder)
@@ -83,11 +80,29 @@ class ServedSweep:
         """The metric that the sweep is about; empty when it names none."""
         if self.definition is not None:
             return self.definition.metric.name
-        return str((self.raw.get("metric") or {}).get("name", ""))
+        return str(self._asked_metric.get("name", ""))
 
     @property
     def goal(self) -> str:
-        return str((self.raw.get("metric") or {}).get("goal", "minimize"))
+        return str(self._asked_metric.get("goal", "minimize"))
+
+    @property
+    def _asked_metric(self) -> Mapping[str, Any]:
+        asked = self.raw.get("metric")
+        return asked if isinstance(asked, Mapping) else {}
+
+    @property
+    def swept(self) -> list[str]:
+        """The dotted names of the parameters that it varies, in the file's order."""
+        blocks = self.raw.get("parameters")
+        return parameter_names(blocks, constants=False) if isinstance(blocks, Mapping) else []
+
+    def point_of(self, run: ServedRun) -> dict[str, Any]:
+        """What a run of this sweep has been given, by dotted name: what was handed out, else what its config says."""
+        record = self.record_of(run.key.name)
+        values = record.point.params if record is not None else run.config_values()
+        found = {key: value_at(values, key) for key in self.swept}
+        return {key: value for key, value in found.items() if value is not None}
 
     @property
     def cap(self) -> float:
@@ -105,9 +120,8 @@ class ServedSweep:
                 "a sweep that has begun keeps its question: only run_cap, name and description can be changed. Start "
                 "another sweep for another space."
             )
-        self.config, self.raw = config, raw
-        if self.definition is not None:
-            self.definition = read_definition(raw)
+        definition = read_definition(raw) if self.definition is not None else None
+        self.config, self.raw, self.definition = config, raw, definition
 
     def record_of(self, name: str) -> TrialRecord | None:
         return next((r for r in self.records.values() if r.run_id == name), None) if self.definition else None

@@ -1,4 +1,4 @@
-"""Metrics by their dotted names, in the shapes in which W&B's clients write them.
+"""Metrics and parameters by their dotted names, in the shapes in which W&B's clients write them.
 
 ``log({"val": {"acc": 1}})`` and ``log({"val.acc": 1})`` are both the metric ``val.acc``; in a summary, what
 ``define_metric("acc", summary="max")`` asks for stands there as ``{"acc": {"max": 1}}``.
@@ -16,6 +16,8 @@ AGGREGATES = ("best", "last", "mean", "max", "min", "first")
 
 def value_at(content: Any, name: str, default: Any = None) -> Any:
     """What ``name`` means in nested mappings whose own keys may hold dots; the longest key that fits goes first."""
+    if isinstance(content, Mapping) and name in content:
+        return content[name]
     waiting = [(content, name)]
     while waiting:
         inside, rest = waiting.pop()
@@ -59,6 +61,24 @@ def flat(content: Mapping[str, Any], depth: int = 20) -> Iterator[tuple[str, Any
             yield from ((f"{name}.{inner}", part) for inner, part in flat(value, depth - 1))
         else:
             yield name, value
+
+
+def parameter_names(blocks: Mapping[str, Any], constants: bool = True, prefix: str = "") -> list[str]:
+    """The dotted names in a sweep file's ``parameters``, with or without those that have one value."""
+    found = []
+    for name, block in blocks.items():
+        key = f"{prefix}.{name}" if prefix else str(name)
+        inner = block if isinstance(block, Mapping) else {}
+        if isinstance(inner.get("parameters"), Mapping):
+            found += parameter_names(inner["parameters"], constants, key)
+        elif constants or not _is_constant(inner):
+            found.append(key)
+    return found
+
+
+def _is_constant(block: Mapping[str, Any]) -> bool:
+    values = block.get("values")
+    return "value" in block or (isinstance(values, list) and len(values) == 1)
 
 
 def is_number(value: Any) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 
@@ -33,10 +32,11 @@ def rewrite(content: dict[str, Any]) -> None:
     for path in content["files"]:
         run.save(path, base_path=content["files_base"], policy="now")
     for artifact in content["artifacts"]:
-        made = wandb.Artifact(artifact["name"], type=artifact["type"])
-        for file in artifact["files"]:
-            made.add_file(file, name=str(Path(file).relative_to(artifact["base"])), policy="immutable", skip_cache=True)
-        run.log_artifact(made)
+        words = {name: artifact[name] for name in ("type", "description", "metadata")}
+        made = wandb.Artifact(artifact["name"], **words)
+        for name, file in artifact["files"].items():
+            made.add_file(file, name=name, policy="immutable", skip_cache=True)
+        run.log_artifact(made, aliases=artifact["aliases"])
     run.finish(exit_code=content["exitcode"])
 
 

@@ -90,9 +90,9 @@ def target_from(environment: Mapping[str, str], url: str | None, entity: str | N
 def offline_runs(folder: Path) -> list[Upload]:
     """The runs of the trials below ``folder`` that W&B may not have: offline ones not uploaded, and online ones."""
     found = []
-    for spec in sorted(folder.rglob("spec.json")):
+    specs = {spec: json.loads(spec.read_text(encoding="utf-8")) for spec in folder.rglob("spec.json")}
+    for spec, told in sorted(specs.items(), key=lambda item: (item[0].parent.parent, item[1].get("index", 0), item[0])):
         trial = spec.parent
-        told = json.loads(spec.read_text(encoding="utf-8"))
         ids = (told["run_id"], told["sweep_id"], told["experiment"]["tracker"]["project"])
         for path in sorted(trial.glob("wandb/wandb/offline-run-*")):
             if any(path.glob("run-*.wandb")) and not any(path.glob("*.synced")):
