@@ -106,7 +106,7 @@ def paced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / ".pace"
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(PACE)
-    monkeypatch.setenv("PYTHONPATH", str(folder))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]))
     monkeypatch.setenv("TEST_PACE_S", "0.25")
 
 
