@@ -369,6 +369,8 @@ def test_idle_workers_take_over_what_waits_for_others_to_be_started(
     SweepController(journal, points, factory, pool, composed.launcher, trials, Silent(), lambda: 0).run()
     records = list(journal.record.trials.values())
     assert all(record.state == "completed" and record.failures == 0 for record in records) and len(records) == trials
+    taken = Counter(e["index"] for e in events(folder.path) if e["event"] == "takeover")
+    assert set(taken.values()) <= {2} and bool(taken) == (running < min(slots, trials)), "each from one worker to one other"
     assert set(jobs.runs.values()) == {1} and len(jobs.runs) == trials, "each once"
     assert len(jobs.started) == min(slots, trials) and not jobs.waiting - set(jobs.killed), "the superfluous ones have gone"
     assert time_left_s(records, {}, trials) == 0.0

@@ -182,17 +182,10 @@ class SweepController:
         taken = [r for r in unstarted if idle and r.job is not None and self.dispatcher.queued(r.job)][-idle:]
         refs = [record.job for record in taken if record.job is not None]
         for record in taken:
-            facts = {
-                "metric": None,
-                "message": "another worker takes it",
-                "seconds": 0.0,
-                "given_up": False,
-                "counted": False,
-            }
-            self.journal.write("end", index=record.index, state=STOPPED, **facts)
+            self.journal.write("takeover", index=record.index, attempt=record.attempt, job=None)
             del self.active[record.index]
         if taken:
-            self._dispatch(taken)
+            self._dispatch(taken, "takeover")
             self.dispatcher.withdraw(refs)
         elif idle and self.early is None:
             self.dispatcher.dismiss_idle()
@@ -215,7 +208,7 @@ class SweepController:
             return None
         return self.factory.add(self.journal, point)
 
-    def _dispatch(self, records: list[TrialRecord]) -> None:
+    def _dispatch(self, records: list[TrialRecord], event: str = "dispatch") -> None:
         """Start the next attempt of each; those that the queue does not take wait."""
         jobs, attempts = [], []
         for record in records:
@@ -232,7 +225,7 @@ class SweepController:
                 raise
             self.view.note(f"{error} It is tried again while the sweep goes on.")
         for record, attempt, job in zip(records, attempts, refs, strict=False):
-            self.journal.write("dispatch", index=record.index, attempt=attempt, job=dict(job))
+            self.journal.write(event, index=record.index, attempt=attempt, job=dict(job))
             self.active[record.index] = record
             self.statuses.pop(record.index, None)
             self.view.event(record)

@@ -78,6 +78,11 @@ class SweepRecord:
         trial.attempt, trial.job, trial.state, trial.given_up = event["attempt"], event["job"], "queued", False
         trial.last_job = trial.job
 
+    def _on_takeover(self, event: Mapping[str, Any]) -> None:
+        """First without a job: the one that it had, which was not started, must not begin it any more."""
+        trial = self.trials[event["index"]]
+        trial.attempt, trial.job, trial.state = event["attempt"], event["job"], "queued" if event["job"] else "created"
+
     def _on_end(self, event: Mapping[str, Any]) -> None:
         trial = self.trials[event["index"]]
         if event["seconds"] > 0 and "time" in event:
