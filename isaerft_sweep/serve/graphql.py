@@ -155,7 +155,7 @@ class Root:
     @property
     def server_info(self) -> Any:
         versions = {"max_cli_version": "99.0.0", "min_cli_version": "0.18.7"}
-        return {"cliVersionInfo": json.dumps(versions), "features": [], "serverSettings": {"serverMessages": []}}
+        return {"cliVersionInfo": versions, "features": [], "serverSettings": {"serverMessages": []}}
 
     def entity(self, name: str | None = None) -> Any:
         return entity_view(name or self.caller.server.entity)
