@@ -13,6 +13,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -264,3 +265,61 @@ def test_the_server_ends_without_a_trace(serving: Serving, number: int) -> None:
     assert same.returncode == 2 and "in use by another server" in same.stderr
     serving.kill(number)
     assert "Traceback" not in serving.out.read_text()
+
+
+# -- whatever comes over the wire
+
+HOST = b"Host: 127.0.0.1\r\n"
+ODD = [
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # TLS to a server without
+    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    b"GET / HTTP/1.1\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: a b[\r\nAuthorization: KEY\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: [::1\r\nAuthorization: KEY\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: \xff\xfe\r\nAuthorization: KEY\r\n\r\n",
+    b"GET http://evil/ HTTP/1.1\r\n" + HOST + b"Authorization: KEY\r\n\r\n",
+    b"OPTIONS * HTTP/1.1\r\n" + HOST + b"\r\n",
+    b"CONNECT a:1 HTTP/1.1\r\n" + HOST + b"\r\n",
+    b"GET /%ff%fe%00 HTTP/1.1\r\n" + HOST + b"Authorization: KEY\r\n\r\n",
+    b"GET /local/p/runs/%00 HTTP/1.1\r\n" + HOST + b"Authorization: KEY\r\n\r\n",
+    b"GET /artifactsV2/a/b/%zz/%00/ff/x HTTP/1.1\r\n" + HOST + b"Authorization: KEY\r\n\r\n",
+    b"PUT /uploads/runs/a/b/c/d?until=9&signature=\xff HTTP/1.1\r\n" + HOST + b"\r\n",
+    b"PUT /uploads/%ff?until=%ff&signature=%ff HTTP/1.1\r\n" + HOST + b"\r\n",
+    b"POST /graphql HTTP/1.1\r\n" + HOST + b"Authorization: KEY\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    b"POST /graphql HTTP/1.1\r\n" + HOST + b"Authorization: KEY\r\nContent-Length: -1\r\n\r\n",
+    b"POST /graphql HTTP/1.1\r\n" + HOST + b"Authorization: KEY\r\nContent-Length: 99999999999999999999999\r\n\r\n",
+    b"POST /graphql HTTP/1.1\r\n" + HOST + b"Authorization: KEY\r\nContent-Encoding: gzip\r\nContent-Length: 2\r\n\r\n{}",
+    b"POST /graphql HTTP/1.1\r\n" + HOST + b"Authorization: KEY\r\nContent-Length: 2\r\n\r\n\xff\xfe",
+    b"POST /graphql HTTP/1.1\r\n" + HOST + b"Authorization: KEY\r\nOrigin: \xff\r\nContent-Length: 2\r\n\r\n{}",
+    b"GET / HTTP/1.1\r\n" + HOST + b"Authorization: Basic \xff\xfe\r\n\r\n",
+    b"GET / HTTP/1.1\r\n" + HOST + b"Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Key: a\r\n\r\n",
+    b"GET / HTTP/1.1\r\n" + HOST + b"X: " + b"a" * 200_000 + b"\r\n\r\n",
+    b"GET /" + b"a" * 200_000 + b" HTTP/1.1\r\n" + HOST + b"\r\n",
+]
+
+
+@pytest.mark.slow
+def test_nothing_that_comes_over_the_wire_ends_the_server_or_shows_a_trace(serving: Serving) -> None:
+    key = b"Basic " + base64.b64encode(f"api:{serving.key}".encode())
+    random = Random(0)
+    good = b"GET / HTTP/1.1\r\n" + HOST + b"Authorization: " + key + b"\r\n\r\n"
+    mutated = []
+    for _ in range(200):
+        letters = bytearray(good)
+        for _ in range(random.randint(1, 5)):
+            letters[random.randrange(len(letters))] = random.randrange(256)
+        mutated.append(bytes(letters))
+    for said in [*(odd.replace(b"KEY", key) for odd in ODD), *mutated]:
+        one = connect(serving)
+        one.settimeout(0.5)
+        try:
+            one.sendall(said)
+            answer = one.recv(1 << 20)
+        except (TimeoutError, ConnectionError):
+            answer = b""  # it waits for the rest, or has closed
+        finally:
+            one.close()
+        assert b"Traceback" not in answer and b" 500 " not in answer[:20], (said, answer)
+    assert answers(serving) < 3
+    said_lines = serving.out.read_text()
+    assert "Traceback" not in said_lines and "Exception" not in said_lines, said_lines

@@ -72,6 +72,8 @@ class Artifacts(dict[str, dict[str, Any]]):
 
     def manifest(self, artifact_id: str) -> dict[str, dict[str, Any]]:
         """The artifact's entries by name: ``digest``, ``size``, and ``ref`` of what lies elsewhere."""
+        if artifact_id not in self:
+            return {}
         path = self.folder / artifact_id / MANIFEST
         try:
             return _contents(path, path.stat().st_mtime_ns)
