@@ -81,8 +81,9 @@ def test_what_clients_ask_for_is_not_too_much(many: Client, monkeypatch: pytest.
         "query R { " + " ".join(f'project(name: "{i}") {{ id }}' for i in range(1600)) + " }",
         "query R { " + "{" * 40_000,
         "#" * (20 << 20),
+        "query R { __schema { " + "types { fields { type { " + "fields { type { " * 7 + "name" + " }" * 19,
     ],
-    ids=["literal", "block", "fields", "conflicts", "depth", "comment"],
+    ids=["literal", "block", "fields", "conflicts", "depth", "comment", "the schema"],
 )  # fmt: skip
 def test_a_query_of_any_size_is_refused_at_once(client: Client, query: str) -> None:
     began = time.monotonic()

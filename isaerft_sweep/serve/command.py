@@ -80,7 +80,9 @@ def run(application: Any, sockets: list[socket.socket], context: ssl.SSLContext 
     """Answer on the sockets until a signal comes; 0."""
     import uvicorn
 
-    from isaerft_sweep.serve.connections import Connection, allow_many
+    from isaerft_sweep.serve.connections import Connection, allow_many, limit_handshakes
+
+    limit_handshakes()
 
     config = uvicorn.Config(
         application,
