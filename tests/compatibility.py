@@ -86,6 +86,32 @@ print(json.dumps([run.state, [row["_step"] for row in run.scan_history()], run.n
                   run.config["orpo"]["beta"], run.summary.get("state")]))
 """
 
+READING = """\
+import json, wandb
+from pathlib import Path
+settings = wandb.Settings(silent=True)
+for attempt in range(2):
+    run = wandb.init(id="twice", project="demo", settings=settings, reinit=True)
+    run.define_metric("acc", summary="max")
+    for step in range(2500 - 1000 * attempt):
+        run.log({"acc": attempt + (step == 3), "val": {"acc": step}})
+    Path("data.txt").write_text(f"rows {attempt}")
+    made = wandb.Artifact("rows", type="dataset")
+    made.add_file("data.txt", name="deep/100% #1.txt")
+    run.log_artifact(made, aliases=[f"try{attempt}", "latest"]).wait()
+    run.finish()
+run = wandb.init(id="reader", project="demo", settings=settings, reinit=True)
+folder = run.use_artifact("rows:try0").download()
+run.finish()
+api = wandb.Api()
+found = api.run("demo/twice")
+print(json.dumps([[row["val.acc"] for row in found.scan_history(keys=["_step", "val.acc"])], len(list(found.scan_history())),
+                  len(found.history(keys=["acc"], pandas=False)), found.summary["acc"]["max"], Path(folder, "deep/100% #1.txt").read_text(),
+                  api.artifact("demo/rows:latest").version, sorted(api.artifact("demo/rows:v0").aliases),
+                  [a.name for a in api.artifacts("dataset", "demo/rows")], [f.name for f in api.artifact("demo/rows:v0").files()],
+                  [c.name for c in api.artifact_type("dataset", "demo").collections()]]))
+"""
+
 
 class Client(Serving):
     """A server, and another wandb than this interpreter's to speak to it."""
@@ -203,6 +229,16 @@ def check_our_tracker(client: Client) -> None:
     )
 
 
+def check_reading(client: Client) -> None:
+    """A run that is begun twice, its rows by keys and whole, and artifacts that are handed on."""
+    done = client.run(str(client.bin / "python"), "-c", READING)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows, whole, sampled, best, text, latest, aliases, *listed = json.loads(done.stdout.splitlines()[-1])
+    assert rows == list(range(1500)) and (whole, sampled, best) == (1500, 500, 2), (len(rows), whole, sampled, best)
+    assert (text, latest, aliases) == ("rows 0", "v1", ["try0"]), (text, latest, aliases)
+    assert listed == [["rows:v1", "rows:v0"], ["deep/100% #1.txt"], ["rows"]], listed
+
+
 def main() -> None:
     bin_folder = Path(sys.argv[1]).absolute()
     version = subprocess.run(
@@ -213,7 +249,7 @@ def main() -> None:
         client = Client(Path(folder), bin_folder)
         client.start()
         try:
-            for check in (check_a_sweep, check_preemption, check_states, check_offline, check_our_tracker):
+            for check in (check_a_sweep, check_preemption, check_states, check_offline, check_our_tracker, check_reading):
                 began = time.monotonic()
                 check(client)
                 print(f"wandb {version}: {re.sub('_', ' ', check.__name__)}: {time.monotonic() - began:.0f} s", flush=True)

@@ -404,6 +404,10 @@ def test_filters_and_orders(client: Client) -> None:
     assert names({"state": "running"}) == ["r4"] and names({"state": {"$ne": "running"}}) == ["r0", "r1", "r2", "r3"]
     assert names({"$or": [{"name": "r1"}, {"summary_metrics.loss": {"$gt": 2.5}}]}) == ["r0", "r1"]
     assert names({"$and": [{"state": {"$in": ["finished"]}}, {"name": {"$nin": ["r0"]}}]}) == ["r2"]
+    assert names(o="+state,-name") == names(o="+state, -name") == names(o="state,-name") == ["r3", "r1", "r2", "r0", "r4"]
+    for i in range(5):
+        client.stream(f"r{i}", [], summary={"a, b": -i})
+    assert names(o="+summary_metrics.a, b,+name") == ["r4", "r3", "r2", "r1", "r0"], "a metric's name may have commas"
     page = client.get(query, n=2)["project"]["runs"]
     rest = client.get(query, n=100, a=page["pageInfo"]["endCursor"])["project"]["runs"]
     assert len(page["edges"]) == 2 and page["pageInfo"]["hasNextPage"] and len(rest["edges"]) == 3

@@ -165,7 +165,7 @@ try:
     api.artifact("p/model:nothing")
 except Exception as error:
     missing = str(error)
-tell(many=many, count=used.file_count, listing=len(list(used.files())), first=first.version, second=second.version, files=files, metadata=used.metadata, description=used.description,
+tell(many=many, count=used.file_count, listing=len([f.name for f in used.files()]), first=first.version, second=second.version, files=files, metadata=used.metadata, description=used.description,
      again=[again.version, sorted(again.aliases)], third=third.version, size=used.size,
      names={name: named(name) for name in ("model", "model:latest", "model:v0", "model:v1", "model:v2", "model:same")},
      listed=[a.name for a in api.artifacts("model", "p/model")], types=[t.name for t in api.artifact_types("p")],

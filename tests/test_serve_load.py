@@ -13,6 +13,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -80,8 +81,9 @@ def test_what_clients_ask_for_is_not_too_much(many: Client, monkeypatch: pytest.
         "query R { " + " ".join(f'project(name: "{i}") {{ id }}' for i in range(1600)) + " }",
         "query R { " + "{" * 40_000,
         "#" * (20 << 20),
+        "query R { __schema { " + "types { fields { type { " + "fields { type { " * 7 + "name" + " }" * 19,
     ],
-    ids=["literal", "block", "fields", "conflicts", "depth", "comment"],
+    ids=["literal", "block", "fields", "conflicts", "depth", "comment", "the schema"],
 )  # fmt: skip
 def test_a_query_of_any_size_is_refused_at_once(client: Client, query: str) -> None:
     began = time.monotonic()
@@ -214,11 +216,12 @@ def test_a_body_that_dribbles_in_is_given_up_and_a_slow_one_is_taken(serving: Se
     key = base64.b64encode(f"api:{serving.key}".encode())
     head = b"POST /graphql HTTP/1.1\r\nHost: a\r\nAuthorization: Basic " + key + b"\r\nContent-Length: "
     query = json.dumps({"query": "query V { viewer { id } }"}).encode()
-    slow = connect(serving, head + b"%d\r\n\r\n" % len(query))
+    slow = connect(serving, head + b"%d\r\nConnection: close\r\n\r\n" % len(query))
     for letter in query:
         time.sleep(0.02)
         slow.sendall(bytes([letter]))
-    assert b'"viewer"' in slow.recv(65536)
+    slow.settimeout(5)
+    assert b'"viewer"' in slow.recv(65536) + slow.recv(65536)
     stalled, began = connect(serving, head + b"99999\r\n\r\n{"), time.monotonic()
     stalled.settimeout(bodies.PATIENCE_S + 20)
     assert b" 408 " in stalled.recv(65536) and time.monotonic() - began < bodies.PATIENCE_S + 10
@@ -263,3 +266,61 @@ def test_the_server_ends_without_a_trace(serving: Serving, number: int) -> None:
     assert same.returncode == 2 and "in use by another server" in same.stderr
     serving.kill(number)
     assert "Traceback" not in serving.out.read_text()
+
+
+# -- whatever comes over the wire
+
+HOST = b"Host: 127.0.0.1\r\n"
+ODD = [
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # TLS to a server without
+    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    b"GET / HTTP/1.1\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: a b[\r\nAuthorization: KEY\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: [::1\r\nAuthorization: KEY\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: \xff\xfe\r\nAuthorization: KEY\r\n\r\n",
+    b"GET http://evil/ HTTP/1.1\r\n" + HOST + b"Authorization: KEY\r\n\r\n",
+    b"OPTIONS * HTTP/1.1\r\n" + HOST + b"\r\n",
+    b"CONNECT a:1 HTTP/1.1\r\n" + HOST + b"\r\n",
+    b"GET /%ff%fe%00 HTTP/1.1\r\n" + HOST + b"Authorization: KEY\r\n\r\n",
+    b"GET /local/p/runs/%00 HTTP/1.1\r\n" + HOST + b"Authorization: KEY\r\n\r\n",
+    b"GET /artifactsV2/a/b/%zz/%00/ff/x HTTP/1.1\r\n" + HOST + b"Authorization: KEY\r\n\r\n",
+    b"PUT /uploads/runs/a/b/c/d?until=9&signature=\xff HTTP/1.1\r\n" + HOST + b"\r\n",
+    b"PUT /uploads/%ff?until=%ff&signature=%ff HTTP/1.1\r\n" + HOST + b"\r\n",
+    b"POST /graphql HTTP/1.1\r\n" + HOST + b"Authorization: KEY\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    b"POST /graphql HTTP/1.1\r\n" + HOST + b"Authorization: KEY\r\nContent-Length: -1\r\n\r\n",
+    b"POST /graphql HTTP/1.1\r\n" + HOST + b"Authorization: KEY\r\nContent-Length: 99999999999999999999999\r\n\r\n",
+    b"POST /graphql HTTP/1.1\r\n" + HOST + b"Authorization: KEY\r\nContent-Encoding: gzip\r\nContent-Length: 2\r\n\r\n{}",
+    b"POST /graphql HTTP/1.1\r\n" + HOST + b"Authorization: KEY\r\nContent-Length: 2\r\n\r\n\xff\xfe",
+    b"POST /graphql HTTP/1.1\r\n" + HOST + b"Authorization: KEY\r\nOrigin: \xff\r\nContent-Length: 2\r\n\r\n{}",
+    b"GET / HTTP/1.1\r\n" + HOST + b"Authorization: Basic \xff\xfe\r\n\r\n",
+    b"GET / HTTP/1.1\r\n" + HOST + b"Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Key: a\r\n\r\n",
+    b"GET / HTTP/1.1\r\n" + HOST + b"X: " + b"a" * 200_000 + b"\r\n\r\n",
+    b"GET /" + b"a" * 200_000 + b" HTTP/1.1\r\n" + HOST + b"\r\n",
+]
+
+
+@pytest.mark.slow
+def test_nothing_that_comes_over_the_wire_ends_the_server_or_shows_a_trace(serving: Serving) -> None:
+    key = b"Basic " + base64.b64encode(f"api:{serving.key}".encode())
+    random = Random(0)
+    good = b"GET / HTTP/1.1\r\n" + HOST + b"Authorization: " + key + b"\r\n\r\n"
+    mutated = []
+    for _ in range(200):
+        letters = bytearray(good)
+        for _ in range(random.randint(1, 5)):
+            letters[random.randrange(len(letters))] = random.randrange(256)
+        mutated.append(bytes(letters))
+    for said in [*(odd.replace(b"KEY", key) for odd in ODD), *mutated]:
+        one = connect(serving)
+        one.settimeout(0.5)
+        try:
+            one.sendall(said)
+            answer = one.recv(1 << 20)
+        except (TimeoutError, ConnectionError):
+            answer = b""  # it waits for the rest, or has closed
+        finally:
+            one.close()
+        assert b"Traceback" not in answer and b" 500 " not in answer[:20], (said, answer)
+    assert answers(serving) < 3
+    said_lines = serving.out.read_text()
+    assert "Traceback" not in said_lines and "Exception" not in said_lines, said_lines

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -93,3 +95,14 @@ def test_a_client_that_does_not_trust_the_certificate_is_told(serving: Encrypted
     trusting.port, trusting.key = serving.port, serving.key
     done = trusting.run("wandb", "sweep", "-p", "p", str(tmp_path / "s.yaml"))
     assert done.returncode != 0 and "certificate" in (done.stdout + done.stderr).lower()
+
+
+def test_connections_that_never_greet_are_closed(serving: Encrypted) -> None:
+    silent = [socket.create_connection(("127.0.0.1", serving.port), 5) for _ in range(600)]
+    began = time.monotonic()
+    assert serving.run("wandb", "sweep", "-p", "p", "nothing.yaml").returncode != 0  # it answers, to others' clients too
+    for one in silent:
+        one.settimeout(30)
+        assert one.recv(10) == b""
+        one.close()
+    assert time.monotonic() - began < 30

@@ -33,7 +33,21 @@ run = wandb.init(name="named", tags=["t1"], settings=wandb.Settings(silent=True,
 for step in range(5):
     run.log({"loss": run.config.lr / (1 + step), "deep": {"a": step}}, step=step)
 run.save("note.txt", policy="now")
+made = wandb.Artifact("out", type="model", description="made", metadata={"lr": run.config.lr})
+with made.new_file("deep/100% #1.txt") as file:
+    file.write(run.id)
+run.log_artifact(made, aliases=["of-" + run.id])
 run.finish()
+"""
+ARTIFACT = """
+import json, sys, wandb
+from pathlib import Path
+api = wandb.Api()
+found = {}
+for name in sys.argv[1:]:
+    one = api.artifact(f"demo/out:of-{name}")
+    found[name] = [Path(one.download(root=name), "deep/100% #1.txt").read_text(), one.description, one.metadata, one.logged_by().id]
+print(json.dumps(found))
 """
 CONFIG = """\
 program: train.py
@@ -86,6 +100,9 @@ def test_served_runs_go_to_another_server_with_their_ids(serving: Serving, targe
         ]
         assert run["summary"]["loss"] == other["summary"]["loss"]
         assert (target.data / "runs" / "local" / "demo" / name / "note.txt").read_text() == "a note"
+    told = target.run(sys.executable, "-c", ARTIFACT, *before["runs"])
+    wanted = {name: [name, "made", {"lr": run["config"]["lr"]}, name] for name, run in before["runs"].items()}
+    assert json.loads(told.stdout.splitlines()[-1]) == wanted, told.stderr
     again = sync(target, str(serving.data))
     assert again.returncode == 0, again.stderr
     assert read_sweep(target, path)["runs"][name]["steps"] == list(range(5)), "uploaded twice, there once"
@@ -114,6 +131,8 @@ def test_an_offline_sweep_of_the_embedded_controller_goes_to_a_server(target: Se
         run = found["runs"][event["run_id"]]
         assert run["name"] == event["name"] and run["state"] == "finished" and run["steps"][-1] == 4
         assert run["config"]["orpo"]["beta"] == event["params"]["orpo.beta"]
+    adapters = {path.parent.parent.name for path in target.data.glob("artifacts/*/files/adapter_model.safetensors")}
+    assert len(adapters) == 2, "what they have learnt goes along"
     board = target.run(str(BIN / "isaerft-sweep"), "leaderboard", f"wandb:local/orpo-isaerft-sweep/{sweep_id}")
     assert board.returncode == 0 and "eval/log_odds_chosen, maximize" in board.stdout, board.stderr
     again = sync(target, str(folder))

@@ -302,6 +302,12 @@ class TypeView:
     def artifact_collection(self, name: str) -> CollectionView | None:
         return next((view for view in self._collections() if view.name == name), None)
 
+    artifact_sequence = artifact_collection
+
+    def artifact(self, name: str) -> ArtifactView | None:
+        known = named(self.caller, self.project, name)
+        return ArtifactView(self.caller, known) if known and known["type"] == self.name else None
+
     def artifact_collections(
         self, after: str | None = None, first: int | None = None, filters: str | None = None, order: str | None = None
     ) -> Any:

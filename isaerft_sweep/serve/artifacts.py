@@ -72,6 +72,8 @@ class Artifacts(dict[str, dict[str, Any]]):
 
     def manifest(self, artifact_id: str) -> dict[str, dict[str, Any]]:
         """The artifact's entries by name: ``digest``, ``size``, and ``ref`` of what lies elsewhere."""
+        if artifact_id not in self:
+            return {}
         path = self.folder / artifact_id / MANIFEST
         try:
             return _contents(path, path.stat().st_mtime_ns)
@@ -123,8 +125,9 @@ def create(caller: Caller, given: Mapping[str, Any]) -> dict[str, Any]:
     artifacts = caller.server.artifacts
     collection = given.get("artifactCollectionName") or next(iter(given.get("artifactCollectionNames") or ()), "")
     facts = {
-        "entity": checked_name("entity", given["entityName"]),
-        "project": checked_name("project", given["projectName"]),
+        # `wandb sync` of an offline run knows no entity: then it is the key's own
+        "entity": checked_name("entity", given["entityName"] or caller.server.entity),
+        "project": checked_name("project", given["projectName"] or "uncategorized"),
         "collection": collection,
         "type": given["artifactTypeName"],
         "digest": given["digest"],
@@ -207,7 +210,7 @@ def change_aliases(caller: Caller, given: Mapping[str, Any], add: bool) -> dict[
 def use(caller: Caller, given: Mapping[str, Any]) -> dict[str, Any]:
     """A run takes the artifact as its input."""
     known = find(caller, given["artifactID"])
-    user = [given["entityName"], given["projectName"], given["runName"]]
+    user = [given["entityName"] or caller.server.entity, given["projectName"] or "uncategorized", given["runName"]]
     users = known.get("users") or []
     return known if user in users else caller.server.note_artifact(known["id"], users=[*users, user])
 

@@ -54,8 +54,8 @@ def serve(options: Options) -> int:
     except ImportError as error:
         raise LaunchError(EXTRA) from error
     checked_name("entity", options.entity)
-    os.umask(0o077)  # what is in the folder is for the server's own user, from the moment that it is there
     context = certified(options)
+    before = os.umask(0o077)  # what is in the folder is for the server's own user, from the moment that it is there
     try:
         if options.revoke is not None:
             return _revoke(options)
@@ -72,13 +72,17 @@ def serve(options: Options) -> int:
             return run(Application(server, keys, signer, options.max_upload_mb << 20).asgi(), sockets, context)
     except OSError as error:
         raise FolderError(f"the data folder {options.data} cannot be used: {error}. Choose another: --data PATH.") from error
+    finally:
+        os.umask(before)
 
 
 def run(application: Any, sockets: list[socket.socket], context: ssl.SSLContext | None) -> int:
     """Answer on the sockets until a signal comes; 0."""
     import uvicorn
 
-    from isaerft_sweep.serve.connections import Connection, allow_many
+    from isaerft_sweep.serve.connections import Connection, allow_many, limit_handshakes
+
+    limit_handshakes()
 
     config = uvicorn.Config(
         application,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import resource
+from asyncio import constants
 from contextlib import suppress
 from typing import Any
 
@@ -58,6 +59,11 @@ class Connection(H11Protocol):
     def _end(self) -> None:
         self._heard()
         self.transport.abort()
+
+
+def limit_handshakes() -> None:
+    """Of https, whose greeting comes before a ``Connection`` is there: uvicorn has no option for how long it may take."""
+    setattr(constants, "SSL_HANDSHAKE_TIMEOUT", HEADERS_S)  # noqa: B010  (typed as final)
 
 
 def allow_many() -> int:

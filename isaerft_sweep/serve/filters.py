@@ -187,8 +187,7 @@ def select(runs: Sequence[ServedRun], filters: str | None, order: str | None) ->
     wanted = read_filter(filters)
     cost.spend(len(runs) * (1 + (filters or "").count(":")) // cost.LOOKS)
     found = [run for run in runs if matches(partial(field_of, run), wanted)]
-    for part in reversed([p for p in (order or "+created_at").split(",") if p.strip()]):
-        part = part.strip()
+    for part in reversed(_parts(order or "+created_at")):
         name = part.lstrip("+-")
         # those without a value come last, whatever the direction
         goal = "maximize" if part.startswith("-") else "minimize"
@@ -197,6 +196,15 @@ def select(runs: Sequence[ServedRun], filters: str | None, order: str | None) ->
         there.sort(key=lambda run: values[id(run)], reverse=part.startswith("-"))  # type: ignore[arg-type, return-value]
         found = there + [run for run in found if values[id(run)] is None]
     return found
+
+
+def _parts(order: str) -> list[str]:
+    """What to sort by, one after another. A metric's name may have commas."""
+    found: list[str] = []
+    for part in re.split(r",(?=\s*[+-])", order):
+        whole = part.strip().lstrip("+-").startswith(("summary", "config"))
+        found += [part] if whole else part.split(",")
+    return [part.strip() for part in found if part.strip()]
 
 
 def _sortable(value: Any, metric: bool) -> tuple[int, Any] | None:

@@ -114,7 +114,7 @@ class ProjectView:
             raise RequestError(f"there is no run {'/'.join(self.key)}/{name} on this server.", 404)
         return found if found is not None and found.run.created else None
 
-    def artifact(self, name: str) -> artifact_views.ArtifactView | None:
+    def artifact(self, name: str, enable_tracking: bool = False) -> artifact_views.ArtifactView | None:
         known = artifact_views.named(self.caller, self.key, name)
         return artifact_views.ArtifactView(self.caller, known) if known else None
 

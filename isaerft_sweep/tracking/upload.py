@@ -84,16 +84,16 @@ def target_from(environment: Mapping[str, str], url: str | None, entity: str | N
     if not key:
         raise SyncError("the target's key must be in WANDB_API_KEY, but it is not set.")
     address = url or environment.get("WANDB_BASE_URL") or "https://api.wandb.ai"
+    if not re.fullmatch(r"https?://[^\s/?#]+(/\S*)?", address):
+        raise SyncError(f"the target must be an address like http://HOST:8090 but got '{address}'. Give one: --to URL.")
     return Target(address.rstrip("/"), key, entity or environment.get("WANDB_ENTITY"), project)
 
 
 def offline_runs(folder: Path) -> list[Upload]:
     """The runs of the trials below ``folder`` that W&B may not have: offline ones not uploaded, and online ones."""
     found = []
-    specs = {spec: json.loads(spec.read_text(encoding="utf-8")) for spec in folder.rglob("spec.json")}
-    for spec, told in sorted(specs.items(), key=lambda item: (item[0].parent.parent, item[1].get("index", 0), item[0])):
-        trial = spec.parent
-        ids = (told["run_id"], told["sweep_id"], told["experiment"]["tracker"]["project"])
+    specs = [_read_spec(spec) for spec in folder.rglob("spec.json")]
+    for _, _, trial, ids in sorted(specs):
         for path in sorted(trial.glob("wandb/wandb/offline-run-*")):
             if any(path.glob("run-*.wandb")) and not any(path.glob("*.synced")):
                 found.append(Upload(*ids, folder=path))
@@ -101,6 +101,18 @@ def offline_runs(folder: Path) -> list[Upload]:
             rows = len({row["step"] for row in TrialFolder(trial).read_metrics()})  # W&B has one row a step
             found.append(Upload(*ids, trial=trial, rows=rows))
     return found
+
+
+def _read_spec(spec: Path) -> tuple[Path, int, Path, tuple[str, str, str]]:
+    """A trial's place in the order of uploads, its folder, and its run's id, sweep and project. Raises SyncError."""
+    try:
+        told = json.loads(spec.read_text(encoding="utf-8"))
+        ids = (str(told["run_id"]), str(told["sweep_id"]), str(told["experiment"]["tracker"]["project"]))
+        return spec.parent.parent, int(told["index"]), spec.parent, ids
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SyncError(
+            f"{spec} must be a trial's, but it cannot be read ({error!r}). Restore it or move it away."
+        ) from error
 
 
 def offline_uploads(folder: Path) -> tuple[list[Upload], dict[str, str]]:
