@@ -33,13 +33,21 @@ Numbers = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 """log p(target) and the mean logit, float32 [n]; the gradient of the former with respect to the states [n, hidden]."""
 
 
+class _States(BaseModelOutputWithPast):
+    """A decoder's output with nothing but its states: whatever else a family's head asks for is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
 class _Given(nn.Module):
     """Stands where the decoder was and gives out hidden states that are already there."""
 
     hidden: torch.Tensor
 
     def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=self.hidden)
+        return _States(last_hidden_state=self.hidden)
 
 
 @dataclass(frozen=True)
