@@ -67,11 +67,11 @@ def exact_way(model: PreTrainedModel, sites: Sequence[Mapping[str, Any]], wanted
 
     ``model`` as it was loaded. Raises ModelError when no adapter can be trained on it.
     """
+    reasons: list[str] = []
     if getattr(model.config, "output_router_logits", False):
-        return PLAIN, "its config has output_router_logits=true, and that loss reads every layer"
+        wanted, reasons = PLAIN, ["its config has output_router_logits=true, and that loss reads every layer"]
     probe = _Probe(model, sites)
     expected = probe.expected()
-    reasons: list[str] = []
     for way in WAYS:
         if (way.above and not wanted.above) or (way.share and not wanted.share) or (way.lean and not wanted.lean):
             continue
@@ -84,6 +84,8 @@ def exact_way(model: PreTrainedModel, sites: Sequence[Mapping[str, Any]], wanted
         if reason is None:
             return way, reasons[0] if reasons else ""
         reasons.append(reason)
+    if _apart(probe.expected(), expected, probe.dtype) is not None:
+        return PLAIN, "its numbers are not the same twice"  # as those of routers that add noise
     raise _refused(model, f"with the adapter {reasons[-1]}")
 
 

@@ -13,16 +13,22 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from transformers import PreTrainedModel
 
 import isaerft_sweep.trial  # noqa: F401  (settings that must come before trl is imported)
 from isaerft_sweep.adapter.hook import check_hook
-from isaerft_sweep.adapter.sae import FrozenSae, check_fits, describe, load_sae
-from isaerft_sweep.errors import ConfigError, IsaerftError, suggest
-from isaerft_sweep.models.loading import load_config, load_tokenizer
+from isaerft_sweep.adapter.sae import OWN_RELEASE, FrozenSae, check_fits, describe, load_sae
+from isaerft_sweep.errors import ConfigError, IsaerftError, ModelError, suggest
+from isaerft_sweep.models.loading import load, load_config, load_tokenizer
+from isaerft_sweep.models.twin import count_parameters, small_twin
 from isaerft_sweep.plain import canonical_json, from_mapping, to_dict
 from isaerft_sweep.specs import Experiment
 from isaerft_sweep.trial.data import load_pairs
+from isaerft_sweep.trial.exact import PLAIN, exact_way
 from isaerft_sweep.trial.trainer import OPTIMIZERS, adapter_config
+
+SMALL = 5e8
+"""Parameters of a model that is loaded itself where its small twin does not tell."""
 
 T = TypeVar("T")
 
@@ -56,6 +62,8 @@ def prepare(experiment: Experiment, seen: dict[str, Any] | None = None) -> dict[
         if not experiment.adapter.force_hook:
             check_hook(sae, site, model.name, index)
         saes.append(_describe_sae(site, sae))
+    layers = [site.layer for site in experiment.adapter.sites]
+    once(lambda: _check_step(experiment, config, layers), "step", *named, layers)
     tokenizer = once(lambda: load_tokenizer(model, experiment.cache), "tokenizer", *named)
     pairs = once(lambda: load_pairs(data, tokenizer, max_length), "pairs", *named, to_dict(data), max_length)
     return {
@@ -92,6 +100,26 @@ def _check_compiler() -> None:
             f"a first function could not be compiled: {(str(error) or repr(error)).splitlines()[0]} Install one, or leave "
             "launcher.compile=false."
         ) from error
+
+
+def _check_step(experiment: Experiment, config: Any, layers: list[int]) -> None:
+    """Raise ModelError unless a step with an adapter can be made on a small twin of the model, or the model itself."""
+    twin = small_twin(config)
+    if twin is not None:
+        try:
+            _step(twin, layers)
+            return
+        except ModelError:  # perhaps for the twin's sizes
+            if count_parameters(config) > SMALL:
+                raise
+    if count_parameters(config) <= SMALL:
+        _step(load(experiment.model, experiment.cache).model, layers)
+
+
+def _step(model: PreTrainedModel, layers: list[int]) -> None:
+    width = model.get_input_embeddings().weight.shape[-1]
+    sites = [{"layer": layer, "sae_release": OWN_RELEASE, "sae_id": f"random-{width}x{2 * width}"} for layer in layers]
+    exact_way(model, sites, PLAIN)
 
 
 def _describe_sae(site: dict[str, Any], sae: FrozenSae) -> str:
