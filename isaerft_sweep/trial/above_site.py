@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from isaerft_sweep.adapter.architecture import decoder_layers
+from isaerft_sweep.adapter.architecture import decoder_layers, decoder_name
 from isaerft_sweep.models.loading import sharing_weights
 from isaerft_sweep.trial.below_site import Reached, stream_of
 from isaerft_sweep.trial.trunk import StoredTrunk, lowest_site, site_layer
@@ -122,7 +122,7 @@ def only_above_site(model: peft.PeftModel, stored: StoredTrunk) -> Iterator[Abov
     passes, inject = stand_ins(whole, site)
     compute = partial(stream_of, whole, site_layer(decoder_layers(whole), site).base_layer)
     above = AboveSite(stored, inject, next(own.parameters()).device, compute)
-    handle = getattr(base, base.base_model_prefix).register_forward_pre_hook(above.before_call, with_kwargs=True)
+    handle = getattr(base, decoder_name(base)).register_forward_pre_hook(above.before_call, with_kwargs=True)
     for i in range(site):
         layers[i] = passes[i]
     wrapped.base_layer = above.inject

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from transformers import PreTrainedModel
 
+from isaerft_sweep.adapter.architecture import decoder_name
 from isaerft_sweep.trial.above_site import AboveSite
 from isaerft_sweep.trial.below_site import CALL_TOKENS
 from isaerft_sweep.trial.grouping import length_groups
@@ -79,7 +80,7 @@ def read_states(model: PreTrainedModel, batch: Batch, layout: Layout, prepare: P
     Rows of near length run together, each group padded to its own longest: TRL pads all to the longest of the batch, at the
     end, and what a sequence computes does not depend on it.
     """
-    decoder = getattr(model, model.base_model_prefix)
+    decoder = getattr(model, decoder_name(model))
     config, dtype = model.config.get_text_config(), next(model.parameters()).dtype
     per_token = 2 * sum(parameter.numel() for parameter in decoder.parameters())
     lengths, device = layout.lengths, batch.ids.device
