@@ -121,7 +121,8 @@ def _check_tokens(experiment: Experiment, config: Any, tokenizer: PreTrainedToke
         name = experiment.model.tokenizer or experiment.model.name
         raise ModelError(
             f"the tokenizer must go with the model, whose {text.vocab_size} embeddings are for ids up to "
-            f"{text.vocab_size - 1}, but that of '{name}' ({len(tokenizer)} tokens) gives {largest}. Choose the model's own: model.tokenizer=null."
+            f"{text.vocab_size - 1}, but that of '{name}' ({len(tokenizer)} tokens) gives {largest}. "
+            "Choose the model's own: model.tokenizer=null."
         )
     places, longest = getattr(text, "max_position_embeddings", None), longest_sequence(pairs)
     twin = small_twin(config) if isinstance(places, int) and longest > places else None
