@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -311,3 +315,28 @@ def test_gemma_scope_by_release_and_id_from_the_hubs_cache(tmp_path: Path, monke
     hook.remove()
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
     assert (got - clean).abs().max() > 0.1
+
+
+LOAD_PICKLED = """
+import sys, torch
+model = torch.load(sys.argv[1], weights_only=False)
+ids = torch.load(sys.argv[2])
+with torch.no_grad():
+    torch.save(model(ids).logits, sys.argv[3])
+"""
+
+
+@pytest.mark.parametrize("kind", ["bias", "scale"])
+@torch.no_grad()
+def test_a_model_can_be_pickled(kind: str, saes: dict, cache: Path, tmp_path: Path) -> None:
+    """And read by a process that has imported nothing of ours; the SAE goes as a reference and is checked."""
+    adapted = with_adapter(base_model("llama", cache), saes["jumprelu"], kind)
+    expected = adapted(tokens()).logits
+    torch.save(adapted, tmp_path / "model.pt")
+    torch.save(tokens(), tmp_path / "ids.pt")
+    names = [str(tmp_path / name) for name in ("model.pt", "ids.pt", "logits.pt")]
+    subprocess.run([sys.executable, "-c", LOAD_PICKLED, *names], check=True)
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected)
+    plain = peft.get_peft_model(base_model("llama", cache), peft.LoraConfig(target_modules=["q_proj"]))
+    assert pickle.loads(pickle.dumps(plain)).peft_config["default"].peft_type == peft.PeftType.LORA
+    assert copy.deepcopy(adapted)(tokens()).logits.equal(expected)

@@ -6,15 +6,19 @@ import gzip
 import json
 import re
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import TINY, events
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from isaerft_sweep.controller.preflight import check_disk
 from isaerft_sweep.errors import DataError, FolderError, IsaerftError
+from isaerft_sweep.models import random_model
 from isaerft_sweep.models.random_model import byte_tokenizer
+from isaerft_sweep.plain import overrides
 from isaerft_sweep.specs import Experiment
 from isaerft_sweep.trial.data import load_pairs
 from isaerft_sweep.trial.prepare import prepare
@@ -165,3 +169,72 @@ def test_a_torn_archive_and_rows_of_different_form(experiment, tmp_path: Path) -
     composed = experiment("model=tiny", "data=jsonl", f"data.path={tmp_path / 'implicit.jsonl'}", "data.eval_size=4")
     pairs = load_pairs(composed.data, tokenizer, 300)
     assert set(pairs.train["prompt"]) | set(pairs.evaluation["prompt"]) == {"p", "same beginning:"}
+
+
+def test_files_are_looked_at_before_torch_is_loaded(experiment: Composed, tmp_path: Path) -> None:
+    """Missing, of another kind or broken: told at once, by the process that has no torch."""
+    (tmp_path / "broken.jsonl").write_text("{oops\n")
+    (tmp_path / "data.csv").write_text("a,b\n")
+    code = (
+        "import json, sys\nfrom isaerft_sweep.config.command import compose\n"
+        "from isaerft_sweep.controller.preflight import check_trial_needs\nfrom isaerft_sweep.errors import IsaerftError\n"
+        "import subprocess\nsubprocess.run = None\n"  # the process that loads torch must not be started
+        "try: check_trial_needs(compose(sys.argv[1:]))\n"
+        "except IsaerftError as error: print(error)\n"
+        "print({'torch', 'transformers', 'datasets', 'sae_lens'} & set(sys.modules))"
+    )
+    cases = {
+        "data.path=nowhere.jsonl": "must be a file that exists",
+        f"data.path={tmp_path}/data.csv": "must end in .jsonl",
+        f"data.path={tmp_path}/broken.jsonl": "line 1: not valid JSON",
+        "adapter.sites=[{layer: 2, sae_path: nowhere}]": "where there is no cfg.json",
+    }
+    for override, said in cases.items():
+        data = ["data=jsonl"] if override.startswith("data") else []
+        done = subprocess.run(
+            [sys.executable, "-c", code, "model=tiny", *data, override], capture_output=True, text=True, check=True
+        )
+        lines = done.stdout.splitlines()
+        assert said in lines[0] and lines[-1] == "set()", done.stdout
+
+
+def with_tokenizer(folder: Path, change: Callable[[PreTrainedTokenizerFast], object], **config: int) -> tuple[str, ...]:
+    """Options for a small model with a tokenizer that is changed."""
+    random_model.make("gpt_neox", folder)
+    tokenizer = byte_tokenizer()
+    change(tokenizer)
+    tokenizer.save_pretrained(folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    return ("model.source=hub", *overrides({"model.name": str(folder), "model.architecture": None}))
+
+
+def test_a_tokenizer_that_does_not_go_with_the_model(experiment: Composed, tmp_path: Path) -> None:
+    """Every trial would fail, three times each."""
+
+    def without_end(tokenizer: PreTrainedTokenizerFast) -> None:
+        tokenizer.eos_token = None
+
+    prepare_refuses(
+        experiment(*OFF, *with_tokenizer(tmp_path / "no-end", without_end)), "must have an end-of-sequence token"
+    )
+
+    def larger(tokenizer: PreTrainedTokenizerFast) -> None:
+        tokenizer.add_tokens(["<|more|>"])
+        tokenizer.chat_template = "<|more|>" + str(tokenizer.chat_template)
+
+    options = with_tokenizer(tmp_path / "larger", larger)
+    prepare_refuses(experiment(*OFF, *options), "whose 262 embeddings are for ids up to 261, but that of")
+
+    def unused(tokenizer: PreTrainedTokenizerFast) -> None:
+        tokenizer.add_tokens(["<|more|>"])
+
+    assert prepare(experiment(*OFF, *with_tokenizer(tmp_path / "unused", unused)))["pairs"], "what no text has harms nobody"
+
+
+def test_positions_that_a_model_does_not_have(experiment: Composed, tmp_path: Path) -> None:
+    config = AutoConfig.for_model("gpt2", n_embd=64, n_layer=4, n_head=4, n_positions=64, vocab_size=262)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    named = overrides({"model.name": str(tmp_path / "model"), "model.architecture": None})
+    prepare_refuses(experiment(*OFF, "model.source=hub", *named), "orpo.max_length must be at most 64 for this model")

@@ -28,3 +28,10 @@ def decoder_layers_name(model: nn.Module) -> str:
         f"the model must be decoder-only with a list of {count} layers, but {type(model).__name__} has none. "
         "ISAERFT needs a residual stream between decoder layers."
     )
+
+
+def decoder_name(model: nn.Module) -> str:
+    """The attribute of a causal language model that is its decoder, all but the head."""
+    prefix = str(getattr(model, "base_model_prefix", ""))
+    # a text model cut out of one for pictures may be called otherwise than its class says
+    return prefix if prefix and hasattr(model, prefix) else decoder_layers_name(model).partition(".")[0]

@@ -6,6 +6,7 @@ way to add one (seen with peft 0.21.2). ``PeftType`` is a ``str`` enum, so a mem
 
 from __future__ import annotations
 
+import copyreg
 from typing import Any
 
 from peft.utils import PeftType, register_peft_method
@@ -20,6 +21,16 @@ def _add_member() -> None:
     PeftType._member_map_[NAME] = member  # type: ignore[index]
     PeftType._member_names_.append(NAME)
     PeftType._value2member_map_[NAME] = member
+    copyreg.pickle(PeftType, _reduced)  # type: ignore[arg-type]
+
+
+def own_member() -> Any:
+    """The member; whoever unpickles it imports this module and with it the room, which adds it."""
+    return PeftType[NAME]
+
+
+def _reduced(member: Any) -> Any:
+    return (own_member, ()) if member.value == NAME else (PeftType, (member.value,))
 
 
 def register(config_class: Any, model_class: Any) -> None:

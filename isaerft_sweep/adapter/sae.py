@@ -33,6 +33,15 @@ class FrozenSae:
     sae: Any
     decoder: torch.Tensor
     fingerprint: str
+    origin: tuple[str | None, str | None, str | None] = (None, None, None)
+    """Release, id and folder that it was read from."""
+
+    def __reduce__(self) -> Any:
+        """As a reference: an SAE is no part of the adapter, and sae_lens's cannot be pickled."""
+        return _read_again, (self.origin, self.fingerprint)
+
+    def __deepcopy__(self, _memo: Any) -> FrozenSae:
+        return self  # nothing in it changes
 
     @property
     def d_sae(self) -> int:
@@ -94,7 +103,12 @@ def _load(release: str | None, sae_id: str | None, path: str | None) -> FrozenSa
     sae.requires_grad_(False).eval()
     decoder = _affine_decoder(sae, name)
     digest = hashlib.sha256(decoder.cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
-    return FrozenSae(sae, decoder, digest)
+    return FrozenSae(sae, decoder, digest, (release, sae_id, path))
+
+
+def _read_again(origin: tuple[str | None, str | None, str | None], fingerprint: str) -> FrozenSae:
+    """The SAE that a pickled model refers to."""
+    return load_sae(dict(zip(("sae_release", "sae_id", "sae_path"), origin, strict=True), fingerprint=fingerprint))
 
 
 def _read(release: str | None, sae_id: str | None, path: str | None) -> Any:

@@ -20,7 +20,9 @@ from isaerft_sweep.errors import FolderError, LaunchError, ModelError
 from isaerft_sweep.guard import of_process
 from isaerft_sweep.journal.files import read_json, write_json
 from isaerft_sweep.plain import canonical_json, to_dict
+from isaerft_sweep.preferences import check_files
 from isaerft_sweep.resources import PACKAGE, cache_folder
+from isaerft_sweep.sae_folder import check_sae_folder
 from isaerft_sweep.specs import Experiment
 
 GOOD_FOR_S = 3600.0
@@ -50,8 +52,9 @@ def check_disk(folder: Path, min_free_gb: float) -> None:
 def check_trial_needs(*experiments: Experiment) -> dict[str, Any]:
     """Model, SAEs and data of each, read as a trial will read them; facts about the first one's.
 
-    Raises ModelError when anything is missing.
+    Raises ModelError when anything is missing, DataError when it is a file of data.
     """
+    check_local_files(*experiments)
     command = [sys.executable, "-c", "from isaerft_sweep.dispatch.job import check_needs; raise SystemExit(check_needs())"]
     done = subprocess.run(
         command, input=canonical_json([to_dict(e) for e in experiments]), capture_output=True, text=True, check=False
@@ -65,6 +68,14 @@ def check_trial_needs(*experiments: Experiment) -> dict[str, Any]:
         raise ModelError(answer["error"])
     facts: dict[str, Any] = answer["ok"]
     return facts
+
+
+def check_local_files(*experiments: Experiment) -> None:
+    """Raise DataError or ModelError where a file can be seen to be missing or broken, before anything slow is loaded."""
+    for data in {experiment.data: None for experiment in experiments}:
+        check_files(data)
+    for path in {site.sae_path: None for experiment in experiments for site in experiment.adapter.sites if site.sae_path}:
+        check_sae_folder(str(path))
 
 
 def known_trial_needs(*experiments: Experiment) -> dict[str, Any]:

@@ -3,46 +3,87 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
 import peft
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
-from isaerft_sweep.adapter.architecture import decoder_layers
+from isaerft_sweep.adapter.architecture import decoder_layers, decoder_name
 from isaerft_sweep.models.loading import sharing_weights
-from isaerft_sweep.trial.below_site import stream_of
+from isaerft_sweep.trial.below_site import Reached, stream_of
 from isaerft_sweep.trial.trunk import StoredTrunk, lowest_site, site_layer
 
 Compute = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """From ids and mask [sequence, position] to the residual stream [sequence, position, hidden]."""
 
 
-class Pass(nn.Module):
+class _StandsIn(nn.Module):
+    """A layer in the place of another, whose attributes it has: decoders ask their layers of which kind they are."""
+
+    def __init__(self, layer: nn.Module, outputs: int) -> None:
+        """``outputs``: how many things the layer gives out in a tuple; 0: its states alone."""
+        super().__init__()
+        self.__dict__["stood_in_for"] = layer  # not a module of this one: its weights are not to be run, moved or saved
+        self._outputs = outputs
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["stood_in_for"], name)
+
+    def _given(self, states: torch.Tensor) -> Any:
+        return (states, *[None] * (self._outputs - 1)) if self._outputs else states
+
+
+class Pass(_StandsIn):
     """A layer below the site: gives back what it got."""
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return hidden_states
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self._given(hidden_states)
 
 
-class Inject(nn.Module):
+class Inject(_StandsIn):
     """The site's own layer: gives out the stored residual stream [row, position, hidden] of the present call."""
 
     hidden: torch.Tensor | None = None
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         assert self.hidden is not None
-        return self.hidden
+        return self._given(self.hidden)
+
+
+def stand_ins(model: PreTrainedModel, site: int) -> tuple[list[Pass], Inject]:
+    """What takes the places of the layers below ``site`` and of the site's own, for a model without an adapter."""
+    layers, outputs = decoder_layers(model), dict[int, int]()
+
+    def note(index: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            outputs[index] = len(output) if isinstance(output, tuple) else 0
+            if index == site:
+                raise Reached
+
+        return hook
+
+    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    with ExitStack() as stack, torch.no_grad():
+        for index in range(site + 1):
+            stack.callback(layers[index].register_forward_hook(note(index)).remove)
+        with suppress(Reached):
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    return [Pass(layers[i], outputs[i]) for i in range(site)], Inject(layers[site], outputs[site])
 
 
 class AboveSite:
     """What hands out stored values in the place of the layers up to the site."""
 
-    def __init__(self, stored: StoredTrunk, device: torch.device, compute: Compute) -> None:
-        """``compute`` gives what is not stored."""
-        self.stored, self.device, self.inject, self._compute = stored, device, Inject(), compute
+    def __init__(self, stored: StoredTrunk, inject: Inject, device: torch.device, compute: Compute) -> None:
+        """``inject`` stands at the site; ``compute`` gives what is not stored."""
+        self.stored, self.device, self.inject, self._compute = stored, device, inject, compute
         self.computed = 0
         """Batches that held a sequence which is not stored."""
         self._given: torch.Tensor | None = None
@@ -78,12 +119,12 @@ def only_above_site(model: peft.PeftModel, stored: StoredTrunk) -> Iterator[Abov
     wrapped, below = site_layer(layers, site), list(layers[:site])
     own = wrapped.base_layer
     whole = sharing_weights(base)
-    above = AboveSite(
-        stored, next(own.parameters()).device, partial(stream_of, whole, site_layer(decoder_layers(whole), site).base_layer)
-    )
-    handle = getattr(base, base.base_model_prefix).register_forward_pre_hook(above.before_call, with_kwargs=True)
+    passes, inject = stand_ins(whole, site)
+    compute = partial(stream_of, whole, site_layer(decoder_layers(whole), site).base_layer)
+    above = AboveSite(stored, inject, next(own.parameters()).device, compute)
+    handle = getattr(base, decoder_name(base)).register_forward_pre_hook(above.before_call, with_kwargs=True)
     for i in range(site):
-        layers[i] = Pass()
+        layers[i] = passes[i]
     wrapped.base_layer = above.inject
     try:
         yield above

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pyarrow.compute as pc
 from accelerate import PartialState
 from datasets import Dataset, Features, List, Value, concatenate_datasets, disable_progress_bars, load_dataset
 from transformers import PreTrainedTokenizerBase
@@ -80,6 +81,21 @@ class Pairs:
         words += [f"{self.truncated} cut at max_length"] if self.truncated else []
         words += [f"{count} {note}" for note, count in self.notes.items() if count]
         return ", ".join(words)
+
+
+def largest_token(pairs: Pairs) -> int:
+    """The largest token id among all pairs."""
+    return max(int(pc.max(pc.list_flatten(column)).as_py()) for column in _sequences(pairs))
+
+
+def longest_sequence(pairs: Pairs) -> int:
+    """Tokens of the longest prompt with its answer."""
+    return max(int(pc.max(pc.list_value_length(column)).as_py()) for column in _sequences(pairs))
+
+
+def _sequences(pairs: Pairs) -> list[Any]:
+    """Columns of token sequences, as Arrow keeps them."""
+    return [data.data.column(f"{side}_input_ids") for data in (pairs.train, pairs.evaluation) for side in ANSWERS]
 
 
 class PairTokenizer:

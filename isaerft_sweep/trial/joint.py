@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from isaerft_sweep.adapter.architecture import decoder_layers
 from isaerft_sweep.adapter.layer import IsaerftLayer
 from isaerft_sweep.models.loading import sharing_weights
-from isaerft_sweep.trial.above_site import Inject, Pass
+from isaerft_sweep.trial.above_site import Inject, stand_ins
 from isaerft_sweep.trial.below_site import stream_of
 from isaerft_sweep.trial.layout import Batch
 from isaerft_sweep.trial.passes import Passes, make_layout, token_numbers
@@ -46,7 +46,8 @@ class JointModel:
     """A model that runs parts of several trials at once; the trials' sites must begin at the same layer."""
 
     def __init__(self, model: PreTrainedModel, site: int) -> None:
-        self.base, self.site, self._inject = model, site, Inject()
+        self.base, self.site = model, site
+        self._inject: Inject
         self._present: list[tuple[nn.ModuleList, slice]] = []
         """The layers of each trial in the present call of the decoder, and its rows."""
 
@@ -55,8 +56,9 @@ class JointModel:
         """The model that all rows go through: made when two trials first go together, which most workers' never do."""
         model = sharing_weights(self.base)
         layers = decoder_layers(model)
+        below, self._inject = stand_ins(self.base, self.site)
         for i in range(self.site):
-            layers[i] = Pass()
+            layers[i] = below[i]
         layers[self.site] = self._inject
         for i in range(self.site, len(layers)):
             layers[i].register_forward_hook(partial(self._add_changes, i))

@@ -14,7 +14,7 @@ import numpy as np
 import peft
 import torch
 
-from isaerft_sweep.adapter.architecture import decoder_layers
+from isaerft_sweep.adapter.architecture import decoder_layers, decoder_name
 from isaerft_sweep.adapter.layer import IsaerftLayer
 from isaerft_sweep.trial.below_site import Reached
 
@@ -75,7 +75,7 @@ def _batches(rows: Any, max_tokens: int) -> list[list[int]]:
 def _streams(model: peft.PeftModel, sequences: list[list[int]]) -> dict[int, torch.Tensor]:
     """The residual stream [tokens, d_in] after each site, float32, by layer."""
     base: Any = model.get_base_model()
-    decoder = getattr(base, base.base_model_prefix)
+    decoder = getattr(base, decoder_name(base))
     found: dict[int, list[torch.Tensor]] = {}
 
     def keep(index: int) -> Any:

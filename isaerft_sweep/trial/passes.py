@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from transformers import PreTrainedModel
 
+from isaerft_sweep.adapter.architecture import decoder_name
 from isaerft_sweep.trial.above_site import AboveSite
 from isaerft_sweep.trial.below_site import CALL_TOKENS
 from isaerft_sweep.trial.grouping import length_groups
@@ -18,6 +19,16 @@ CALL_FLOPS = {"cpu": 2e9, "cuda": 2e12}
 
 PROBE_ERROR = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """How far states with and without shared prompts may be apart, relative to their size."""
+
+WINDOWS = (
+    "sliding_window",
+    "window_size",
+    "attention_window_size",
+    "attention_window",
+    "local_attention",
+    "attention_chunk_size",
+)
+"""What configs call the span of tokens that a layer looks back: in a row with two answers it would be another one."""
 
 Prepare = Callable[[list[int], int], None]
 
@@ -69,7 +80,7 @@ def read_states(model: PreTrainedModel, batch: Batch, layout: Layout, prepare: P
     Rows of near length run together, each group padded to its own longest: TRL pads all to the longest of the batch, at the
     end, and what a sequence computes does not depend on it.
     """
-    decoder = getattr(model, model.base_model_prefix)
+    decoder = getattr(model, decoder_name(model))
     config, dtype = model.config.get_text_config(), next(model.parameters()).dtype
     per_token = 2 * sum(parameter.numel() for parameter in decoder.parameters())
     lengths, device = layout.lengths, batch.ids.device
@@ -96,13 +107,10 @@ def why_not_shared(model: PreTrainedModel) -> str | None:
     attention = getattr(config, "_attn_implementation", None)
     if attention not in ("sdpa", "eager"):
         return f"attention '{attention}' takes no mask of that kind"
-    if getattr(config, "sliding_window", None) and not getattr(config, "layer_types", None):
+    windows = [name for name in WINDOWS if getattr(config, name, None)]
+    if windows and (windows != ["sliding_window"] or not getattr(config, "layer_types", None)):
         return "its sliding window cannot be told per layer"
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, config.vocab_size, (4, 12), generator=generator).to(model.device)
-    ids[2:, :5] = ids[:2, :5]
-    mask = torch.ones_like(ids)
-    mask[2, 9:] = mask[1, 10:] = 0
+    ids, mask = small_batch(config.vocab_size, model.device)
     batch = Batch(ids, mask, mask[:, 1:].bool(), ((0, 2), (1, 3)))
     try:
         with torch.no_grad():
@@ -111,3 +119,13 @@ def why_not_shared(model: PreTrainedModel) -> str | None:
         return f"it does not take such a mask ({type(error).__name__}: {str(error)[:100]})"
     apart = float((both[1] - both[0]).norm() / both[0].norm())
     return None if apart < PROBE_ERROR.get(model.dtype, 1e-4) else f"its states would change by {apart:.1g} of their size"
+
+
+def small_batch(vocabulary: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask [4, 12] of two pairs with prompts of five tokens, padded at the end."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocabulary, (4, 12), generator=generator).to(device)
+    ids[2:, :5] = ids[:2, :5]
+    mask = torch.ones_like(ids)
+    mask[2, 9:] = mask[1, 10:] = 0
+    return ids, mask

@@ -13,16 +13,22 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import isaerft_sweep.trial  # noqa: F401  (settings that must come before trl is imported)
 from isaerft_sweep.adapter.hook import check_hook
-from isaerft_sweep.adapter.sae import FrozenSae, check_fits, describe, load_sae
-from isaerft_sweep.errors import ConfigError, IsaerftError, suggest
-from isaerft_sweep.models.loading import load_config, load_tokenizer
+from isaerft_sweep.adapter.sae import OWN_RELEASE, FrozenSae, check_fits, describe, load_sae
+from isaerft_sweep.errors import ConfigError, IsaerftError, ModelError, suggest
+from isaerft_sweep.models.loading import load, load_config, load_tokenizer
+from isaerft_sweep.models.twin import count_parameters, small_twin
 from isaerft_sweep.plain import canonical_json, from_mapping, to_dict
 from isaerft_sweep.specs import Experiment
-from isaerft_sweep.trial.data import load_pairs
+from isaerft_sweep.trial.data import Pairs, largest_token, load_pairs, longest_sequence
+from isaerft_sweep.trial.exact import PLAIN, exact_way
 from isaerft_sweep.trial.trainer import OPTIMIZERS, adapter_config
+
+SMALL = 5e8
+"""Parameters of a model that is loaded itself where its small twin does not tell."""
 
 T = TypeVar("T")
 
@@ -56,8 +62,11 @@ def prepare(experiment: Experiment, seen: dict[str, Any] | None = None) -> dict[
         if not experiment.adapter.force_hook:
             check_hook(sae, site, model.name, index)
         saes.append(_describe_sae(site, sae))
-    tokenizer = once(lambda: load_tokenizer(model, experiment.cache), "tokenizer", *named)
+    layers = [site.layer for site in experiment.adapter.sites]
+    once(lambda: _check_step(experiment, config, layers), "step", *named, layers)
+    tokenizer = _checked_tokenizer(experiment, once(lambda: load_tokenizer(model, experiment.cache), "tokenizer", *named))
     pairs = once(lambda: load_pairs(data, tokenizer, max_length), "pairs", *named, to_dict(data), max_length)
+    _check_tokens(experiment, config, tokenizer, pairs)
     return {
         "model": f"{model.name}: {text.num_hidden_layers} layers, hidden size {text.hidden_size}",
         "saes": saes,
@@ -92,6 +101,61 @@ def _check_compiler() -> None:
             f"a first function could not be compiled: {(str(error) or repr(error)).splitlines()[0]} Install one, or leave "
             "launcher.compile=false."
         ) from error
+
+
+def _checked_tokenizer(experiment: Experiment, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    if tokenizer.eos_token_id is None:
+        name = experiment.model.tokenizer or experiment.model.name
+        raise ModelError(
+            f"the tokenizer must have an end-of-sequence token, which TRL puts behind every answer, but that of '{name}' "
+            "has none. Choose another one: model.tokenizer=NAME, or set eos_token in its tokenizer_config.json."
+        )
+    return tokenizer
+
+
+def _check_tokens(experiment: Experiment, config: Any, tokenizer: PreTrainedTokenizerBase, pairs: Pairs) -> None:
+    """Raise ModelError unless the model has an embedding for every token and a place for every position."""
+    text = config.get_text_config()
+    largest = max(largest_token(pairs), tokenizer.pad_token_id or 0)
+    if largest >= text.vocab_size:
+        name = experiment.model.tokenizer or experiment.model.name
+        raise ModelError(
+            f"the tokenizer must go with the model, whose {text.vocab_size} embeddings are for ids up to "
+            f"{text.vocab_size - 1}, but that of '{name}' ({len(tokenizer)} tokens) gives {largest}. "
+            "Choose the model's own: model.tokenizer=null."
+        )
+    places, longest = getattr(text, "max_position_embeddings", None), longest_sequence(pairs)
+    twin = small_twin(config) if isinstance(places, int) and longest > places else None
+    if twin is not None:
+        ids = torch.zeros(1, longest, dtype=torch.long)
+        try:
+            with torch.no_grad():
+                twin(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        except Exception as error:  # a table of positions that ends
+            raise ModelError(
+                f"orpo.max_length must be at most {places} for this model, which knows no later positions, but the longest "
+                f"pair has {longest} tokens (orpo.max_length={experiment.orpo.max_length})."
+            ) from error
+
+
+def _check_step(experiment: Experiment, config: Any, layers: list[int]) -> None:
+    """Raise ModelError unless a step with an adapter can be made on a small twin of the model, or the model itself."""
+    twin = small_twin(config)
+    if twin is not None:
+        try:
+            _step(twin, layers)
+            return
+        except ModelError:  # perhaps for the twin's sizes
+            if count_parameters(config) > SMALL:
+                raise
+    if count_parameters(config) <= SMALL:
+        _step(load(experiment.model, experiment.cache).model, layers)
+
+
+def _step(model: PreTrainedModel, layers: list[int]) -> None:
+    width = model.get_input_embeddings().weight.shape[-1]
+    sites = [{"layer": layer, "sae_release": OWN_RELEASE, "sae_id": f"random-{width}x{2 * width}"} for layer in layers]
+    exact_way(model, sites, PLAIN)
 
 
 def _describe_sae(site: dict[str, Any], sae: FrozenSae) -> str:

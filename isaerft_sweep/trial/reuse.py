@@ -16,6 +16,7 @@ from isaerft_sweep.plain import canonical_json, to_dict
 from isaerft_sweep.resources import cache_folder
 from isaerft_sweep.specs import Experiment
 from isaerft_sweep.trial.above_site import AboveSite, only_above_site
+from isaerft_sweep.trial.exact import Way, exact_way
 from isaerft_sweep.trial.passes import Passes, why_not_shared
 from isaerft_sweep.trial.phases import FROZEN, Phases
 from isaerft_sweep.trial.trainer import TrialTrainer
@@ -57,7 +58,7 @@ def reused_trunk(
     experiment: Experiment,
     model: peft.PeftModel,
     trainer: TrialTrainer,
-    share_prompts: bool,
+    way: Way,
     shared: Shared,
     phases: Phases,
 ) -> Iterator[AboveSite | None]:
@@ -67,7 +68,7 @@ def reused_trunk(
     with another order reads besides is computed.
     """
     limit_gb, scratch = experiment.launcher.trunk_cache_gb, experiment.launcher.scratch
-    if limit_gb == 0:
+    if limit_gb == 0 or not way.above:
         yield None
         return
     folder = Path(scratch).expanduser() if scratch else cache_folder(experiment.cache) / "trunk"
@@ -76,7 +77,7 @@ def reused_trunk(
         started = time.monotonic()
         try:
             sequences = sequences_of(trainer.reached_rows(), trainer.eval_dataset)
-            stored = stored_trunk(model, experiment.model, sequences, folder, limit_gb, share_prompts, phases.tell)
+            stored = stored_trunk(model, experiment.model, sequences, folder, limit_gb, way.share, phases.tell)
         except NotStored as reason:
             print(f"the frozen layers are computed in every step: {reason}", flush=True)
             return None
@@ -92,15 +93,25 @@ def reused_trunk(
         yield above
 
 
-def shares_prompts(experiment: Experiment, loaded: LoadedModel, shared: Shared) -> bool:
-    """Whether the two answers of a pair lie behind one prompt."""
-    if not experiment.launcher.share_prompts:
-        return False
+def way_through(experiment: Experiment, loaded: LoadedModel, shared: Shared) -> Way:
+    """Which savings give this model's own numbers, of those that the launcher wants."""
+    launcher, sites = experiment.launcher, [to_dict(site) for site in experiment.adapter.sites]
 
-    def ask() -> bool:
-        why_not = why_not_shared(loaded.model)
+    def ask() -> Way:
+        share = launcher.share_prompts and launcher.lean_logits
+        why_not = why_not_shared(loaded.model) if share else None
         if why_not:
             print(f"every answer is computed with a prompt of its own: {why_not}", flush=True)
-        return why_not is None
+        wanted = Way(above=True, share=share and not why_not, lean=launcher.lean_logits)
+        way, reason = exact_way(loaded.model, sites, wanted)
+        lost = {
+            "the frozen layers are computed in every step": wanted.above and not way.above,
+            "every answer is computed with a prompt of its own": wanted.share and not way.share,
+            "TRL's own forward pass runs": wanted.lean and not way.lean,
+        }
+        for words in (words for words, is_lost in lost.items() if is_lost):
+            print(f"{words}: {reason}", flush=True)
+        return way
 
-    return shared.get("prompts", canonical_json(to_dict(experiment.model)), ask)
+    settings = [to_dict(experiment.model), experiment.cache, launcher.share_prompts, launcher.lean_logits, sites]
+    return shared.get("way", canonical_json(settings), ask)

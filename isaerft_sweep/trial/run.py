@@ -41,7 +41,7 @@ from isaerft_sweep.trial.latents import learned, write_changes
 from isaerft_sweep.trial.passes import Passes
 from isaerft_sweep.trial.phases import Phases
 from isaerft_sweep.trial.recorder import Recorder
-from isaerft_sweep.trial.reuse import Shared, data_key, reused_trunk, shares_prompts
+from isaerft_sweep.trial.reuse import Shared, data_key, reused_trunk, way_through
 from isaerft_sweep.trial.sparsity import sparsity_callbacks
 from isaerft_sweep.trial.stopping import AskedToStop, asked_state, stop_requests
 from isaerft_sweep.trial.trainer import attach_adapter, complete_checkpoints, make_trainer
@@ -128,13 +128,14 @@ def _train(
     cut_off = False
     try:
         trainer = phases.prepared(phase.TOKENISING, lambda: make_trainer(*settings))
-        trainer.lean_logits = experiment.launcher.lean_logits
+        way = phases.prepared(phase.FROZEN, lambda: way_through(experiment, loaded, shared))
+        trainer.lean_logits = way.lean
         trainer.note_scores = recorder.note_scores
         recorder.rewind(int(checkpoints[-1].name.split("-")[1]) if checkpoints else -1)
         trainer.tokens_seen = int(recorder.latest.get("train/num_tokens", 0))
-        share_prompts = phases.prepared(phase.FROZEN, lambda: shares_prompts(experiment, loaded, shared))
-        with reused_trunk(experiment, model, trainer, share_prompts, shared, phases) as above:
-            trainer.passes = shared.passes(loaded.model, Passes(above, share_prompts))
+        with reused_trunk(experiment, model, trainer, way, shared, phases) as above:
+            own = Passes(above, way.share)
+            trainer.passes = shared.passes(loaded.model, own) if way.above and way.lean else own
             trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
             changes = [] if recorder.stopped else learned(model, trainer.eval_dataset)
     except AskedToStop:

@@ -22,6 +22,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from isaerft_sweep.adapter.architecture import decoder_name
+
 CHUNK_ELEMENTS = 2**25
 """Logits held at a time: 128 MiB in float32."""
 CPU_BLOCK = 2048
@@ -33,13 +35,21 @@ Numbers = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 """log p(target) and the mean logit, float32 [n]; the gradient of the former with respect to the states [n, hidden]."""
 
 
+class _States(BaseModelOutputWithPast):
+    """A decoder's output with nothing but its states: whatever else a family's head asks for is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
 class _Given(nn.Module):
     """Stands where the decoder was and gives out hidden states that are already there."""
 
     hidden: torch.Tensor
 
     def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=self.hidden)
+        return _States(last_hidden_state=self.hidden)
 
 
 @dataclass(frozen=True)
@@ -143,17 +153,17 @@ def model_head(model: PreTrainedModel) -> Head:
 
 def own_head(model: PreTrainedModel) -> AnyHead:
     """The model's own forward, with the decoder's place taken meanwhile, so that every family keeps its own code."""
-    given = _Given()
+    given, name = _Given(), decoder_name(model)
     ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
 
     def head(hidden: torch.Tensor) -> torch.Tensor:
-        decoder = getattr(model, model.base_model_prefix)
+        decoder = getattr(model, name)
         given.hidden = hidden[None]
-        setattr(model, model.base_model_prefix, given)
+        setattr(model, name, given)
         try:
             return model(input_ids=ids, use_cache=False).logits[0]
         finally:
-            setattr(model, model.base_model_prefix, decoder)
+            setattr(model, name, decoder)
 
     return AnyHead(head, model.config.get_text_config().vocab_size)
 

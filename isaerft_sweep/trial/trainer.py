@@ -49,6 +49,8 @@ class TrialTrainer(ORPOTrainer):
     _scores: PairScores | None = None
     _batch_sizes: list[tuple[int, int]]
     """Pairs, and tokens that the NLL reads, of each evaluated batch."""
+    _batch_aux: list[float]
+    """The router's loss of each evaluated batch, where the model has one."""
 
     def concatenated_forward(self, model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, ...]:
         """As ORPOTrainer's; see ``_lean_forward`` for what differs."""
@@ -60,6 +62,8 @@ class TrialTrainer(ORPOTrainer):
             self._scores.add(pair_keys(batch), outputs[0].tolist(), outputs[1].tolist())
             mask = batch["chosen_attention_mask"]
             self._batch_sizes.append((len(mask), int(mask[:, 1:].sum())))
+            if self.aux_loss_enabled:
+                self._batch_aux.append(float(outputs[5]))
         return outputs
 
     def reached_rows(self) -> Dataset:
@@ -77,7 +81,7 @@ class TrialTrainer(ORPOTrainer):
         return loss
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        self._scores, self._batch_sizes = PairScores(), []
+        self._scores, self._batch_sizes, self._batch_aux = PairScores(), [], []
         try:
             output = super().evaluation_loop(*args, **kwargs)
             self._weigh(output.metrics)
@@ -95,6 +99,8 @@ class TrialTrainer(ORPOTrainer):
             stored[key] = [float(np.average(values, weights=tokens if key == "eval_nll_loss" else pairs))]
         # arXiv 2403.07691, equation 6
         metrics["eval_loss"] = stored["eval_nll_loss"][0] - self.beta * stored["eval_log_odds_ratio"][0]
+        if self._batch_aux:
+            metrics["eval_loss"] += self.aux_loss_coef * float(np.average(self._batch_aux, weights=pairs))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:

@@ -136,7 +136,7 @@ def stored_trunk(
             values = _open(entry, shape)
             if values is not None:
                 os.utime(entry)  # the least recently used goes first
-                return StoredTrunk(values, _places(sequences), dtype)
+                return StoredTrunk(values, places_of(sequences), dtype)
             print(f"the stored activations in {entry} are damaged: made again", flush=True)
             shutil.rmtree(entry, ignore_errors=True)
     except OSError as error:
@@ -244,7 +244,7 @@ def _open(entry: Path, shape: tuple[int, int]) -> np.ndarray | None:
     return values if whole else None
 
 
-def _places(sequences: list[list[int]]) -> dict[str, tuple[int, int]]:
+def places_of(sequences: list[list[int]]) -> dict[str, tuple[int, int]]:
     """Where each sequence's values begin, and how many there are."""
     places, at = {}, 0
     for sequence in sequences:

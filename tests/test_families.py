@@ -1,0 +1,218 @@
+"""Every decoder-only family of transformers: TRL's numbers with a plain forward hook, or refused before any trial."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY
+from test_trial import OFF, Made, rows_of
+from test_trial_numbers import Collect, gradients  # noqa: F401  (a fixture)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+from isaerft_sweep.adapter.architecture import decoder_layers
+from isaerft_sweep.adapter.sae import load_sae
+from isaerft_sweep.errors import ModelError
+from isaerft_sweep.journal.folders import TrialFolder
+from isaerft_sweep.models.loading import load, without_dropout
+from isaerft_sweep.models.random_model import byte_tokenizer
+from isaerft_sweep.models.twin import count_parameters, small_twin
+from isaerft_sweep.plain import overrides
+from isaerft_sweep.trial.data import load_pairs
+from isaerft_sweep.trial.prepare import prepare
+from isaerft_sweep.trial.run import run_trial
+
+NOT_TEXT_ALONE = {
+    "blt", "cpmant", "dots3_note", "emu3", "fuyu", "gemma3", "gemma3n", "gemma4", "gemma4_assistant", "gemma4_unified",
+    "gemma4_unified_assistant", "git", "got_ocr2", "llama4", "mllama", "moshi", "moss_transcribe_diarize", "musicgen",
+    "musicgen_melody", "phi4_multimodal", "qwen3_5", "qwen3_5_moe", "qwen4_exp", "reformer", "rwkv", "trocr", "whisper", "xlm",
+    "xlnet", "xlstm",
+}  # fmt: skip
+"""Models of pictures, sound or bytes, those whose text part is another entry, and some that take a minute for a step here."""
+FAMILIES = sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - NOT_TEXT_ALONE)
+SEEN = (
+    "gpt2", "mixtral", "gpt_oss", "falcon", "bloom", "mpt", "gptj", "gpt_neo", "opt", "olmoe", "qwen3_moe", "deepseek_v3",
+    "qwen3_next", "gemma4_text", "gemma3n_text", "llama4_text", "mamba",
+)  # fmt: skip
+"""Families that once passed the check and then failed."""
+EXACT = (
+    "llama", "gemma2", "gpt2", "mixtral", "gpt_oss", "bloom", "gptj", "opt", "olmoe", "qwen3_moe", "phi3", "starcoder2", "glm4",
+    "stablelm", "granite", "cohere2", "olmo2", "recurrent_gemma", "lfm2",
+)  # fmt: skip
+"""Families that must be trained, not refused."""
+FOUR_LAYERS = {"num_hidden_layers": 4, "n_layer": 4, "n_layers": 4, "num_layers": 4, "decoder_layers": 4}
+
+
+def tiny(family: str, **more: Any) -> Any:
+    """A small random model of four layers; skips where transformers cannot make one of these sizes."""
+    config_class = CONFIG_MAPPING[family]
+    fields = getattr(config_class, "__dataclass_fields__", {})
+    few = {name: value for name, value in FOUR_LAYERS.items() if name in fields}
+    if family == "gpt_neo":
+        few |= {"attention_types": [[["global", "local"], 2]]}
+    try:
+        config = config_class(**few)
+        for name, value in more.items():
+            setattr(config, name, value)
+        made = small_twin(config)
+    except Exception as error:  # each family has rules of its own
+        pytest.skip(f"no config of four layers: {str(error)[:80]}")
+    if made is None:
+        pytest.skip("no small model of these sizes")
+    return made
+
+
+def saved(family: str, folder: Path, **more: Any) -> Path:
+    model = tiny(family, **more)
+    vocabulary, width = model.get_input_embeddings().weight.shape
+    if vocabulary < 262 or width != 64:
+        pytest.skip("its sizes are its own")
+    model.config.architectures = [type(model).__name__]
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    for name, value in more.items():
+        config = json.loads((folder / "config.json").read_text())
+        assert config[name] == value
+    return folder
+
+
+def options(folder: Path, width: int, *more: str) -> tuple[str, ...]:
+    site = f"adapter.sites=[{{layer: 2, sae_release: isaerft-sweep, sae_id: random-{width}x256}}]"
+    named = overrides({"model.name": str(folder), "model.source": "hub", "model.architecture": None})
+    return (*OFF, *named, site, "orpo.max_steps=2", "orpo.learning_rate=0.1", "orpo.eval_untrained=never", *more)
+
+
+def as_a_user_would(folder: TrialFolder, output: Path) -> list[dict[str, float]]:
+    """TRL's ORPOTrainer on the plain model, with a forward hook x + b @ W_dec; nothing of ours but the pairs."""
+    experiment = folder.read_spec().experiment
+    orpo, loaded = experiment.orpo, without_dropout(load(experiment.model, None))
+    pairs = load_pairs(experiment.data, loaded.tokenizer, orpo.max_length)
+    decoder = load_sae({"sae_release": "isaerft-sweep", "sae_id": experiment.adapter.sites[0].sae_id}).decoder
+    layer = decoder_layers(loaded.model)[experiment.adapter.sites[0].layer]
+    layer.register_parameter("steering", torch.nn.Parameter(torch.zeros(len(decoder))))
+
+    def hook(module: Any, _args: Any, output: Any) -> Any:
+        x = output[0] if isinstance(output, tuple) else output
+        changed = x + module.steering @ decoder
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    layer.register_forward_hook(hook)
+    seen = Collect()
+    args = ORPOConfig(
+        output_dir=str(output), learning_rate=orpo.learning_rate, beta=orpo.beta, max_length=orpo.max_length,
+        max_steps=orpo.max_steps, per_device_train_batch_size=orpo.batch_size, per_device_eval_batch_size=orpo.eval_batch_size,
+        gradient_accumulation_steps=orpo.gradient_accumulation, warmup_steps=orpo.warmup_steps, lr_scheduler_type=orpo.schedule,
+        optim="adamw_torch", weight_decay=0.0, seed=orpo.seed, logging_steps=1, eval_strategy="steps", eval_steps=orpo.max_steps,
+        save_strategy="no", report_to=[], bf16=False, gradient_checkpointing=False, use_cpu=True, disable_tqdm=True,
+        remove_unused_columns=False,
+    )  # fmt: skip
+    ORPOTrainer(
+        model=loaded.model, args=args, train_dataset=pairs.train, eval_dataset=pairs.evaluation,
+        processing_class=loaded.tokenizer, callbacks=[seen],
+    ).train()  # fmt: skip
+    return [row for row in seen.rows if "train_runtime" not in row]
+
+
+def assert_trls(folder: TrialFolder, given: list[torch.Tensor], tmp_path: Path) -> None:
+    mine = list(given)
+    given.clear()
+    theirs = as_a_user_would(folder, tmp_path / "trl")
+    for found, expected in zip(mine, given, strict=True):
+        assert float((found - expected).norm() / expected.norm()) < 1e-3
+    ours = rows_of(folder)
+    assert len(ours) == len(theirs) == 3
+    for row, plain in zip(ours, theirs, strict=True):
+        names = {
+            key: f"eval/{key[5:]}" if key.startswith("eval_") else f"train/{key}" for key in plain if "logits" not in key
+        }
+        compared = {key: name for key, name in names.items() if name in row}
+        assert len(compared) >= 8
+        for key, name in compared.items():
+            assert row[name] == pytest.approx(plain[key], rel=5e-4, abs=5e-5), (row["step"], name)
+
+
+@pytest.fixture
+def given_gradients(gradients: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:  # noqa: F811
+    yield gradients
+
+
+def check_family(family: str, trial: Made, tmp_path: Path, seen: list[torch.Tensor], **more: Any) -> str:
+    """``exact`` or ``refused``."""
+    folder = saved(family, tmp_path / "model", **more)
+    width = (
+        load(trial(*OFF, name="any").read_spec().experiment.model, None)
+        and tiny(family).get_input_embeddings().weight.shape[-1]
+    )
+    one = trial(*options(folder, width), name="trial")
+    try:
+        prepare(one.read_spec().experiment)
+    except ModelError as error:
+        assert len(str(error).splitlines()) == 1
+        return "refused"
+    seen.clear()
+    assert run_trial(one, 1) == "completed", one.read_status()
+    assert_trls(one, seen, tmp_path)
+    return "exact"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_trls_numbers_or_is_refused(
+    family: str, trial: Made, tmp_path: Path, given_gradients: list[torch.Tensor]
+) -> None:
+    outcome = check_family(family, trial, tmp_path, given_gradients)
+    assert outcome == "exact" or family not in EXACT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "qwen2_moe", "granitemoe", "olmoe"])
+@pytest.mark.parametrize("layer", [2, 3])
+def test_the_routers_loss_is_trls(
+    family: str,
+    layer: int,
+    trial: Made,
+    tmp_path: Path,
+    given_gradients: list[torch.Tensor],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In every step and in the evaluation; nothing of it is lost to reuse, at the last layer neither."""
+    folder = saved(family, tmp_path / "model", output_router_logits=True, router_aux_loss_coef=0.5)
+    one = trial(*options(folder, 64, f"adapter.sites.0.layer={layer}"), name="trial")
+    assert prepare(one.read_spec().experiment)
+    given_gradients.clear()
+    assert run_trial(one, 1) == "completed", one.read_status()
+    assert "output_router_logits=true" in capsys.readouterr().out
+    mine, ours = list(given_gradients), rows_of(one)
+    given_gradients.clear()
+    theirs = as_a_user_would(one, tmp_path / "trl")
+    for found, expected in zip(mine, given_gradients, strict=True):
+        assert float((found - expected).norm() / expected.norm()) < 1e-3
+    for row, plain in zip(ours, theirs, strict=True):
+        for key in ("loss", "eval_loss", "nll_loss", "eval_nll_loss", "log_odds_chosen"):
+            name = f"eval/{key[5:]}" if key.startswith("eval_") else f"train/{key}"
+            if key in plain:
+                assert row[name] == pytest.approx(plain[key], rel=5e-4), name
+    evaluated = ours[-1]
+    plainly = evaluated["eval/nll_loss"] - one.read_spec().experiment.orpo.beta * evaluated["eval/log_odds_ratio"]
+    assert evaluated["eval/loss"] - plainly > 0.1, "the router's loss is in it"
+
+
+def test_a_model_without_a_residual_stream_is_refused(experiment: Callable[..., Any], tmp_path: Path) -> None:
+    """Gemma 3n hands four streams from layer to layer."""
+    folder = saved("gemma3n_text", tmp_path / "model")
+    with pytest.raises(ModelError, match=r"gives out \[.*\] and not \[batch, position, hidden\]"):
+        prepare(experiment(*TINY, *options(folder, 64)))
+
+
+def test_the_check_needs_no_weights_of_a_large_model() -> None:
+    config = CONFIG_MAPPING["mixtral"]()
+    assert count_parameters(config) > 4e10
+    twin = small_twin(config)
+    assert twin is not None and twin.config.num_hidden_layers == config.num_hidden_layers
+    assert sum(parameter.numel() for parameter in twin.parameters()) < 1e7
