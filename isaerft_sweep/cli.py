@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from isaerft_sweep import __version__
+from isaerft_sweep.api import WANDB, load_sweep
 from isaerft_sweep.cli_serve import add_serve_commands
 from isaerft_sweep.cli_sweeps import add_sweep_commands
 from isaerft_sweep.cli_types import at_least_one, labels
@@ -20,8 +21,6 @@ from isaerft_sweep.terminal import make_console
 
 if TYPE_CHECKING:
     from isaerft_sweep.results.reading import ReadSweep
-
-WANDB = "wandb:"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -179,13 +178,7 @@ def _card(args: argparse.Namespace) -> None:
 
 def _read(args: argparse.Namespace) -> ReadSweep:
     """The sweep that a command was given: a folder, or one of W&B."""
-    from isaerft_sweep.results.reading import read_sweep_folder
-
-    if args.sweep.startswith(WANDB):
-        from isaerft_sweep.results.from_wandb import read_wandb_sweep
-
-        return read_wandb_sweep(args.sweep.removeprefix(WANDB), args.metric)
-    return read_sweep_folder(Path(args.sweep), args.metric)
+    return load_sweep(args.sweep, args.metric)._read
 
 
 def _report(args: argparse.Namespace) -> None:

@@ -1,0 +1,180 @@
+"""The Python API: run a sweep, read its results, load its winner.
+
+    import isaerft_sweep as isw
+
+    sweep = isw.run(["model=tiny", "sweep=demo", "name=first"])
+    sweep = isw.load_sweep("outputs/first")      # the same, later
+    sweep.to_dataframe()
+    model, tokenizer = sweep.best().load_model()
+
+Importing it loads no torch; ``load_model`` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from isaerft_sweep.errors import FolderError
+
+if TYPE_CHECKING:
+    import pandas
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+    from isaerft_sweep.results.reading import Entry, ReadSweep
+
+WANDB = "wandb:"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial of a sweep: its parameters, metrics and files."""
+
+    _entry: Entry
+
+    @property
+    def name(self) -> str:
+        """The run's name, such as ``run-gemma-2-2b-lr3.6e-05-beta0.2-20250228-2228``."""
+        return self._entry.record.name
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The swept values by config key: ``{"orpo.beta": 0.2, …}``."""
+        return dict(self._entry.params)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The metrics of the last evaluation by their names in W&B: ``{"eval/log_odds_chosen": 0.1, …}``."""
+        return dict(self._entry.metrics)
+
+    @property
+    def state(self) -> str:
+        """``completed``, ``diverged``, ``pruned``, ``failed``, ``stopped``, ``running`` or ``queued``."""
+        return self._entry.state
+
+    @property
+    def rank(self) -> int | None:
+        """1 for the best trial; None unless the trial has completed."""
+        return self._entry.rank
+
+    @property
+    def path(self) -> Path:
+        """The trial's folder. Raises FolderError for a sweep that was read from W&B."""
+        from isaerft_sweep.results.reading import trial_of
+
+        return trial_of(self._entry).path
+
+    def history(self) -> list[dict[str, Any]]:
+        """What the trial logged: a dict a row, with ``step``, ``time`` (seconds since the epoch) and metrics."""
+        from isaerft_sweep.results.reading import trial_of
+
+        return trial_of(self._entry).read_metrics()
+
+    def load_model(self, cache: str | None = None, dtype: str | None = None) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+        """The base model with the trial's adapter, ready to generate, and its tokenizer.
+
+        Args:
+            cache: the folder of converted models; None: the user's cache folder.
+            dtype: ``float32``, ``bfloat16``, ``float16`` or ``auto``; None: the dtype of the training.
+
+        Raises FolderError when the trial has no adapter, ModelError when the base model cannot be loaded.
+        """
+        from isaerft_sweep.results.finding import find_adapter
+
+        adapter = find_adapter(self.path)
+        from isaerft_sweep.adapter.load import load_model
+
+        return load_model(str(adapter), cache=cache, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep's results, as they were when it was loaded."""
+
+    _read: ReadSweep
+
+    @property
+    def name(self) -> str:
+        """The name of the sweep's folder, or its id in W&B."""
+        return self._read.name
+
+    @property
+    def metric(self) -> str:
+        """The metric that the trials are ranked by."""
+        return self._read.metric.name
+
+    @property
+    def goal(self) -> str:
+        """``maximize`` or ``minimize``."""
+        return self._read.metric.goal
+
+    @property
+    def trials(self) -> list[Trial]:
+        """All trials: completed ones from best to worst, then the others in the order of their creation."""
+        return [Trial(entry) for entry in self._read.entries]
+
+    def best(self) -> Trial:
+        """The best trial. Raises FolderError when no trial has completed."""
+        return Trial(self._read.best())
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """A row a trial, indexed by name: rank, state, params, metrics, the metric's 95 % interval over held-out pairs, the
+        probability of being the best, and seconds of device time."""
+        import pandas
+
+        rows = [
+            {
+                "trial": entry.record.name,
+                "rank": entry.rank,
+                "state": entry.state,
+                **entry.params,
+                **entry.metrics,
+                "low_95": entry.interval[0] if entry.interval else None,
+                "high_95": entry.interval[1] if entry.interval else None,
+                "probability_best": entry.probability_best,
+                "device_s": entry.device_s,
+            }
+            for entry in self._read.entries
+        ]
+        table = pandas.DataFrame(rows).set_index("trial")
+        return table.astype({"rank": "Int64"})
+
+
+def load_sweep(source: str | Path, metric: str | None = None) -> Sweep:
+    """The sweep in a folder (``outputs/NAME``) or in W&B (``wandb:ENTITY/PROJECT/ID``), also while it runs.
+
+    ``metric``: rank by this metric instead of the sweep's own. Raises FolderError when there is no sweep, ConfigError when
+    no trial logs that metric.
+    """
+    if str(source).startswith(WANDB):
+        from isaerft_sweep.results.from_wandb import read_wandb_sweep
+
+        return Sweep(read_wandb_sweep(str(source).removeprefix(WANDB), metric))
+    from isaerft_sweep.results.reading import read_sweep_folder
+
+    return Sweep(read_sweep_folder(Path(source), metric))
+
+
+def run(overrides: Sequence[str] = ()) -> Sweep:
+    """Run a sweep to its end in this process, as ``python -m isaerft_sweep.launch OVERRIDES`` does, and return its results.
+
+    The same overrides resume a sweep that was stopped. Raises ConfigError, SpaceError, DataError or ModelError before the
+    first trial when something is wrong, FolderError when no trial completed, KeyboardInterrupt when it was stopped.
+    """
+    from isaerft_sweep.config.boundary import to_definition
+    from isaerft_sweep.config.command import compose
+    from isaerft_sweep.controller.question import sweep_folder
+    from isaerft_sweep.controller.run import INTERRUPTED, run_sweep
+
+    experiment = compose(overrides)
+    folder = sweep_folder(experiment, to_definition(experiment.sweep, experiment))
+    code = run_sweep(experiment, overrides)
+    if code == INTERRUPTED:
+        raise KeyboardInterrupt(f"the sweep in {folder.path} was stopped; the same call resumes it.")
+    sweep = load_sweep(folder.path)
+    if not any(trial.rank for trial in sweep.trials):
+        raise FolderError(f"the sweep in {folder.path} has ended without a completed trial: {sweep._read.why_unranked()}")
+    return sweep
