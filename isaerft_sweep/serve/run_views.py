@@ -185,6 +185,7 @@ class RunView:
     def _sampled(self, spec: HistorySpec) -> list[Any]:
         cost.spend_reading(self.run.lines[HISTORY])
         rows = list(self.run.steps(spec.low, spec.high))
+        cost.spend(cost.FIELD + len(rows) * len(spec.keys) // cost.LOOKS)
         if spec.keys:
             wanted = ({key: value_at(row, key, MISSING) for key in spec.keys} for row in rows)
             rows = [row for row in wanted if MISSING not in row.values()]
@@ -246,7 +247,8 @@ class RunView:
         folder = self.caller.server.files_of(self.run)
         found = [(path.relative_to(folder).as_posix(), path) for path in self._paths()]
         if names:
-            found = [(name, path) for name, path in found if name in names]
+            wanted = set(names)
+            found = [(name, path) for name, path in found if name in wanted]
         if pattern:
             found = [(name, path) for name, path in found if _like(name, pattern)]
         return page(found, after, first, lambda one: FileView(self.caller, self.run, *one), FILES)
