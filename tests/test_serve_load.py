@@ -90,6 +90,12 @@ def test_what_clients_ask_for_is_not_too_much(many: Client, monkeypatch: pytest.
     many.begin("long")
     many.stream("long", [{"_step": step, "loss": 1.0} for step in range(1500)])
     assert len(many.run("long")["history"]) == 1500
+    sampled = (
+        'query H($s: JSONString!) { project(name: "p") { run(name: "long") { sampledHistory(specs: [$s]) historyKeys } } }'
+    )
+    monkeypatch.setattr(cost, "LIMIT", 700)
+    (rows,) = many.get(sampled, s=json.dumps({"keys": ["_step", "loss"]}))["project"]["run"]["sampledHistory"]
+    assert len(rows) == 500, "however long the run is"
 
 
 @pytest.mark.parametrize(
