@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from serve_client import CREATE, Client
 
-from isaerft_sweep.tracking.metric_names import as_json, flat, logged_value, number_at, value_at
+from isaerft_sweep.tracking.metric_names import as_json, flat, logged_value, may_hold, number_at, value_at
 
 KEYS = st.lists(st.sampled_from("abc"), min_size=1, max_size=3).map(".".join)
 NESTED = st.recursive(st.integers(0, 9), lambda inner: st.dictionaries(KEYS, inner, min_size=1, max_size=3), max_leaves=8)
@@ -56,6 +56,16 @@ def test_the_longest_key_that_fits_goes_first() -> None:
 )
 def test_the_number_that_a_summary_holds(summary: Any, name: str, goal: str | None, value: float | None) -> None:
     assert number_at(summary, name, goal) == value
+
+
+ROW_NAMES = KEYS | st.sampled_from(["a.max", "a.b.mean", "loss<1", 'a"b', "é", "a/b.c", "max"])
+
+
+@given(st.dictionaries(KEYS | ROW_NAMES, NESTED, max_size=3), ROW_NAMES, st.booleans())
+def test_no_row_that_holds_a_metric_is_passed_over(row: dict[str, Any], name: str, ascii_only: bool) -> None:
+    text = json.dumps(row, ensure_ascii=ascii_only)
+    for written in (text, text.replace("<", "\\u003c")):  # as Go writes it
+        assert may_hold(written, name) or logged_value(row, name) is None
 
 
 def test_a_row_of_the_history() -> None:

@@ -104,6 +104,34 @@ def test_metrics_with_dots_and_aggregates(
     assert {"acc", "val.acc", "val.deep.x.y", "train.loss", "not"} <= set(found["keys"]) and found["last"] == 2
 
 
+AGENT = """
+def trial():
+    run = wandb.init(settings=wandb.Settings(silent=True, x_disable_stats=True, console="off"))
+    run.define_metric("best.acc", summary="max")
+    for step in range(4):
+        run.log({"val": {"acc": run.config.lr * (3 - step)}, "best": {"acc": run.config.lr * (3 - step)}})
+    run.finish()
+wandb.agent(sys.argv[1], function=trial, count=3)
+sweep = wandb.Api().sweep(sys.argv[1])
+tell(runs={run.id: run.config["lr"] for run in sweep.runs}, best=sweep.best_run().config["lr"])
+"""
+
+
+@pytest.mark.parametrize(("metric", "factor"), [("val.acc", 0), ("best.acc", 3)])
+def test_an_agent_s_runs_teach_the_sampler(server: Serving, told: Told, tmp_path: Path, metric: str, factor: int) -> None:
+    (tmp_path / "s.yaml").write_text(
+        f"method: bayes\nmetric: {{name: {metric}, goal: maximize}}\nrun_cap: 3\nprogram: p.py\nparameters: {{lr: {{min: 1.0, max: 2.0}}}}\n"
+    )
+    path = server.sweep(tmp_path / "s.yaml", "p")
+    found = told(AGENT, path)
+    given = {e["run_id"]: e["params"]["lr"] for e in server.journal(path) if e["event"] == "trial"}
+    assert found["runs"] == given and len(given) == 3
+    ends = [e["metric"] for e in server.journal(path) if e["event"] == "end"]
+    assert ends == pytest.approx([factor * lr for lr in given.values()]), "of the one the last value, of the other the best"
+    if factor:
+        assert found["best"] == max(given.values())
+
+
 LONG = """
 run = init(id="long")
 for step in range(3000):

@@ -448,6 +448,16 @@ def test_a_process_that_goes_on_loses_nothing_when_the_server_is_killed_before_i
         restarted.server.close()
 
 
+def test_a_second_process_that_dies_before_its_first_row_costs_the_third_nothing(client: Client) -> None:
+    client.get(HOSTED, n="r1")
+    client.stream("r1", [{"_step": i} for i in range(5)], complete=True, exitcode=1)
+    client.get(HOSTED, n="r1")
+    assert client.get(RESUME, n="r1")["model"]["bucket"]["historyLineCount"] == 5
+    client.get(HOSTED, n="r1")
+    client.stream("r1", [{"_step": 5}], offset=5)
+    assert [json.loads(row)["_step"] for row in client.run("r1")["history"]] == list(range(6))
+
+
 def test_a_run_s_first_words_that_come_twice_change_nothing(client: Client) -> None:
     rows = [{"_step": i, "loss": 1.0} for i in range(3)]
     for _ in range(2):

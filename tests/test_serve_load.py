@@ -54,6 +54,26 @@ def test_a_query_that_would_keep_agents_waiting_is_refused(many: Client, query: 
     assert len(answer["errors"]) == 1 and time.monotonic() - began < 10  # it takes a second or two
 
 
+READ = 'query R($s: [JSONString!]!, $o: String) { project(name: "p") { run(name: "r1") { sampledHistory(specs: $s) } runs(order: $o) { totalCount } } }'
+
+
+def test_long_lists_in_variables_are_refused_too(many: Client) -> None:
+    keys = {"keys": [f"k{i}" for i in range(100_000)]}
+    for variables in ({"s": [json.dumps(keys)] * 5}, {"s": ["{}"] * 150_000}, {"s": [], "o": "+name," * 100_000}):
+        began = time.monotonic()
+        said = json.dumps(many.ask(READ, **variables)["errors"])
+        assert ("too much at once" in said or "at most 1000 letters" in said) and time.monotonic() - began < 10
+
+
+def test_many_files_at_once_are_not_too_much(client: Client) -> None:
+    """wandb asks for the addresses of up to 10,000 files in one request."""
+    made = 'mutation M { createArtifact(input: {entityName: "local", projectName: "p", artifactTypeName: "t", artifactCollectionName: "m", digest: "d"}) { artifact { id } } }'
+    artifact = client.get(made)["createArtifact"]["artifact"]["id"]
+    create = "mutation C($f: [CreateArtifactFileSpecInput!]!) { createArtifactFiles(input: {artifactFiles: $f}) { files { edges { node { id name displayName uploadUrl uploadHeaders storagePath uploadMultipartUrls { uploadID } artifact { id } } } } } }"
+    files = [{"artifactID": artifact, "name": f"f{i}", "md5": "x"} for i in range(10_000)]
+    assert len(client.get(create, f=files)["createArtifactFiles"]["files"]["edges"]) == 10_000
+
+
 def test_what_clients_ask_for_is_not_too_much(many: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     fragment = "id tags name displayName sweepName state config group jobType commit readOnly createdAt heartbeatAt description notes systemMetrics summaryMetrics historyLineCount user { name username } historyKeys"
     query = f'query Runs($a: String, $n: Int) {{ project(name: "p") {{ runCount runs(first: $n, after: $a, order: "-summary_metrics.loss") {{ edges {{ node {{ {fragment} }} cursor }} pageInfo {{ endCursor hasNextPage }} }} }} }}'
@@ -70,6 +90,12 @@ def test_what_clients_ask_for_is_not_too_much(many: Client, monkeypatch: pytest.
     many.begin("long")
     many.stream("long", [{"_step": step, "loss": 1.0} for step in range(1500)])
     assert len(many.run("long")["history"]) == 1500
+    sampled = (
+        'query H($s: JSONString!) { project(name: "p") { run(name: "long") { sampledHistory(specs: [$s]) historyKeys } } }'
+    )
+    monkeypatch.setattr(cost, "LIMIT", 700)
+    (rows,) = many.get(sampled, s=json.dumps({"keys": ["_step", "loss"]}))["project"]["run"]["sampledHistory"]
+    assert len(rows) == 500, "however long the run is"
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from isaerft_sweep.results.reading import Entry, ReadSweep, rank
 from isaerft_sweep.search.distributions import Distribution
 from isaerft_sweep.search.sampler import Point
 from isaerft_sweep.search.sweep_file import Metric, read_metric_name, read_sweep
-from isaerft_sweep.tracking.metric_names import is_number, number_at, parameter_names, value_at
+from isaerft_sweep.tracking.metric_names import flat, is_number, number_at, parameter_names, value_at
 
 STATES = {"finished": COMPLETED, "killed": "stopped", "preempting": "stopped", "preempted": "stopped", "crashed": "failed"}
 """W&B's states of a run in our words; the others are the same."""
@@ -113,4 +113,5 @@ def _plain(summary: Any) -> dict[str, Any]:
 
 
 def _rows(run: Any) -> list[dict[str, Any]]:
-    return [{**row, "step": row.get("_step", i), "time": row.get("_timestamp")} for i, row in enumerate(run.scan_history())]
+    rows = [dict(flat(row)) for row in run.scan_history()]
+    return [{**row, "step": row.get("_step", i), "time": row.get("_timestamp")} for i, row in enumerate(rows)]

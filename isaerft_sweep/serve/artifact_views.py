@@ -89,12 +89,13 @@ class ArtifactView:
         return manifest_view(self.caller, self.known)
 
     def files(self, names: list[str] | None = None, after: str | None = None, first: int | None = None) -> Any:
-        entries = [(n, e) for n, e in self._manifest.items() if not e.get("ref") and (not names or n in names)]
+        wanted = set(names or ())
+        entries = [(n, e) for n, e in self._manifest.items() if not e.get("ref") and (not wanted or n in wanted)]
         return page(entries, after, first, lambda one: ArtifactFileView(self.caller, self.id, *one), FILES)
 
     def files_by_manifest_entries(self, entries: list[dict[str, Any]] | None = None, **_how: Any) -> Any:
         found = [ArtifactFileView(self.caller, self.id, entry["name"], entry) for entry in entries or ()]
-        return page(found, None, None, lambda view: view, FILES)
+        return page(found, None, None, lambda view: view, most=len(found))
 
     @property
     def artifact_memberships(self) -> Any:

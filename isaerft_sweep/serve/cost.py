@@ -12,7 +12,9 @@ LIMIT = 200_000
 """Units that a query may use up, a few µs each: about a second."""
 FIELD, ROW = 4, 1
 """Of a field that is answered, of a row that is sent."""
-LOOKS, READ_ROWS = 4, 8
+PER_VALUE = 12
+"""Units more for every value that is sent along, up to twice the limit: many files at once are answered one by one."""
+LOOKS, READ_ROWS = 2, 8
 """Runs that are looked at for a filter, and rows of a history that are read, for one unit."""
 
 _left: ContextVar[int | None] = ContextVar("left", default=None)
@@ -23,9 +25,9 @@ class TooCostly(BaseException):
 
 
 @contextmanager
-def limited() -> Iterator[None]:
-    """Within it ``spend`` counts. Raises RequestError when the query asks for too much."""
-    token = _left.set(LIMIT)
+def limited(values: int = 0) -> Iterator[None]:
+    """Within it ``spend`` counts. Raises RequestError when the query asks for too much. ``values``: how many it brings."""
+    token = _left.set(LIMIT + min(PER_VALUE * values, 2 * LIMIT))
     try:
         yield
     except TooCostly as error:

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, TypeVar
 
 import regex
@@ -20,11 +20,11 @@ from isaerft_sweep.tracking.metric_names import number_at, value_at
 T = TypeVar("T")
 Field = Callable[[str], Any]
 """A thing's value by W&B's name for it. Raises RequestError on a name that there is not."""
-PAGE, FILES = 100, 10_000
+PAGE, FILES = 100, 2000
 """At most so many runs and other things, and so many files, are sent at once; clients ask for the rest."""
 DEPTH = 20
-LONGEST = 20_000
-"""Letters of a filter."""
+LONGEST, LONGEST_ORDER = 20_000, 1000
+"""Letters of a filter, and of an order."""
 REGEX_S = 0.05
 """How long a pattern may search in one value; some would take for ever."""
 
@@ -60,6 +60,7 @@ COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
 GROUPS = ("$and", "$or", "$nor")
 
 
+@lru_cache(maxsize=1024)
 def snake(name: str) -> str:
     """``created_at`` of ``createdAt``."""
     return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
@@ -185,6 +186,8 @@ def read_filter(filters: str | None) -> Mapping[str, Any]:
 def select(runs: Sequence[ServedRun], filters: str | None, order: str | None) -> list[ServedRun]:
     """The runs that fit, in order. Raises RequestError when filters or order cannot be read."""
     wanted = read_filter(filters)
+    if order and len(order) > LONGEST_ORDER:
+        raise RequestError(f"order may have at most {LONGEST_ORDER} letters but got {len(order)}.")
     cost.spend(len(runs) * (1 + (filters or "").count(":")) // cost.LOOKS)
     found = [run for run in runs if matches(partial(field_of, run), wanted)]
     for part in reversed(_parts(order or "+created_at")):

@@ -71,12 +71,14 @@ def answer(caller: Caller, query: str, variables: Mapping[str, Any], operation: 
     if isinstance(document, tuple):
         log.warning("GraphQL: %s: %s", _name(query), "; ".join(error.message for error in document)[:500])
         return {"data": None, "errors": [error.formatted for error in document]}
-    with cost.limited():
+    items = itertools.count()
+    values = without_nulls(variables, items)
+    with cost.limited(next(items)):
         result = execute_sync(
             schema(),
             document,
             root_value=Root(caller),
-            variable_values=without_nulls(variables, itertools.count()),
+            variable_values=values,
             operation_name=operation,
             field_resolver=resolve,
             type_resolver=lambda value, _info, _type: value.typename,

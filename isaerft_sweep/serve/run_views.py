@@ -21,6 +21,8 @@ from isaerft_sweep.serve.runs import EVENTS, HISTORY, OUTPUT, ServedRun
 from isaerft_sweep.tracking.metric_names import is_number, value_at
 
 SAMPLES = 500
+FEW = 20
+"""Keys of a history that cost nothing more than reading it."""
 
 
 MISSING = object()
@@ -185,6 +187,7 @@ class RunView:
     def _sampled(self, spec: HistorySpec) -> list[Any]:
         cost.spend_reading(self.run.lines[HISTORY])
         rows = list(self.run.steps(spec.low, spec.high))
+        cost.spend(cost.FIELD + len(rows) * max(0, len(spec.keys) - FEW) // cost.LOOKS)
         if spec.keys:
             wanted = ({key: value_at(row, key, MISSING) for key in spec.keys} for row in rows)
             rows = [row for row in wanted if MISSING not in row.values()]
@@ -246,7 +249,8 @@ class RunView:
         folder = self.caller.server.files_of(self.run)
         found = [(path.relative_to(folder).as_posix(), path) for path in self._paths()]
         if names:
-            found = [(name, path) for name, path in found if name in names]
+            wanted = set(names)
+            found = [(name, path) for name, path in found if name in wanted]
         if pattern:
             found = [(name, path) for name, path in found if _like(name, pattern)]
         return page(found, after, first, lambda one: FileView(self.caller, self.run, *one), FILES)

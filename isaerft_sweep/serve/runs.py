@@ -21,7 +21,7 @@ from typing import Any
 from isaerft_sweep.errors import FolderError
 from isaerft_sweep.journal.folders import PRUNED
 from isaerft_sweep.journal.log import AppendLog, whole_lines
-from isaerft_sweep.tracking.metric_names import flat, is_number, logged_value, number_at
+from isaerft_sweep.tracking.metric_names import flat, is_number, logged_value, may_hold, number_at
 
 PENDING, RUNNING, FINISHED, FAILED, CRASHED = "pending", "running", "finished", "failed", "crashed"
 KILLED, PREEMPTING, PREEMPTED = "killed", "preempting", "preempted"
@@ -166,20 +166,18 @@ class ServedRun:
         A client that missed the answer sends them again; `wandb sync` of a run that is partly here sends all of them, behind
         those. A history's steps only grow.
         """
-        if name == HISTORY and rows and is_number(self._step_of(rows[0])) and is_number(self._last_step):
-            return [row for row in rows if self._is_later(row)]
+        last = self._last_step
+        if name == HISTORY and rows and is_number(last) and is_number(_step_of(rows[0])):
+            return [row for row in rows if not is_number(step := _step_of(row)) or step > last]
         return rows[max(0, self.lines[name] - offset) :] if name in STREAMS else rows
 
     @property
     def _last_step(self) -> Any:
-        return self._step_of(self.last[HISTORY]) if HISTORY in self.last else None
-
-    def _step_of(self, row: str) -> Any:
-        return json.loads(row).get("_step")
+        return _step_of(self.last[HISTORY]) if HISTORY in self.last else None
 
     def _is_later(self, row: str) -> bool:
         """Whether a row belongs behind the last one."""
-        last, step = self._last_step, self._step_of(row)
+        last, step = self._last_step, _step_of(row)
         return not is_number(last) or not is_number(step) or step > last
 
     def rows(self, name: str = HISTORY) -> Sequence[str]:
@@ -224,6 +222,10 @@ class ServedRun:
         return found
 
 
+def _step_of(row: str) -> Any:
+    return json.loads(row).get("_step")
+
+
 @lru_cache(maxsize=4)
 def rows_in(path: Path, length: int, name: str) -> tuple[str, ...]:
     """The lines of a stream in the first ``length`` bytes of a run's log: whoever pages through them asks many times."""
@@ -247,7 +249,7 @@ def steps_in(path: Path, length: int) -> tuple[float, ...]:
 def values_of(rows: list[str], metric: str) -> list[float]:
     """The metric in those rows that have it, without the untrained model's (step 0), which not every run measures."""
     found = []
-    for row in map(json.loads, rows):
+    for row in map(json.loads, (text for text in rows if may_hold(text, metric))):
         value = logged_value(row, metric)
         if row.get("_step") != 0 and value is not None:
             found.append(float(value) if is_number(value) else math.nan)

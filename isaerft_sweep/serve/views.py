@@ -109,7 +109,7 @@ class ProjectView:
         """What a client asks before it goes on with a run."""
         found = self.run(name)
         if found is not None:
-            found.run.resuming = True
+            found.run.resuming, found.run.begun_anew = True, False
         elif not missing_ok:
             raise RequestError(f"there is no run {'/'.join(self.key)}/{name} on this server.", 404)
         return found if found is not None and found.run.created else None

@@ -7,11 +7,13 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 AGGREGATES = ("best", "last", "mean", "max", "min", "first")
 """What ``define_metric(summary=…)`` may ask for, in every version of wandb."""
+PLAIN = re.compile(r"[A-Za-z0-9_./ -]+", re.ASCII)
 
 
 def value_at(content: Any, name: str, default: Any = None) -> Any:
@@ -52,6 +54,14 @@ def logged_value(row: Mapping[str, Any], name: str) -> Any:
     if found is None and base and last in AGGREGATES:
         found = value_at(row, base)
     return None if isinstance(found, Mapping) else found
+
+
+def may_hold(text: str, name: str) -> bool:
+    """Whether a row, as JSON, can hold a metric: most rows need not be read for it."""
+    if not PLAIN.fullmatch(name):
+        return True  # JSON may write it in another way
+    *inner, last = name.split(".")
+    return last in text or (bool(inner) and last in AGGREGATES and inner[-1] in text)
 
 
 def flat(content: Mapping[str, Any], depth: int = 20) -> Iterator[tuple[str, Any]]:
