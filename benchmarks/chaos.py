@@ -28,7 +28,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ OPTIONS = (
 )  # fmt: skip
 PEACE_S = 600.0
 """How long the last sweep may take once nothing is killed any more."""
+SELDOM = 0.15
 LOST_NODES = 2
 """How many of the four nodes may be away at a time."""
 PACE = """
@@ -77,7 +78,9 @@ class Chaos:
         """When daemons that were killed are started again."""
 
     def disturb(self, controller: subprocess.Popen[bytes], folder: SweepFolder) -> None:
-        """End something, chosen at random among what there is."""
+        """End something, chosen at random among what there is; seldom while no trial runs, so that some get somewhere."""
+        if not working(folder) and self.random.random() > SELDOM:
+            return
         ways: dict[str, Callable[[], bool]] = {
             "controller -9": lambda: end(controller.pid, signal.SIGKILL),
             "controller -TERM": lambda: end(controller.pid, signal.SIGTERM),
@@ -86,9 +89,14 @@ class Chaos:
         }
         if self.bed is not None:
             ways |= {"node lost": self._lose_node, "slurmctld -9": self._lose_controller, "scancel": self._scancel}
-        # a controller has to check and to adopt anew each time, and must get to something in between
-        name = self.random.choices(sorted(ways), [1 if name.startswith("controller") else 2 for name in sorted(ways)])[0]
-        self.kills[name] += ways[name]()
+        # most of all workers: whatever else goes keeps them from getting anywhere for a while
+        left = [name for name in sorted(ways) for _ in range(3 if name.startswith("worker") else 1)]
+        while left:
+            name = self.random.choice(left)
+            if ways[name]():
+                self.kills[name] += 1
+                return
+            left = [other for other in left if other != name]
 
     def mend(self, at_once: bool = False) -> None:
         """Start again what has been away for long enough, or everything."""
@@ -101,7 +109,7 @@ class Chaos:
                 self.bed.start_node(int(name[1:]))
 
     def _end_worker(self, folder: SweepFolder, number: int) -> bool:
-        pids = [status["pid"] for status in statuses(folder) if status["state"] == RUNNING]
+        pids = working(folder)
         return bool(pids) and end(self.random.choice(pids), number)
 
     def _lose_node(self) -> bool:
@@ -141,11 +149,10 @@ def end(pid: int, number: int) -> bool:
     return True
 
 
-def statuses(folder: SweepFolder) -> Iterator[dict[str, Any]]:
-    """What the workers of the sweep's trials have said last."""
-    for path in folder.path.glob("trials/*"):
-        if status := TrialFolder(path).read_status():
-            yield status
+def working(folder: SweepFolder) -> list[int]:
+    """The processes that run the sweep's trials now."""
+    said = [TrialFolder(path).read_status() for path in folder.path.glob("trials/*")]
+    return sorted({s["pid"] for s in said if s.get("state") == RUNNING and psutil.pid_exists(s["pid"])})
 
 
 def run_disturbed(chaos: Chaos, folder: SweepFolder, launcher: str, deadline: float) -> None:
@@ -157,7 +164,7 @@ def run_disturbed(chaos: Chaos, folder: SweepFolder, launcher: str, deadline: fl
             controller = subprocess.Popen(command, cwd=chaos.work, stdout=log, stderr=log)
             try:
                 while controller.poll() is None and time.monotonic() < deadline + PEACE_S:
-                    wait(controller, chaos.random.uniform(1, 6))
+                    wait(controller, chaos.random.uniform(2, 8))
                     if chaos.bed is not None:
                         chaos.mend(at_once=time.monotonic() > deadline)
                     if time.monotonic() < deadline and controller.poll() is None:

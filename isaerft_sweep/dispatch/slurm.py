@@ -217,7 +217,7 @@ class _Queue:
         if strays := [job for job in strays if not job.endswith(REST)]:
             scancel(*strays, cluster=self.cluster)
         self.completing = {
-            job: self.completing.get(job, time.monotonic()) for job in jobs if self.said_of(job)[0] == "COMPLETING"
+            job: self.completing.get(job, time.monotonic()) for job in jobs if state_of(self.states, job)[0] == "COMPLETING"
         }
         over = {job for job, (state, _) in self.remembered.items() if state in OVER}
         self._ask_accounting(sorted(job for job in jobs - over if not state_of(self.states, job)[0] or self._stuck(job)))
@@ -237,7 +237,7 @@ class _Queue:
         """State, with reason and node: squeue's word, else accounting's; empty when neither has one."""
         found = state_of(self.states, job)
         known = state_of(self.remembered, job)
-        return known if not found[0] or (found[0] == "COMPLETING" and known[0] in OVER) else found
+        return known if not found[0] or (self._stuck(job) and known[0] in OVER) else found
 
     def lives(self, job: str) -> bool:
         """Whether the job is queued or running, as far as is known."""
