@@ -4,6 +4,7 @@ import os
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -141,3 +142,26 @@ def test_an_unknown_choice_ends_with_one_clear_error(launch) -> None:
     assert done.returncode == 1 and "Could not find 'model/gemma-9'" in done.stderr and "Traceback" not in done.stderr
     done = launch("orpo.beta=-1")
     assert done.returncode == 2 and done.stderr.strip() == "error: orpo.beta must be at least 0 but got -1.0."
+
+
+@pytest.mark.parametrize(
+    ("given", "license"),
+    [
+        (("model=gemma-2-2b",), "gemma"),
+        (("model=gemma-2-2b", "model.name=meta-llama/Llama-3.2-1B"), None),
+        (("model=gemma-2-2b", "model.name=/models/gemma-2-2b"), "gemma"),
+        (("model=gemma-2-2b", "model.name=me/other", "model.license=mit"), "mit"),
+        (("model=tiny", "model.name=other"), None),
+        (("model=smollm2-135m",), "apache-2.0"),
+    ],
+)
+def test_a_license_belongs_to_the_model_of_that_name(
+    given: tuple[str, ...], license: str | None, experiment: Callable[..., Experiment]
+) -> None:
+    """The card of a model that was chosen by name alone says no license of another one's."""
+    assert experiment(*given).model.license == license
+
+
+def test_a_license_belongs_to_the_data_of_that_name(experiment: Callable[..., Experiment]) -> None:
+    assert experiment("data=ultrafeedback", "model=tiny").data.license == "mit"
+    assert experiment("data=ultrafeedback", "model=tiny", "data.name=lab/other").data.license is None

@@ -137,6 +137,7 @@ def _train(
         return _end(status, STOPPED, {**words, "untold": run.lost})
     write_changes(folder.latents, changes)
     results = _results(recorder, started)
+    results["pairs"] = pairs.facts
     results["wandb"] = {"url": run.url, "sweep_url": run.sweep_url, "offline": run.offline_folder is not None}
     _save(folder, model, loaded, results, status)
     run.log_adapter(folder.adapter, spec.model_name)
