@@ -22,8 +22,10 @@ from isaerft_sweep.errors import ConfigError, IsaerftError, ModelError, suggest
 from isaerft_sweep.models.loading import load, load_config, load_tokenizer
 from isaerft_sweep.models.twin import count_parameters, small_twin
 from isaerft_sweep.plain import canonical_json, from_mapping, to_dict
+from isaerft_sweep.preferences import PROGRESS
+from isaerft_sweep.resources import cache_folder
 from isaerft_sweep.specs import Experiment
-from isaerft_sweep.trial.data import Pairs, largest_token, load_pairs, longest_sequence
+from isaerft_sweep.trial.data import Pairs, Progress, largest_token, load_pairs, longest_sequence
 from isaerft_sweep.trial.exact import PLAIN, exact_way
 from isaerft_sweep.trial.trainer import OPTIMIZERS, adapter_config
 
@@ -65,7 +67,8 @@ def prepare(experiment: Experiment, seen: dict[str, Any] | None = None) -> dict[
     layers = [site.layer for site in experiment.adapter.sites]
     once(lambda: _check_step(experiment, config, layers), "step", *named, layers)
     tokenizer = _checked_tokenizer(experiment, once(lambda: load_tokenizer(model, experiment.cache), "tokenizer", *named))
-    pairs = once(lambda: load_pairs(data, tokenizer, max_length), "pairs", *named, to_dict(data), max_length)
+    tell, kept = Progress(sys.stderr, PROGRESS), cache_folder(experiment.cache) / "pairs"
+    pairs = once(lambda: load_pairs(data, tokenizer, max_length, tell, kept), "pairs", *named, to_dict(data), max_length)
     _check_tokens(experiment, config, tokenizer, pairs)
     return {
         "model": f"{model.name}: {text.num_hidden_layers} layers, hidden size {text.hidden_size}",

@@ -31,8 +31,9 @@ from isaerft_sweep.journal.folders import (
 )
 from isaerft_sweep.models.loading import LoadedModel, compile_layers, load, sharing_weights, without_dropout
 from isaerft_sweep.plain import canonical_json, to_dict
+from isaerft_sweep.resources import cache_folder
 from isaerft_sweep.results.card import make_card, write_card
-from isaerft_sweep.specs import TrialSpec
+from isaerft_sweep.specs import Experiment, TrialSpec
 from isaerft_sweep.tracking.run import open_run, summary_of
 from isaerft_sweep.trial.data import load_pairs
 from isaerft_sweep.trial.latents import learned, write_changes
@@ -96,9 +97,7 @@ def _train(
 ) -> str:
     started = time.monotonic()
     experiment = spec.experiment
-    pairs = shared.get(
-        "pairs", data_key(experiment), lambda: load_pairs(experiment.data, loaded.tokenizer, experiment.orpo.max_length)
-    )
+    pairs = shared.get("pairs", data_key(experiment), lambda: load_pairs(*_pairs_of(experiment, loaded)))
     print(pairs.summary, flush=True)
     write_json(folder.environment, describe_environment(torch_device=_device_name()))
     run = open_run(spec, folder.path / "wandb")
@@ -145,6 +144,11 @@ def _train(
     run.finish(summary_of(COMPLETED, results), exit_code=0)
     shutil.rmtree(folder.checkpoints, ignore_errors=True)  # only now: until the status says so, a retry would need them
     return state
+
+
+def _pairs_of(experiment: Experiment, loaded: LoadedModel) -> tuple[Any, ...]:
+    """What ``load_pairs`` is asked for."""
+    return experiment.data, loaded.tokenizer, experiment.orpo.max_length, None, cache_folder(experiment.cache) / "pairs"
 
 
 def _results(recorder: Recorder, started: float) -> dict[str, Any]:
