@@ -56,8 +56,9 @@ def tiny(family: str, **more: Any) -> Any:
     config_class = CONFIG_MAPPING[family]
     fields = getattr(config_class, "__dataclass_fields__", {})
     few = {name: value for name, value in FOUR_LAYERS.items() if name in fields}
-    if family == "gpt_neo":
-        few |= {"attention_types": [[["global", "local"], 2]]}
+    few |= {"gpt_neo": {"attention_types": [[["global", "local"], 2]]}, "gemma3n_text": {"num_kv_shared_layers": 0}}.get(
+        family, {}
+    )
     try:
         config = config_class(**few)
         for name, value in more.items():
