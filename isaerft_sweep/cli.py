@@ -219,8 +219,7 @@ def _import(args: argparse.Namespace) -> None:
 
     made = import_folder(args.folder, args.out, args.base)
     print(made.folder)
-    told = f", {made.name.learning_rate:.1e}, beta {made.name.beta}, {made.name.started:%Y-%m-%d %H:%M}" if made.name else ""
-    print(f"{made.kind} at layer {', '.join(map(str, made.layers))} of {made.base}{told}")
+    print(f"{made.kind} at layer {', '.join(map(str, made.layers))} of {made.base}{made.told}")
 
 
 def _generate(args: argparse.Namespace) -> None:

@@ -22,6 +22,9 @@ FORM = 'Right form: {"prompt": "…", "chosen": "…", "rejected": "…"}, as te
 LFS_POINTER = "version https://git-lfs.github.com"
 """How the stand-in begins that git leaves for a large file which was not fetched."""
 
+PROGRESS = "progress: "
+"""How lines of the check begin that are meant for who waits for it."""
+
 Row = dict[str, Any]
 
 

@@ -178,7 +178,7 @@ def test_files_are_looked_at_before_torch_is_loaded(experiment: Composed, tmp_pa
     code = (
         "import json, sys\nfrom isaerft_sweep.config.command import compose\n"
         "from isaerft_sweep.controller.preflight import check_trial_needs\nfrom isaerft_sweep.errors import IsaerftError\n"
-        "import subprocess\nsubprocess.run = None\n"  # the process that loads torch must not be started
+        "import subprocess\nsubprocess.Popen = None\n"  # the process that loads torch must not be started
         "try: check_trial_needs(compose(sys.argv[1:]))\n"
         "except IsaerftError as error: print(error)\n"
         "print({'torch', 'transformers', 'datasets', 'sae_lens'} & set(sys.modules))"

@@ -176,3 +176,26 @@ def test_launch_says_it_and_exits_with_2(override: str, launch: Callable[..., su
     done = launch(override)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "license"),
+    [
+        (("model=gemma-2-2b",), "gemma"),
+        (("model=gemma-2-2b", "model.name=meta-llama/Llama-3.2-1B"), None),
+        (("model=gemma-2-2b", "model.name=/models/gemma-2-2b"), "gemma"),
+        (("model=gemma-2-2b", "model.name=me/other", "model.license=mit"), "mit"),
+        (("model=tiny", "model.name=other"), None),
+        (("model=smollm2-135m",), "apache-2.0"),
+    ],
+)
+def test_a_license_belongs_to_the_model_of_that_name(
+    given: tuple[str, ...], license: str | None, experiment: Callable[..., Experiment]
+) -> None:
+    """The card of a model that was chosen by name alone says no license of another one's."""
+    assert experiment(*given).model.license == license
+
+
+def test_a_license_belongs_to_the_data_of_that_name(experiment: Callable[..., Experiment]) -> None:
+    assert experiment("data=ultrafeedback", "model=tiny").data.license == "mit"
+    assert experiment("data=ultrafeedback", "model=tiny", "data.name=lab/other").data.license is None

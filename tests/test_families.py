@@ -20,12 +20,14 @@ from isaerft_sweep.adapter.architecture import decoder_layers
 from isaerft_sweep.adapter.sae import load_sae
 from isaerft_sweep.errors import ModelError
 from isaerft_sweep.journal.folders import TrialFolder
+from isaerft_sweep.journal.workers import Task, WorkerFolder
 from isaerft_sweep.models.loading import load, without_dropout
 from isaerft_sweep.models.random_model import byte_tokenizer
 from isaerft_sweep.models.twin import count_parameters, small_twin
 from isaerft_sweep.plain import overrides
 from isaerft_sweep.trial.data import load_pairs
 from isaerft_sweep.trial.prepare import prepare
+from isaerft_sweep.trial.resident import serve_trials
 from isaerft_sweep.trial.run import run_trial
 
 NOT_TEXT_ALONE = {
@@ -54,8 +56,9 @@ def tiny(family: str, **more: Any) -> Any:
     config_class = CONFIG_MAPPING[family]
     fields = getattr(config_class, "__dataclass_fields__", {})
     few = {name: value for name, value in FOUR_LAYERS.items() if name in fields}
-    if family == "gpt_neo":
-        few |= {"attention_types": [[["global", "local"], 2]]}
+    few |= {"gpt_neo": {"attention_types": [[["global", "local"], 2]]}, "gemma3n_text": {"num_kv_shared_layers": 0}}.get(
+        family, {}
+    )
     try:
         config = config_class(**few)
         for name, value in more.items():
@@ -201,6 +204,26 @@ def test_the_routers_loss_is_trls(
     evaluated = ours[-1]
     plainly = evaluated["eval/nll_loss"] - one.read_spec().experiment.orpo.beta * evaluated["eval/log_odds_ratio"]
     assert evaluated["eval/loss"] - plainly > 0.1, "the router's loss is in it"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("router", [False, True])
+def test_packed_trials_of_a_mixture_of_experts(router: bool, trial: Made, tmp_path: Path) -> None:
+    """Together where that is exact, one after the other where the router's loss needs the whole model."""
+    folder = saved("mixtral", tmp_path / "model", output_router_logits=router, router_aux_loss_coef=0.5)
+    alone, *both = (
+        trial(*options(folder, 64, f"orpo.beta={beta}", "launcher.packed=2"), name=name)
+        for name, beta in (("alone", 0.5), ("a", 0.5), ("b", 2.0))
+    )
+    assert run_trial(alone, 1) == "completed"
+    worker = WorkerFolder(tmp_path / "worker")
+    for one in both:
+        worker.claim(Task(str(one.path), 1), room=None)
+    worker.claim(Task(None), room=None)
+    assert serve_trials(worker, packed=2) == 2
+    assert [one.read_status()["state"] for one in both] == ["completed"] * 2
+    for row, expected in zip(rows_of(both[0]), rows_of(alone), strict=True):
+        assert row == pytest.approx(expected, rel=5e-4, abs=5e-5)
 
 
 def test_a_model_without_a_residual_stream_is_refused(experiment: Callable[..., Any], tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from sae_lens import SAE
 from safetensors.torch import load_file
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from isaerft_sweep.adapter.architecture import decoder_layers
 from isaerft_sweep.cli import main
 from isaerft_sweep.models import random_model
+from isaerft_sweep.publish.export import export
 from isaerft_sweep.publish.legacy import import_folder
 from isaerft_sweep.specs import ModelSpec
 
@@ -210,3 +212,78 @@ def test_missing_and_broken_files(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(["import", str(tmp_path / "nowhere")]) == 2
     said = capsys.readouterr().err
     assert said.count("error:") == 3 and "Traceback" not in said and not (tmp_path / "two").exists()
+
+
+CARD = """---
+base_model: google/gemma-2-2b
+library_name: transformers
+model_name: {name}
+tags:
+- generated_from_trainer
+- smol-course
+- module_1
+- isaerft
+- lr_3.568480459462587e-05
+- beta_0.2
+licence: license
+---
+
+# Model Card for {name}
+
+[<img src="https://raw.githubusercontent.com/wandb/assets/main/wandb-github-badge-28.svg" alt="Visualize in Weights & Biases" \
+width="150" height="24"/>](https://wandb.ai/lab/orpo-isaerft-sweep/runs/mx6b2k7p)
+"""
+
+
+def test_the_card_beside_the_adapter_tells_every_digit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = published(tmp_path / NAME, {"blocks_20_hook_resid_post": {"sequential.0.bias": torch.zeros(16)}})
+    (source / "README.md").write_text(CARD.format(name=NAME))
+    assert main(["import", str(source), "--out", str(tmp_path / "out")]) == 0
+    assert "3.568480459462587e-05, beta 0.2, 2025-02-28 22:28, https://wandb.ai/" in capsys.readouterr().out
+    facts = json.loads((tmp_path / "out" / "imported.json").read_text())
+    assert facts["learning_rate"] == 3.568480459462587e-05 and facts["started"] == "2025-02-28T22:28:00"
+    assert facts["wandb"] == "https://wandb.ai/lab/orpo-isaerft-sweep/runs/mx6b2k7p"
+    card = (tmp_path / "out" / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["tags"] == facts["tags"] == [
+        "generated_from_trainer", "smol-course", "module_1", "isaerft", "lr_3.568480459462587e-05", "beta_0.2",
+    ]  # fmt: skip
+    assert "(https://wandb.ai/lab/orpo-isaerft-sweep/runs/mx6b2k7p)" in card and "3.568480459462587e-05" in card
+    assert "None" not in card and "not read yet" in card, "an SAE that was not read has no fingerprint"
+
+
+def test_cards_that_tell_little_or_of_another_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bias = {"blocks_20_hook_resid_post": {"sequential.0.bias": torch.zeros(16)}}
+    source = published(tmp_path / "nameless", bias)
+    (source / "README.md").write_text(CARD.format(name="x"))
+    assert main(["import", str(source), "--out", str(tmp_path / "out")]) == 0, "the card tells the base model"
+    assert "of google/gemma-2-2b, 3.568480459462587e-05, beta 0.2, https" in capsys.readouterr().out
+    for number, text in enumerate(("", "no front matter", "---\n: [\n---\n", "---\n- a\n---\n", "---\ntags: {a: 1}\n---\n")):
+        named = published(tmp_path / str(number) / NAME, bias)
+        (named / "README.md").write_text(text)
+        assert main(["import", str(named), "--out", str(tmp_path / f"out{number}")]) == 0
+    other = published(tmp_path / "other" / LATER, bias)
+    (other / "README.md").write_text(CARD.format(name=NAME))
+    capsys.readouterr()
+    assert main(["import", str(other), "--out", str(tmp_path / "more")]) == 2
+    said = capsys.readouterr().err
+    assert "3.568480459462587e-05" in said and "1.1e-05" in said and said.count("\n") == 1
+
+
+def test_exports_of_adapters_in_one_folder_have_folders_of_their_own(
+    saes: dict[str, str], cache: Path, tmp_path: Path
+) -> None:
+    base = random_model.made_folder(ModelSpec(name="tiny", source="random", architecture="llama"), cache)
+    for name in ("one", "two"):
+        source = published(
+            tmp_path / name,
+            {"blocks_2_hook_resid_post": {"sequential.0.bias": torch.randn(96)}},
+            target_hooks=[["r", "layer_2"]],
+        )
+        made = import_folder(source, tmp_path / "imported" / name, str(base))
+        config = json.loads((made.folder / "adapter_config.json").read_text())
+        config["sites"] = [{"layer": 2, "sae_path": saes["jumprelu"]}]
+        (made.folder / "adapter_config.json").write_text(json.dumps(config))
+        (made.folder / "tokenizer_config.json").unlink()  # an empty one; the base has a tokenizer
+    folders = [export(tmp_path / "imported" / name, None, None, str(cache)).folder for name in ("one", "two")]
+    assert [folder.name for folder in folders] == ["one-export-merged", "two-export-merged"]

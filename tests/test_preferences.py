@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from trl.data_utils import maybe_apply_chat_template, maybe_extract_prompt
 from trl.experimental.orpo import ORPOTrainer
 
+from isaerft_sweep.controller import preflight
 from isaerft_sweep.errors import DataError
 from isaerft_sweep.models.random_model import byte_tokenizer
 from isaerft_sweep.preferences import check_files
@@ -382,3 +383,43 @@ def test_the_trainer_reads_the_same(tokenizer: Any, trial: Callable[..., Any], t
     assert [{name: row[name] for name in names} for row in pairs.train] == [
         {name: row[name] for name in names} for row in table
     ]
+
+
+def test_many_pairs_are_tokenised_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What one process has tokenised the next one reads; other rows, another template or length are tokenised anew."""
+    monkeypatch.setattr(data, "MANY", 20)
+    monkeypatch.setattr(data, "SAY_S", -1)
+    tokenised: list[Row] = []
+    real = ORPOTrainer.tokenize_row
+    monkeypatch.setattr(data.PairTokenizer, "tokenize_row", lambda self, row: (tokenised.append(row), real(self, row))[1])
+    rows = [{**GOOD_CHAT, "prompt": [user(f"q{i}")]} for i in range(30)] + [{**GOOD_CHAT, "rejected": GOOD_CHAT["chosen"]}]
+    spec, kept = spec_of(tmp_path, rows, eval_size=5), tmp_path / "kept"
+    (tmp_path / "other").mkdir()
+    fewer = spec_of(tmp_path / "other", rows[1:], eval_size=5)
+
+    def loaded(tokenizer: Any = TOKENIZER, max_length: int = MAX_LENGTH, spec: DataSpec = spec) -> tuple[Pairs, int]:
+        tokenised.clear()
+        return load_pairs(spec, tokenizer, max_length, None, kept), len(tokenised)
+
+    first, count = loaded()
+    assert count == 30 and "tokenised 31 of 31 pairs" in capsys.readouterr().out
+    again, count = loaded()
+    assert count == 0 and again.summary == first.summary and again.facts == first.facts
+    assert again.train[:] == first.train[:] and again.evaluation[:] == first.evaluation[:]
+    assert loaded(NO_SYSTEM)[1] == loaded(max_length=150)[1] == loaded(spec=fewer)[1] + 1 == 30
+    for entry in kept.glob("*/train/*.arrow"):
+        entry.write_bytes(b"torn")
+    assert loaded(max_length=150)[1] == 30, "a damaged entry is made again"
+    loaded(max_length=140), loaded(max_length=130)
+    assert len([path for path in kept.iterdir() if path.is_dir() and not path.name.startswith(".")]) == 4
+    (tmp_path / "file").touch()
+    assert len(load_pairs(spec, TOKENIZER, MAX_LENGTH, None, tmp_path / "file" / "kept").train) == 25, "costs only the time"
+
+
+def test_the_check_shows_its_progress(capfd: pytest.CaptureFixture[str]) -> None:
+    code = "import sys; print('progress: tokenised 1 of 2 pairs', file=sys.stderr, flush=True); print('noise', file=sys.stderr); print(sys.stdin.read())"
+    done = preflight._run([sys.executable, "-c", code], "given")
+    assert (done.returncode, done.stdout) == (0, "given\n")
+    assert capfd.readouterr().err == "tokenised 1 of 2 pairs\n" and "noise" in done.stderr

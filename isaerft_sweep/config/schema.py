@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING
+from omegaconf import MISSING, OmegaConf
 
 from isaerft_sweep.resources import folder
 from isaerft_sweep.specs import Experiment
@@ -17,11 +17,17 @@ from isaerft_sweep.specs import Experiment
 
 def register() -> None:
     """Make Hydra know the schema, and one ``sweep`` choice per file in ``sweeps/`` besides ``none``."""
+    OmegaConf.register_new_resolver("only_for", only_for, replace=True)
     store = ConfigStore.instance()
     store.store(name="schema", node=mutable_twin(Experiment))
     store.store(group="sweep", name="none", node={"name": "none"})
     for file in sweep_files():
         store.store(group="sweep", name=file.stem, node={"name": file.stem, "file": str(file)})
+
+
+def only_for(given: str, name: str, value: str) -> str | None:
+    """``${only_for:${.name},NAME,VALUE}``: ``value`` while the config's name is still NAME, with or without its owner."""
+    return value if given.rstrip("/").rpartition("/")[2].lower() == name.rpartition("/")[2].lower() else None
 
 
 def sweep_files() -> list[Path]:

@@ -10,9 +10,10 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from isaerft_sweep.environment import versions
@@ -20,7 +21,7 @@ from isaerft_sweep.errors import FolderError, LaunchError, ModelError
 from isaerft_sweep.guard import of_process
 from isaerft_sweep.journal.files import read_json, write_json
 from isaerft_sweep.plain import canonical_json, to_dict
-from isaerft_sweep.preferences import check_files
+from isaerft_sweep.preferences import PROGRESS, check_files
 from isaerft_sweep.resources import PACKAGE, cache_folder
 from isaerft_sweep.sae_folder import check_sae_folder
 from isaerft_sweep.specs import Experiment
@@ -56,9 +57,7 @@ def check_trial_needs(*experiments: Experiment) -> dict[str, Any]:
     """
     check_local_files(*experiments)
     command = [sys.executable, "-c", "from isaerft_sweep.dispatch.job import check_needs; raise SystemExit(check_needs())"]
-    done = subprocess.run(
-        command, input=canonical_json([to_dict(e) for e in experiments]), capture_output=True, text=True, check=False
-    )
+    done = _run(command, canonical_json([to_dict(e) for e in experiments]))
     lines = done.stdout.strip().splitlines()
     try:
         answer = json.loads(lines[-1])
@@ -68,6 +67,34 @@ def check_trial_needs(*experiments: Experiment) -> dict[str, Any]:
         raise ModelError(answer["error"])
     facts: dict[str, Any] = answer["ok"]
     return facts
+
+
+def _run(command: list[str], given: str) -> subprocess.CompletedProcess[str]:
+    """As ``subprocess.run``; what the process says of its progress is shown at once."""
+    said: list[str] = []
+
+    def follow(stream: Iterable[str]) -> None:
+        for line in stream:
+            said.append(line)
+            if line.startswith(PROGRESS):
+                print(line.removeprefix(PROGRESS), end="", file=sys.stderr, flush=True)
+
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin and process.stdout and process.stderr
+        reader = Thread(target=follow, args=(process.stderr,), daemon=True)
+        reader.start()
+        try:
+            with suppress(BrokenPipeError):
+                process.stdin.write(given)
+                process.stdin.close()
+            answer = process.stdout.read()
+        except BaseException:  # Ctrl-C
+            process.kill()
+            raise
+        reader.join()
+    return subprocess.CompletedProcess(command, process.returncode, answer, "".join(said))
 
 
 def check_local_files(*experiments: Experiment) -> None:

@@ -44,6 +44,8 @@ def small_twin(config: Any) -> PreTrainedModel | None:
     }
     if "qk_rope_head_dim" in given:  # latent attention turns this part of a head alone, and calls it the head's size
         small["head_dim"] = SIZES["qk_rope_head_dim"]
+    if {"expand", "num_heads", "head_dim"} <= small.keys() | given.keys():  # Mamba 2: its heads share the widened states
+        small["head_dim"] = HIDDEN * int(given["expand"]) // HEADS
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)

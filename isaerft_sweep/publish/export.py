@@ -45,7 +45,8 @@ def export(adapter: Path, out: Path | None, form: str | None, cache: str | None,
 
     Args:
         adapter: a folder with an adapter.
-        out: the folder to make; None: beside the adapter, ``export-FORM``.
+        out: the folder to make; None: beside the adapter, ``export-FORM``, with the adapter's name before it where that is
+            not a trial's: many may lie in one folder.
         form: ``merged`` (plain weights, where that is exact), ``standalone`` (with code of its own), or None: merged
             where it is exact, else standalone.
         cache: where converted models are kept.
@@ -59,7 +60,9 @@ def export(adapter: Path, out: Path | None, form: str | None, cache: str | None,
     form = form or _fitting(model, kinds)
     if form == MERGED:
         check_mergeable(model.get_base_model(), kinds)
-    target = (out or adapter.absolute().parent / f"export-{form}").expanduser().absolute()
+    own = adapter.resolve().name
+    name = f"export-{form}" if own == "adapter" else f"{own}-export-{form}"
+    target = (out or adapter.absolute().parent / name).expanduser().absolute()
     expected = _logits(model, tokenizer)
     with model.disable_adapter():
         without = _logits(model, tokenizer)

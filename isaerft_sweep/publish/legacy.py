@@ -11,12 +11,14 @@ import pickle
 import re
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors.torch import save_file
 
 from isaerft_sweep.adapter.config import IsaerftConfig
@@ -24,7 +26,7 @@ from isaerft_sweep.errors import ConfigError, FolderError
 from isaerft_sweep.journal.files import write_json, write_text
 from isaerft_sweep.naming import ParsedName, parse
 from isaerft_sweep.publish.folders import new_folder
-from isaerft_sweep.results.imported_card import imported_card
+from isaerft_sweep.results.imported_card import PublishedCard, imported_card
 
 BASES = {
     "gemma-2-2b": "google/gemma-2-2b",
@@ -53,6 +55,18 @@ class Imported:
     kind: str
     layers: list[int]
     name: ParsedName | None
+    card: PublishedCard
+
+    @property
+    def told(self) -> str:
+        """What name and card tell of the run: the card has every digit."""
+        card = self.card
+        if card.learning_rate is None or card.beta is None:
+            return ""
+        exact = any(tag.startswith("lr_") for tag in card.tags)
+        rate = repr(card.learning_rate) if exact else f"{card.learning_rate:.1e}"
+        started = f", {self.name.started:%Y-%m-%d %H:%M}" if self.name else ""
+        return f", {rate}, beta {card.beta!r}{started}{f', {card.wandb}' if card.wandb else ''}"
 
 
 def import_folder(source: Path, out: Path | None, base: str | None) -> Imported:
@@ -76,7 +90,10 @@ def import_folder(source: Path, out: Path | None, base: str | None) -> Imported:
         raise FolderError(f"{source}: all blocks must have one form but have {sorted(map(str, forms))}.")
     kind, settings, _ = blocks[0]
     named = _name(source)
-    base = base or str(config.get("base_model_name_or_path") or "") or (BASES.get(named.model) if named else None)
+    card = read_published_card(source, named)
+    base = (
+        base or str(config.get("base_model_name_or_path") or "") or card.base or (BASES.get(named.model) if named else None)
+    )
     if not base:
         raise FolderError(f"{source} does not tell its base model. Give it: --base ORG/NAME, for example google/gemma-2-2b.")
     adapter = IsaerftConfig(sites=sites, kind=kind, base_model_name_or_path=base, inference_mode=True, **settings)
@@ -86,8 +103,8 @@ def import_folder(source: Path, out: Path | None, base: str | None) -> Imported:
         for layer, (_, _, block) in zip(layers, blocks, strict=True)
         for key, tensor in block.items()
     }
-    _write(source, target, adapter, tensors, named)
-    return Imported(target, base, kind, layers, named)
+    _write(source, target, adapter, tensors, card)
+    return Imported(target, base, kind, layers, named, card)
 
 
 def _json(source: Path, name: str) -> dict[str, Any]:
@@ -231,15 +248,51 @@ def _layers_name(base: str) -> str:
     return "gpt_neox.layers" if re.search("pythia|neox", base.lower()) else "model.layers"
 
 
-def _write(source: Path, target: Path, adapter: IsaerftConfig, tensors: Tensors, named: ParsedName | None) -> None:
+def read_published_card(source: Path, named: ParsedName | None) -> PublishedCard:
+    """What ``source`` and the card in it tell of the run. Raises FolderError when they tell of different runs."""
+    front: Any = {}
+    text = ""
+    with suppress(OSError, UnicodeDecodeError):
+        text = (source / "README.md").read_text(encoding="utf-8")
+    found = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
+    if found:
+        with suppress(yaml.YAMLError):
+            front = yaml.safe_load(found[1]) or {}
+    front = front if isinstance(front, dict) else {}
+    tags = tuple(str(tag) for tag in front.get("tags") or () if isinstance(tag, (str, int, float)))
+    run = re.search(r"https?://[^\s()\"']+/runs/[\w-]+", text)
+    card = PublishedCard(
+        named=named,
+        learning_rate=_number(tags, "lr_") or (named.learning_rate if named else None),
+        beta=_number(tags, "beta_") if _number(tags, "beta_") is not None else (named.beta if named else None),
+        tags=tags,
+        base=str(front.get("base_model") or "") or None,
+        wandb=run[0] if run else None,
+    )
+    if named and card.learning_rate is not None and f"{card.learning_rate:.1e}" != f"{named.learning_rate:.1e}":
+        raise FolderError(
+            f"{source / 'README.md'} must be the card of this run but its tag says learning rate {card.learning_rate!r}, "
+            f"and the folder's name {named.learning_rate:.1e}. Take the other run's card away."
+        )
+    return card
+
+
+def _number(tags: Sequence[str], beginning: str) -> float | None:
+    for tag in tags:
+        with suppress(ValueError):
+            if tag.startswith(beginning):
+                return float(tag[len(beginning) :])
+    return None
+
+
+def _write(source: Path, target: Path, adapter: IsaerftConfig, tensors: Tensors, card: PublishedCard) -> None:
     with new_folder(target) as aside:
         adapter.save_pretrained(str(aside))
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, aside / "adapter_model.safetensors")
         for name in TOKENIZER_FILES:
             if (source / name).is_file():
                 shutil.copyfile(source / name, aside / name)
-        if named:
-            facts = {"learning_rate": named.learning_rate, "beta": named.beta, "started": named.started.isoformat()}
-            write_json(aside / "imported.json", {"from": source.resolve().name, "model": named.model, **facts})
-        card = imported_card(aside, source.resolve().name, str(adapter.base_model_name_or_path), adapter.kind, named)
-        write_text(aside / "README.md", card)
+        name = source.resolve().name
+        if card.facts:
+            write_json(aside / "imported.json", {"from": name, **card.facts})
+        write_text(aside / "README.md", imported_card(aside, name, str(adapter.base_model_name_or_path), adapter.kind, card))

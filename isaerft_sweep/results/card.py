@@ -70,6 +70,7 @@ def card_fields(trial: TrialFolder, results: Mapping[str, Any], adapter: Path, s
         "learning_rate": repr(orpo.learning_rate),
         "beta": repr(orpo.beta),
         "batch": f"{orpo.batch_size} × {orpo.gradient_accumulation} pairs, at most {orpo.max_length} tokens",
+        "pairs": _pairs(results.get("pairs")),
         "schedule": f"{orpo.schedule}, {orpo.warmup_steps} warm-up steps, {_length(spec)}",
         "seed": str(orpo.seed),
         "tokens": f"{results.get('metrics', {}).get('train/num_tokens', 0):,.0f}",
@@ -175,6 +176,16 @@ def _length(spec: TrialSpec) -> str:
     return f"{orpo.max_steps} steps" if orpo.max_steps > 0 else f"{orpo.epochs:g} epochs"
 
 
+def _pairs(facts: Mapping[str, Any] | None) -> str:
+    """How many pairs were trained on, held out, left out and cut."""
+    if not facts:
+        return "not recorded"
+    left_out = [f"{count} left out ({reason})" for reason, count in facts["left_out"].items() if count]
+    notes = [f"{count} {note}" for note, count in facts["notes"].items() if count]
+    counts = [f"{facts['trained']} trained on", f"{facts['held_out']} held out", *(left_out or ["none left out"])]
+    return ", ".join([*counts, f"{facts['cut']} cut at the length limit", *notes])
+
+
 def _sweep(spec: TrialSpec, standing: Standing | None) -> str:
     said = f"Trial {spec.index + 1} of the sweep `{spec.sweep_name}` (`{spec.sweep_id}`), ranked by `{spec.metric}` ({spec.goal})."
     return f"{said}\n\n{standing.as_markdown()}" if standing else said
@@ -206,10 +217,14 @@ def sites_table(adapter: Path) -> str:
     sites = (read_json(adapter / "adapter_config.json") or {}).get("sites", [])
     lines = [
         f"| output of decoder layer {site['layer']} | {site.get('sae_path') or site.get('sae_release')} "
-        f"| {site.get('sae_id') or ''} | `{site.get('fingerprint')}` |"
+        f"| {site.get('sae_id') or ''} | {_fingerprint(site.get('fingerprint'))} |"
         for site in sites
     ]
     return "| site | SAE release | SAE id | fingerprint |\n| --- | --- | --- | --- |\n" + "\n".join(lines)
+
+
+def _fingerprint(digits: str | None) -> str:
+    return f"`{digits}`" if digits else "not read yet"
 
 
 def _learned(trial: TrialFolder) -> str:

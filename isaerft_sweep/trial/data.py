@@ -3,6 +3,8 @@ counted."""
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import json
 import random
 import re
@@ -10,7 +12,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, TextIO
 
 import pyarrow.compute as pc
 from accelerate import PartialState
@@ -20,9 +23,11 @@ from trl.data_utils import maybe_apply_chat_template, maybe_extract_prompt
 from trl.experimental.orpo import ORPOTrainer
 
 from isaerft_sweep.errors import DataError
+from isaerft_sweep.plain import canonical_json
 from isaerft_sweep.preferences import ANSWERS, Row, Written, alike, check_row, data_files, read_pairs
 from isaerft_sweep.resources import asset
 from isaerft_sweep.specs import DataSpec
+from isaerft_sweep.trial.kept_tokens import Tokenised, kept_tokens
 
 PROMPT_FILLS = "prompt fills max_length"
 SAME_ANSWERS = "chosen and rejected are the same"
@@ -39,6 +44,11 @@ FEATURES = Features(
     | {f"{name}_labels": List(Value("int32")) for name in ANSWERS}
 )
 """A tokenised pair, as ORPOTrainer's own ``map`` leaves it."""
+SPLITS = ("train", "evaluation")
+FORMAT = 1
+"""Of what is kept; another one when pairs are tokenised in another way."""
+MANY = 2000
+"""Pairs that are worth keeping: tokenising them takes seconds."""
 CHUNK = 512
 """Pairs that are tokenised in one call."""
 SAY_S = 10.0
@@ -172,41 +182,81 @@ def _joined(message: Row) -> Row:
     return message if isinstance(content, str) else {**message, "content": "".join(part["text"] for part in content)}
 
 
-def load_pairs(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, max_length: int, tell: Tell | None = None) -> Pairs:
-    """Read, check, split, filter and tokenise. Raises DataError when nothing usable is there."""
+def load_pairs(
+    spec: DataSpec,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    tell: Tell | None = None,
+    kept: Path | None = None,
+) -> Pairs:
+    """Read, check, split, filter and tokenise. Raises DataError when nothing usable is there.
+
+    Args:
+        spec: where the pairs are.
+        tokenizer: of the model.
+        max_length: tokens of a prompt with its answer, at most.
+        tell: hears how far it is; None: a line is printed from time to time.
+        kept: a folder where many tokens are kept, for the next process that wants the same; None: nowhere.
+    """
     left_out, notes = Counter[str](), Counter[str]()
-    train, evaluation = _read(spec, left_out, notes)
-    tokenize = PairTokenizer(tokenizer, max_length)
-    tell = tell or Progress()
-    total, done, sets, truncated = len(train) + len(evaluation), 0, {}, 0
-    for name, rows in (("train", train), ("evaluation", evaluation)):
+    splits = dict(zip(SPLITS, _read(spec, left_out, notes), strict=True))
+
+    def make() -> Tokenised:
+        return _tokenised(splits, PairTokenizer(tokenizer, max_length), spec, tell or Progress())
+
+    many = kept is not None and sum(map(len, splits.values())) >= MANY
+    found = kept_tokens(kept, _key(splits, tokenizer, max_length), make) if kept and many else make()
+    counts = dict(left_out + Counter(found.left_out))
+    return Pairs(found.sets["train"], found.sets["evaluation"], counts, found.truncated, dict(notes))
+
+
+def _tokenised(splits: dict[str, list[Written]], tokenize: PairTokenizer, spec: DataSpec, tell: Tell) -> Tokenised:
+    left_out: Counter[str] = Counter()
+    total, done, sets, truncated = sum(map(len, splits.values())), 0, {}, 0
+    for name, rows in splits.items():
         of_split: Counter[str] = Counter()
         chunks = []
         for start in range(0, len(rows), CHUNK):
-            kept = list(_usable(tokenize, rows[start : start + CHUNK], of_split))
-            truncated += sum(any(len(row[f"{side}_labels"]) >= max_length for side in ANSWERS) for row in kept)
-            chunks.append(
-                Dataset.from_dict({column: [row[column] for row in kept] for column in FEATURES}, features=FEATURES)
-            )
+            usable = list(_usable(tokenize, rows[start : start + CHUNK], of_split))
+            truncated += sum(any(len(row[f"{side}_labels"]) >= tokenize.max_length for side in ANSWERS) for row in usable)
+            columns = {column: [row[column] for row in usable] for column in FEATURES}
+            chunks.append(Dataset.from_dict(columns, features=FEATURES))
             done += len(rows[start : start + CHUNK])
             tell(done, total)
         sets[name] = concatenate_datasets(chunks)
         if not len(sets[name]):
-            raise DataError(_nothing_left(f"the {name} split of {spec.name}", of_split, len(rows), max_length))
+            where = f"the {name} split of {spec.name}"
+            raise DataError(_nothing_left(where, of_split, len(rows), tokenize.max_length))
         left_out += of_split
-    return Pairs(sets["train"], sets["evaluation"], dict(left_out), truncated, dict(notes))
+    return Tokenised(sets, dict(left_out), truncated)
+
+
+def _key(splits: dict[str, list[Written]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> str | None:
+    """A hash of all that decides the tokens; None where a tokenizer cannot be told from another."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    digest = hashlib.sha256(backend.to_str().encode())
+    own = [type(tokenizer).__name__, tokenizer.chat_template, tokenizer.bos_token_id, tokenizer.eos_token_id]
+    versions = [importlib.metadata.version(name) for name in ("transformers", "tokenizers", "trl", "isaerft-sweep")]
+    digest.update(canonical_json([own, versions, max_length, FORMAT]).encode())
+    for name, rows in splits.items():
+        digest.update(name.encode())
+        for row in rows:
+            digest.update(canonical_json(row.row).encode())
+    return digest.hexdigest()[:32]
 
 
 class Progress:
-    """Says from time to time how many pairs are tokenised."""
+    """Says from time to time how many pairs are tokenised. ``before``: what each line begins with."""
 
-    def __init__(self) -> None:
-        self._said_s = time.monotonic()
+    def __init__(self, stream: TextIO | None = None, before: str = "") -> None:
+        self._stream, self._before, self._said_s = stream, before, time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
         if time.monotonic() - self._said_s > SAY_S:
             self._said_s = time.monotonic()
-            print(f"tokenised {done} of {total} pairs", flush=True)
+            print(f"{self._before}tokenised {done} of {total} pairs", file=self._stream, flush=True)
 
 
 def with_prompt(row: Row) -> Row:

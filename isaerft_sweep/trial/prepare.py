@@ -22,8 +22,10 @@ from isaerft_sweep.errors import ConfigError, IsaerftError, ModelError, suggest
 from isaerft_sweep.models.loading import load, load_config, load_tokenizer
 from isaerft_sweep.models.twin import count_parameters, small_twin
 from isaerft_sweep.plain import canonical_json, from_mapping, to_dict
+from isaerft_sweep.preferences import PROGRESS
+from isaerft_sweep.resources import cache_folder
 from isaerft_sweep.specs import Experiment
-from isaerft_sweep.trial.data import Pairs, largest_token, load_pairs, longest_sequence
+from isaerft_sweep.trial.data import Pairs, Progress, largest_token, load_pairs, longest_sequence
 from isaerft_sweep.trial.exact import PLAIN, exact_way
 from isaerft_sweep.trial.trainer import OPTIMIZERS, adapter_config
 
@@ -63,12 +65,14 @@ def prepare(experiment: Experiment, seen: dict[str, Any] | None = None) -> dict[
             check_hook(sae, site, model.name, index)
         saes.append(_describe_sae(site, sae))
     layers = [site.layer for site in experiment.adapter.sites]
-    once(lambda: _check_step(experiment, config, layers), "step", *named, layers)
+    tried = once(lambda: _check_step(experiment, config, layers), "step", *named, layers)
     tokenizer = _checked_tokenizer(experiment, once(lambda: load_tokenizer(model, experiment.cache), "tokenizer", *named))
-    pairs = once(lambda: load_pairs(data, tokenizer, max_length), "pairs", *named, to_dict(data), max_length)
+    tell, kept = Progress(sys.stderr, PROGRESS), cache_folder(experiment.cache) / "pairs"
+    pairs = once(lambda: load_pairs(data, tokenizer, max_length, tell, kept), "pairs", *named, to_dict(data), max_length)
     _check_tokens(experiment, config, tokenizer, pairs)
     return {
-        "model": f"{model.name}: {text.num_hidden_layers} layers, hidden size {text.hidden_size}",
+        "model": f"{model.name}: {text.num_hidden_layers} layers, hidden size {text.hidden_size}"
+        + ("" if tried else "; no step could be tried without its weights, the first trial will tell"),
         "saes": saes,
         "data": f"{data.path or data.name}: {pairs.summary}",
         "pairs": len(pairs.train),
@@ -138,18 +142,23 @@ def _check_tokens(experiment: Experiment, config: Any, tokenizer: PreTrainedToke
             ) from error
 
 
-def _check_step(experiment: Experiment, config: Any, layers: list[int]) -> None:
-    """Raise ModelError unless a step with an adapter can be made on a small twin of the model, or the model itself."""
+def _check_step(experiment: Experiment, config: Any, layers: list[int]) -> bool:
+    """Raise ModelError unless a step with an adapter can be made on a small twin of the model, or the model itself.
+
+    False when there is no twin and the model is too large for a check.
+    """
     twin = small_twin(config)
     if twin is not None:
         try:
             _step(twin, layers)
-            return
+            return True
         except ModelError:  # perhaps for the twin's sizes
             if count_parameters(config) > SMALL:
                 raise
-    if count_parameters(config) <= SMALL:
-        _step(load(experiment.model, experiment.cache).model, layers)
+    if count_parameters(config) > SMALL:
+        return False
+    _step(load(experiment.model, experiment.cache).model, layers)
+    return True
 
 
 def _step(model: PreTrainedModel, layers: list[int]) -> None:

@@ -32,8 +32,9 @@ from isaerft_sweep.journal.folders import (
 )
 from isaerft_sweep.models.loading import LoadedModel, compile_layers, load, sharing_weights, without_dropout
 from isaerft_sweep.plain import canonical_json, to_dict
+from isaerft_sweep.resources import cache_folder
 from isaerft_sweep.results.card import make_card, write_card
-from isaerft_sweep.specs import TrialSpec
+from isaerft_sweep.specs import Experiment, TrialSpec
 from isaerft_sweep.tracking.run import open_run, summary_of
 from isaerft_sweep.trial import phases as phase
 from isaerft_sweep.trial.data import load_pairs
@@ -111,9 +112,7 @@ def _train(
     experiment = spec.experiment
     pairs = phases.prepared(
         phase.READING,
-        lambda: shared.get(
-            "pairs", data_key(experiment), lambda: load_pairs(experiment.data, loaded.tokenizer, experiment.orpo.max_length)
-        ),
+        lambda: shared.get("pairs", data_key(experiment), lambda: load_pairs(*_pairs_of(experiment, loaded))),
     )
     print(pairs.summary, flush=True)
     write_json(folder.environment, describe_environment(torch_device=_device_name()))
@@ -162,6 +161,7 @@ def _train(
     phases.enter(phase.SAVING)
     write_changes(folder.latents, changes)
     results = _results(recorder, started)
+    results["pairs"] = pairs.facts
     results["wandb"] = {"url": run.url, "sweep_url": run.sweep_url, "offline": run.offline_folder is not None}
     _save(folder, model, loaded, results, status)
     run.log_adapter(folder.adapter, spec.model_name)
@@ -178,6 +178,11 @@ def _cut_off(shared: Shared, checkpoints: list[Path]) -> dict[str, Any]:
     """
     words = "it goes on from its last checkpoint" if checkpoints else "it had no step to keep"
     return {"message": f"asked to stop; {words}", **({"begun": False} if shared.served else {})}
+
+
+def _pairs_of(experiment: Experiment, loaded: LoadedModel) -> tuple[Any, ...]:
+    """What ``load_pairs`` is asked for."""
+    return experiment.data, loaded.tokenizer, experiment.orpo.max_length, None, cache_folder(experiment.cache) / "pairs"
 
 
 def _results(recorder: Recorder, started: float) -> dict[str, Any]:
