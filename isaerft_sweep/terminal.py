@@ -45,10 +45,10 @@ def _as_ascii(character: str) -> str:
 
 
 def make_console() -> Console:
-    """Rich's console on standard output. Lines are never broken, which only a terminal should do."""
+    """Rich's console on standard output. Lines are not broken, which is the terminal's own work, and text stays as it is."""
     from rich.console import Console
 
-    made = Console(soft_wrap=True)
+    made = Console(soft_wrap=True, markup=False, emoji=False)
     if made.is_dumb_terminal:  # rich takes every one for 80 columns wide
         with suppress(OSError, ValueError):
             wide, high = os.get_terminal_size(sys.stdout.fileno())

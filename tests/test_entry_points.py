@@ -249,3 +249,19 @@ def test_ctrl_c_in_attach(sweep: Path, tmp_path: Path) -> None:
 
 def test_exit_codes_are_told_apart() -> None:
     assert len({0, guard.UNEXPECTED, guard.WRONG, guard.INTERRUPTED, guard.NOBODY_READS}) == 5
+
+
+def test_brackets_and_colons_in_a_message_are_printed_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rich would take ``[/tmp/x]`` for markup that closes nothing, and ``:warning:`` for a picture."""
+    journal = made(tmp_path / "a[bold]b", 1)
+    journal.write("dispatch", index=0, attempt=1, job={"kind": "local", "pid": 1, "start": 1.0})
+    message = "OSError: [Errno 28] no room in [/tmp/x] :warning:"
+    ended(journal, 0, "failed", message=message, given_up=True)
+    journal.close()
+    for command in (["status", str(tmp_path / "a[bold]b")], ["status", str(tmp_path)]):
+        assert cli.main(command) == 0
+        said = capsys.readouterr().out
+        assert "a[bold]b" in said and (message in said or command[1] == str(tmp_path))
+    assert cli.main(["leaderboard", str(tmp_path / "a[bold]b")]) == 0

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import TINY, processes_of
 from test_resident import rows_of
+from test_sweep import ended_states, start, statuses, wait_for
 
 from isaerft_sweep.journal.files import _lock_of
 from isaerft_sweep.journal.folders import PRUNED, STOPPED, StatusWriter, TrialFolder
@@ -173,3 +175,24 @@ def test_the_phases_in_their_order(trial: Made, tmp_path: Path, monkeypatch: pyt
     assert began["trained_from"] == 0 and before < began["trained_since"] < time.time()
     first_row = next(row for row in folder.read_metrics() if row["step"] == 1)
     assert began["trained_since"] <= first_row["time"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_whole_sweep_stops_while_the_frozen_layers_are_waited_for(number: signal.Signals, tmp_path: Path) -> None:
+    scratch, sweep = tmp_path / "scratch", tmp_path / "outputs" / "s"
+    options = (*TINY, *OFF, "sweep.run_cap=1", f"launcher.scratch={scratch}", "launcher.poll_s=5")
+    first = start(tmp_path, *options, "name=first", "launcher.poll_s=0.2")
+    assert first.wait(200) == 0
+    entry = next(path for path in scratch.iterdir() if path.is_dir())
+    entry.rename(tmp_path / "aside")
+    with _lock_of(entry).open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        controller = start(tmp_path, *options, "name=s")
+        wait_for(lambda: [one for one in statuses(sweep) if one.get("phase", "").startswith("frozen")])
+        asked_s = time.monotonic()
+        controller.send_signal(number)
+        assert controller.wait(60) == 130 and time.monotonic() - asked_s < 12, "two turns of 5 s, and no grace of 60 s"
+    said = (tmp_path / "controller.out").read_text()
+    assert "stopping, at most 60 s; Ctrl-C again ends it now" in said and "frozen layers" in said and "log.out" in said
+    assert ended_states(sweep) == {"stopped": 1} and processes_of(tmp_path) == []

@@ -95,9 +95,11 @@ def test_json_has_it_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         )
         dispatched(journal, 1, SLURM)
         ended(journal, 1, "failed", message="boom", given_up=True)
+        dispatched(journal, 2, SLURM, loss=float("nan"), metric=float("inf"))
         assert main(["status", str(tmp_path / "s"), "--json"]) == 0
-        told = json.loads(capsys.readouterr().out)
-    assert (told["trials"], told["ended"], told["counts"]) == (3, 1, {"created": 1, "given up": 1, "running": 1})
+        told = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert (told["trials"], told["ended"], told["counts"]) == (3, 1, {"given up": 1, "running": 2})
+    assert told["rows"][2]["loss"] is None, "NaN is no JSON"
     row = told["rows"][0]
     assert (row["phase"], row["node"], row["job"]["id"], row["step"]) == ("training", "node7", "4711_2", 30)
     assert row["left_s"] == pytest.approx(20, abs=2) and told["controller"]["running"] is True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import socket
 import time
 from collections import Counter
@@ -179,7 +180,8 @@ def _summed(path: Path, parts: list[Follower]) -> dict[str, Any]:
     facts = [status_facts(part, part.statuses(), time.time()) for part in parts]
     rows = [row for one in facts for row in one["rows"]]
     metric = facts[0]["metric"]
-    values = [row["metric"] for row in rows if row["state"] == "completed" and row["metric"] is not None]
+    ended = [row["metric"] for row in rows if row["state"] == "completed"]
+    values = [value for value in ended if value is not None and math.isfinite(value)]
     best = (max if metric["goal"] == "maximize" else min)(values, default=None)
     running = any(one["controller"]["running"] for one in facts)
     states = Counter(row["state"] for row in rows)
@@ -223,5 +225,14 @@ def as_json(path: Path) -> str:
     """The facts of a sweep, or of all sweeps in a folder, as JSON."""
     if SweepFolder(path.expanduser().absolute()).journal.is_file():
         seen = Follower(path)
-        return json.dumps(status_facts(seen, seen.statuses(), time.time()), indent=1)
-    return json.dumps({"sweeps": overview(path)}, indent=1)
+        return json.dumps(_finite(status_facts(seen, seen.statuses(), time.time())), indent=1)
+    return json.dumps(_finite({"sweeps": overview(path)}), indent=1)
+
+
+def _finite(content: Any) -> Any:
+    """The same without numbers that JSON has not: a diverged trial's loss is null."""
+    if isinstance(content, Mapping):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
