@@ -146,7 +146,7 @@ class Sweep:
 def load_sweep(source: str | Path, metric: str | None = None) -> Sweep:
     """The sweep in a folder (``outputs/NAME``) or in W&B (``wandb:ENTITY/PROJECT/ID``), also while it runs.
 
-    ``metric``: rank by this metric instead of the sweep's own. Raises FolderError when there is no sweep, ConfigError when
+    ``metric``: rank by this metric instead of the sweep's own. Raises FolderError when there is no sweep, SpaceError when
     no trial logs that metric.
     """
     if str(source).startswith(WANDB):

@@ -11,7 +11,7 @@ import pytest
 from conftest import TINY
 
 import isaerft_sweep as isw
-from isaerft_sweep.errors import ConfigError, FolderError
+from isaerft_sweep.errors import ConfigError, FolderError, SpaceError
 
 RECORDED = Path(__file__).parent / "golden" / "sweep-0.1.0.tar.gz"
 
@@ -39,7 +39,7 @@ def test_a_sweep_as_a_table(recorded: Path) -> None:
 
 def test_another_metric_and_mistakes(recorded: Path, tmp_path: Path) -> None:
     assert isw.load_sweep(str(recorded), "eval/nll_loss").goal == "minimize"
-    with pytest.raises(ConfigError, match="is not logged by any trial"):
+    with pytest.raises(SpaceError, match="is not logged by any trial"):
         isw.load_sweep(recorded, "eval/nll")
     with pytest.raises(FolderError, match="must be a sweep's folder"):
         isw.load_sweep(tmp_path / "nothing")
