@@ -107,3 +107,5 @@ def at_once(stopping: dict[str, bool], folder: TrialFolder) -> Iterator[None]:
     finally:
         stopping.pop("at_once", None)
         over.set()
+        if watch.ident is not None:
+            watch.join()  # a signal of its own must not come after the handlers have gone
