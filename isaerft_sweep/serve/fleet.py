@@ -7,7 +7,7 @@ import secrets
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from isaerft_sweep.journal.journal import TrialRecord
 from isaerft_sweep.serve import runs as states
@@ -15,9 +15,6 @@ from isaerft_sweep.serve import sweeps
 from isaerft_sweep.serve.checks import RequestError
 from isaerft_sweep.serve.runs import RunKey, ServedRun
 from isaerft_sweep.serve.sweeps import ServedSweep
-
-if TYPE_CHECKING:
-    from isaerft_sweep.serve.server import Server
 
 log = logging.getLogger("isaerft.serve")
 SETTLING_S = 3.0
@@ -47,10 +44,30 @@ class ServedAgent:
     """Whether it has told this process what it is running."""
 
 
+class RunStore(Protocol):
+    """What the agents need of the server: its sweeps, runs and agents, and its log.
+
+    ``silence_s``: after how long a run that nobody hears of has crashed, in seconds.
+    """
+
+    silence_s: float
+    sweeps: dict[str, ServedSweep]
+    runs: dict[RunKey, ServedRun]
+    agents: dict[str, ServedAgent]
+
+    def write(self, **event: Any) -> None: ...
+
+    def update_sweep(self, sweep: ServedSweep, config: str | None, state: str | None, facts: Mapping[str, Any]) -> None: ...
+
+    def runs_of(self, sweep: ServedSweep) -> Iterator[ServedRun]: ...
+
+    def run_of(self, key: RunKey) -> ServedRun: ...
+
+
 class Fleet:
     """The agents of one server. Who they are is in the server's log; what is here is forgotten when it ends."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: RunStore) -> None:
         self.server = server
         self._stop_since: dict[RunKey, float] = {}
         self.unsettled: set[RunKey] = set()

@@ -26,15 +26,24 @@ from graphql import (
 
 from isaerft_sweep.errors import IsaerftError
 from isaerft_sweep.resources import asset
-from isaerft_sweep.serve import artifacts, cost
+from isaerft_sweep.serve import artifact_changes, cost
 from isaerft_sweep.serve.answers import UNFORESEEN
-from isaerft_sweep.serve.artifact_views import ArtifactFileView, ArtifactView, CollectionView, manifest_view
 from isaerft_sweep.serve.caller import Caller, global_id, parse_id
 from isaerft_sweep.serve.checks import RequestError, disk_refused, json_object
-from isaerft_sweep.serve.run_views import FileView, RunView
+from isaerft_sweep.serve.graphql_types import (
+    AgentView,
+    ArtifactFileView,
+    ArtifactView,
+    CollectionView,
+    FileView,
+    ProjectView,
+    RunView,
+    SweepView,
+    UserView,
+    entity_view,
+    manifest_view,
+)
 from isaerft_sweep.serve.runs import RunKey
-from isaerft_sweep.serve.sweep_views import AgentView, SweepView
-from isaerft_sweep.serve.views import ProjectView, UserView, entity_view
 
 log = logging.getLogger("isaerft.serve")
 MAX_TOKENS = 2000
@@ -281,35 +290,35 @@ class Root:
         return CollectionView(self.caller, (key[0], key[1], key[2])) if known else None
 
     def create_artifact(self, input: dict[str, Any]) -> Any:
-        return {"artifact": ArtifactView(self.caller, artifacts.create(self.caller, input))}
+        return {"artifact": ArtifactView(self.caller, artifact_changes.create(self.caller, input))}
 
     def create_artifact_manifest(self, input: dict[str, Any]) -> Any:
-        known = artifacts.new_manifest(self.caller, input["artifactID"], input["digest"])
+        known = artifact_changes.new_manifest(self.caller, input["artifactID"], input["digest"])
         return {"artifactManifest": manifest_view(self.caller, known)}
 
     def update_artifact_manifest(self, input: dict[str, Any]) -> Any:
-        known = artifacts.new_manifest(self.caller, input["artifactManifestID"], input.get("digest"))
+        known = artifact_changes.new_manifest(self.caller, input["artifactManifestID"], input.get("digest"))
         return {"artifactManifest": manifest_view(self.caller, known)}
 
     def create_artifact_files(self, input: dict[str, Any]) -> Any:
         """Addresses to upload an artifact's files to."""
         specs = input["artifactFiles"]
         for artifact_id in {spec["artifactID"] for spec in specs}:
-            artifacts.find(self.caller, artifact_id)
+            artifact_changes.find(self.caller, artifact_id)
         made = [ArtifactFileView(self.caller, spec["artifactID"], spec["name"], {"digest": spec["md5"]}) for spec in specs]
         return {"files": {"edges": [{"node": file} for file in made]}}
 
     def commit_artifact(self, input: dict[str, Any]) -> Any:
-        return {"artifact": ArtifactView(self.caller, artifacts.commit(self.caller, input))}
+        return {"artifact": ArtifactView(self.caller, artifact_changes.commit(self.caller, input))}
 
     def update_artifact(self, input: dict[str, Any]) -> Any:
-        return {"artifact": ArtifactView(self.caller, artifacts.update(self.caller, input))}
+        return {"artifact": ArtifactView(self.caller, artifact_changes.update(self.caller, input))}
 
     def add_aliases(self, input: dict[str, Any]) -> Any:
-        return artifacts.change_aliases(self.caller, input, add=True)
+        return artifact_changes.change_aliases(self.caller, input, add=True)
 
     def delete_aliases(self, input: dict[str, Any]) -> Any:
-        return artifacts.change_aliases(self.caller, input, add=False)
+        return artifact_changes.change_aliases(self.caller, input, add=False)
 
     def use_artifact(self, input: dict[str, Any]) -> Any:
-        return {"artifact": ArtifactView(self.caller, artifacts.use(self.caller, input))}
+        return {"artifact": ArtifactView(self.caller, artifact_changes.use(self.caller, input))}

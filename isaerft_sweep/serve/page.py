@@ -16,8 +16,8 @@ from isaerft_sweep.resources import asset
 from isaerft_sweep.serve import runs as states
 from isaerft_sweep.serve.caller import Caller, stamp, thinned
 from isaerft_sweep.serve.filters import select
+from isaerft_sweep.serve.graphql_types import AGENT_SILENCE_S, AgentView
 from isaerft_sweep.serve.runs import ServedRun
-from isaerft_sweep.serve.sweep_views import AGENT_SILENCE_S, AgentView
 from isaerft_sweep.serve.sweeps import ServedSweep
 from isaerft_sweep.tracking.metric_names import flat, is_number
 
