@@ -141,8 +141,7 @@ def test_a_trial_that_was_given_up_among_others_is_told(tmp_path: Path) -> None:
     console = Console(record=True, width=200)
     assert conclude(console, folder, journal, 2, stopped=False, show=False) == 1
     said = console.export_text()
-    assert "given up: run-1: out of [bold]memory\n" in said
-    assert "1 of 2 trials was given up. The same command tries it again." in said
+    assert "1 of 2 trials was given up: run-1. The same command tries it again. Why: isaerft-sweep status " in said
     journal.close()
 
 

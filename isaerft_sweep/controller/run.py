@@ -308,11 +308,11 @@ def conclude(console: Console, folder: SweepFolder, journal: Journal, trials: in
     if ended < trials:
         reason = next((r.message for r in records if r.given_up), "")
         console.print(f"Ended after {ended} trials, since none of them completed: {reason}", soft_wrap=True, style="red")
-    given_up = [record for record in records if record.given_up]
-    for record in given_up[:SHOWN_GIVEN_UP]:
-        why = record.message.partition("\n")[0]
-        console.print(f"given up: {record.name}: {why}", soft_wrap=True, style="red", markup=False, highlight=False)
+    given_up = [record.name for record in records if record.given_up]
     if given_up:
-        count = f"{len(given_up)} of {trials} trials {'was' if len(given_up) == 1 else 'were'} given up"
-        console.print(f"{count}. The same command tries {'it' if len(given_up) == 1 else 'them'} again.", style="red")
+        names = ", ".join(given_up[:SHOWN_GIVEN_UP]) + (", …" if len(given_up) > SHOWN_GIVEN_UP else "")
+        count = f"{len(given_up)} of {trials} trials {'was' if len(given_up) == 1 else 'were'} given up: {names}"
+        again = f"The same command tries {'it' if len(given_up) == 1 else 'them'} again"
+        words = f"{count}. {again}. Why: isaerft-sweep status {leaderboard.short_path(folder.path)}"
+        console.print(words, soft_wrap=True, style="red", markup=False, highlight=False)
     return 0 if any(r.state == COMPLETED for r in records) and not given_up else 1
