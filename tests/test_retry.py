@@ -54,7 +54,7 @@ def cli(cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_it_is_said_and_tried_again_alone(resident: str, broken: Path, launch: Callable, tmp_path: Path) -> None:
     done = launch(*OPTIONS, f"launcher.resident={resident}")
     sweep = tmp_path / "outputs" / "s"
-    assert done.returncode == 0 and ended_states(sweep) == {"completed": 2, "failed": 1}, done.stdout + done.stderr
+    assert done.returncode == 1 and ended_states(sweep) == {"completed": 2, "failed": 1}, done.stdout + done.stderr
     log = next(path for path in sweep.glob("trials/*/log.out") if "broken on purpose" in path.read_text())
     assert f"its log: {log.relative_to(tmp_path)}" in done.stdout
     assert "Trial 2 was given up. The same command tries it again" in done.stdout
