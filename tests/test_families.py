@@ -31,7 +31,7 @@ from isaerft_sweep.trial.resident import serve_trials
 from isaerft_sweep.trial.run import run_trial
 
 NOT_TEXT_ALONE = {
-    "blt", "cpmant", "dots3_note", "emu3", "fuyu", "gemma3", "gemma3n", "gemma4", "gemma4_assistant", "gemma4_unified",
+    "bailing_hybrid", "blt", "cpmant", "dots3_note", "emu3", "fuyu", "gemma3", "gemma3n", "gemma4", "gemma4_assistant", "gemma4_unified",
     "gemma4_unified_assistant", "git", "got_ocr2", "llama4", "mllama", "moshi", "moss_transcribe_diarize", "musicgen",
     "musicgen_melody", "phi4_multimodal", "qwen3_5", "qwen3_5_moe", "qwen4_exp", "reformer", "rwkv", "trocr", "whisper", "xlm",
     "xlnet", "xlstm",
