@@ -31,7 +31,7 @@ from isaerft_sweep.trial.resident import serve_trials
 from isaerft_sweep.trial.run import run_trial
 
 NOT_TEXT_ALONE = {
-    "blt", "cpmant", "dots3_note", "emu3", "fuyu", "gemma3", "gemma3n", "gemma4", "gemma4_assistant", "gemma4_unified",
+    "bailing_hybrid", "blt", "cpmant", "dots3_note", "emu3", "fuyu", "gemma3", "gemma3n", "gemma4", "gemma4_assistant", "gemma4_unified",
     "gemma4_unified_assistant", "git", "got_ocr2", "llama4", "mllama", "moshi", "moss_transcribe_diarize", "musicgen",
     "musicgen_melody", "phi4_multimodal", "qwen3_5", "qwen3_5_moe", "qwen4_exp", "reformer", "rwkv", "trocr", "whisper", "xlm",
     "xlnet", "xlstm",
@@ -88,7 +88,8 @@ def saved(family: str, folder: Path, **more: Any) -> Path:
 def options(folder: Path, width: int, *more: str) -> tuple[str, ...]:
     site = f"adapter.sites=[{{layer: 2, sae_release: isaerft-sweep, sae_id: random-{width}x256}}]"
     named = overrides({"model.name": str(folder), "model.source": "hub", "model.architecture": None})
-    return (*OFF, *named, site, "orpo.max_steps=2", "orpo.learning_rate=0.1", "orpo.eval_untrained=never", *more)
+    less = ("data.train_size=8", "data.eval_size=4", "orpo.batch_size=2", "orpo.max_length=160")
+    return (*OFF, *named, site, *less, "orpo.max_steps=2", "orpo.learning_rate=0.1", "orpo.eval_untrained=never", *more)
 
 
 def as_a_user_would(folder: TrialFolder, output: Path) -> list[dict[str, float]]:
