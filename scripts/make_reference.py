@@ -1,0 +1,119 @@
+"""Write docs/reference-config.md and docs/reference-commands.md from the code; ``--check`` fails when they are out of date."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from isaerft_sweep.cli import _parser
+from isaerft_sweep.specs import Experiment
+
+DOCS = Path(__file__).parent.parent / "docs"
+NOTE = "Made by `python scripts/make_reference.py`; do not edit.\n"
+
+
+def config_page() -> str:
+    """Every config key with its type, default, bounds and meaning, section by section."""
+    lines = ["# Config reference", "", NOTE]
+    lines += [
+        "Every key is an override of `python -m isaerft_sweep.launch`: `orpo.beta=0.2`. A group such as `orpo=quick` chooses a file of",
+        "`conf/`, which sets several; `--cfg job` prints what comes of all of them. Keys of `model`, `data`, `adapter` and `orpo` may be",
+        "swept. The defaults here are the code's; the files in `conf/` have their own.",
+        "",
+    ]
+    hints = typing.get_type_hints(Experiment)
+    top = [f for f in dataclasses.fields(Experiment) if not dataclasses.is_dataclass(hints[f.name])]
+    lines += ["## Sweep folder", "", *table("", top, hints)]
+    for f in dataclasses.fields(Experiment):
+        spec = hints[f.name]
+        if dataclasses.is_dataclass(spec):
+            lines += [f"## {f.name}", "", str(spec.__doc__).partition("\n")[0], ""]
+            lines += table(f"{f.name}.", dataclasses.fields(spec), typing.get_type_hints(spec))
+    site = typing.get_args(hints["adapter"].__annotations__ and typing.get_type_hints(hints["adapter"])["sites"])[0]
+    lines += ["## An entry of adapter.sites", "", *table("", dataclasses.fields(site), typing.get_type_hints(site))]
+    return "\n".join(lines)
+
+
+def table(prefix: str, fields: Any, hints: dict[str, Any]) -> list[str]:
+    rows = ["| key | type | default | values | meaning |", "| --- | --- | --- | --- | --- |"]
+    for f in fields:
+        meaning = f.metadata.get("help", "").replace("|", "\\|")
+        rows.append(f"| `{prefix}{f.name}` | {type_words(hints[f.name])} | {default_words(f)} | {bounds_words(f.metadata)} | {meaning} |")
+    return [*rows, ""]
+
+
+def type_words(hint: Any) -> str:
+    if isinstance(hint, types.UnionType):
+        return f"{type_words(next(a for a in typing.get_args(hint) if a is not type(None)))} or null"
+    if typing.get_origin(hint) is tuple:
+        return f"list of {type_words(typing.get_args(hint)[0])}"
+    names = {str: "text", int: "whole number", float: "number", bool: "true or false"}
+    return names.get(hint, "mapping" if typing.get_origin(hint) else "hook point")
+
+
+def default_words(f: Any) -> str:
+    if f.default is not dataclasses.MISSING:
+        value = {None: "null", True: "true", False: "false", (): "[]"}.get(f.default if f.default != 1 and f.default != 0 else str(f.default), f.default)
+        return f"`{value}`"
+    return "`{}`" if f.default_factory is not dataclasses.MISSING else "must be set"
+
+
+def bounds_words(meta: Any) -> str:
+    if meta.get("choices"):
+        return ", ".join(f"`{choice}`" for choice in meta["choices"])
+    bounds = (("above", "> "), ("at_least", "≥ "), ("at_most", "≤ "))
+    return ", ".join(f"{sign}{meta[name]:g}" for name, sign in bounds if meta.get(name) is not None)
+
+
+def commands_page() -> str:
+    """Every command of ``isaerft-sweep`` with its arguments."""
+    lines = ["# Command reference", "", NOTE]
+    parser = _parser()
+    commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    summaries = {choice.dest: choice.help for choice in commands._choices_actions}
+    for name, command in commands.choices.items():
+        lines += [f"## isaerft-sweep {name}", "", f"{sentence(summaries.get(name) or '')}", ""]
+        rows = list(arguments(command))
+        if rows:
+            lines += ["| argument | default | meaning |", "| --- | --- | --- |", *rows, ""]
+    return "\n".join(lines)
+
+
+def sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}." if text else ""
+
+
+def arguments(command: argparse.ArgumentParser) -> Iterator[str]:
+    for action in command._actions:
+        if isinstance(action, argparse._HelpAction):
+            continue
+        words = ", ".join(f"`{option}`" for option in action.option_strings) or f"`{(action.metavar or action.dest).upper()}`"
+        if action.choices:
+            words += " (" + ", ".join(map(str, action.choices)) + ")"
+        shown = action.default not in (None, False, [], argparse.SUPPRESS) and action.option_strings
+        default = f"`{action.default}`" if shown else ""
+        yield f"| {words} | {default} | {sentence((action.help or '').replace('|', chr(92) + '|'))} |"
+
+
+def main() -> int:
+    """Write the pages, or compare them."""
+    check, stale = "--check" in sys.argv[1:], []
+    for name, text in {"reference-config.md": config_page(), "reference-commands.md": commands_page()}.items():
+        path = DOCS / name
+        if check and (not path.is_file() or path.read_text(encoding="utf-8") != text):
+            stale.append(path.name)
+        elif not check:
+            path.write_text(text, encoding="utf-8")
+    if stale:
+        print(f"{', '.join(stale)} must be what the code says, but is out of date: python scripts/make_reference.py", file=sys.stderr)
+    return 1 if stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
