@@ -15,7 +15,7 @@ def run_plain(experiment: Any, folder: Path, vector: bool) -> dict[str, float]:
     from isaerft_sweep.adapter.architecture import decoder_layers
     from isaerft_sweep.adapter.sae import load_sae
     from isaerft_sweep.models.loading import load
-    from isaerft_sweep.plain import to_dict
+    from isaerft_sweep.spec_fields import to_dict
     from isaerft_sweep.trial.data import load_pairs
 
     class Steered(torch.nn.Module):

@@ -34,9 +34,9 @@ from typing import Any
 
 import psutil
 
-from isaerft_sweep.controller.following import Follower
+from isaerft_sweep.controller.monitor import SweepMonitor
 from isaerft_sweep.dispatch.job import importing
-from isaerft_sweep.journal.folders import COMPLETED, RUNNING, SweepFolder, TrialFolder
+from isaerft_sweep.journal.layout import COMPLETED, RUNNING, SweepFolder, TrialFolder
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from slurm_bed import Bed, running_bed, why_not
@@ -186,7 +186,7 @@ def wait(process: subprocess.Popen[bytes], seconds: float) -> None:
 
 def judge(folder: SweepFolder, alone: Path) -> Counter[str]:
     """How many of a sweep's trials are lost, doubled and unequal."""
-    seen, found = Follower(folder.path), Counter(trials=TRIALS)
+    seen, found = SweepMonitor(folder.path), Counter(trials=TRIALS)
     found["lost"] = TRIALS - sum(record.state == COMPLETED for record in seen.records)
     lines = [json.loads(line) for line in folder.journal.read_text(encoding="utf-8").splitlines()]
     ends = Counter(line["index"] for line in lines if line["event"] == "end" and line["state"] == COMPLETED)
@@ -203,7 +203,7 @@ def judge(folder: SweepFolder, alone: Path) -> Counter[str]:
 def run_alone(trial: TrialFolder, place: Path) -> TrialFolder:
     """The same trial, run from beginning to end in this process."""
     with importing():
-        from isaerft_sweep.trial.run import run_trial
+        from isaerft_sweep.trial.runner import run_trial
 
     whole = TrialFolder(place)
     whole.create(trial.read_spec())

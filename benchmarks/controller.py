@@ -21,14 +21,14 @@ from rich.table import Table
 
 from isaerft_sweep.config.boundary import to_definition, to_experiment
 from isaerft_sweep.config.schema import register
-from isaerft_sweep.controller.question import open_journal, question, sweep_folder
-from isaerft_sweep.controller.run import make_sampler
-from isaerft_sweep.controller.sweep import Silent, SweepController
-from isaerft_sweep.controller.trials import TrialFactory, new_sweep_id
+from isaerft_sweep.controller.loop import Silent, SweepController
+from isaerft_sweep.controller.run_sweep import make_sampler
+from isaerft_sweep.controller.sweep_identity import open_journal, sweep_fingerprint, sweep_folder
+from isaerft_sweep.controller.trial_factory import TrialFactory, new_sweep_id
 from isaerft_sweep.dispatch.base import Dispatcher, JobRef
 from isaerft_sweep.dispatch.job import TrialJob
-from isaerft_sweep.journal.folders import COMPLETED, StatusWriter, TrialFolder
-from isaerft_sweep.resources import folder
+from isaerft_sweep.journal.layout import COMPLETED, StatusWriter, TrialFolder
+from isaerft_sweep.paths import folder
 
 
 class InstantDispatcher(Dispatcher):
@@ -63,7 +63,7 @@ def measure(trials: int, method: str, output: str) -> tuple[float, float]:
         experiment = to_experiment(compose("config", [*asked, *place]))
     definition = to_definition(experiment.sweep, experiment)
     where = sweep_folder(experiment, definition)
-    journal = open_journal(where, question(experiment, definition))
+    journal = open_journal(where, sweep_fingerprint(experiment, definition))
     journal.write("sweep", sweep_id=new_sweep_id(), question="q", metric="eval/loss", goal="minimize")
     factory = TrialFactory(experiment, definition, where, "s", None)
     sampler = make_sampler(experiment, definition)

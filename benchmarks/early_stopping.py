@@ -94,12 +94,12 @@ def record(trials: int) -> None:
 
     from isaerft_sweep.config.boundary import to_definition, to_experiment
     from isaerft_sweep.config.schema import register
-    from isaerft_sweep.controller.trials import TrialFactory
-    from isaerft_sweep.journal.folders import SweepFolder
-    from isaerft_sweep.resources import folder
+    from isaerft_sweep.controller.trial_factory import TrialFactory
+    from isaerft_sweep.journal.layout import SweepFolder
+    from isaerft_sweep.paths import folder
     from isaerft_sweep.search.sampler import Sampler
-    from isaerft_sweep.trial.resident import KeptModel
-    from isaerft_sweep.trial.run import run_trial
+    from isaerft_sweep.trial.runner import run_trial
+    from isaerft_sweep.trial.worker import WorkerCache
 
     register()
     settings = [
@@ -111,7 +111,7 @@ def record(trials: int) -> None:
     with initialize_config_dir(str(folder("conf")), version_base="1.3"):
         experiment = to_experiment(compose("config", settings))
     definition = to_definition(experiment.sweep, experiment)
-    sampler, kept, found = Sampler(definition.parameters, "random"), KeptModel(), []
+    sampler, kept, found = Sampler(definition.parameters, "random"), WorkerCache(), []
     with tempfile.TemporaryDirectory() as output:
         factory = TrialFactory(experiment, definition, SweepFolder(Path(output) / "s"), "s", None)
         for index in range(trials):

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from isaerft_sweep.journal.files import write_json, write_text
-from isaerft_sweep.journal.folders import SweepFolder
+from isaerft_sweep.journal.atomic_files import write_json, write_text
 from isaerft_sweep.journal.journal import Journal
+from isaerft_sweep.journal.layout import SweepFolder
 
 SWEEP_FILE = """\
 method: random

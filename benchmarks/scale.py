@@ -28,14 +28,14 @@ from rich.table import Table
 
 from isaerft_sweep.config.boundary import to_definition, to_experiment
 from isaerft_sweep.config.schema import register
-from isaerft_sweep.controller.question import open_journal, sweep_folder
-from isaerft_sweep.controller.run import make_sampler
-from isaerft_sweep.controller.sweep import Silent, SweepController
-from isaerft_sweep.controller.trials import TrialFactory
-from isaerft_sweep.dispatch.base import Dispatcher, JobRef, QueueBusy
+from isaerft_sweep.controller.loop import Silent, SweepController
+from isaerft_sweep.controller.run_sweep import make_sampler
+from isaerft_sweep.controller.sweep_identity import open_journal, sweep_folder
+from isaerft_sweep.controller.trial_factory import TrialFactory
+from isaerft_sweep.dispatch.base import Dispatcher, JobRef, SchedulerUnavailable
 from isaerft_sweep.dispatch.job import Job, TrialJob
-from isaerft_sweep.journal.folders import COMPLETED, StatusWriter, TrialFolder
-from isaerft_sweep.resources import folder
+from isaerft_sweep.journal.layout import COMPLETED, StatusWriter, TrialFolder
+from isaerft_sweep.paths import folder
 
 MEASURED_S = (30, 28, 53, 53, 59, 27, 28, 28)
 """The demo's trials, as its leaderboard in the README tells."""
@@ -69,7 +69,7 @@ class SimulatedWorkers(Dispatcher):
     def submit_all(self, jobs: Sequence[Job]) -> list[JobRef]:
         if self.number and self.random.random() < REFUSALS:
             self.refused += 1
-            raise QueueBusy("the queue is full")
+            raise SchedulerUnavailable("the queue is full")
         return [self._start(job) for job in jobs]
 
     def _start(self, job: Job) -> JobRef:

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from isaerft_sweep.dispatch.slurm import SlurmDispatcher, outside_of_any_job
-from isaerft_sweep.journal.folders import SweepFolder
+from isaerft_sweep.journal.layout import SweepFolder
 from isaerft_sweep.specs import LauncherSpec
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))

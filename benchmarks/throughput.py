@@ -37,8 +37,12 @@ from rich.table import Table
 
 from isaerft_sweep.dispatch.job import importing
 
-OFF = {"launcher.trunk_cache_gb": "0", "launcher.lean_logits": "false", "launcher.share_prompts": "false"}
-LEAN, TRUNK, PROMPTS = {"launcher.lean_logits": "true"}, {"launcher.trunk_cache_gb": "8"}, {"launcher.share_prompts": "true"}
+OFF = {"launcher.activation_cache_gb": "0", "launcher.lean_logits": "false", "launcher.share_prompts": "false"}
+LEAN, TRUNK, PROMPTS = (
+    {"launcher.lean_logits": "true"},
+    {"launcher.activation_cache_gb": "8"},
+    {"launcher.share_prompts": "true"},
+)
 ALL = {**LEAN, **TRUNK, **PROMPTS}
 LEVELS = {
     "(i) TRL, hook with encode and decode": ("hook", {}),
@@ -51,14 +55,14 @@ LEVELS = {
     "ours, all, resident worker": ("resident", ALL),
     "ours, all, 2 trials at a time": ("packed 2", ALL),
     "ours, all, 4 trials at a time": ("packed 4", ALL),
-    "ours, all, early stopping": ("sweep", {**ALL, "orpo.eval_fraction": "0.25", "launcher.packed": "8"}),
+    "ours, all, early stopping": ("sweep", {**ALL, "orpo.eval_fraction": "0.25", "launcher.trials_per_pass": "8"}),
 }
 RATES = (0.3, 0.1, 0.05, 0.2, 0.15, 0.07, 0.25, 0.04)
 
 
 def compose_experiment(overrides: list[str]) -> Any:
     """The demo's experiment with overrides."""
-    from isaerft_sweep.config.command import compose
+    from isaerft_sweep.config.compose import compose
 
     return compose(["tracker=disabled", *overrides])
 
@@ -90,8 +94,8 @@ def count_steps() -> list[tuple[float, int]]:
 
 def make_trial(experiment: Any, folder: Path, sweep: str) -> Any:
     """The folder of a trial that is ready to run."""
-    from isaerft_sweep.controller.trials import TrialFactory
-    from isaerft_sweep.journal.folders import SweepFolder
+    from isaerft_sweep.controller.trial_factory import TrialFactory
+    from isaerft_sweep.journal.layout import SweepFolder
     from isaerft_sweep.search.sampler import Point
     from isaerft_sweep.search.sweep_file import Metric, SweepDefinition
 
@@ -113,7 +117,7 @@ def metrics_of(trial: Any) -> dict[str, float]:
 
 def run_ours(experiment: Any, folder: Path, sweep: str, shared: Any) -> dict[str, float]:
     """One trial of this package."""
-    from isaerft_sweep.trial.run import run_trial
+    from isaerft_sweep.trial.runner import run_trial
 
     trial = make_trial(experiment, folder, sweep)
     run_trial(trial, 1, shared)
@@ -122,15 +126,15 @@ def run_ours(experiment: Any, folder: Path, sweep: str, shared: Any) -> dict[str
 
 def run_packed(rates: list[str], overrides: list[str], folder: Path, packed: int) -> list[dict[str, float]]:
     """All trials in one worker, ``packed`` at a time."""
-    from isaerft_sweep.journal.workers import Task, WorkerFolder
-    from isaerft_sweep.trial.resident import serve_trials
+    from isaerft_sweep.journal.worker_queue import Task, WorkerFolder
+    from isaerft_sweep.trial.worker import serve_trials
 
     worker, trials = WorkerFolder(folder / "worker"), []
     for number, rate in enumerate(rates):
         trials.append(make_trial(compose_experiment([f"orpo.learning_rate={rate}", *overrides]), folder, f"s{number}"))
         worker.claim(Task(str(trials[-1].path), 1), room=None)
     worker.claim(Task(None), room=None)
-    serve_trials(worker, packed=packed)
+    serve_trials(worker, trials_per_pass=packed)
     return [metrics_of(trial) for trial in trials]
 
 
@@ -147,7 +151,7 @@ def run_sweep(rates: list[str], overrides: list[str], folder: Path) -> list[dict
     (folder / "sweep.yaml").write_text(yaml.safe_dump(definition), encoding="utf-8")
     command = [sys.executable, "-m", "isaerft_sweep.launch", "sweep=none", f"sweep.file={folder}/sweep.yaml", "name=s"]
     subprocess.run([*command, f"output={folder}", "tracker=disabled", *overrides], check=True, stdout=subprocess.DEVNULL)
-    from isaerft_sweep.journal.folders import COMPLETED, TrialFolder
+    from isaerft_sweep.journal.layout import COMPLETED, TrialFolder
 
     trials = [TrialFolder(path) for path in sorted((folder / "s" / "trials").iterdir())]
     completed = [metrics_of(trial) for trial in trials if trial.read_status()["state"] == COMPLETED]
@@ -160,7 +164,7 @@ def child(kind: str, rates: list[str], overrides: list[str], folder: Path) -> No
     steps: list[tuple[float, int]] = []
     if kind in ("ours", "resident") or kind.startswith("packed"):
         with importing():  # as our workers do
-            import isaerft_sweep.trial.resident  # noqa: F401
+            import isaerft_sweep.trial.worker  # noqa: F401
     if kind == "sweep":
         results = run_sweep(rates, overrides, folder)
     elif kind.startswith("packed"):
@@ -201,9 +205,9 @@ def run_each(kind: str, rates: list[str], overrides: list[str], folder: Path) ->
     """The trials one after the other in this process."""
     results, kept = [], None
     if kind == "resident":
-        from isaerft_sweep.trial.resident import KeptModel
+        from isaerft_sweep.trial.worker import WorkerCache
 
-        kept = KeptModel()
+        kept = WorkerCache()
     for number, rate in enumerate(rates):
         experiment = compose_experiment([f"orpo.learning_rate={rate}", *overrides])
         if kind in ("ours", "resident"):
@@ -220,7 +224,7 @@ def run_level(kind: str, options: dict[str, str], args: argparse.Namespace) -> d
     trials = []
     rates = [str(rate) for rate in RATES[: args.trials]]
     apart = kind in ("hook", "vector", "ours")
-    once = 1 if options.get("launcher.trunk_cache_gb", "0") != "0" else 0  # trials that do more than the others
+    once = 1 if options.get("launcher.activation_cache_gb", "0") != "0" else 0  # trials that do more than the others
     if apart and args.sample:
         rates = rates[: args.sample + once]
 

@@ -165,9 +165,9 @@ def run(overrides: Sequence[str] = ()) -> Sweep:
     first trial when something is wrong, FolderError when no trial completed, KeyboardInterrupt when it was stopped.
     """
     from isaerft_sweep.config.boundary import to_definition
-    from isaerft_sweep.config.command import compose
-    from isaerft_sweep.controller.question import sweep_folder
-    from isaerft_sweep.controller.run import INTERRUPTED, run_sweep
+    from isaerft_sweep.config.compose import compose
+    from isaerft_sweep.controller.run_sweep import INTERRUPTED, run_sweep
+    from isaerft_sweep.controller.sweep_identity import sweep_folder
 
     experiment = compose(overrides)
     folder = sweep_folder(experiment, to_definition(experiment.sweep, experiment))

@@ -139,9 +139,9 @@ def _leaderboard(args: argparse.Namespace) -> None:
 
 
 def _best(args: argparse.Namespace) -> None:
-    from isaerft_sweep.plain import overrides
     from isaerft_sweep.results.caveats import dependence
     from isaerft_sweep.results.reading import best_as_json, trial_of
+    from isaerft_sweep.spec_fields import overrides
 
     sweep = _read(args)
     winner = sweep.best()
@@ -162,7 +162,7 @@ def _confirm(args: argparse.Namespace) -> int:
 
 
 def _card(args: argparse.Namespace) -> None:
-    from isaerft_sweep.resources import asset
+    from isaerft_sweep.paths import asset
     from isaerft_sweep.results.card import TEMPLATE, refresh_card
     from isaerft_sweep.results.finding import find_trial
 

@@ -37,7 +37,7 @@ def add_serve_commands(commands: Any) -> None:
 
 
 def _serve(args: argparse.Namespace) -> int:
-    from isaerft_sweep.serve.command import Options, serve
+    from isaerft_sweep.serve.serve_command import Options, serve
 
     options = Options(
         args.data,
@@ -55,7 +55,7 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _sync(args: argparse.Namespace) -> int:
-    from isaerft_sweep.serve.export import is_data_folder, served_uploads
+    from isaerft_sweep.serve.run_export import is_data_folder, served_uploads
     from isaerft_sweep.tracking import upload
 
     target = upload.target_from(os.environ, args.to, args.entity, args.project)

@@ -68,7 +68,7 @@ def _override_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _status(args: argparse.Namespace) -> None:
-    from isaerft_sweep.controller.status import as_json, show_status
+    from isaerft_sweep.controller.sweep_status import as_json, show_status
 
     if args.json:
         print(as_json(args.sweep))
@@ -89,33 +89,33 @@ def _retry(args: argparse.Namespace) -> int:
 
 
 def _attach(args: argparse.Namespace) -> int:
-    from isaerft_sweep.controller.remote import attach
+    from isaerft_sweep.controller.session import attach
 
     return attach(args.sweep, args.here)
 
 
 def _cancel(args: argparse.Namespace) -> int:
-    from isaerft_sweep.controller.remote import cancel
+    from isaerft_sweep.controller.session import cancel
 
     return cancel(args.sweep, args.now)
 
 
 def _plan(args: argparse.Namespace) -> None:
-    from isaerft_sweep.config.command import compose
+    from isaerft_sweep.config.compose import compose
     from isaerft_sweep.readiness.plan import plan
 
     plan(make_console(), compose(args.overrides), args.calibrate)
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from isaerft_sweep.config.command import compose
+    from isaerft_sweep.config.compose import compose
     from isaerft_sweep.readiness.doctor import diagnose
 
     return diagnose(make_console(), compose(args.overrides), args.wait)
 
 
 def _fetch(args: argparse.Namespace) -> None:
-    from isaerft_sweep.config.command import compose
+    from isaerft_sweep.config.compose import compose
     from isaerft_sweep.readiness.fetch import fetch
 
     facts = fetch(compose(args.overrides))
@@ -124,18 +124,18 @@ def _fetch(args: argparse.Namespace) -> None:
 
 
 def _make(args: argparse.Namespace) -> None:
-    from isaerft_sweep.config.command import compose
-    from isaerft_sweep.controller.made import make_trials
-    from isaerft_sweep.resources import folder as shipped
+    from isaerft_sweep.config.compose import compose
+    from isaerft_sweep.controller.static_array import create_static_trials
+    from isaerft_sweep.paths import folder as shipped
     from isaerft_sweep.results.leaderboard import short_path
 
-    folder, trials = make_trials(compose(args.overrides), args.overrides)
+    folder, trials = create_static_trials(compose(args.overrides), args.overrides)
     template = short_path(shipped("slurm") / "trials.sbatch")
     print(f"{trials} trials are made. Run them:\n  sbatch --array=0-{trials - 1}%8 {template} {folder}")
     print(f"then see to what is left, and rank them:\n  isaerft-sweep attach {folder}")
 
 
 def _trial(args: argparse.Namespace) -> int:
-    from isaerft_sweep.controller.made import run_made_trial
+    from isaerft_sweep.controller.static_array import run_static_trial
 
-    return run_made_trial(args.sweep, args.index)
+    return run_static_trial(args.sweep, args.index)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from isaerft_sweep.errors import IsaerftError
-from isaerft_sweep.resources import cache_folder
+from isaerft_sweep.paths import cache_folder
 from isaerft_sweep.terminal import speak_any_encoding
 
 UNEXPECTED, WRONG, INTERRUPTED = 1, 2, 130

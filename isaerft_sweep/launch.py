@@ -15,11 +15,11 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
 
-from isaerft_sweep.config.command import from_agent
+from isaerft_sweep.config.compose import from_agent, with_present_names
 from isaerft_sweep.config.composition_errors import explain
 from isaerft_sweep.config.schema import register
 from isaerft_sweep.guard import guarded
-from isaerft_sweep.resources import folder
+from isaerft_sweep.paths import folder
 
 register()
 detaching = False
@@ -45,7 +45,7 @@ def _run(config: Any) -> int:
     experiment = to_experiment(config)
     overrides = hydra.core.hydra_config.HydraConfig.get().overrides.task
     if detaching:
-        from isaerft_sweep.controller.remote import detach
+        from isaerft_sweep.controller.session import detach
 
         return detach(experiment, overrides)
     elif "WANDB_SWEEP_ID" in os.environ:
@@ -53,7 +53,7 @@ def _run(config: Any) -> int:
 
         return run_for_agent(experiment, overrides, os.environ)
     else:
-        from isaerft_sweep.controller.run import run_sweep
+        from isaerft_sweep.controller.run_sweep import run_sweep
 
         return run_sweep(experiment, overrides)
 
@@ -67,6 +67,7 @@ def run() -> None:
     def composed() -> int:
         if "WANDB_SWEEP_ID" in os.environ:
             sys.argv[1:] = from_agent(sys.argv[1:], os.environ)
+        sys.argv[1:] = with_present_names(sys.argv[1:])
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would print in six lines
         try:
             main()

@@ -14,39 +14,52 @@ from pathlib import Path
 from typing import Any
 
 from isaerft_sweep.errors import ConfigError, suggest
-from isaerft_sweep.plain import canonical_json, from_mapping, option, to_dict
+from isaerft_sweep.spec_fields import canonical_json, from_mapping, option, to_dict
 
 
 @dataclass(frozen=True)
-class Site:
+class HookPoint:
     """One residual-stream site: the output of decoder layer ``layer``, read and written through one frozen SAE."""
 
-    layer: int = option(at_least=0)
-    sae_release: str | None = option(None)
-    sae_id: str | None = option(None)
-    sae_path: str | None = option(None)
+    layer: int = option("Index of the decoder layer whose output is the hook point (blocks.N.hook_resid_post).", at_least=0)
+    sae_release: str | None = option("Release of the SAE in sae_lens, with sae_id.", None)
+    sae_id: str | None = option("Id of the SAE in its release.", None)
+    sae_path: str | None = option("Local folder of the SAE, as sae_lens saves it; instead of sae_release and sae_id.", None)
 
-    def with_absolute_path(self) -> Site:
+    def with_absolute_path(self) -> HookPoint:
         return dataclasses.replace(self, sae_path=absolute(self.sae_path))
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A frozen decoder-only language model.
+    """A frozen decoder-only language model."""
 
-    ``source``: ``hub`` (name is a Hub id or a local folder), ``package`` (weights shipped by an installed Python
-    package) or ``random`` (a tiny model with random weights, made on the spot, for tests).
-    """
-
-    name: str = option()
-    tokenizer: str | None = option(None)
-    source: str = option("hub", choices=("hub", "package", "random"))
-    architecture: str | None = option(None)
-    revision: str | None = option(None)
-    dtype: str = option("auto", choices=("auto", "float32", "bfloat16", "float16"))
-    attention: str | None = option(None, choices=("eager", "sdpa", "flash_attention_2"))
-    license: str | None = option(None, cosmetic=True)
-    sites: tuple[Site, ...] = option(())
+    name: str = option("Hub id or local folder of the model.")
+    tokenizer: str | None = option("Hub id or folder of the tokenizer and chat template; null: the model's own.", None)
+    source: str = option(
+        "Where the weights are: the Hub or a local folder (hub), an installed Python package (package), or made at random "
+        "for tests (random).",
+        "hub",
+        choices=("hub", "package", "random"),
+    )
+    architecture: str | None = option(
+        "Architecture of a random model: llama, gemma2, gemma3_text, qwen2, qwen3 or gpt_neox.", None
+    )
+    revision: str | None = option("Branch, tag or commit on the Hub; null: main.", None)
+    dtype: str = option(
+        "Dtype of the frozen model; auto: bfloat16 on a GPU that has it, else float32.",
+        "auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    attention: str | None = option(
+        "Attention implementation; null: that of transformers' choice, SDPA where there is one.",
+        None,
+        choices=("eager", "sdpa", "flash_attention_2"),
+    )
+    license: str | None = option("License of the model, for the model card.", None, affects_result=False)
+    sites: tuple[HookPoint, ...] = option(
+        "Hook points and SAEs that go with the model; adapter.sites takes them unless it names its own.", ()
+    )
 
     @property
     def short_name(self) -> str:
@@ -58,109 +71,154 @@ class ModelSpec:
 class DataSpec:
     """Preference pairs. Slices (``train[:1000]``) select rows of a Hub data set's split; sizes select pairs of a file."""
 
-    name: str = option()
-    source: str = option("hub", choices=("hub", "files", "builtin"))
-    path: str | None = option(None)
-    eval_path: str | None = option(None)
-    train_split: str = option("train")
-    eval_split: str = option("test")
-    train_size: int | None = option(None, at_least=1)
-    eval_size: int | None = option(None, at_least=1)
-    seed: int = option(0, at_least=0)
-    license: str | None = option(None, cosmetic=True)
+    name: str = option("Hub id of the data set, or a name for your own.")
+    source: str = option(
+        "A data set of the Hub (hub), your own files (files) or the pairs that ship with the package (builtin).",
+        "hub",
+        choices=("hub", "files", "builtin"),
+    )
+    path: str | None = option("File of training pairs: .jsonl, .jsonl.gz or .parquet.", None)
+    eval_path: str | None = option(
+        "File of held-out pairs; null: eval_size pairs of path are held out, whole prompts at a time.", None
+    )
+    train_split: str = option("Split and slice of a Hub data set to train on.", "train")
+    eval_split: str = option("Split and slice of a Hub data set to evaluate on.", "test")
+    train_size: int | None = option("Number of training pairs; null: all.", None, at_least=1)
+    eval_size: int | None = option("Number of held-out pairs; null: all of the evaluation split or file.", None, at_least=1)
+    seed: int = option("Seed of the choice of held-out pairs.", 0, at_least=0)
+    license: str | None = option("License of the data, for the model card.", None, affects_result=False)
 
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """The trainable block on the SAE's latents f. bias: f + b; scale: f·(1 + s); linear: f + Wf + c; mlp: f + MLP(f).
+    """The adapter: a trainable block on the latents of frozen SAEs."""
 
-    ``l1`` and ``top_k`` keep few latents, for bias and scale: see ``trial/sparsity.py``. ``force_hook`` takes an SAE whose
-    own config names another place or model than its site.
-    """
-
-    kind: str = option("bias", choices=("bias", "scale", "linear", "mlp"))
-    sites: tuple[Site, ...] = option(())
-    rank: int | None = option(None, at_least=1)
-    hidden_size: int | None = option(None, at_least=1)
-    hidden_layers: int = option(1, at_least=1)
-    l1: float | None = option(None, at_least=0, later=True)
-    top_k: int | None = option(None, at_least=1, later=True)
-    force_hook: bool = option(False, cosmetic=True)
+    kind: str = option(
+        "The trainable block on the latents f. bias: f + b; scale: f·(1 + s); linear: f + Wf + c; mlp: f + MLP(f).",
+        "bias",
+        choices=("bias", "scale", "linear", "mlp"),
+    )
+    sites: tuple[HookPoint, ...] = option("Hook points, each with its SAE.", ())
+    rank: int | None = option("Rank of the weight of linear and mlp blocks; null: full.", None, at_least=1)
+    hidden_size: int | None = option("Width of an mlp's hidden layers; null: the number of latents.", None, at_least=1)
+    hidden_layers: int = option("Number of an mlp's hidden layers.", 1, at_least=1)
+    l1: float | None = option(
+        "Weight of the L1 penalty on bias or scale, which leaves few latents that move; null: none.",
+        None,
+        at_least=0,
+        omit_from_hash_if_none=True,
+    )
+    top_k: int | None = option(
+        "Number of latents that a bias or scale adapter may move; null: all.", None, at_least=1, omit_from_hash_if_none=True
+    )
+    force_hook: bool = option("Take an SAE whose own config names another hook point or model.", False, affects_result=False)
 
 
 @dataclass(frozen=True)
 class OrpoSpec:
-    """ORPO (arXiv 2403.07691) and its optimiser. ``beta`` is the paper's λ, the weight of the odds-ratio term.
+    """ORPO (arXiv 2403.07691) and its optimiser."""
 
-    ``eval_untrained``: evaluate before the first step in the sweep's first trial (what it finds holds for all), in every
-    trial, or never.
-    """
-
-    learning_rate: float = option(above=0)
-    beta: float = option(at_least=0)
-    epochs: float = option(1.0, above=0)
-    max_steps: int = option(-1, at_least=-1)
-    max_length: int = option(1024, at_least=2)
-    batch_size: int = option(2, at_least=1)
-    eval_batch_size: int = option(8, at_least=1)
-    gradient_accumulation: int = option(8, at_least=1)
-    warmup_steps: int = option(10, at_least=0)
-    schedule: str = option("linear", choices=("linear", "cosine", "constant", "constant_with_warmup"))
-    optimizer: str = option("auto")
-    weight_decay: float = option(0.0, at_least=0)
-    max_grad_norm: float = option(1.0, at_least=0)
-    seed: int = option(42, at_least=0)
-    eval_fraction: float = option(0.2, above=0, at_most=1)
-    eval_untrained: str = option("first", choices=("first", "always", "never"), cosmetic=True)
-    checkpoint_every_steps: int = option(50, at_least=1, cosmetic=True)
-    checkpoint_every_min: float = option(5.0, above=0, cosmetic=True)
-    gradient_checkpointing: bool = option(False)
-    diverged_loss_factor: float = option(10.0, above=1, cosmetic=True)
+    learning_rate: float = option("Peak learning rate.", above=0)
+    beta: float = option("Weight of the odds-ratio term, λ of arXiv 2403.07691.", at_least=0)
+    epochs: float = option("Passes over the training pairs, unless max_steps is set.", 1.0, above=0)
+    max_steps: int = option("Number of optimiser steps; -1: epochs decides.", -1, at_least=-1)
+    max_length: int = option("Longest prompt with answer, tokens; longer answers are cut.", 1024, at_least=2)
+    batch_size: int = option("Pairs a forward pass.", 2, at_least=1)
+    eval_batch_size: int = option("Pairs a forward pass of an evaluation.", 8, at_least=1)
+    gradient_accumulation: int = option("Forward passes an optimiser step.", 8, at_least=1)
+    warmup_steps: int = option("Steps in which the learning rate rises from 0.", 10, at_least=0)
+    schedule: str = option(
+        "Course of the learning rate after the warm-up.",
+        "linear",
+        choices=("linear", "cosine", "constant", "constant_with_warmup"),
+    )
+    optimizer: str = option(
+        "Name of the optimiser in transformers; auto: paged_adamw_8bit on CUDA with bitsandbytes, else adamw_torch.", "auto"
+    )
+    weight_decay: float = option("Weight decay of the optimiser.", 0.0, at_least=0)
+    max_grad_norm: float = option("Norm that gradients are clipped to; 0: not clipped.", 1.0, at_least=0)
+    seed: int = option("Seed of the adapter's start and of the order of the pairs.", 42, at_least=0)
+    eval_fraction: float = option(
+        "Share of the steps between two evaluations: 0.2 evaluates five times.", 0.2, above=0, at_most=1
+    )
+    eval_untrained: str = option(
+        "Evaluate before the first step: in the sweep's first trial, whose result holds for all (first), in every trial "
+        "(always), or never.",
+        "first",
+        choices=("first", "always", "never"),
+        affects_result=False,
+    )
+    checkpoint_every_steps: int = option("Most steps between two checkpoints.", 50, at_least=1, affects_result=False)
+    checkpoint_every_min: float = option("Most minutes between two checkpoints.", 5.0, above=0, affects_result=False)
+    gradient_checkpointing: bool = option("Compute activations again in the backward pass: less memory, more time.", False)
+    diverged_loss_factor: float = option(
+        "A trial has diverged when its loss is this many times its first one.", 10.0, above=1, affects_result=False
+    )
 
 
 @dataclass(frozen=True)
 class TrackerSpec:
     """Where a trial's W&B run goes. ``offline`` writes runs that ``wandb sync`` can attach to their sweep later."""
 
-    mode: str = option("offline", choices=("wandb", "offline", "disabled"))
-    project: str = option("orpo-isaerft-sweep")
-    entity: str | None = option(None)
-    tags: tuple[str, ...] = option(())
+    mode: str = option(
+        "W&B online (wandb), as runs on disk that `isaerft-sweep sync` uploads later (offline), or none (disabled).",
+        "offline",
+        choices=("wandb", "offline", "disabled"),
+    )
+    project: str = option("W&B project.", "orpo-isaerft-sweep")
+    entity: str | None = option("W&B entity; null: your default.", None)
+    tags: tuple[str, ...] = option("Tags of every W&B run and model card.", ())
 
 
 @dataclass(frozen=True)
 class LauncherSpec:
-    """Where and how many at a time trials run. ``slots`` None: ``trials_per_gpu`` per visible GPU (local), 1 without a GPU.
+    """Where trials run, and how many at a time."""
 
-    ``resident``: a worker runs one trial after the other, with one start; without it every trial has its own process.
-    ``packed``: how many trials a resident worker takes through the model together; None: as many as pay, measured there.
-    ``trials_per_job``: how many trials a resident worker runs before a new job takes its place (None: any number).
-    ``timeout_min`` None: no limit (local), four hours or the partition's limit if that is less (slurm).
-    ``trunk_cache_gb`` bounds the disk used for the frozen layers' output (0: compute it every time), which is kept in
-    ``scratch`` (None: the cache folder); best a local disk of the node. ``lean_logits`` computes logits only where the
-    loss reads them, in chunks; without it TRL's own forward pass runs. ``share_prompts``: a pair's prompt is computed once.
-    ``compile``: torch.compile on the decoder layers from the lowest site on; costs a minute or more at the start.
-    """
-
-    kind: str = option("local", choices=("local", "slurm"))
-    slots: int | None = option(None, at_least=1)
-    threads: int | None = option(None, at_least=1)
-    trials_per_gpu: int = option(1, at_least=1)
-    trials_per_job: int | None = option(None, at_least=1)
-    timeout_min: int | None = option(None, at_least=1)
-    poll_s: float = option(0.5, above=0)
-    grace_s: float = option(60.0, above=0)
-    heartbeat_s: float = option(1800.0, above=0)
-    max_retries: int = option(2, at_least=0)
-    max_failures: int = option(3, at_least=1)
-    min_free_gb: float = option(1.0, at_least=0)
-    resident: bool = option(True)
-    packed: int | None = option(1, at_least=1)
-    trunk_cache_gb: float = option(8.0, at_least=0)
-    scratch: str | None = option(None)
-    lean_logits: bool = option(True)
-    share_prompts: bool = option(True)
-    compile: bool = option(False)
+    kind: str = option(
+        "Where trials run: processes on this machine (local) or SLURM jobs (slurm).", "local", choices=("local", "slurm")
+    )
+    slots: int | None = option(
+        "Workers at a time; null: trials_per_gpu per visible GPU, 1 without a GPU (local), 4 (slurm).", None, at_least=1
+    )
+    threads: int | None = option("CPU threads a worker; null: the cores divided by the workers.", None, at_least=1)
+    trials_per_gpu: int = option("Workers that share a GPU.", 1, at_least=1)
+    trials_per_job: int | None = option(
+        "Trials that a worker runs before another job takes its place; null: any number.", None, at_least=1
+    )
+    timeout_min: int | None = option(
+        "Time limit of a job, minutes; null: none (local), four hours or the partition's limit (slurm).", None, at_least=1
+    )
+    poll_s: float = option("Seconds between two looks at the trials.", 0.5, above=0)
+    grace_s: float = option(
+        "Seconds that a trial has to write a checkpoint when it is asked to stop, or before its job's time limit.",
+        60.0,
+        above=0,
+    )
+    heartbeat_s: float = option("Seconds of silence after which a worker counts as hung.", 1800.0, above=0)
+    max_retries: int = option("Attempts after failures that a trial gets before it is given up.", 2, at_least=0)
+    max_failures: int = option("Trials given up, with none completed, after which the sweep ends.", 3, at_least=1)
+    min_free_gb: float = option("Free disk that a sweep needs to start, GB.", 1.0, at_least=0)
+    resident: bool = option(
+        "Keep a worker for many trials: one start, one model, one tokenisation. false: a process for each trial.", True
+    )
+    trials_per_pass: int | None = option(
+        "Trials that a worker takes through the model together; null: as many as pay, measured on the device.",
+        1,
+        at_least=1,
+        formerly="packed",
+    )
+    activation_cache_gb: float = option(
+        "Most disk for the output of the frozen layers, GB; 0: compute it in every step.",
+        8.0,
+        at_least=0,
+        formerly="trunk_cache_gb",
+    )
+    scratch: str | None = option(
+        "Folder of the activation cache, best on a local disk of the node; null: the cache folder.", None
+    )
+    lean_logits: bool = option("Compute logits only where the loss reads them. false: TRL's own forward pass.", True)
+    share_prompts: bool = option("Compute a pair's prompt once for both answers.", True)
+    compile: bool = option("torch.compile the layers from the hook point up; costs a minute or more at the start.", False)
     slurm: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -168,12 +226,14 @@ class LauncherSpec:
 class SweepSpec:
     """Which W&B sweep file is run, with optional overrides of its method, number of trials and seed."""
 
-    name: str = option("none")
-    file: str | None = option(None)
-    method: str | None = option(None, choices=("grid", "random", "bayes"))
-    run_cap: int | None = option(None, at_least=1)
-    seed: int = option(0, at_least=0)
-    repeats: bool = option(False)
+    name: str = option("Name of the sweep file, or none for a single trial.", "none")
+    file: str | None = option("Path of the sweep file; sweep=none sweep.file=PATH runs your own.", None)
+    method: str | None = option("Search method instead of the file's.", None, choices=("grid", "random", "bayes"))
+    run_cap: int | None = option(
+        "Number of trials instead of the file's; a larger one adds trials to the sweep.", None, at_least=1
+    )
+    seed: int = option("Seed of the search.", 0, at_least=0)
+    repeats: bool = option("Whether a point may be tried twice.", False)
 
 
 @dataclass(frozen=True)
@@ -187,11 +247,15 @@ class Experiment:
     launcher: LauncherSpec
     tracker: TrackerSpec
     sweep: SweepSpec
-    name: str | None = option(None)
-    output: str = option("outputs")
-    cache: str | None = option(None)
-    tags: tuple[str, ...] = option(())
-    run_prefix: str = option("run-")
+    name: str | None = option(
+        "Folder of the sweep below output; null: made of the choices and the sweep's fingerprint.", None
+    )
+    output: str = option("Folder of all sweeps.", "outputs")
+    cache: str | None = option(
+        "Folder of converted models, activations and checks; null: $ISAERFT_CACHE, else the user's cache folder.", None
+    )
+    tags: tuple[str, ...] = option("Tags of every model card.", ())
+    run_prefix: str = option("Start of every run's name; empty as in the later published runs.", "run-")
 
     def with_params(self, params: Mapping[str, Any]) -> Experiment:
         """A copy with sampled values put at their dotted keys (``orpo.learning_rate``), checked like the config."""
@@ -324,17 +388,18 @@ def key_bounds(key: str) -> KeyBounds:
 def identity(experiment: Experiment) -> str:
     """12 hex digits that name what a trial computes: a hash of its model, data, adapter and ORPO settings.
 
-    Left out, because they cannot change the result: fields marked ``cosmetic``, the launcher, tracker and names; and
-    ``later`` fields while they are None, so that a new setting leaves the names of old trials as they are.
+    Left out, because they cannot change the result: fields marked ``affects_result=False``, the launcher, tracker and names;
+    and ``omit_from_hash_if_none`` fields while they are None, so that a new setting leaves the names of old trials as they
+    are.
     """
-    content = {section: _without_cosmetic(getattr(experiment, section)) for section in TUNABLE}
+    content = {section: _affecting_result(getattr(experiment, section)) for section in TUNABLE}
     content["model"].pop("sites")  # only the adapter's sites act
     return hashlib.sha256(canonical_json(content).encode()).hexdigest()[:12]
 
 
 def comparable(experiment: Experiment, swept: Collection[str]) -> str:
     """Equal for experiments that compute the same but for the values of the ``swept`` keys (``orpo.beta``)."""
-    content = {section: _without_cosmetic(getattr(experiment, section)) for section in TUNABLE}
+    content = {section: _affecting_result(getattr(experiment, section)) for section in TUNABLE}
     content["model"].pop("sites")
     for key in swept:
         section, name = split_key(key)
@@ -342,7 +407,7 @@ def comparable(experiment: Experiment, swept: Collection[str]) -> str:
     return canonical_json(content)
 
 
-def _without_cosmetic(spec: Any) -> dict[str, Any]:
-    acting = [f for f in dataclasses.fields(spec) if not f.metadata.get("cosmetic")]
-    given = [f.name for f in acting if not (f.metadata.get("later") and getattr(spec, f.name) is None)]
+def _affecting_result(spec: Any) -> dict[str, Any]:
+    acting = [f for f in dataclasses.fields(spec) if f.metadata.get("affects_result") is not False]
+    given = [f.name for f in acting if not (f.metadata.get("omit_from_hash_if_none") and getattr(spec, f.name) is None)]
     return {name: to_dict(getattr(spec, name)) for name in given}

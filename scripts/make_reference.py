@@ -1,9 +1,10 @@
-"""Write docs/reference-config.md and docs/reference-commands.md from the code; ``--check`` fails when they are out of date."""
+"""Write docs/reference-config.md and reference-commands.md from the code; ``--check`` fails when they are out of date."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import sys
 import types
 import typing
@@ -22,9 +23,9 @@ def config_page() -> str:
     """Every config key with its type, default, bounds and meaning, section by section."""
     lines = ["# Config reference", "", NOTE]
     lines += [
-        "Every key is an override of `python -m isaerft_sweep.launch`: `orpo.beta=0.2`. A group such as `orpo=quick` chooses a file of",
-        "`conf/`, which sets several; `--cfg job` prints what comes of all of them. Keys of `model`, `data`, `adapter` and `orpo` may be",
-        "swept. The defaults here are the code's; the files in `conf/` have their own.",
+        "Every key is an override of `python -m isaerft_sweep.launch`: `orpo.beta=0.2`. A group such as `orpo=quick`",
+        "chooses a file of `conf/`, which sets several; `--cfg job` prints the result. Keys of `model`, `data`, `adapter`",
+        "and `orpo` may be swept. The defaults here are the code's; the files in `conf/` have their own.",
         "",
     ]
     hints = typing.get_type_hints(Experiment)
@@ -35,20 +36,24 @@ def config_page() -> str:
         if dataclasses.is_dataclass(spec):
             lines += [f"## {f.name}", "", str(spec.__doc__).partition("\n")[0], ""]
             lines += table(f"{f.name}.", dataclasses.fields(spec), typing.get_type_hints(spec))
-    site = typing.get_args(hints["adapter"].__annotations__ and typing.get_type_hints(hints["adapter"])["sites"])[0]
-    lines += ["## An entry of adapter.sites", "", *table("", dataclasses.fields(site), typing.get_type_hints(site))]
+    hook_point = typing.get_args(typing.get_type_hints(hints["adapter"])["sites"])[0]
+    lines += ["## An entry of adapter.sites", ""]
+    lines += table("", dataclasses.fields(hook_point), typing.get_type_hints(hook_point))
     return "\n".join(lines)
 
 
 def table(prefix: str, fields: Any, hints: dict[str, Any]) -> list[str]:
+    """A Markdown table of a spec's fields."""
     rows = ["| key | type | default | values | meaning |", "| --- | --- | --- | --- | --- |"]
     for f in fields:
         meaning = f.metadata.get("help", "").replace("|", "\\|")
-        rows.append(f"| `{prefix}{f.name}` | {type_words(hints[f.name])} | {default_words(f)} | {bounds_words(f.metadata)} | {meaning} |")
+        cells = (f"`{prefix}{f.name}`", type_words(hints[f.name]), default_words(f), bounds_words(f.metadata), meaning)
+        rows.append(f"| {' | '.join(cells)} |")
     return [*rows, ""]
 
 
 def type_words(hint: Any) -> str:
+    """A type annotation in words."""
     if isinstance(hint, types.UnionType):
         return f"{type_words(next(a for a in typing.get_args(hint) if a is not type(None)))} or null"
     if typing.get_origin(hint) is tuple:
@@ -58,13 +63,15 @@ def type_words(hint: Any) -> str:
 
 
 def default_words(f: Any) -> str:
+    """A default as YAML writes it."""
     if f.default is not dataclasses.MISSING:
-        value = {None: "null", True: "true", False: "false", (): "[]"}.get(f.default if f.default != 1 and f.default != 0 else str(f.default), f.default)
-        return f"`{value}`"
+        value = list(f.default) if isinstance(f.default, tuple) else f.default
+        return f"`{value if isinstance(value, str) else json.dumps(value)}`"
     return "`{}`" if f.default_factory is not dataclasses.MISSING else "must be set"
 
 
 def bounds_words(meta: Any) -> str:
+    """The valid values."""
     if meta.get("choices"):
         return ", ".join(f"`{choice}`" for choice in meta["choices"])
     bounds = (("above", "> "), ("at_least", "≥ "), ("at_most", "≤ "))
@@ -86,14 +93,18 @@ def commands_page() -> str:
 
 
 def sentence(text: str) -> str:
+    """``text`` as a sentence."""
     return f"{text[:1].upper()}{text[1:]}." if text else ""
 
 
 def arguments(command: argparse.ArgumentParser) -> Iterator[str]:
+    """A table row for each argument of a command."""
     for action in command._actions:
         if isinstance(action, argparse._HelpAction):
             continue
-        words = ", ".join(f"`{option}`" for option in action.option_strings) or f"`{(action.metavar or action.dest).upper()}`"
+        words = (
+            ", ".join(f"`{option}`" for option in action.option_strings) or f"`{(action.metavar or action.dest).upper()}`"
+        )
         if action.choices:
             words += " (" + ", ".join(map(str, action.choices)) + ")"
         shown = action.default not in (None, False, [], argparse.SUPPRESS) and action.option_strings
@@ -111,7 +122,10 @@ def main() -> int:
         elif not check:
             path.write_text(text, encoding="utf-8")
     if stale:
-        print(f"{', '.join(stale)} must be what the code says, but is out of date: python scripts/make_reference.py", file=sys.stderr)
+        print(
+            f"{', '.join(stale)} must be what the code says, but is out of date: python scripts/make_reference.py",
+            file=sys.stderr,
+        )
     return 1 if stale else 0
 
 

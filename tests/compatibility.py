@@ -17,11 +17,11 @@ from pathlib import Path
 
 from serving import Serving, wait_for
 
-from isaerft_sweep.config.command import compose
-from isaerft_sweep.journal.files import write_json
-from isaerft_sweep.plain import to_dict
+from isaerft_sweep.config.compose import compose
+from isaerft_sweep.journal.atomic_files import write_json
+from isaerft_sweep.spec_fields import to_dict
 from isaerft_sweep.specs import TrialSpec
-from isaerft_sweep.tracking.run import ADAPTER_FILES
+from isaerft_sweep.tracking.wandb_run import ADAPTER_FILES
 
 PROGRAM = """\
 import os, sys, time, wandb
@@ -65,7 +65,7 @@ TRACKER = """\
 import json, sys
 from pathlib import Path
 from isaerft_sweep.specs import TrialSpec
-from isaerft_sweep.tracking.run import WandbRun
+from isaerft_sweep.tracking.wandb_run import WandbRun
 
 spec, again = TrialSpec.from_json(json.loads(Path("spec.json").read_text())), sys.argv[1] == "again"
 run = WandbRun(spec, Path("tracked"), offline=False)

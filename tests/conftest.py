@@ -24,8 +24,8 @@ from isaerft_sweep import naming
 from isaerft_sweep.config.boundary import to_experiment
 from isaerft_sweep.config.schema import register
 from isaerft_sweep.dispatch.job import importing
-from isaerft_sweep.journal.folders import TrialFolder
-from isaerft_sweep.resources import folder
+from isaerft_sweep.journal.layout import TrialFolder
+from isaerft_sweep.paths import folder
 from isaerft_sweep.specs import Experiment, TrialSpec, identity
 
 if TYPE_CHECKING:
@@ -36,6 +36,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything loads torch
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's `make test &` leaves Ctrl-C off for all children
 register()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--every-family", action="store_true", help="try all model families that transformers can build")
+
 
 TINY = (
     "model=tiny",
@@ -128,7 +133,7 @@ def _as_a_worker() -> None:
     import hypothesis  # noqa: F401  (which looks through what the collector knows, when a plugin imports it at the end)
 
     with importing():
-        from isaerft_sweep.trial import resident  # noqa: F401
+        from isaerft_sweep.trial import worker  # noqa: F401
 
 
 @pytest.fixture

@@ -22,9 +22,9 @@ from isaerft_sweep.config.boundary import to_definition, to_experiment
 from isaerft_sweep.config.schema import sweep_files
 from isaerft_sweep.controller import agent
 from isaerft_sweep.errors import LaunchError
-from isaerft_sweep.journal.folders import SweepFolder
 from isaerft_sweep.journal.journal import Journal
-from isaerft_sweep.resources import folder
+from isaerft_sweep.journal.layout import SweepFolder
+from isaerft_sweep.paths import folder
 from isaerft_sweep.results.reading import read_sweep_folder
 from isaerft_sweep.serve.server import Server
 from isaerft_sweep.specs import Experiment

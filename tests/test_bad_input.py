@@ -18,7 +18,7 @@ from isaerft_sweep.controller.preflight import check_disk
 from isaerft_sweep.errors import DataError, FolderError, IsaerftError
 from isaerft_sweep.models import random_model
 from isaerft_sweep.models.random_model import byte_tokenizer
-from isaerft_sweep.plain import overrides
+from isaerft_sweep.spec_fields import overrides
 from isaerft_sweep.specs import Experiment
 from isaerft_sweep.trial.data import load_pairs
 from isaerft_sweep.trial.prepare import prepare
@@ -176,7 +176,7 @@ def test_files_are_looked_at_before_torch_is_loaded(experiment: Composed, tmp_pa
     (tmp_path / "broken.jsonl").write_text("{oops\n")
     (tmp_path / "data.csv").write_text("a,b\n")
     code = (
-        "import json, sys\nfrom isaerft_sweep.config.command import compose\n"
+        "import json, sys\nfrom isaerft_sweep.config.compose import compose\n"
         "from isaerft_sweep.controller.preflight import check_trial_needs\nfrom isaerft_sweep.errors import IsaerftError\n"
         "import subprocess\nsubprocess.Popen = None\n"  # the process that loads torch must not be started
         "try: check_trial_needs(compose(sys.argv[1:]))\n"

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from isaerft_sweep.models import random_model
 from isaerft_sweep.specs import ModelSpec
-from isaerft_sweep.trial import below_site
-from isaerft_sweep.trial.below_site import in_pairs, streams_of
+from isaerft_sweep.trial import frozen_prefix
+from isaerft_sweep.trial.frozen_prefix import in_pairs, streams_of
 
 SEQUENCES = st.lists(st.lists(st.integers(6, 8), min_size=1, max_size=6), unique_by=tuple, max_size=12)
 
@@ -46,7 +46,7 @@ def test_the_answers_to_a_prompt_come_together() -> None:
 def test_streams_are_those_of_sequences_alone(
     family: str, share: bool, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(below_site.CALL_TOKENS, "cpu", 64)
+    monkeypatch.setitem(frozen_prefix.CALL_TOKENS, "cpu", 64)
     folder = random_model.made_folder(ModelSpec(name="tiny", source="random", architecture=family), cache)
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager" if family == "gemma2" else "sdpa")
     layers = getattr(model, model.base_model_prefix).layers

@@ -20,13 +20,13 @@ from test_slurm_commands import Site, site  # noqa: F401  (a fixture)
 from test_slurm_templates import TEMPLATES, sbatch
 from test_sweep import ended_states, start, stepping, wait_for
 
-from isaerft_sweep.controller.made import argument, arrays_of
-from isaerft_sweep.controller.remote import has_begun, read_experiment
-from isaerft_sweep.controller.run import closed_in_the_end, disk_errors_named
-from isaerft_sweep.controller.stopping import StopRequest, ask_to_stop, process_began
+from isaerft_sweep.controller.run_sweep import closed_in_the_end, disk_errors_named
+from isaerft_sweep.controller.session import has_begun, read_experiment
+from isaerft_sweep.controller.static_array import argument, running_arrays
+from isaerft_sweep.controller.stop_signal import StopRequest, ask_to_stop, process_began
 from isaerft_sweep.dispatch.base import Dispatcher
 from isaerft_sweep.errors import FolderError
-from isaerft_sweep.journal.folders import SweepFolder
+from isaerft_sweep.journal.layout import SweepFolder
 from isaerft_sweep.search.sweep_file import Metric, SweepDefinition
 
 OFF = (*TINY, "name=s", "tracker=disabled")
@@ -129,7 +129,7 @@ def test_jobs_of_another_launcher_are_not_taken_for_ones_own(launch: Callable, t
 def test_a_trial_that_was_given_up_among_others_is_told(tmp_path: Path) -> None:
     from rich.console import Console
 
-    from isaerft_sweep.controller.run import conclude
+    from isaerft_sweep.controller.run_sweep import conclude
     from isaerft_sweep.journal.journal import Journal
 
     folder = SweepFolder(tmp_path / "s")
@@ -269,7 +269,7 @@ def test_cancel_of_an_array_whose_path_has_spaces(slurm: Bed, tmp_path: Path) ->
         name: sbatch(place, "--hold", "--array=0-1", str(TEMPLATES / "trials.sbatch"), f"../my out/{name}")
         for name in ("s", "other")
     }
-    assert set(arrays_of(tmp_path / "my out" / "s")) == {jobs["s"]}
+    assert set(running_arrays(tmp_path / "my out" / "s")) == {jobs["s"]}
     refused = cli(tmp_path, "attach", "my out/s")
     assert refused.returncode == 2 and f"SLURM's jobs {jobs['s']} run trials of" in refused.stderr
     ended = cli(tmp_path, "cancel", "my out/s")

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from isaerft_sweep.errors import ConfigError
-from isaerft_sweep.journal.folders import TrialFolder
+from isaerft_sweep.journal.layout import TrialFolder
 from isaerft_sweep.specs import Experiment
 from isaerft_sweep.trial.prepare import prepare
-from isaerft_sweep.trial.run import run_trial
+from isaerft_sweep.trial.runner import run_trial
 
 OFF = ("tracker=disabled", "orpo.learning_rate=0.1")
 
@@ -44,6 +44,6 @@ def test_a_missing_compiler_is_told(experiment: Callable[..., Experiment], monke
 )
 def test_what_packed_trials_cannot_have(other: str, experiment: Callable[..., Experiment]) -> None:
     for packed in ("2", "null"):
-        with pytest.raises(ConfigError, match=f"launcher.packed .* must be 1 with {other} but got {packed}"):
-            experiment("model=tiny", f"launcher.packed={packed}", other)
-    assert experiment("model=tiny", "launcher.packed=null").launcher.packed is None
+        with pytest.raises(ConfigError, match=f"launcher.trials_per_pass .* must be 1 with {other} but got {packed}"):
+            experiment("model=tiny", f"launcher.trials_per_pass={packed}", other)
+    assert experiment("model=tiny", "launcher.trials_per_pass=null").launcher.trials_per_pass is None

@@ -11,11 +11,11 @@ import pytest
 from hydra.errors import ConfigCompositionException
 
 from isaerft_sweep.config.boundary import to_definition
-from isaerft_sweep.config.command import compose as compose_command
+from isaerft_sweep.config.compose import compose as compose_command
 from isaerft_sweep.errors import ConfigError, SpaceError
-from isaerft_sweep.plain import from_mapping, to_dict
-from isaerft_sweep.resources import folder
-from isaerft_sweep.specs import Experiment, Site, identity
+from isaerft_sweep.paths import folder
+from isaerft_sweep.spec_fields import from_mapping, to_dict
+from isaerft_sweep.specs import Experiment, HookPoint, identity
 
 GROUPS = ("model", "data", "adapter", "orpo", "launcher", "tracker")
 CHOICES = [f"{group}={file.stem}" for group in GROUPS for file in sorted((folder("conf") / group).glob("*.yaml"))]
@@ -40,7 +40,7 @@ def test_every_config_file_composes_and_passes_the_checks(choice: str, experimen
 def test_the_published_experiment(experiment) -> None:
     composed = experiment("model=gemma-2-2b", "data=ultrafeedback", "adapter=bias", "sweep=reference")
     assert composed.model.name == "google/gemma-2-2b" and composed.model.tokenizer == "google/gemma-2-2b-it"
-    assert composed.adapter.sites == (Site(20, "gemma-scope-2b-pt-res-canonical", "layer_20/width_16k/canonical"),)
+    assert composed.adapter.sites == (HookPoint(20, "gemma-scope-2b-pt-res-canonical", "layer_20/width_16k/canonical"),)
     data, orpo = composed.data, composed.orpo
     assert (data.name, data.train_split, data.eval_split) == (
         "trl-lib/ultrafeedback_binarized",
@@ -118,8 +118,8 @@ def test_composing_loads_nothing_heavy_and_is_quick() -> None:
 
 def test_the_orchestrator_never_imports_torch() -> None:
     probe = (
-        "import sys, isaerft_sweep.controller.run, isaerft_sweep.dispatch.local, isaerft_sweep.dispatch.slurm,"
-        " isaerft_sweep.cli, isaerft_sweep.results.card, isaerft_sweep.controller.remote, isaerft_sweep.controller.made,"
+        "import sys, isaerft_sweep.controller.run_sweep, isaerft_sweep.dispatch.local, isaerft_sweep.dispatch.slurm,"
+        " isaerft_sweep.cli, isaerft_sweep.results.card, isaerft_sweep.controller.session, isaerft_sweep.controller.static_array,"
         " isaerft_sweep.readiness.plan, isaerft_sweep.readiness.doctor, isaerft_sweep.readiness.fetch;"
         "print([m for m in ('torch','transformers','peft','trl','datasets','sae_lens','wandb') if m in sys.modules])"
     )

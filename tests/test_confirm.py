@@ -15,7 +15,7 @@ from isaerft_sweep.controller.confirm import find_leaders, point_with_seed, with
 from isaerft_sweep.errors import ConfigError
 from isaerft_sweep.results.confirmation import read_confirmation
 from isaerft_sweep.results.reading import read_sweep_folder
-from isaerft_sweep.search.sampler import GivenPoints, Point
+from isaerft_sweep.search.sampler import FixedPoints, Point
 
 
 def command(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -95,9 +95,9 @@ def test_only_what_cannot_change_a_result_can_be_set(experiment) -> None:
 
 def test_given_points_go_on_after_a_restart() -> None:
     points = [Point({"orpo.seed": i}) for i in range(4)]
-    first = GivenPoints(points)
+    first = FixedPoints(points)
     assert first.size == 4 and first.ask() == points[0]
-    second = GivenPoints(points[1:])
+    second = FixedPoints(points[1:])
     second.restore(points[0])
     second.restore(points[2])
     assert second.size == 4

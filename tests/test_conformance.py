@@ -22,7 +22,7 @@ from isaerft_sweep.dispatch.base import Dispatcher
 from isaerft_sweep.dispatch.job import prepare_process
 from isaerft_sweep.dispatch.local import LocalDispatcher
 from isaerft_sweep.dispatch.slurm import SlurmDispatcher
-from isaerft_sweep.journal.workers import STOP_AT
+from isaerft_sweep.journal.worker_queue import STOP_AT
 from isaerft_sweep.specs import LauncherSpec
 
 pytestmark = pytest.mark.slow
@@ -98,7 +98,7 @@ def test_jobs_run_beside_each_other_and_are_seen_to_end(make: Make, tmp_path: Pa
     until_gone(dispatcher, refs)
     assert [(tmp_path / f"left{i}").read_text() for i in range(3)] == ["went"] * 3
     assert all(f"waiter {i} is here" in dispatcher.log_tail(ref) for i, ref in enumerate(refs))
-    assert [dispatcher.verdict(ref).cause for ref in refs] == ["trial"] * 3
+    assert [dispatcher.job_exit(ref).cause for ref in refs] == ["trial"] * 3
     dispatcher.cancel(refs)
     dispatcher.kill(refs)  # nothing, for they have ended
     assert json.loads(json.dumps(refs)) == refs, "the journal can keep them"
@@ -155,7 +155,7 @@ def test_a_job_that_is_killed_is_seen_to_be_gone(make: Make, tmp_path: Path) -> 
     refs, facts = submit(dispatcher, tmp_path, 2)
     os.kill(facts[0]["pids"][0], signal.SIGKILL)
     until_gone(dispatcher, refs[:1])
-    assert dispatcher.alive(refs) == [False, True] and dispatcher.verdict(refs[0]).cause == "trial"
+    assert dispatcher.alive(refs) == [False, True] and dispatcher.job_exit(refs[0]).cause == "trial"
     (tmp_path / "go").touch()
     until_gone(dispatcher, refs)
 

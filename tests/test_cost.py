@@ -11,12 +11,12 @@ from conftest import TINY
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isaerft_sweep.journal.folders import SweepFolder
 from isaerft_sweep.journal.journal import Journal, SweepRecord
-from isaerft_sweep.plain import to_dict
+from isaerft_sweep.journal.layout import SweepFolder
 from isaerft_sweep.readiness.calibrate import from_earlier_sweeps
 from isaerft_sweep.readiness.plan import gpu_count, time_words
 from isaerft_sweep.results.cost import device_seconds
+from isaerft_sweep.spec_fields import to_dict
 
 SPANS = st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 20), st.integers(1, 9)), max_size=8)
 

@@ -11,18 +11,18 @@ from typing import Any
 import pytest
 from conftest import TINY, events
 
-from isaerft_sweep.controller.sweep import SweepController
-from isaerft_sweep.controller.trials import TrialFactory
-from isaerft_sweep.dispatch.base import Dispatcher, JobRef, QueueBusy, Verdict
+from isaerft_sweep.controller.loop import SweepController
+from isaerft_sweep.controller.trial_factory import TrialFactory
+from isaerft_sweep.dispatch.base import Dispatcher, JobExit, JobRef, SchedulerUnavailable
 from isaerft_sweep.dispatch.job import TrialJob
 from isaerft_sweep.errors import LaunchError
-from isaerft_sweep.journal.folders import COMPLETED, RUNNING, STOPPED, StatusWriter, SweepFolder, TrialFolder
 from isaerft_sweep.journal.journal import Journal
-from isaerft_sweep.search.sampler import GivenPoints, Point
+from isaerft_sweep.journal.layout import COMPLETED, RUNNING, STOPPED, StatusWriter, SweepFolder, TrialFolder
+from isaerft_sweep.search.sampler import FixedPoints, Point
 from isaerft_sweep.search.sweep_file import Metric, SweepDefinition
 from isaerft_sweep.specs import Experiment
 
-SITE, PERSON, TRIAL = Verdict("SLURM: PREEMPTED", "site"), Verdict("SLURM: CANCELLED", "person"), Verdict("SLURM: FAILED")
+SITE, PERSON, TRIAL = JobExit("SLURM: PREEMPTED", "site"), JobExit("SLURM: CANCELLED", "person"), JobExit("SLURM: FAILED")
 DONE = (COMPLETED, 0, TRIAL)
 UNBEGUN, SILENT = "unbegun", "silent"
 """States of an attempt that its worker gave back, and of one that died before it said a word."""
@@ -34,7 +34,7 @@ class StandInCluster(Dispatcher):
     threads = None
 
     def __init__(
-        self, script: Sequence[tuple[str, int, Verdict]], takes: Iterable[int | Exception] = (), slots: int = 1
+        self, script: Sequence[tuple[str, int, JobExit]], takes: Iterable[int | Exception] = (), slots: int = 1
     ) -> None:
         self.script, self.takes, self.slots = script, list(takes), slots
         self.asked: list[int] = []
@@ -71,7 +71,7 @@ class StandInCluster(Dispatcher):
     def alive(self, refs: Iterable[JobRef]) -> list[bool]:
         return [False for _ in refs]
 
-    def verdict(self, ref: JobRef) -> Verdict:
+    def verdict(self, ref: JobRef) -> JobExit:
         return self.script[min(ref["number"], len(self.script) - 1)][2]
 
     def cancel(self, refs: Sequence[JobRef]) -> None: ...
@@ -104,7 +104,7 @@ def run(experiment: Callable[..., Experiment], tmp_path: Path) -> Callable[..., 
         journal = Journal(folder)
         journal.write("sweep", sweep_id="s", question="q", metric="eval/loss", goal="minimize")
         definition = SweepDefinition("given points", Metric("eval/loss", "minimize"), {})
-        points = GivenPoints([Point({"orpo.beta": 0.1 * (i + 1)}) for i in range(trials)])
+        points = FixedPoints([Point({"orpo.beta": 0.1 * (i + 1)}) for i in range(trials)])
         factory = TrialFactory(composed, definition, folder, "s", None)
         SweepController(journal, points, factory, cluster, composed.launcher, trials, view, lambda: 0).run()
         journal.close()
@@ -134,7 +134,7 @@ def run(experiment: Callable[..., Experiment], tmp_path: Path) -> Callable[..., 
     ],
 )
 def test_who_ended_an_attempt_and_whether_it_got_further(
-    script: list[tuple[str, int, Verdict]], states: list[str], run: Callable[..., Any]
+    script: list[tuple[str, int, JobExit]], states: list[str], run: Callable[..., Any]
 ) -> None:
     ends, _ = run(StandInCluster(script))
     assert [e["state"] for e in ends] == states
@@ -146,7 +146,7 @@ def test_who_ended_an_attempt_and_whether_it_got_further(
 
 
 def test_a_queue_that_takes_some_and_then_none(run: Callable[..., Any]) -> None:
-    busy = QueueBusy("sbatch takes no job now: AssocMaxSubmitJobLimit.")
+    busy = SchedulerUnavailable("sbatch takes no job now: AssocMaxSubmitJobLimit.")
     cluster = StandInCluster([DONE], takes=[2, busy, busy, 1], slots=4)
     ends, view = run(cluster, trials=6)
     assert len(ends) == 6 and all(e["state"] == "completed" for e in ends)
@@ -178,7 +178,7 @@ def test_a_refusal_for_good_ends_the_sweep_when_nothing_runs(run: Callable[..., 
 
 def test_a_deleted_folder_costs_its_own_trial_alone(experiment: Callable[..., Experiment], tmp_path: Path) -> None:
     composed, folder = experiment(*TINY, "launcher.poll_s=0.001"), SweepFolder(tmp_path / "s")
-    journal, points = Journal(folder), GivenPoints([Point({"orpo.beta": 0.1 * (i + 1)}) for i in range(2)])
+    journal, points = Journal(folder), FixedPoints([Point({"orpo.beta": 0.1 * (i + 1)}) for i in range(2)])
     journal.write("sweep", sweep_id="s", question="q", metric="eval/loss", goal="minimize")
     definition = SweepDefinition("given points", Metric("eval/loss", "minimize"), {})
     factory = TrialFactory(composed, definition, folder, "s", None)

@@ -13,16 +13,16 @@ from conftest import TINY, events
 
 from isaerft_sweep.config.boundary import to_definition
 from isaerft_sweep.controller.early import EarlyStopping
-from isaerft_sweep.controller.run import early_words, evaluations_per_trial
-from isaerft_sweep.controller.sweep import Silent, SweepController
-from isaerft_sweep.controller.trials import TrialFactory
+from isaerft_sweep.controller.loop import Silent, SweepController
+from isaerft_sweep.controller.run_sweep import early_words, evaluations_per_trial
+from isaerft_sweep.controller.trial_factory import TrialFactory
 from isaerft_sweep.dispatch.base import Dispatcher, JobRef
 from isaerft_sweep.dispatch.job import Job, TrialJob
 from isaerft_sweep.errors import ConfigError
-from isaerft_sweep.journal.folders import COMPLETED, PRUNED, RUNNING, StatusWriter, SweepFolder, TrialFolder
 from isaerft_sweep.journal.journal import Journal
+from isaerft_sweep.journal.layout import COMPLETED, PRUNED, RUNNING, StatusWriter, SweepFolder, TrialFolder
 from isaerft_sweep.search.pruning import SuccessiveHalving
-from isaerft_sweep.search.sampler import GivenPoints, Point
+from isaerft_sweep.search.sampler import FixedPoints, Point
 from isaerft_sweep.search.sweep_file import Metric, SweepDefinition
 
 FILE = """\
@@ -113,7 +113,7 @@ def run(
     factory = TrialFactory(composed, definition, folder, "s1", None)
     dispatcher = Scripted(curves, slots)
     early = EarlyStopping(SuccessiveHalving([1, 3], 3), 1, 6)
-    sampler = GivenPoints([Point({"orpo.beta": beta}) for beta in curves][:trials])
+    sampler = FixedPoints([Point({"orpo.beta": beta}) for beta in curves][:trials])
     SweepController(journal, sampler, factory, dispatcher, composed.launcher, trials, Silent(), lambda: 0, early).run()
     return dispatcher, journal
 
@@ -168,7 +168,7 @@ def test_a_diverged_trial_is_the_worst_one_at_every_rung() -> None:
 
 def test_the_sampler_hears_of_a_trial_once(experiment: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[tuple[float, float | None]] = []
-    monkeypatch.setattr(GivenPoints, "tell", lambda self, point, value: told.append((point.params["orpo.beta"], value)))
+    monkeypatch.setattr(FixedPoints, "tell", lambda self, point, value: told.append((point.params["orpo.beta"], value)))
     first = {0.1: [0.5] * 6, 0.2: [0.4] * 6, 0.3: [0.45, 0.5, 0.6, 0.6, 0.6, 0.7]}
     _, journal = run(tmp_path / "s", experiment, {**first, 0.4: [0.1] * 6, 0.5: [0.2] * 6, 0.6: [0.1] * 6}, trials=6)
     journal.close()

@@ -19,16 +19,16 @@ from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 from isaerft_sweep.adapter.architecture import decoder_layers
 from isaerft_sweep.adapter.sae import load_sae
 from isaerft_sweep.errors import ModelError
-from isaerft_sweep.journal.folders import TrialFolder
-from isaerft_sweep.journal.workers import Task, WorkerFolder
+from isaerft_sweep.journal.layout import TrialFolder
+from isaerft_sweep.journal.worker_queue import Task, WorkerFolder
 from isaerft_sweep.models.loading import load, without_dropout
 from isaerft_sweep.models.random_model import byte_tokenizer
 from isaerft_sweep.models.twin import count_parameters, small_twin
-from isaerft_sweep.plain import overrides
+from isaerft_sweep.spec_fields import overrides
 from isaerft_sweep.trial.data import load_pairs
 from isaerft_sweep.trial.prepare import prepare
-from isaerft_sweep.trial.resident import serve_trials
-from isaerft_sweep.trial.run import run_trial
+from isaerft_sweep.trial.runner import run_trial
+from isaerft_sweep.trial.worker import serve_trials
 
 NOT_TEXT_ALONE = {
     "bailing_hybrid", "blt", "cpmant", "dots3_note", "emu3", "fuyu", "gemma3", "gemma3n", "gemma4", "gemma4_assistant", "gemma4_unified",
@@ -48,6 +48,8 @@ EXACT = (
     "stablelm", "granite", "cohere2", "olmo2", "recurrent_gemma", "lfm2",
 )  # fmt: skip
 """Families that must be trained, not refused."""
+USUAL = {*SEEN, "granite", "cohere2", "stablelm", "glm4", "recurrent_gemma", "lfm2"}
+"""What every run of the tests tries. ``pytest --every-family tests/test_families.py`` tries all, in half an hour."""
 FOUR_LAYERS = {"num_hidden_layers": 4, "n_layer": 4, "n_layers": 4, "num_layers": 4, "decoder_layers": 4}
 
 
@@ -168,8 +170,10 @@ def check_family(family: str, trial: Made, tmp_path: Path, seen: list[torch.Tens
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_has_trls_numbers_or_is_refused(
-    family: str, trial: Made, tmp_path: Path, given_gradients: list[torch.Tensor]
+    family: str, trial: Made, tmp_path: Path, given_gradients: list[torch.Tensor], request: pytest.FixtureRequest
 ) -> None:
+    if family not in USUAL and not request.config.getoption("--every-family"):
+        pytest.skip("pytest --every-family tries it")
     outcome = check_family(family, trial, tmp_path, given_gradients)
     assert outcome == "exact" or family not in EXACT
 
@@ -213,7 +217,7 @@ def test_packed_trials_of_a_mixture_of_experts(router: bool, trial: Made, tmp_pa
     """Together where that is exact, one after the other where the router's loss needs the whole model."""
     folder = saved("mixtral", tmp_path / "model", output_router_logits=router, router_aux_loss_coef=0.5)
     alone, *both = (
-        trial(*options(folder, 64, f"orpo.beta={beta}", "launcher.packed=2"), name=name)
+        trial(*options(folder, 64, f"orpo.beta={beta}", "launcher.trials_per_pass=2"), name=name)
         for name, beta in (("alone", 0.5), ("a", 0.5), ("b", 2.0))
     )
     assert run_trial(alone, 1) == "completed"
@@ -221,7 +225,7 @@ def test_packed_trials_of_a_mixture_of_experts(router: bool, trial: Made, tmp_pa
     for one in both:
         worker.claim(Task(str(one.path), 1), room=None)
     worker.claim(Task(None), room=None)
-    assert serve_trials(worker, packed=2) == 2
+    assert serve_trials(worker, trials_per_pass=2) == 2
     assert [one.read_status()["state"] for one in both] == ["completed"] * 2
     for row, expected in zip(rows_of(both[0]), rows_of(alone), strict=True):
         assert row == pytest.approx(expected, rel=5e-4, abs=5e-5)

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from isaerft_sweep.models import random_model
 from isaerft_sweep.specs import ModelSpec
-from isaerft_sweep.trial.grouping import length_groups
-from isaerft_sweep.trial.layout import Batch, alone
-from isaerft_sweep.trial.passes import CALL_FLOPS, read_states
+from isaerft_sweep.trial.batch_layout import Batch, one_row_per_sequence
+from isaerft_sweep.trial.length_groups import length_groups
+from isaerft_sweep.trial.strategy import CALL_FLOPS, read_states
 
 
 def cost(groups: list[list[int]], lengths: list[int], call: int) -> int:
@@ -63,7 +63,7 @@ def test_the_states_and_gradients_are_those_of_the_padded_batch(family: str, cac
     def run() -> tuple[torch.Tensor, torch.Tensor]:
         weight.grad = None
         batch = Batch(ids, mask, read, ())
-        found = read_states(model, batch, alone(batch))
+        found = read_states(model, batch, one_row_per_sequence(batch))
         (found * direction).sum().backward()
         return found.detach(), weight.grad.clone()
 

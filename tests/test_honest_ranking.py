@@ -17,9 +17,9 @@ from scipy import stats
 from trl.experimental.orpo import ORPOTrainer
 
 from isaerft_sweep.cli import main
-from isaerft_sweep.journal.files import write_json, write_text
-from isaerft_sweep.journal.folders import SweepFolder
+from isaerft_sweep.journal.atomic_files import write_json, write_text
 from isaerft_sweep.journal.journal import Journal
+from isaerft_sweep.journal.layout import SweepFolder
 from isaerft_sweep.metrics import METRICS, depends_on_beta
 from isaerft_sweep.results import leaderboard
 from isaerft_sweep.results.caveats import dependence, edges

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from isaerft_sweep.errors import FolderError, JournalError
-from isaerft_sweep.journal.files import made_once, read_json, read_rows, write_json
-from isaerft_sweep.journal.folders import SweepFolder
+from isaerft_sweep.journal.atomic_files import create_once, read_json, read_rows, write_json
 from isaerft_sweep.journal.journal import Journal, SweepRecord, replay
+from isaerft_sweep.journal.layout import SweepFolder
 
 ENDS = st.sampled_from(["completed", "failed", "diverged", "stopped"])
 HISTORIES = st.lists(st.tuples(st.integers(0, 4), ENDS, st.one_of(st.none(), st.floats(-10, 10))), max_size=12)
@@ -112,14 +112,14 @@ def test_json_is_replaced_whole_and_rows_may_be_torn(tmp_path: Path) -> None:
     assert read_rows(rows) == [{"step": 1}]
 
 
-def test_made_once_by_many_and_never_half(tmp_path: Path) -> None:
+def test_created_once_by_many_and_never_half(tmp_path: Path) -> None:
     calls: list[int] = []
 
     def make(folder: Path) -> None:
         calls.append(1)
         (folder / "file").write_text("whole")
 
-    threads = [threading.Thread(target=made_once, args=(tmp_path / "made", make)) for _ in range(8)]
+    threads = [threading.Thread(target=create_once, args=(tmp_path / "made", make)) for _ in range(8)]
     [t.start() for t in threads]
     [t.join() for t in threads]
     assert len(calls) == 1 and (tmp_path / "made" / "file").read_text() == "whole"
@@ -129,5 +129,5 @@ def test_made_once_by_many_and_never_half(tmp_path: Path) -> None:
         raise ValueError
 
     with pytest.raises(ValueError):
-        made_once(tmp_path / "never", fails)
+        create_once(tmp_path / "never", fails)
     assert not (tmp_path / "never").exists()

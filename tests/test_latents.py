@@ -14,9 +14,9 @@ from trl.experimental.orpo import ORPOTrainer
 from isaerft_sweep.adapter import load_model
 from isaerft_sweep.adapter.sae import load_sae
 from isaerft_sweep.errors import ConfigError
-from isaerft_sweep.journal.folders import TrialFolder
+from isaerft_sweep.journal.layout import TrialFolder
 from isaerft_sweep.results.statistics import pair_values
-from isaerft_sweep.trial.run import run_trial
+from isaerft_sweep.trial.runner import run_trial
 
 Made = Callable[..., TrialFolder]
 OFF = ("tracker=disabled",)
@@ -84,7 +84,7 @@ def test_tokens_are_counted_also_across_a_stop(lean: bool, trial: Made, monkeypa
 @pytest.mark.parametrize("kind", ["bias", "scale", "mlp"])
 def test_what_was_learned_agrees_with_the_formula(kind: str, trunk_gb: int, trial: Made) -> None:
     folder = trial(
-        *OFF, f"adapter={kind}", f"launcher.trunk_cache_gb={trunk_gb}", "data.eval_size=2", "orpo.learning_rate=0.1"
+        *OFF, f"adapter={kind}", f"launcher.activation_cache_gb={trunk_gb}", "data.eval_size=2", "orpo.learning_rate=0.1"
     )
     assert run_trial(folder, 1) == "completed"
     found = np.load(folder.latents)

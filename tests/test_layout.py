@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from isaerft_sweep.models import random_model
 from isaerft_sweep.specs import ModelSpec
-from isaerft_sweep.trial.layout import Batch, alone, behind_prompts, read_once
-from isaerft_sweep.trial.passes import read_states, why_not_shared
+from isaerft_sweep.trial.batch_layout import Batch, one_row_per_sequence, shared_prefix_rows, unique_read_positions
+from isaerft_sweep.trial.strategy import read_states, why_not_shared
 
 FAMILIES = ["llama", "gemma2", "gemma3_text", "qwen2", "qwen3", "gpt_neox"]
 TOKENS = st.lists(st.integers(6, 9), max_size=12)
@@ -36,7 +36,7 @@ def test_every_token_sees_what_is_before_it_and_nothing_else(
 ) -> None:
     pairs = [(prompt + a, prompt + b) for prompt, a, b in given_pairs]
     batch = batch_of(pairs)
-    layout = behind_prompts(batch)
+    layout = shared_prefix_rows(batch)
     rows, width = list(range(len(pairs))), layout.ids.shape[1]
     found = layout.inputs(rows, width, type("Plain", (), {}), torch.float32)
     seen = found["attention_mask"][:, 0] == 0
@@ -78,7 +78,7 @@ def test_a_beginning_that_a_trial_s_sequences_share_is_read_once(
     ids = torch.tensor([s + [0] * (width - len(s)) for s in sequences])
     mask = torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in sequences])
     read = mask[:, 1:].bool() & torch.tensor([[random.random() < 0.8 for _ in range(width - 1)] for _ in sequences])
-    wanted, places = read_once(Batch(ids, mask, read, (), tuple(starts)))
+    wanted, places = unique_read_positions(Batch(ids, mask, read, (), tuple(starts)))
     looked_at = [(owner[s], tuple(sequences[s][: j + 2])) for s, j in read.nonzero().tolist()]
     assert len(places) == len(looked_at) and sorted(set(places.tolist())) == list(range(len(wanted)))
     assert [looked_at[i] for i in wanted[places].tolist()] == looked_at
@@ -122,7 +122,7 @@ def test_states_and_gradients_are_those_of_rows_of_their_own(family: str, attent
         (found * direction).sum().backward()
         return found.detach(), weight.grad.clone()
 
-    apart, together = run(alone(batch)), run(behind_prompts(batch))
+    apart, together = run(one_row_per_sequence(batch)), run(shared_prefix_rows(batch))
     torch.testing.assert_close(together[0], apart[0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(together[1], apart[1], rtol=1e-3, atol=1e-5 * apart[1].abs().max().item())
     assert apart[1].abs().max() > 0.1

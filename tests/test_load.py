@@ -13,11 +13,11 @@ import pytest
 from transformers import AutoTokenizer
 
 from isaerft_sweep.adapter import load_model
-from isaerft_sweep.journal.folders import TrialFolder
+from isaerft_sweep.journal.layout import TrialFolder
 from isaerft_sweep.models.loading import load, load_tokenizer
-from isaerft_sweep.plain import overrides
+from isaerft_sweep.spec_fields import overrides
 from isaerft_sweep.trial.data import load_pairs
-from isaerft_sweep.trial.run import run_trial
+from isaerft_sweep.trial.runner import run_trial
 
 COMMIT = "b" * 40
 

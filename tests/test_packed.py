@@ -17,12 +17,12 @@ from test_sweep import check_wandb_runs, ended_states, processes_of, start, step
 
 from isaerft_sweep.adapter.architecture import decoder_layers
 from isaerft_sweep.adapter.layer import IsaerftLayer
-from isaerft_sweep.journal.folders import PRUNED, TrialFolder
-from isaerft_sweep.journal.workers import Progress, Task, WorkerFolder
-from isaerft_sweep.trial import joint, resident
-from isaerft_sweep.trial.joint import JointModel
-from isaerft_sweep.trial.resident import serve_trials
-from isaerft_sweep.trial.run import run_trial
+from isaerft_sweep.journal.layout import PRUNED, TrialFolder
+from isaerft_sweep.journal.worker_queue import Task, TaskProgress, WorkerFolder
+from isaerft_sweep.trial import multi_trial, worker
+from isaerft_sweep.trial.multi_trial import MultiTrialModel
+from isaerft_sweep.trial.runner import run_trial
+from isaerft_sweep.trial.worker import serve_trials
 
 Made = Callable[..., TrialFolder]
 OFF = ("tracker=disabled", "orpo.learning_rate=0.1")
@@ -51,21 +51,21 @@ def pack(folder: WorkerFolder, trials: list[TrialFolder], packed: int | None, si
         assert folder.claim(Task(str(trial.path), trial.current_attempt()), room=None)
     folder.claim(Task(None), room=None)
     with pytest.MonkeyPatch.context() as patch:
-        forward = JointModel.forward
+        forward = MultiTrialModel.forward
 
-        def counted(self: JointModel, parts: Any) -> Any:
+        def counted(self: MultiTrialModel, parts: Any) -> Any:
             if sizes is not None:
                 sizes.append(len(parts))
             return forward(self, parts)
 
-        patch.setattr(JointModel, "forward", counted)
-        return serve_trials(folder, packed=packed)
+        patch.setattr(MultiTrialModel, "forward", counted)
+        return serve_trials(folder, trials_per_pass=packed)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "trunk_gb"), [*((family, 1) for family in FAMILIES), ("llama", 0), ("gemma2", 0)])
 def test_packed_trials_have_the_numbers_of_trials_alone(family: str, trunk_gb: int, trial: Made, tmp_path: Path) -> None:
-    shared = (*OFF, f"model.architecture={family}", f"launcher.trunk_cache_gb={trunk_gb}", "orpo.eval_fraction=0.5")
+    shared = (*OFF, f"model.architecture={family}", f"launcher.activation_cache_gb={trunk_gb}", "orpo.eval_fraction=0.5")
     settings = [
         ("orpo.beta=2.0",),
         ("orpo.beta=0.1", "orpo.seed=7", "orpo.gradient_accumulation=2"),
@@ -113,12 +113,12 @@ def test_trials_join_and_leave_between_steps(trial: Made, tmp_path: Path) -> Non
 
     thread = threading.Thread(target=controller)
     thread.start()
-    assert serve_trials(folder, packed=2) == 3
+    assert serve_trials(folder, trials_per_pass=2) == 3
     thread.join()
     for mine, expected in zip((short, long, late), alone, strict=True):
         assert run_trial(expected, 1) == "completed"
         assert_near(mine, expected, 2e-3)
-    assert folder.progress() == Progress(3, ending=True)
+    assert folder.progress() == TaskProgress(3, ending=True)
 
 
 @pytest.mark.slow
@@ -178,7 +178,7 @@ def test_an_error_in_a_pass_belongs_to_one_trial(
         return Broken.apply(original(self, x)) if torch.is_grad_enabled() else original(self, x)
 
     passes = [0]
-    make = resident._Worker._joint_model
+    make = worker._Worker._joint_model
 
     def breaking(self: Any, seat: Any) -> Any:
         passes[0] += 1
@@ -187,14 +187,14 @@ def test_an_error_in_a_pass_belongs_to_one_trial(
         return make(self, seat)
 
     monkeypatch.setattr(IsaerftLayer, "changed", changed)
-    monkeypatch.setattr(resident._Worker, "_joint_model", breaking)
+    monkeypatch.setattr(worker._Worker, "_joint_model", breaking)
     folder = WorkerFolder(tmp_path / "worker")
     assert pack(folder, [good, bad, never], 2) == 2
     assert good.read_status()["state"] == "completed"
     assert_near(good, alone)
     assert bad.read_status()["state"] == "failed" and "this adapter is broken" in bad.read_status()["message"]
     assert never.read_status()["state"] == "stopped", "handed back: the worker ends after an error"
-    assert folder.progress() == Progress(3, ending=True)
+    assert folder.progress() == TaskProgress(3, ending=True)
 
 
 @pytest.mark.slow
@@ -211,21 +211,21 @@ def test_a_trial_that_cannot_write_leaves_the_others_of_its_pack_alone(
         assert "could not be used: IsADirectoryError" in broken.read_status()["message"]
     else:
         assert "IsADirectoryError" in capfd.readouterr().err and list(broken.status.iterdir()) == []
-    assert folder.progress() == Progress(2, ending=True)
+    assert folder.progress() == TaskProgress(2, ending=True)
 
 
 @pytest.mark.slow
 def test_a_pack_that_does_not_fit_into_memory_goes_in_halves(
     trial: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward = JointModel.forward
+    forward = MultiTrialModel.forward
 
-    def small(self: JointModel, parts: Any) -> Any:
+    def small(self: MultiTrialModel, parts: Any) -> Any:
         if len(parts) > 1:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory (a stand-in: there is no GPU here)")
         return forward(self, parts)
 
-    monkeypatch.setattr(JointModel, "forward", small)
+    monkeypatch.setattr(MultiTrialModel, "forward", small)
     trials = [trial(*OFF, f"orpo.beta={i + 1}.0", name=f"t{i}") for i in range(3)]
     assert pack(WorkerFolder(tmp_path / "worker"), trials, 3) == 3
     assert {t.read_status()["state"] for t in trials} == {"completed"}
@@ -238,14 +238,14 @@ def test_the_size_of_a_pack_is_measured(
     """The times are made up; that they are taken, and nothing but them is changed by it, is not."""
     times = {1: 1.0, 2: 1.2, 4: 1.9, 8: 3.7}
     tried: list[int] = []
-    step = joint._step_seconds
+    step = multi_trial._step_seconds
 
-    def timed(model: JointModel, parts: list[Any]) -> float:
+    def timed(model: MultiTrialModel, parts: list[Any]) -> float:
         tried.append(len(parts))
         step(model, parts)
         return times[len(parts)]
 
-    monkeypatch.setattr(joint, "_step_seconds", timed)
+    monkeypatch.setattr(multi_trial, "_step_seconds", timed)
     folder = WorkerFolder(tmp_path / "worker")
     trials = [trial(*OFF, "orpo.gradient_accumulation=2", f"orpo.beta={i + 1}.0", name=f"t{i}") for i in range(4)]
     alone = trial(*OFF, "orpo.gradient_accumulation=2", "orpo.beta=1.0", name="alone")
@@ -261,7 +261,14 @@ def test_the_size_of_a_pack_is_measured(
 @pytest.mark.slow
 def test_a_packed_sweep_and_a_crash_in_it(tmp_path: Path) -> None:
     sweep = tmp_path / "outputs" / "s"
-    options = (*TINY, "name=s", "sweep.run_cap=4", "launcher.packed=2", "orpo.max_steps=30", "orpo.checkpoint_every_steps=5")
+    options = (
+        *TINY,
+        "name=s",
+        "sweep.run_cap=4",
+        "launcher.trials_per_pass=2",
+        "orpo.max_steps=30",
+        "orpo.checkpoint_every_steps=5",
+    )
     controller = start(tmp_path, *options)
     both = wait_for(lambda: found if len(found := [s for s in stepping(sweep) if s["step"] > 10]) == 2 else None)
     assert both[0]["pid"] == both[1]["pid"], "two trials in one process"

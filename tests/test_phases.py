@@ -16,13 +16,13 @@ from conftest import TINY, processes_of
 from test_resident import rows_of
 from test_sweep import ended_states, start, statuses, wait_for
 
-from isaerft_sweep.journal.files import _lock_of
-from isaerft_sweep.journal.folders import PRUNED, STOPPED, StatusWriter, TrialFolder
-from isaerft_sweep.journal.workers import Task, WorkerFolder
-from isaerft_sweep.trial import reuse, run, trunk
-from isaerft_sweep.trial.resident import serve_trials
-from isaerft_sweep.trial.run import run_trial
+from isaerft_sweep.journal.atomic_files import _lock_of
+from isaerft_sweep.journal.layout import PRUNED, STOPPED, StatusWriter, TrialFolder
+from isaerft_sweep.journal.worker_queue import Task, WorkerFolder
+from isaerft_sweep.trial import activation_cache, process_cache, runner
+from isaerft_sweep.trial.runner import run_trial
 from isaerft_sweep.trial.trainer import TrialTrainer
+from isaerft_sweep.trial.worker import serve_trials
 
 Made = Callable[..., TrialFolder]
 OFF = ("tracker=disabled",)
@@ -64,11 +64,11 @@ def told(number: signal.Signals) -> Callable[[], None]:
 
 
 SLOW_PLACES = {
-    "loading the model": (run, "load"),
-    "loading the SAE": (run, "attach_adapter"),
-    "reading the data": (run, "load_pairs"),
-    "tokenising": (run, "make_trainer"),
-    "frozen layers": (trunk, "streams_of"),
+    "loading the model": (runner, "load"),
+    "loading the SAE": (runner, "attach_adapter"),
+    "reading the data": (runner, "load_pairs"),
+    "tokenising": (runner, "make_trainer"),
+    "frozen layers": (activation_cache, "streams_of"),
     "evaluating": (TrialTrainer, "prediction_step"),
 }
 
@@ -86,7 +86,7 @@ def test_a_stop_is_heard_within_a_second_before_the_first_step(
     assert state == STOPPED == folder.read_status()["state"] and took_s < HEARD_S, took_s
     assert "no step to keep" in folder.read_status()["message"]
     monkeypatch.undo()
-    whole = trial(*OFF, "launcher.trunk_cache_gb=0", name="whole")
+    whole = trial(*OFF, "launcher.activation_cache_gb=0", name="whole")
     folder.begin_attempt(2)
     assert run_trial(folder, 2) == run_trial(whole, 1) == "completed"
     assert [row["step"] for row in rows_of(folder)] == [row["step"] for row in rows_of(whole)]
@@ -118,14 +118,14 @@ def test_a_worker_that_ran_others_takes_the_blame(trial: Made, tmp_path: Path, m
     worker = WorkerFolder(tmp_path / "worker")
     worker.claim(Task(str(first.path), 1))
     worker.claim(Task(str(other.path), 1), room=None)
-    compute = reuse.stored_trunk
+    compute = process_cache.stored_activations
 
     def slow_for_other(*args: Any) -> Any:
         if str(args[3]) == str(tmp_path / "scratch"):
             time.sleep(30)
         return compute(*args)
 
-    monkeypatch.setattr(reuse, "stored_trunk", slow_for_other)
+    monkeypatch.setattr(process_cache, "stored_trunk", slow_for_other)
     _, took_s = asked_during("frozen", other, told(signal.SIGTERM), lambda: serve_trials(worker))
     assert took_s < 2 * HEARD_S and first.read_status()["state"] == "completed"
     assert other.read_status()["state"] == STOPPED and other.read_status()["begun"] is False

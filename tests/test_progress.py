@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from isaerft_sweep.controller.progress import SHOWN_ROWS, Progress, time_left_s, trial_left_s
-from isaerft_sweep.journal.folders import SweepFolder
+from isaerft_sweep.controller.live_view import SHOWN_ROWS, LiveView, time_left_s, trial_left_s
 from isaerft_sweep.journal.journal import TrialRecord
+from isaerft_sweep.journal.layout import SweepFolder
 from isaerft_sweep.search.sampler import Point
 
 
@@ -25,7 +25,7 @@ def drawn(records: list[TrialRecord], statuses: dict[int, dict[str, Any]]) -> st
     """The live table, as a terminal gets it."""
     terminal = io.StringIO()
     console = Console(file=terminal, force_terminal=True, width=120, height=60, color_system=None)
-    with Progress(console, "eval/log_odds_chosen", 50) as view:
+    with LiveView(console, "eval/log_odds_chosen", 50) as view:
         view.update(records, statuses)
     return terminal.getvalue()
 
@@ -52,7 +52,7 @@ def test_what_is_under_way_is_always_shown() -> None:
 def table(records: list[TrialRecord], statuses: dict[int, dict[str, Any]], folder: SweepFolder, width: int = 160) -> str:
     terminal = io.StringIO()
     console = Console(file=terminal, force_terminal=True, width=width, height=60, color_system=None)
-    with Progress(console, "eval/log_odds_chosen", 50, folder) as view:
+    with LiveView(console, "eval/log_odds_chosen", 50, folder) as view:
         view.update(records, statuses)
     return terminal.getvalue()
 
@@ -104,7 +104,7 @@ def test_the_sweeps_time_left_counts_all_that_is_not_done() -> None:
 def plain_lines(updates: list[dict[str, Any]], trials: int, folder: SweepFolder) -> list[str]:
     """What a pipe or a log gets of one trial's statuses."""
     out = io.StringIO()
-    with Progress(Console(file=out, width=200), "m", trials, folder) as view:
+    with LiveView(Console(file=out, width=200), "m", trials, folder) as view:
         job = {"kind": "slurm", "id": "12_0"}
         records = [record(i, "queued", attempt=1, job=job, last_job=job) for i in range(trials)]
         for status in updates:
@@ -129,7 +129,7 @@ def test_of_many_trials_only_what_comes_before_the_first_step_is_said(tmp_path: 
 
 def test_a_failed_trial_names_its_log(tmp_path: Path) -> None:
     out = io.StringIO()
-    with Progress(Console(file=out, width=80), "m", 3, SweepFolder(tmp_path)) as view:
+    with LiveView(Console(file=out, width=80), "m", 3, SweepFolder(tmp_path)) as view:
         view.event(record(0, "failed", message="CUDA error: " + "x" * 100, last_job={"kind": "slurm", "id": "12_0"}))
     assert f"  its log: {tmp_path / 'jobs' / '12_0_0_log.out'}" in out.getvalue().splitlines()
 
@@ -142,7 +142,7 @@ class Gone(io.StringIO):
 
 
 def test_a_terminal_that_has_gone_does_not_end_the_sweep(tmp_path: Path) -> None:
-    with Progress(Console(file=Gone(), width=80), "m", 3, SweepFolder(tmp_path)) as view:
+    with LiveView(Console(file=Gone(), width=80), "m", 3, SweepFolder(tmp_path)) as view:
         view.event(record(0, "completed", metric=1.0, seconds=2.0))
         view.note("slurmctld does not answer")
         view.update([record(0, "queued", attempt=1)], {0: {"state": "running", "phase": "training"}})

@@ -23,15 +23,15 @@ import isaerft_sweep.adapter  # noqa: F401  (what a user of an adapter repositor
 from isaerft_sweep.adapter import load_model
 from isaerft_sweep.cli import main
 from isaerft_sweep.errors import FolderError, ModelError
-from isaerft_sweep.journal.files import write_json
-from isaerft_sweep.journal.folders import SweepFolder, TrialFolder
+from isaerft_sweep.journal.atomic_files import write_json
 from isaerft_sweep.journal.journal import Journal
+from isaerft_sweep.journal.layout import SweepFolder, TrialFolder
 from isaerft_sweep.models.loading import load
-from isaerft_sweep.plain import to_dict
 from isaerft_sweep.publish.export import export
 from isaerft_sweep.results.card import make_card, refresh_cards
 from isaerft_sweep.results.reading import read_sweep_folder
-from isaerft_sweep.trial.run import run_trial
+from isaerft_sweep.spec_fields import to_dict
+from isaerft_sweep.trial.runner import run_trial
 
 pytestmark = pytest.mark.slow  # nearly all of them train a trial first
 Made = Callable[..., TrialFolder]

@@ -18,9 +18,9 @@ from test_honest_ranking import make_sweep
 
 from isaerft_sweep.cli import main
 from isaerft_sweep.errors import DataError
-from isaerft_sweep.journal.files import write_json, write_text
-from isaerft_sweep.journal.folders import SweepFolder
+from isaerft_sweep.journal.atomic_files import write_json, write_text
 from isaerft_sweep.journal.journal import Journal
+from isaerft_sweep.journal.layout import SweepFolder
 from isaerft_sweep.results.axes import axis
 from isaerft_sweep.results.curves import curves_of, thinned
 from isaerft_sweep.results.importance import importance

@@ -10,8 +10,8 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 from test_report import full_sweep  # noqa: F401  (a fixture)
 
-from isaerft_sweep.journal.files import write_json
-from isaerft_sweep.journal.folders import SweepFolder
+from isaerft_sweep.journal.atomic_files import write_json
+from isaerft_sweep.journal.layout import SweepFolder
 from isaerft_sweep.results.reading import read_sweep_folder
 from isaerft_sweep.results.report.write import write_report
 

@@ -19,21 +19,21 @@ from conftest import TINY, events, processes_of
 from test_sweep import ended_states, start, statuses, stepping, wait_for
 from trl.experimental.orpo import ORPOTrainer
 
-from isaerft_sweep.controller.progress import time_left_s
-from isaerft_sweep.controller.sweep import Silent, SweepController
-from isaerft_sweep.controller.trials import TrialFactory
+from isaerft_sweep.controller.live_view import time_left_s
+from isaerft_sweep.controller.loop import Silent, SweepController
+from isaerft_sweep.controller.trial_factory import TrialFactory
 from isaerft_sweep.dispatch.base import Dispatcher, JobRef
 from isaerft_sweep.dispatch.job import TrialJob, WorkerJob
-from isaerft_sweep.dispatch.resident import ResidentDispatcher
-from isaerft_sweep.journal.folders import PRUNED, STOPPED, StatusWriter, SweepFolder, TrialFolder
+from isaerft_sweep.dispatch.worker_pool import ResidentDispatcher
 from isaerft_sweep.journal.journal import Journal, TrialRecord
-from isaerft_sweep.journal.workers import Progress, Task, WorkerFolder
-from isaerft_sweep.search.sampler import GivenPoints, Point
+from isaerft_sweep.journal.layout import PRUNED, STOPPED, StatusWriter, SweepFolder, TrialFolder
+from isaerft_sweep.journal.worker_queue import Task, TaskProgress, WorkerFolder
+from isaerft_sweep.search.sampler import FixedPoints, Point
 from isaerft_sweep.search.sweep_file import Metric, SweepDefinition
 from isaerft_sweep.trial.data import PairTokenizer
-from isaerft_sweep.trial.resident import serve_trials
-from isaerft_sweep.trial.run import run_trial
+from isaerft_sweep.trial.runner import run_trial
 from isaerft_sweep.trial.trainer import TrialTrainer
+from isaerft_sweep.trial.worker import serve_trials
 
 Made = Callable[..., TrialFolder]
 OFF = ("tracker=disabled",)
@@ -67,11 +67,11 @@ def serve(folder: WorkerFolder, trials: list[TrialFolder]) -> int:
 def test_a_trial_has_the_same_numbers_after_others_in_one_process(
     kind: str, trunk_gb: int, trial: Made, tmp_path: Path
 ) -> None:
-    options = (*OFF, f"adapter={kind}", f"launcher.trunk_cache_gb={trunk_gb}", "orpo.learning_rate=0.1")
+    options = (*OFF, f"adapter={kind}", f"launcher.activation_cache_gb={trunk_gb}", "orpo.learning_rate=0.1")
     alone = trial(*options, name="alone")
     assert run_trial(alone, 1) == "completed"
     others = [
-        trial(*OFF, "adapter=scale", "orpo.seed=7", f"launcher.trunk_cache_gb={trunk_gb}", name="scale"),
+        trial(*OFF, "adapter=scale", "orpo.seed=7", f"launcher.activation_cache_gb={trunk_gb}", name="scale"),
         trial(*options, "orpo.beta=2.0", name="beta"),
         trial(*options, "model.architecture=gemma2", name="gemma"),
     ]
@@ -85,15 +85,15 @@ def test_a_trial_has_the_same_numbers_after_others_in_one_process(
 
 @pytest.mark.slow
 def test_the_model_and_the_data_are_loaded_once(trial: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import isaerft_sweep.trial.reuse as reuse
-    import isaerft_sweep.trial.run as run
+    import isaerft_sweep.trial.process_cache as process_cache
+    import isaerft_sweep.trial.runner as runner
 
     calls: Counter[str] = Counter()
     rows: list[int] = []
     tokenise = ORPOTrainer.tokenize_row
     for reader in (TrialTrainer, PairTokenizer):
         monkeypatch.setattr(reader, "tokenize_row", lambda self, *a, **k: rows.append(1) or tokenise(self, *a, **k))
-    for place, name in ((run, "load"), (run, "load_pairs"), (reuse, "stored_trunk")):
+    for place, name in ((runner, "load"), (runner, "load_pairs"), (process_cache, "stored_trunk")):
         original = getattr(place, name)
 
         def counted(*args: Any, name: str = name, original: Any = original) -> Any:
@@ -141,7 +141,7 @@ def test_a_trial_whose_folder_cannot_be_read_costs_only_itself(how: str, trial: 
     else:
         shutil.rmtree(trials[1].path)
     worker = WorkerFolder(tmp_path / "worker")
-    assert serve(worker, trials) == 2 and worker.progress() == Progress(3, ending=True)
+    assert serve(worker, trials) == 2 and worker.progress() == TaskProgress(3, ending=True)
     assert [trials[i].read_status()["state"] for i in (0, 2)] == ["completed", "completed"]
     status = trials[1].read_status()
     assert status == {} if how == "gone" else (status["state"] == "failed" and "could not be used" in status["message"])
@@ -151,7 +151,7 @@ def test_a_worker_that_is_started_again_does_not_repeat_what_is_done(trial: Made
     done = trial(*OFF, name="done")
     assert run_trial(done, 1) == "completed"
     before, worker = done.status.read_text(), WorkerFolder(tmp_path / "worker")
-    assert serve(worker, [done]) == 1 and worker.progress() == Progress(1, ending=True)
+    assert serve(worker, [done]) == 1 and worker.progress() == TaskProgress(1, ending=True)
     assert serve_trials(worker, idle_s=0.1) == 0, "a scheduler starts it once more: it returns at once"
     assert done.status.read_text() == before
 
@@ -194,34 +194,34 @@ class FakeJobs(Dispatcher):
 
 
 def test_the_dispatcher_and_its_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("isaerft_sweep.dispatch.resident.CLOSING_S", 0.3)
+    monkeypatch.setattr("isaerft_sweep.dispatch.worker_pool.CLOSING_S", 0.3)
     jobs = FakeJobs()
     pool = ResidentDispatcher(jobs, tmp_path / "workers", 0.05)
     first = pool.submit(TrialJob("a", 1, None))
     assert pool.alive([first]) == [True] and jobs.worker(0).task(1) == Task("a", 1)
-    jobs.worker(0).note(Progress(1))
+    jobs.worker(0).note(TaskProgress(1))
     assert pool.alive([first]) == [False]
     second = pool.submit(TrialJob("b", 1, None))
     assert second["task"] == 2 and len(jobs.started) == 1, "the waiting worker gets it"
     third = pool.submit(TrialJob("c", 1, None))
     assert third["task"] == 1 and len(jobs.started) == 2, "it is busy: another one starts"
-    jobs.worker(0).note(Progress(2, ending=True))
+    jobs.worker(0).note(TaskProgress(2, ending=True))
     assert pool.alive([second, third]) == [True, True], "one that ends keeps its slot until it has gone"
     jobs.dead.add(0)
     assert pool.alive([second, third]) == [False, True]
     # the second worker waits, then decides to end just before it would be given a trial
-    jobs.worker(1).note(Progress(1))
+    jobs.worker(1).note(TaskProgress(1))
     assert pool.alive([third]) == [False]
     assert jobs.worker(1).claim(Task(None)) == 2
     fourth = pool.submit(TrialJob("d", 1, None))
     assert fourth["task"] == 1 and len(jobs.started) == 3, "nothing is given to a worker that ends"
 
     # another controller: the one that is busy is found again, nobody gives it more, and the one that waits ends
-    jobs.worker(2).note(Progress(1))
+    jobs.worker(2).note(TaskProgress(1))
     assert pool.alive([fourth]) == [False]
     fifth = pool.submit(TrialJob("e", 1, None))
     waiting = pool.submit(TrialJob("f", 1, None))
-    jobs.worker(3).note(Progress(1))
+    jobs.worker(3).note(TaskProgress(1))
     other = ResidentDispatcher(jobs, tmp_path / "workers", 0.05)
     assert jobs.worker(3).task(2) == Task(None) and waiting["worker"] != fifth["worker"]
     assert other.alive([fifth]) == [True]
@@ -229,7 +229,7 @@ def test_the_dispatcher_and_its_workers(tmp_path: Path, monkeypatch: pytest.Monk
     assert sixth["worker"] not in (fifth["worker"], waiting["worker"])
     other.close()
     assert jobs.killed == [], "busy workers go on: the next controller adopts them"
-    jobs.worker(2).note(Progress(2))
+    jobs.worker(2).note(TaskProgress(2))
     assert other.alive([fifth]) == [False]
     other.close()
     assert jobs.worker(2).task(3) == Task(None) and jobs.killed == [2], "one that does not end is killed"
@@ -238,32 +238,32 @@ def test_the_dispatcher_and_its_workers(tmp_path: Path, monkeypatch: pytest.Monk
 def test_the_dispatcher_and_workers_of_packed_trials(tmp_path: Path) -> None:
     jobs = FakeJobs()
     jobs.slots = 2
-    pool = ResidentDispatcher(jobs, tmp_path / "workers", 0.05, packed=2)
+    pool = ResidentDispatcher(jobs, tmp_path / "workers", 0.05, trials_per_pass=2)
     assert pool.slots == 4
     refs = pool.submit_all([TrialJob(name, 1, None) for name in "abcde"])
     assert [(ref["job"]["number"], ref["task"]) for ref in refs] == [(0, 1), (1, 1), (0, 2), (1, 2)], "spread, then packed"
     assert pool.waiting_workers == 0 and pool.alive(refs) == [True] * 4
-    jobs.worker(0).note(Progress(0, (2,)))
+    jobs.worker(0).note(TaskProgress(0, (2,)))
     assert pool.alive(refs) == [True, True, False, True] and pool.waiting_workers == 1 and pool.slots == 4
     assert pool.submit(TrialJob("e", 1, None))["task"] == 3
     # after an error a worker ends: what is over comes back at once, its place when the others are over and it has gone
-    jobs.worker(1).note(Progress(1, ending=True))
+    jobs.worker(1).note(TaskProgress(1, ending=True))
     assert pool.alive([refs[1], refs[3]]) == [False, True] and pool.slots == 3
-    jobs.worker(1).note(Progress(2, ending=True))
+    jobs.worker(1).note(TaskProgress(2, ending=True))
     assert pool.alive([refs[3]]) == [True] and pool.slots == 3
     jobs.dead.add(1)
     assert pool.alive([refs[3]]) == [False] and pool.slots == 4
     assert pool.submit(TrialJob("f", 1, None))["job"]["number"] == 2
 
     # measured: a worker takes one trial until it has said how many
-    measuring = ResidentDispatcher(jobs, tmp_path / "measuring", 0.05, packed=None)
+    measuring = ResidentDispatcher(jobs, tmp_path / "measuring", 0.05, trials_per_pass=None)
     measuring.submit_all([TrialJob("a", 1, None)])
     assert measuring.slots == 2
     jobs.worker(3).note_room(4)
     assert measuring.slots == 5 and measuring.waiting_workers == 3
-    limited = ResidentDispatcher(jobs, tmp_path / "limited", 0.05, trials_per_job=3, packed=2)
+    limited = ResidentDispatcher(jobs, tmp_path / "limited", 0.05, trials_per_job=3, trials_per_pass=2)
     first = limited.submit_all([TrialJob(name, 1, None) for name in "abcd"])
-    jobs.worker(4).note(Progress(2))
+    jobs.worker(4).note(TaskProgress(2))
     assert limited.alive(first) == [False, True, False, True] and limited.waiting_workers == 1, "a third one and no fourth"
 
 
@@ -275,10 +275,10 @@ def test_a_worker_ends_after_an_error_and_when_nobody_wants_it(trial: Made, tmp_
     broken.spec.write_text(json.dumps(spec))
     worker = WorkerFolder(tmp_path / "worker")
     assert serve(worker, [broken, trial(*OFF, name="never")]) == 1
-    assert broken.read_status()["state"] == "failed" and worker.progress() == Progress(1, ending=True)
+    assert broken.read_status()["state"] == "failed" and worker.progress() == TaskProgress(1, ending=True)
     nobody = WorkerFolder(tmp_path / "nobody")
     assert serve_trials(nobody, idle_s=0.3) == 0
-    assert nobody.progress() == Progress(ending=True)
+    assert nobody.progress() == TaskProgress(ending=True)
 
 
 def test_a_trial_that_a_worker_has_not_begun_goes_back_when_it_ends(trial: Made, tmp_path: Path) -> None:
@@ -290,10 +290,10 @@ def test_a_trial_that_a_worker_has_not_begun_goes_back_when_it_ends(trial: Made,
     worker = WorkerFolder(tmp_path / "worker")
     for one in (broken, waiting):
         worker.claim(Task(str(one.path), 1), room=None)
-    assert serve_trials(worker, packed=2) == 1
+    assert serve_trials(worker, trials_per_pass=2) == 1
     assert broken.read_status()["state"] == "failed"
     assert (waiting.read_status()["state"], waiting.read_status()["begun"]) == ("stopped", False)
-    assert worker.progress() == Progress(2, ending=True) and worker.task(3) == Task(None)
+    assert worker.progress() == TaskProgress(2, ending=True) and worker.task(3) == Task(None)
 
 
 def test_a_worker_told_to_stop_within_a_step_is_given_nothing_more(
@@ -305,8 +305,8 @@ def test_a_worker_told_to_stop_within_a_step_is_given_nothing_more(
         stopping["asked"] = True
         return STOPPED
 
-    said: list[Progress] = []
-    monkeypatch.setattr("isaerft_sweep.trial.resident.run_trial", stopped_in_its_last_step)
+    said: list[TaskProgress] = []
+    monkeypatch.setattr("isaerft_sweep.trial.worker.run_trial", stopped_in_its_last_step)
     monkeypatch.setattr(WorkerFolder, "note", lambda _folder, progress: said.append(progress))
     worker = WorkerFolder(tmp_path / "worker")
     worker.claim(Task(str(trial(*OFF, name="t").path), 1))
@@ -345,7 +345,7 @@ class Workers(FakeJobs):
             return
         if task.trial is None:
             self.dead.add(number)
-            worker.note(Progress(progress.upto, ending=True))
+            worker.note(TaskProgress(progress.upto, ending=True))
             return
         folder = TrialFolder(Path(task.trial))
         if folder.current_attempt() == task.attempt:
@@ -363,7 +363,7 @@ def test_idle_workers_take_over_what_waits_for_others_to_be_started(
     journal = Journal(folder)
     journal.write("sweep", sweep_id="s", question="q", metric="eval/loss", goal="minimize")
     definition = SweepDefinition("given points", Metric("eval/loss", "minimize"), {})
-    points = GivenPoints([Point({"orpo.beta": 0.1 * (i + 1)}) for i in range(trials)])
+    points = FixedPoints([Point({"orpo.beta": 0.1 * (i + 1)}) for i in range(trials)])
     factory, jobs = TrialFactory(composed, definition, folder, "s", None), Workers(slots, running)
     pool = ResidentDispatcher(jobs, folder.workers, 0.001)
     SweepController(journal, points, factory, pool, composed.launcher, trials, Silent(), lambda: 0).run()
@@ -391,7 +391,7 @@ def test_a_job_that_survives_being_killed_is_given_up(
     experiment: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A process that hangs in the kernel: its trial goes on in another job, and it may write nothing more."""
-    monkeypatch.setattr("isaerft_sweep.controller.sweep.ENDING_S", 0.2)
+    monkeypatch.setattr("isaerft_sweep.controller.loop.ENDING_S", 0.2)
     composed = experiment(*TINY, "launcher.poll_s=0.01", "launcher.heartbeat_s=0.1")
 
     class Hanging(FakeJobs):
@@ -404,7 +404,7 @@ def test_a_job_that_survives_being_killed_is_given_up(
                     StatusWriter(folder, 1).write("running", {"checkpoint": 0})
                 elif number == 1 and folder.current_attempt() == 2:
                     StatusWriter(folder, 2).write("completed", {"metric": 0.5, "ended": time.time()})
-                    self.worker(1).note(Progress(1))
+                    self.worker(1).note(TaskProgress(1))
             return super().alive(refs)
 
     folder, jobs = SweepFolder(tmp_path / "s"), Hanging()
@@ -412,7 +412,7 @@ def test_a_job_that_survives_being_killed_is_given_up(
     journal.write("sweep", sweep_id="s", question="q", metric="eval/loss", goal="minimize")
     factory = TrialFactory(composed, SweepDefinition("given points", Metric("m", "minimize"), {}), folder, "s", None)
     pool = ResidentDispatcher(jobs, folder.workers, 0.01)
-    points = GivenPoints([Point({"orpo.beta": 0.1})])
+    points = FixedPoints([Point({"orpo.beta": 0.1})])
     SweepController(journal, points, factory, pool, composed.launcher, 1, Silent(), lambda: 0).run()
     assert journal.record.trials[0].state == "completed" and journal.record.trials[0].attempt == 2
     assert 0 in jobs.killed and len(jobs.started) == 2
@@ -427,7 +427,7 @@ def test_a_worker_passes_over_what_another_one_has_taken(trial: Made, tmp_path: 
     worker.claim(Task(str(taken.path), 1))
     worker.claim(Task(str(own.path), 1), room=None)
     worker.claim(Task(None), room=None)
-    assert serve_trials(worker, idle_s=5) == 1 and worker.progress() == Progress(2, ending=True)
+    assert serve_trials(worker, idle_s=5) == 1 and worker.progress() == TaskProgress(2, ending=True)
     assert taken.read_status() == {} and own.read_status()["state"] == "completed"
 
 

@@ -25,8 +25,8 @@ from isaerft_sweep.adapter import sae as sae_module
 from isaerft_sweep.adapter.hook import check_hook, residual_layer, same_model
 from isaerft_sweep.adapter.sae import load_sae
 from isaerft_sweep.errors import ModelError
-from isaerft_sweep.journal.folders import TrialFolder
-from isaerft_sweep.resources import asset
+from isaerft_sweep.journal.layout import TrialFolder
+from isaerft_sweep.paths import asset
 from isaerft_sweep.sae_folder import check_sae_folder
 from isaerft_sweep.specs import Experiment, identity
 from isaerft_sweep.trial.prepare import prepare

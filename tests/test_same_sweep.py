@@ -14,12 +14,19 @@ import yaml
 from conftest import TINY, events
 
 from isaerft_sweep.config.boundary import to_definition
-from isaerft_sweep.config.command import compose
-from isaerft_sweep.controller import question as asking
-from isaerft_sweep.controller.question import check_files, open_journal, questions, result_files, settings, sweep_folder
-from isaerft_sweep.controller.run import begin_sweep
+from isaerft_sweep.config.compose import compose
+from isaerft_sweep.controller import sweep_identity as asking
+from isaerft_sweep.controller.run_sweep import begin_sweep
+from isaerft_sweep.controller.sweep_identity import (
+    check_files,
+    known_fingerprints,
+    open_journal,
+    result_files,
+    settings,
+    sweep_folder,
+)
 from isaerft_sweep.errors import FolderError
-from isaerft_sweep.journal.folders import SweepFolder
+from isaerft_sweep.journal.layout import SweepFolder
 from isaerft_sweep.specs import Experiment
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
@@ -79,14 +86,14 @@ def test_a_sweep_of_relative_paths_by_an_earlier_version_goes_on(
         "data=jsonl", f"data.path={spelled}", "adapter.sites=[{layer: 2, sae_path: sae}]", "sweep=none"
     )
     before = _as_it_was_given(experiment, spelled)
-    old = asking.question(before, definition)
-    assert old != questions(experiment, definition)[0] and old in questions(experiment, definition)
+    old = asking.sweep_fingerprint(before, definition)
+    assert old != known_fingerprints(experiment, definition)[0] and old in known_fingerprints(experiment, definition)
     named = SweepFolder(tmp_path / "outputs" / f"none-tiny-llama-files-bias-{old[:6]}")
     journal = open_journal(named, [old])
     begin_sweep(before, definition, named, journal, old)
     journal.close()
     assert sweep_folder(experiment, definition).path == named.path, "the folder that it has made"
-    open_journal(named, questions(experiment, definition)).close()
+    open_journal(named, known_fingerprints(experiment, definition)).close()
 
 
 def _as_it_was_given(experiment: Experiment, spelled: str) -> Experiment:
@@ -105,12 +112,12 @@ def test_another_sweep_in_the_folder_is_told_by_its_settings(tmp_path: Path, mon
     monkeypatch.chdir(tmp_path)
     experiment, definition = composed("name=x", "orpo.max_steps=4")
     folder = sweep_folder(experiment, definition)
-    journal = open_journal(folder, questions(experiment, definition))
+    journal = open_journal(folder, known_fingerprints(experiment, definition))
     begin_sweep(experiment, definition, folder, journal)
     journal.close()
     other, wider = composed("name=x", "orpo.max_steps=8", "sweep=grid", "data.train_size=20")
     with pytest.raises(FolderError) as caught:
-        open_journal(folder, questions(other, wider), settings(other, wider))
+        open_journal(folder, known_fingerprints(other, wider), settings(other, wider))
     said = str(caught.value)
     assert "orpo.max_steps was 4 and is now 8" in said and "data.train_size was 24 and is now 20" in said
     assert 'method was "bayes" and is now "grid"' in said and "parameters: orpo.beta was" in said

@@ -12,8 +12,8 @@ import pytest
 from serve_client import AGENT, BEAT, BUCKET, CONFIG, CREATE, RESUME, STATE, Client
 
 from isaerft_sweep.errors import FolderError
-from isaerft_sweep.serve.command import is_loopback
 from isaerft_sweep.serve.keys import KeyRing
+from isaerft_sweep.serve.serve_command import is_loopback
 from isaerft_sweep.serve.server import Server
 
 # -- who may ask

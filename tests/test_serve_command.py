@@ -10,8 +10,8 @@ from serve_client import Client
 
 from isaerft_sweep.cli import main
 from isaerft_sweep.cli_serve import add_serve_commands
-from isaerft_sweep.serve.command import Options, introduce
 from isaerft_sweep.serve.keys import KeyRing
+from isaerft_sweep.serve.serve_command import Options, introduce
 
 
 def test_a_key_is_shown_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from serve_client import CREATE, Client
 
-from isaerft_sweep.journal.folders import SweepFolder
+from isaerft_sweep.journal.layout import SweepFolder
 from isaerft_sweep.serve.server import Server
 
 COMMAND = ["${env}", "${interpreter}", "-m", "isaerft_sweep.launch", "model=tiny", "${args_no_hyphens}"]

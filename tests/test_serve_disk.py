@@ -119,7 +119,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
         left[0] -= 1
         real(file)
 
-    monkeypatch.setattr("isaerft_sweep.journal.log.os.fsync", fsync)
+    monkeypatch.setattr("isaerft_sweep.journal.append_log.os.fsync", fsync)
 
     def after(writes: int) -> None:
         left[0] = writes

@@ -27,7 +27,7 @@ from isaerft_sweep.serve import bodies, connections, cost
 
 @pytest.fixture
 def many(client: Client, monkeypatch: pytest.MonkeyPatch) -> Client:
-    monkeypatch.setattr("isaerft_sweep.journal.log.os.fsync", lambda _file: None)
+    monkeypatch.setattr("isaerft_sweep.journal.append_log.os.fsync", lambda _file: None)
     for i in range(250):
         client.begin(f"r{i}")
         client.stream(f"r{i}", [{"_step": step, "loss": float(step)} for step in range(40)], summary={"loss": i})

@@ -18,7 +18,7 @@ from slurm_bed import Bed
 from stand_ins import StandInModelHub, served
 
 from isaerft_sweep.errors import ConfigError
-from isaerft_sweep.journal.folders import TrialFolder
+from isaerft_sweep.journal.layout import TrialFolder
 from isaerft_sweep.models.random_model import made_folder
 from isaerft_sweep.readiness.calibrate import reckon
 from isaerft_sweep.readiness.doctor import clocks, preemption, show

@@ -13,10 +13,17 @@ from slurm_bed import Bed
 from test_slurm_dispatch import GPU, Note, parameters
 from test_sweep import wait_for
 
-from isaerft_sweep.dispatch import slurm, slurm_site
-from isaerft_sweep.dispatch.base import QueueBusy
+from isaerft_sweep.dispatch import cluster, slurm
+from isaerft_sweep.dispatch.base import SchedulerUnavailable
+from isaerft_sweep.dispatch.cluster import (
+    SLURM_TERMINAL,
+    parse_accounting,
+    parse_kind,
+    parse_queue,
+    parse_settings,
+    state_of,
+)
 from isaerft_sweep.dispatch.slurm import SlurmDispatcher
-from isaerft_sweep.dispatch.slurm_site import OVER, parse_accounting, parse_kind, parse_queue, parse_settings, state_of
 from isaerft_sweep.errors import LaunchError
 from isaerft_sweep.specs import LauncherSpec
 
@@ -100,7 +107,7 @@ def test_a_job_that_accounting_calls_pending_or_running_lives(site: Site, tmp_pa
     assert dispatcher.alive(refs) == [True, True], "a site's squeue shows nothing of them"
     site.says("sacct", "7_0|RUNNING|n1\n7_1|NODE_FAIL|n2\n")
     assert dispatcher.alive(refs) == [True, False]
-    assert dispatcher.verdict(refs[1]).words == "SLURM: NODE_FAIL (n2)"
+    assert dispatcher.job_exit(refs[1]).words == "SLURM: NODE_FAIL (n2)"
     site.says("sacct", "7_0|COMPLETED|n1\n7_1|NODE_FAIL|n2\n")
     assert dispatcher.alive(refs) == [False, False]
     site.says("sacct", "")
@@ -114,10 +121,10 @@ def test_a_job_that_is_completing_for_ever_is_over(site: Site, tmp_path: Path, m
     now = time.monotonic()
     monkeypatch.setattr(slurm.time, "monotonic", lambda: now + slurm.COMPLETING_S + 1)
     assert dispatcher.alive(refs) == [False, True]
-    assert dispatcher.verdict(refs[0]).words == "SLURM: COMPLETING (n1)" and dispatcher.verdict(refs[0]).cause == "site"
+    assert dispatcher.job_exit(refs[0]).words == "SLURM: COMPLETING (n1)" and dispatcher.job_exit(refs[0]).cause == "site"
     site.says("sacct", "7_0|OUT_OF_MEMORY|n1\n")
     assert dispatcher.alive(refs) == [False, True]
-    assert dispatcher.verdict(refs[0]).words == "SLURM: OUT_OF_MEMORY (n1)"
+    assert dispatcher.job_exit(refs[0]).words == "SLURM: OUT_OF_MEMORY (n1)"
 
 
 def test_another_cluster_is_named_to_every_command(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +175,7 @@ def test_a_named_cluster_that_is_real(slurm: Bed, tmp_path: Path, monkeypatch: p
     assert dispatcher.alive(refs) == [True, True] and [ref["cluster"] for ref in refs] == ["bed", "bed"]
     dispatcher.kill(refs)
     wait_for(lambda: not any(dispatcher.alive(refs)), 60)
-    assert dispatcher.verdict(refs[0]).words.startswith("SLURM: CANCELLED")
+    assert dispatcher.job_exit(refs[0]).words.startswith("SLURM: CANCELLED")
 
 
 BANNERS = (
@@ -183,7 +190,7 @@ BANNERS = (
 )
 LIVING = ("PENDING", "RUNNING", "SUSPENDED", "CONFIGURING", "COMPLETING", "STAGE_OUT", "RESIZING", "NEW_STATE")
 REASONS = st.sampled_from(["None", "Resources", "(ReqNodeNotAvail, UnavailableNodes:n1)", "a|b", "", "Priority"])
-JOBS = st.dictionaries(st.integers(0, 9), st.sampled_from([*LIVING, *sorted(OVER)]), min_size=1)
+JOBS = st.dictionaries(st.integers(0, 9), st.sampled_from([*LIVING, *sorted(SLURM_TERMINAL)]), min_size=1)
 
 
 @st.composite
@@ -205,14 +212,14 @@ def test_a_job_that_is_said_to_wait_or_run_is_never_dead(answer: tuple[str, dict
     for parse in (parse_queue, parse_accounting):
         try:
             states = parse(text)
-        except QueueBusy:
+        except SchedulerUnavailable:
             continue  # nothing is known, so nothing has ended
         for task, state in jobs.items():
             said = [line for line in text.splitlines() if line.replace(" ", "").startswith(f"7_{task}|{state}")]
-            if said and state not in OVER:
-                assert state_of(states, f"7_{task}")[0] not in {"", *OVER}
-            if state not in OVER:
-                assert state_of(states, f"7_{task}")[0] not in OVER
+            if said and state not in SLURM_TERMINAL:
+                assert state_of(states, f"7_{task}")[0] not in {"", *SLURM_TERMINAL}
+            if state not in SLURM_TERMINAL:
+                assert state_of(states, f"7_{task}")[0] not in SLURM_TERMINAL
 
 
 @given(st.lists(st.tuples(answers(), answers()), min_size=1, max_size=3))
@@ -232,7 +239,7 @@ def test_what_is_said_over_several_polls(polls: list[tuple[tuple[str, dict[int, 
                 w for line in remembered.splitlines() if (w := line.replace(" ", "").split("|"))[0] == job and len(w) > 1
             ]
             if any(w[1] in LIVING for w in words) or (not words and any(w[1] in LIVING for w in told)):
-                assert queue.lives(job) or queue.remembered.get(job, ("",))[0] in OVER
+                assert queue.lives(job) or queue.remembered.get(job, ("",))[0] in SLURM_TERMINAL
             if words and any(w[1] in LIVING for w in words):
                 assert queue.lives(job)
 
@@ -259,9 +266,9 @@ def clusters(draw: st.DrawFn) -> dict[str, str]:
 )
 def test_a_cluster_is_read_or_refused_in_one_line(said: dict[str, str], flags: dict[str, str]) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(slurm_site, "ask", lambda command, *_, **__: said[command])
+        patch.setattr(cluster, "ask", lambda command, *_, **__: said[command])
         try:
-            site = slurm_site.read_site()
+            site = cluster.read_cluster()
             found = parameters(site, **flags)
         except LaunchError as error:
             assert "\n" not in str(error)
@@ -285,11 +292,11 @@ def test_no_text_is_a_traceback(text: str) -> None:
         parse_kind(line)
     parse_accounting(text)
     parse_settings(text)
-    slurm_site.parse_gres(text)
-    slurm_site.minutes(text)
+    cluster.parse_gres(text)
+    cluster.minutes(text)
     try:
         parse_queue(text)
-    except QueueBusy as error:
+    except SchedulerUnavailable as error:
         assert "breaks off" in str(error)
 
 
@@ -297,16 +304,16 @@ def test_lines_of_sinfo_among_others(site: Site, tmp_path: Path) -> None:
     site.says(
         "sinfo", "Welcome | to | the | cluster\nCLUSTER: bed\ngpu|gpu*|64+|512000|2-00:00:00|a100|x,nvlink|gpu:a100:4\n\n"
     )
-    kinds = slurm_site.read_site().kinds
+    kinds = cluster.read_cluster().kinds
     assert [(kind.partition, kind.features, kind.gpus) for kind in kinds] == [("gpu", ("a100|x", "nvlink"), 4)]
     site.says("sinfo", "Welcome\n")
     with pytest.raises(LaunchError, match=r"sinfo must list the cluster's nodes.* but said 'Welcome'"):
-        slurm_site.read_site()
+        cluster.read_cluster()
     site.says("scontrol", "a banner with = in it\nMaxArraySize = many\n")
     site.says("sinfo", "main|main|4|8000|infinite|(null)|(null)\n")
-    assert slurm_site.read_site().array_size == 1001
+    assert cluster.read_cluster().array_size == 1001
     (site.folder / "sinfo").write_bytes(b"#!/bin/bash\nprintf 'm\\xe4in|main*|4|8000|infinite|(null)|(null)\\n'\n")
-    assert slurm_site.read_site().kinds[0].cpus == 4, "in another encoding"
+    assert cluster.read_cluster().kinds[0].cpus == 4, "in another encoding"
 
 
 @pytest.mark.parametrize(
@@ -337,8 +344,8 @@ def test_setup_lines(given_as: object, asked: list[str]) -> None:
     ],
 )
 def test_gpus_that_are_asked_for(flags: dict[str, object], gpus: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("isaerft_sweep.dispatch.slurm_flags.sbatch_flags", lambda: ["tres_per_node"])
-    node = GPU.gres | slurm_site.parse_gres("lscratch:500,tmpfs:2T")
+    monkeypatch.setattr("isaerft_sweep.dispatch.sbatch_flags.sbatch_flags", lambda: ["tres_per_node"])
+    node = GPU.gres | cluster.parse_gres("lscratch:500,tmpfs:2T")
     import dataclasses
 
     from test_slurm_dispatch import SITE
@@ -351,8 +358,8 @@ def test_gpus_that_are_asked_for(flags: dict[str, object], gpus: object, monkeyp
 def test_counts_of_resources(count: int, letter: str, typed: bool) -> None:
     name = "tmpfs:fast" if typed else "tmpfs"
     asked = f"{name}:{count}{letter.strip()}"
-    assert slurm_site.gres_request(asked) == (name, count * 1024 ** " kmgtp".index(letter.lower()))
-    assert slurm_site.parse_gres(f"{asked}(S:0-1)")[name] == slurm_site.gres_request(asked)[1]
+    assert cluster.gres_request(asked) == (name, count * 1024 ** " kmgtp".index(letter.lower()))
+    assert cluster.parse_gres(f"{asked}(S:0-1)")[name] == cluster.gres_request(asked)[1]
 
 
 @pytest.mark.parametrize(
@@ -388,7 +395,7 @@ def test_values_that_are_no_values(flags: dict[str, object], said: str) -> None:
 
 
 def test_a_flag_that_is_switched_off_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("isaerft_sweep.dispatch.slurm_flags.sbatch_flags", lambda: ["hold"])
+    monkeypatch.setattr("isaerft_sweep.dispatch.sbatch_flags.sbatch_flags", lambda: ["hold"])
     found = parameters(exclusive=False, hold=False)
     assert "exclusive" not in found and "hold" not in found["additional_parameters"]
 

@@ -22,9 +22,9 @@ from slurm_bed import Bed
 from test_slurm_faults import count_calls
 from test_sweep import ended_states, start, stepping, wait_for
 
+from isaerft_sweep.dispatch.cluster import NodeKind, SlurmCluster, minutes, parse_gres, parse_kind, read_cluster
+from isaerft_sweep.dispatch.sbatch_flags import sbatch_parameters, working_s
 from isaerft_sweep.dispatch.slurm import SlurmDispatcher, job_name
-from isaerft_sweep.dispatch.slurm_flags import sbatch_parameters, working_s
-from isaerft_sweep.dispatch.slurm_site import NodeKind, Site, minutes, parse_gres, parse_kind, read_site
 from isaerft_sweep.dispatch.snapshot import code_snapshot
 from isaerft_sweep.errors import LaunchError
 from isaerft_sweep.specs import LauncherSpec
@@ -32,7 +32,7 @@ from isaerft_sweep.specs import LauncherSpec
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # jobs cannot import tests
 GPU = NodeKind("gpu", True, 64, 512_000, 2880, ("a100", "nvlink"), parse_gres("gpu:a100:4(S:0-1)"))
 CPU = NodeKind("cpu", False, 128, 256_000, None, (), {})
-SITE = Site({"MaxArraySize": "1001"}, (GPU, CPU), ("lab", "other"), ("normal",))
+SITE = SlurmCluster({"MaxArraySize": "1001"}, (GPU, CPU), ("lab", "other"), ("normal",))
 
 
 @dataclasses.dataclass
@@ -49,7 +49,7 @@ class Note:
         return "done"
 
 
-def parameters(site: Site = SITE, timeout_min: int | None = None, **slurm: Any) -> dict[str, Any]:
+def parameters(site: SlurmCluster = SITE, timeout_min: int | None = None, **slurm: Any) -> dict[str, Any]:
     return sbatch_parameters(LauncherSpec(kind="slurm", timeout_min=timeout_min, slurm=slurm), site, "s")
 
 
@@ -89,7 +89,7 @@ def test_defaults_are_the_clusters() -> None:
     assert (found["gpus_per_node"], found["cpus_per_task"], found["mem"], found["time"]) == (1, 4, "32768MB", 240)
     found = parameters(partition="cpu")
     assert "gpus_per_node" not in found and found["cpus_per_task"] == 4
-    short = Site({}, (dataclasses.replace(GPU, max_min=30, cpus=8, memory_mb=16_000),))
+    short = SlurmCluster({}, (dataclasses.replace(GPU, max_min=30, cpus=8, memory_mb=16_000),))
     found = parameters(short)
     assert (found["cpus_per_task"], found["mem"], found["time"]) == (2, "4000MB", 30)
 
@@ -140,13 +140,13 @@ def test_a_time_limit_and_a_cluster_without_a_default_partition() -> None:
     with pytest.raises(LaunchError, match=r"at most the partition's limit \(gpu 2880 min\) but got 2881"):
         parameters(timeout_min=2881)
     with pytest.raises(LaunchError, match=r"must be set, for this cluster has no default one\. Valid: cpu\."):
-        parameters(Site({}, (CPU,)))
+        parameters(SlurmCluster({}, (CPU,)))
     assert parameters(partition="cpu", timeout_min=99999)["time"] == 99999
 
 
 @pytest.mark.slow
 def test_what_a_real_cluster_says(slurm: Bed) -> None:
-    site = read_site()
+    site = read_cluster()
     assert site.partitions == ("main", "urgent", "hasty", "short") and site.default_partition == "main"
     assert site.array_size == 1001 and site.accounts == ("lab", "root") and set(site.qos or ()) == {"few", "normal"}
     assert {kind.max_min for kind in site.kinds_of("short")} == {5} and site.kinds[0].gpus == 2

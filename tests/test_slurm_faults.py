@@ -22,9 +22,9 @@ from slurm_bed import Bed
 from test_sweep import ended_states, start, statuses, stepping, wait_for
 
 from isaerft_sweep.dispatch.slurm import SlurmDispatcher
-from isaerft_sweep.journal.folders import TrialFolder
+from isaerft_sweep.journal.layout import TrialFolder
 from isaerft_sweep.specs import LauncherSpec
-from isaerft_sweep.trial.run import run_trial
+from isaerft_sweep.trial.runner import run_trial
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # jobs cannot import tests
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("paced")]
@@ -317,7 +317,7 @@ def test_accounting_knows_what_squeue_has_forgotten(slurm: Bed, tmp_path: Path, 
     dispatcher = SlurmDispatcher(spec, tmp_path / "s" / "jobs")
     refs = dispatcher.submit_all([Dies(), Dies(), Dies()])  # type: ignore[list-item]
     wait_for(lambda: not any(dispatcher.alive(refs)))
-    told = dispatcher.verdict(refs[0])
+    told = dispatcher.job_exit(refs[0])
     assert told.words.startswith("SLURM: FAILED")
     slurm.reconfigure("MinJobAge", "2")
     try:
@@ -330,7 +330,7 @@ def test_accounting_knows_what_squeue_has_forgotten(slurm: Bed, tmp_path: Path, 
     for _ in range(2):
         assert later.alive(refs) == [False] * 3
         for ref in refs:
-            assert later.verdict(ref).words.startswith("SLURM: FAILED") and later.verdict(ref).cause == told.cause
+            assert later.job_exit(ref).words.startswith("SLURM: FAILED") and later.job_exit(ref).cause == told.cause
     assert len(calls.read_text().splitlines()) == 1
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from isaerft_sweep.errors import ConfigError, SpaceError
-from isaerft_sweep.resources import folder
+from isaerft_sweep.paths import folder
 from isaerft_sweep.search.distributions import Categorical, Constant, Numeric
 from isaerft_sweep.search.parameters import DISTRIBUTIONS, read_parameter
 from isaerft_sweep.search.strict_yaml import parse_yaml

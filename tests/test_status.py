@@ -13,12 +13,12 @@ import pytest
 from rich.console import Console
 
 from isaerft_sweep.cli import main
-from isaerft_sweep.controller.presence import presence
-from isaerft_sweep.controller.status import show_status
+from isaerft_sweep.controller.controller_info import write_controller_info
+from isaerft_sweep.controller.sweep_status import show_status
 from isaerft_sweep.errors import FolderError
-from isaerft_sweep.journal.files import write_json
-from isaerft_sweep.journal.folders import SweepFolder
+from isaerft_sweep.journal.atomic_files import write_json
 from isaerft_sweep.journal.journal import Journal
+from isaerft_sweep.journal.layout import SweepFolder
 from isaerft_sweep.results.reading import read_sweep_folder
 
 SPACE = """
@@ -75,7 +75,7 @@ SLURM = {"kind": "resident", "worker": "w", "task": 1, "job": {"kind": "slurm", 
 def test_a_trial_under_way_shows_phase_parameters_job_node_and_log(tmp_path: Path) -> None:
     journal = made(tmp_path / "s")
     log = journal.folder.jobs / "4711_2_0_log.out"
-    with presence(journal.folder, 2):
+    with write_controller_info(journal.folder, 2):
         dispatched(journal, 0, SLURM, phase="frozen layers 43 %")
         text = status(tmp_path / "s")
         assert "warmup_steps" in text and "beta" not in text, "columns follow what is swept"
@@ -89,7 +89,7 @@ def test_a_trial_under_way_shows_phase_parameters_job_node_and_log(tmp_path: Pat
 
 def test_json_has_it_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     journal = made(tmp_path / "s", 3)
-    with presence(journal.folder, 3):
+    with write_controller_info(journal.folder, 3):
         dispatched(
             journal, 0, SLURM, phase="training", step=30, max_steps=40, trained_from=20, trained_since=time.time() - 20
         )
@@ -139,7 +139,7 @@ def test_all_sweeps_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 def test_made_trials_that_an_array_runs_are_counted_once_and_shown_as_what_they_do(tmp_path: Path) -> None:
     journal = made(tmp_path / "s", 4)
-    journal.folder.made.touch()
+    journal.folder.static_array.touch()
     journal.close()
     now = time.time()
     facts = {"attempt": 1, "host": "node7", "pid": 1, "started": now - 100}
@@ -251,7 +251,7 @@ def test_what_cannot_be_tried_again(state: str, words: str, tmp_path: Path, caps
 
 def test_a_running_controller_is_asked_to_try_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     journal = made(tmp_path / "s", 2)
-    with presence(journal.folder, 2):
+    with write_controller_info(journal.folder, 2):
         dispatched(journal, 0, SLURM)
         ended(journal, 0, "failed", given_up=True)
         assert main(["retry", str(tmp_path / "s"), "2"]) == 2 and "waits for its turn" in capsys.readouterr().err

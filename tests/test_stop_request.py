@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from isaerft_sweep.controller.stopping import AT_ONCE, IN_ORDER, StopRequest, ask_to_stop, wait
+from isaerft_sweep.controller.stop_signal import AT_ONCE, IN_ORDER, StopRequest, ask_to_stop, wait
 
 
 def test_each_request_is_told_of_once_with_the_real_grace(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from isaerft_sweep.config.boundary import check_definition
-from isaerft_sweep.config.command import compose
+from isaerft_sweep.config.compose import compose
 from isaerft_sweep.errors import ConfigError, SpaceError
 from isaerft_sweep.search.distributions import Categorical, Constant, Numeric
 from isaerft_sweep.search.parameters import DISTRIBUTIONS

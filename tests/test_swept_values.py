@@ -16,11 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from isaerft_sweep.config.boundary import to_definition, variants
-from isaerft_sweep.config.command import compose, from_agent
+from isaerft_sweep.config.compose import compose, from_agent
 from isaerft_sweep.controller.agent import given_point
 from isaerft_sweep.errors import ConfigError, IsaerftError, LaunchError
-from isaerft_sweep.plain import overrides
-from isaerft_sweep.specs import Experiment, Site
+from isaerft_sweep.spec_fields import overrides
+from isaerft_sweep.specs import Experiment, HookPoint
 from isaerft_sweep.trial.prepare import prepare
 
 Composed = Callable[..., Experiment]
@@ -59,7 +59,7 @@ def test_the_config_gets_what_was_swept() -> None:
     sites = [{"layer": 1, "sae_path": "/a b,c/it's {x}"}]
     params = {"adapter.top_k": None, "adapter.sites": sites, "data.path": "/d/o'brien, ${x}.jsonl", "orpo.beta": 1e-05}
     composed = compose(["data=jsonl", *overrides(params)])
-    assert composed.adapter.sites == (Site(1, sae_path="/a b,c/it's {x}"),) and composed.adapter.top_k is None
+    assert composed.adapter.sites == (HookPoint(1, sae_path="/a b,c/it's {x}"),) and composed.adapter.top_k is None
     assert composed.data.path == "/d/o'brien, ${x}.jsonl" and composed.orpo.beta == 1e-05
 
 
@@ -100,7 +100,7 @@ def test_the_trial_gets_what_the_agent_gave_whatever_the_commands_macro(macro: s
     assert composed.orpo.beta == 0.1, "not the value that the command or the config has"
     assert composed.orpo.learning_rate == 1e-05 and composed.orpo.gradient_checkpointing
     assert composed.adapter.top_k is None and composed.data.path == "/a b,c"
-    assert composed.adapter.sites == (Site(1, sae_path="/x"),) and composed.name == "x"
+    assert composed.adapter.sites == (HookPoint(1, sae_path="/x"),) and composed.name == "x"
 
 
 @pytest.mark.parametrize("macro", MACROS)

@@ -21,9 +21,9 @@ from test_sweep import read_wandb_run
 
 from isaerft_sweep.cli import main
 from isaerft_sweep.errors import SyncError
-from isaerft_sweep.journal.folders import TrialFolder
+from isaerft_sweep.journal.layout import TrialFolder
 from isaerft_sweep.tracking import upload
-from isaerft_sweep.tracking.run import open_run
+from isaerft_sweep.tracking.wandb_run import open_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

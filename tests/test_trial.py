@@ -25,13 +25,13 @@ from isaerft_sweep.adapter import load_model
 from isaerft_sweep.adapter import sae as sae_module
 from isaerft_sweep.adapter.sae import load_sae
 from isaerft_sweep.errors import IsaerftError
-from isaerft_sweep.journal.files import write_json
-from isaerft_sweep.journal.folders import Superseded, TrialFolder
+from isaerft_sweep.journal.atomic_files import write_json
+from isaerft_sweep.journal.layout import Superseded, TrialFolder
 from isaerft_sweep.models.loading import load
-from isaerft_sweep.plain import to_dict
-from isaerft_sweep.resources import asset
+from isaerft_sweep.paths import asset
+from isaerft_sweep.spec_fields import to_dict
 from isaerft_sweep.trial.data import load_pairs
-from isaerft_sweep.trial.run import run_trial
+from isaerft_sweep.trial.runner import run_trial
 
 Made = Callable[..., TrialFolder]
 OFF = ("tracker=disabled",)
@@ -102,7 +102,7 @@ def wait_for(condition: Callable[[], bool], timeout_s: float = 120) -> None:
 
 SEVERAL_WORKERS = """
 import os, sys
-import isaerft_sweep.trial.run
+import isaerft_sweep.trial.runner
 from isaerft_sweep.dispatch.job import TrialJob
 
 children = []

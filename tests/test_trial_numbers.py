@@ -16,12 +16,12 @@ from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from isaerft_sweep.adapter.architecture import decoder_layers
 from isaerft_sweep.adapter.sae import load_sae
-from isaerft_sweep.journal.folders import TrialFolder
+from isaerft_sweep.journal.layout import TrialFolder
 from isaerft_sweep.models.loading import load, without_dropout
-from isaerft_sweep.plain import to_dict
+from isaerft_sweep.spec_fields import to_dict
 from isaerft_sweep.specs import Experiment
 from isaerft_sweep.trial.data import load_pairs
-from isaerft_sweep.trial.run import run_trial
+from isaerft_sweep.trial.runner import run_trial
 
 PADDED = re.compile(r"logits/")
 """TRL's means of all logits include those at padding and elsewhere that no loss reads; we do not compute them."""
@@ -127,7 +127,7 @@ def test_the_numbers_are_trls(
             *OFF,
             f"model.architecture={family}",
             f"model.dtype={dtype}",
-            f"launcher.trunk_cache_gb={trunk_gb}",
+            f"launcher.activation_cache_gb={trunk_gb}",
             f"launcher.lean_logits={lean}",
             f"launcher.share_prompts={prompts}",
             f"adapter={kind}",

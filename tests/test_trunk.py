@@ -10,25 +10,25 @@ from pathlib import Path
 import pytest
 from test_resident import rows_of, serve
 
-from isaerft_sweep.journal.folders import TrialFolder
-from isaerft_sweep.journal.workers import Task, WorkerFolder
-from isaerft_sweep.trial.above_site import AboveSite
-from isaerft_sweep.trial.resident import serve_trials
-from isaerft_sweep.trial.run import run_trial
-from isaerft_sweep.trial.trunk import NotStored, _make_room
+from isaerft_sweep.journal.layout import TrialFolder
+from isaerft_sweep.journal.worker_queue import Task, WorkerFolder
+from isaerft_sweep.trial.activation_cache import NotStored, _make_room
+from isaerft_sweep.trial.runner import run_trial
+from isaerft_sweep.trial.upper_layers import UpperLayers
+from isaerft_sweep.trial.worker import serve_trials
 
 Made = Callable[..., TrialFolder]
 OFF = ("tracker=disabled",)
 LEAVE_HALF = """
 import sys, time, pathlib
-from isaerft_sweep.journal.files import made_once
+from isaerft_sweep.journal.atomic_files import create_once
 
 def make(aside):
     (aside / "values.npy").write_bytes(b"x" * 1000)
     print("half", flush=True)
     time.sleep(600)
 
-made_once(pathlib.Path(sys.argv[1]), make)
+create_once(pathlib.Path(sys.argv[1]), make)
 """
 
 
@@ -47,10 +47,10 @@ def test_trunk_is_shared_verified_and_bounded(trial: Made, tmp_path: Path, capsy
     capsys.readouterr()
     assert run_trial(third, 1) == "completed"
     assert "are damaged: made again" in capsys.readouterr().out and rows_of(third) == rows_of(first)
-    tiny = trial(*OFF, f"launcher.scratch={tmp_path / 'none'}", "launcher.trunk_cache_gb=0.000001", name="d")
+    tiny = trial(*OFF, f"launcher.scratch={tmp_path / 'none'}", "launcher.activation_cache_gb=0.000001", name="d")
     capsys.readouterr()
     assert run_trial(tiny, 1) == "completed"
-    assert "would not fit launcher.trunk_cache_gb" in capsys.readouterr().out
+    assert "would not fit launcher.activation_cache_gb" in capsys.readouterr().out
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_disk_that_takes_nothing_costs_only_the_time(
     what: str, trial: Made, tmp_path: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    without = trial(*OFF, "launcher.trunk_cache_gb=0", name="without")
+    without = trial(*OFF, "launcher.activation_cache_gb=0", name="without")
     assert run_trial(without, 1) == "completed"
     (tmp_path / "file").touch()
     scratch = small_disk / "trunk" if what == "full" else tmp_path / "file" / "trunk"
@@ -111,13 +111,13 @@ def test_what_a_killed_maker_left_goes_and_what_is_being_made_counts(tmp_path: P
 def test_of_many_pairs_and_few_steps_only_what_is_reached_is_stored(
     trial: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[AboveSite] = []
-    hidden = AboveSite.hidden
-    monkeypatch.setattr(AboveSite, "hidden", lambda self, *a: (self in seen or seen.append(self), hidden(self, *a))[1])
+    seen: list[UpperLayers] = []
+    hidden = UpperLayers.hidden
+    monkeypatch.setattr(UpperLayers, "hidden", lambda self, *a: (self in seen or seen.append(self), hidden(self, *a))[1])
     options = (*OFF, "orpo.max_steps=3", "orpo.batch_size=2", "orpo.gradient_accumulation=1", "orpo.learning_rate=0.1")
     stored = (*options, f"launcher.scratch={tmp_path / 'scratch'}")
     trials = [trial(*stored, "orpo.seed=1", name="first"), trial(*stored, "orpo.seed=2", name="other")]
-    whole = [trial(*options, "launcher.trunk_cache_gb=0", f"orpo.seed={i + 1}", name=f"whole{i}") for i in range(2)]
+    whole = [trial(*options, "launcher.activation_cache_gb=0", f"orpo.seed={i + 1}", name=f"whole{i}") for i in range(2)]
     assert serve(WorkerFolder(tmp_path / "worker"), trials) == 2
     assert len(seen[0].stored.places) <= 2 * (6 + 8), "both answers of 6 pairs for training and 8 for evaluations"
     assert seen[0].computed == 0 and seen[1].computed > 0 and seen[1].stored is seen[0].stored
@@ -134,7 +134,7 @@ SAE = "sae_release: isaerft-sweep, sae_id: random-64x256"
 @pytest.mark.parametrize("packed", [False, True])
 def test_several_sites_are_reused_from_the_lowest_on(packed: bool, trial: Made, tmp_path: Path) -> None:
     options = (*OFF, f"adapter.sites=[{{layer: 2, {SAE}}}, {{layer: 1, {SAE}}}]", "orpo.learning_rate=0.1")
-    whole = [trial(*options, "launcher.trunk_cache_gb=0", f"orpo.beta={b}", name=f"whole{b}") for b in (0.1, 0.5)]
+    whole = [trial(*options, "launcher.activation_cache_gb=0", f"orpo.beta={b}", name=f"whole{b}") for b in (0.1, 0.5)]
     reused = [trial(*options, f"launcher.scratch={tmp_path}/s", f"orpo.beta={b}", name=f"reused{b}") for b in (0.1, 0.5)]
     assert [run_trial(one, 1) for one in whole] == ["completed"] * 2
     if packed:
@@ -142,7 +142,7 @@ def test_several_sites_are_reused_from_the_lowest_on(packed: bool, trial: Made, 
         for one in reused:
             folder.claim(Task(str(one.path), 1), room=None)
         folder.claim(Task(None), room=None)
-        assert serve_trials(folder, packed=2) == 2
+        assert serve_trials(folder, trials_per_pass=2) == 2
     else:
         assert [run_trial(one, 1) for one in reused] == ["completed"] * 2
     for mine, other in zip(reused, whole, strict=True):

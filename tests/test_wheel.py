@@ -39,6 +39,6 @@ def test_an_installed_wheel_finds_its_configs_sweeps_and_assets(tmp_path: Path) 
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "courtesy: 96 pairs to train on, 48 held out" in done.stdout
-    where = "import isaerft_sweep.resources as r; print(r.folder('conf'), r.folder('sweeps'), r.folder('slurm'))"
+    where = "import isaerft_sweep.paths as r; print(r.folder('conf'), r.folder('sweeps'), r.folder('slurm'))"
     found = subprocess.run([python, "-c", where], cwd=tmp_path, capture_output=True, text=True, check=True).stdout.split()
     assert all(str(tmp_path) in path for path in found), "the wheel's own folders, not the checkout's"

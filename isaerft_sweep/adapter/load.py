@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from isaerft_sweep.adapter.config import IsaerftConfig
 from isaerft_sweep.errors import ModelError
-from isaerft_sweep.journal.folders import TrialFolder
+from isaerft_sweep.journal.layout import TrialFolder
 from isaerft_sweep.models.gguf_package import PACKAGES
 from isaerft_sweep.models.loading import load
 from isaerft_sweep.specs import ModelSpec

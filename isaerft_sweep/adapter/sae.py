@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from isaerft_sweep.errors import ModelError, suggest
-from isaerft_sweep.resources import asset
+from isaerft_sweep.paths import asset
 from isaerft_sweep.sae_folder import CONFIG, WEIGHTS, check_sae_folder
 
 OWN_RELEASE = "isaerft-sweep"

@@ -11,9 +11,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from isaerft_sweep.errors import ConfigError, SpaceError
-from isaerft_sweep.plain import canonical_json, from_mapping, overrides, to_dict
 from isaerft_sweep.search.distributions import Categorical, Constant, Distribution, Numeric, Truncated
 from isaerft_sweep.search.sweep_file import Metric, SweepDefinition, check_grid, read_parameters, read_sweep_file
+from isaerft_sweep.spec_fields import canonical_json, from_mapping, overrides, to_dict
 from isaerft_sweep.specs import (
     Experiment,
     SweepSpec,
@@ -25,9 +25,9 @@ from isaerft_sweep.specs import (
     swept_value,
 )
 
-TOGETHER = ("adapter.", "data.", "orpo.gradient_checkpointing")
+CHECKED_TOGETHER = ("adapter.", "data.", "orpo.gradient_checkpointing")
 """Beginnings of the keys that ``check`` compares with others."""
-LOOKED_AT = ("model.", "orpo.optimizer", "orpo.max_length")
+CHECKED_ALONE = ("model.", "orpo.optimizer", "orpo.max_length")
 """And of those, besides, that name what must be there."""
 PATH_KEYS = ("data.path", "data.eval_path", "model.name", "model.tokenizer")
 """Keys whose values may be local files or folders."""
@@ -93,10 +93,10 @@ def _check_launcher(experiment: Experiment) -> None:
         "launcher.compile=true": launcher.compile,
         "orpo.gradient_checkpointing=true": experiment.orpo.gradient_checkpointing,
     }
-    if launcher.packed != 1 and any(against.values()):
+    if launcher.trials_per_pass != 1 and any(against.values()):
         raise ConfigError(
-            f"launcher.packed (trials that go through the model together) must be 1 with "
-            f"{' and '.join(key for key, there in against.items() if there)} but got {launcher.packed or 'null'}."
+            f"launcher.trials_per_pass (trials that go through the model together) must be 1 with "
+            f"{' and '.join(key for key, there in against.items() if there)} but got {launcher.trials_per_pass or 'null'}."
         )
 
 
@@ -192,7 +192,7 @@ def _check_values(definition: SweepDefinition, experiment: Experiment) -> None:
                     f"{key}: values must be different from each other but {made[read]!r} and {value!r} are one."
                 )
             made[read] = value
-    together = {k: _ends(d) for k, d in definition.parameters.items() if k.startswith(TOGETHER)}
+    together = {k: _ends(d) for k, d in definition.parameters.items() if k.startswith(CHECKED_TOGETHER)}
     for values in islice(product(*together.values()), MOST_POINTS):
         point = dict(zip(together, values, strict=True))
         try:
@@ -235,6 +235,10 @@ def _ends(distribution: Distribution) -> Sequence[Any]:
 def variants(experiment: Experiment, definition: SweepDefinition) -> list[Experiment]:
     """One experiment for each model, data set, adapter and optimiser that the sweep's trials may have, at most
     ``MOST_VARIANTS``: what has to be looked at before the first trial."""
-    kinds = {k: d.choices for k, d in definition.parameters.items() if d.choices and k.startswith((*TOGETHER, *LOOKED_AT))}
+    kinds = {
+        k: d.choices
+        for k, d in definition.parameters.items()
+        if d.choices and k.startswith((*CHECKED_TOGETHER, *CHECKED_ALONE))
+    }
     points = islice(product(*kinds.values()), MOST_VARIANTS)
     return [experiment.with_params(dict(zip(kinds, values, strict=True))) for values in points]

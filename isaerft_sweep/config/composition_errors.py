@@ -12,8 +12,8 @@ from hydra.errors import OverrideParseException
 from omegaconf import OmegaConf
 
 from isaerft_sweep.errors import ConfigError, suggest
-from isaerft_sweep.resources import folder
-from isaerft_sweep.specs import Experiment, Site
+from isaerft_sweep.paths import folder
+from isaerft_sweep.specs import Experiment, HookPoint
 
 _UNKNOWN_KEY = re.compile(r"Could not override '([^']+)'")
 _UNKNOWN_CHOICE = re.compile(r"Could not find '([^'/]+)/([^']+)'")
@@ -55,7 +55,7 @@ def _nearest(key: str) -> str:
     name, _, inner = rest.partition(".")
     if name == "sites" and inner:
         option = inner.rpartition(".")[2]
-        return suggest(option, [f.name for f in dataclasses.fields(Site)])
+        return suggest(option, [f.name for f in dataclasses.fields(HookPoint)])
     if (section, name) == ("launcher", "slurm"):
         flags = OmegaConf.load(folder("conf") / "launcher" / "slurm.yaml").slurm
         return suggest(inner, map(str, flags)) + f" Another flag of sbatch's takes a +: +{key}=VALUE (with launcher=slurm)."

@@ -11,7 +11,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
-from isaerft_sweep.resources import folder
+from isaerft_sweep.paths import folder
 from isaerft_sweep.specs import Experiment
 
 

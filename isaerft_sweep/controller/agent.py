@@ -15,21 +15,21 @@ from pathlib import Path
 from typing import Any
 
 from isaerft_sweep.config.boundary import to_definition
-from isaerft_sweep.config.command import agent_values
-from isaerft_sweep.controller.following import follow
-from isaerft_sweep.controller.presence import is_run, last_presence
-from isaerft_sweep.controller.run import INTERRUPTED, run_trials, write_question
-from isaerft_sweep.controller.trials import GivenIds
+from isaerft_sweep.config.compose import agent_values
+from isaerft_sweep.controller.controller_info import controller_alive, last_controller_info
+from isaerft_sweep.controller.monitor import follow
+from isaerft_sweep.controller.run_sweep import INTERRUPTED, run_trials, write_definition
+from isaerft_sweep.controller.trial_factory import AgentRun
 from isaerft_sweep.errors import LaunchError
-from isaerft_sweep.journal.folders import COMPLETED, FINAL, PRUNED, STOPPED, SweepFolder, TrialFolder
 from isaerft_sweep.journal.journal import SweepRecord, TrialRecord, replay
-from isaerft_sweep.plain import to_dict
+from isaerft_sweep.journal.layout import COMPLETED, FINAL, PRUNED, STOPPED, SweepFolder, TrialFolder
 from isaerft_sweep.search.distributions import Distribution
-from isaerft_sweep.search.sampler import GivenPoints, Point
+from isaerft_sweep.search.sampler import FixedPoints, Point
 from isaerft_sweep.search.sweep_file import SweepDefinition
+from isaerft_sweep.spec_fields import to_dict
 from isaerft_sweep.specs import Experiment, swept_value
 from isaerft_sweep.terminal import make_console
-from isaerft_sweep.tracking.report import report_again
+from isaerft_sweep.tracking.late_report import report_late
 
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
@@ -44,9 +44,9 @@ def run_for_agent(experiment: Experiment, overrides: Sequence[str], environment:
     sweep_id, run_id = (given_id(environment, name) for name in ("WANDB_SWEEP_ID", "WANDB_RUN_ID"))
     output = Path(experiment.output).expanduser().absolute()
     whole = SweepFolder(output / sweep_id)
-    folder = SweepFolder(whole.path / run_id, shelf=output)
-    if is_run(folder):  # its agent is gone and the run was handed out again: the trial itself goes on
-        print(f"run {run_id} is already run by {last_presence(folder)}: following it", flush=True)
+    folder = SweepFolder(whole.path / run_id, names_root=output)
+    if controller_alive(folder):  # its agent is gone and the run was handed out again: the trial itself goes on
+        print(f"run {run_id} is already run by {last_controller_info(folder)}: following it", flush=True)
         follow(make_console(), folder.path)
     definition = to_definition(experiment.sweep, experiment)
     point = given_point(experiment, definition, environment)
@@ -60,19 +60,19 @@ def run_for_agent(experiment: Experiment, overrides: Sequence[str], environment:
     experiment = adapted(experiment, overrides, environment, first=first_of(whole, run_id))
     definition = dataclasses.replace(definition, method="the agent's", run_cap=1, early_terminate=None)
     if not whole.definition.exists():
-        write_question(experiment, definition, whole)
+        write_definition(experiment, definition, whole)
     ended = ended_trial(folder)
     checked = whole.path / ".checked"
-    given = GivenIds(sweep_id, run_id, whole, agent)
+    given = AgentRun(sweep_id, run_id, whole, agent)
     run_trials(
-        experiment, definition, GivenPoints([point]), folder, overrides, show=False, given=given, check=not checked.exists()
+        experiment, definition, FixedPoints([point]), folder, overrides, show=False, given=given, check=not checked.exists()
     )
     checked.touch()
     if untold := untold_trial(folder):
-        report_again(untold)
+        report_late(untold)
     if ended is not None:  # the agent asks for it, so its server does not know
         print("it had ended already: telling W&B again", flush=True)
-        report_again(ended)
+        report_late(ended)
     return exit_code(folder)
 
 

@@ -12,17 +12,17 @@ import yaml
 from rich.console import Console
 
 from isaerft_sweep.config.boundary import to_definition
-from isaerft_sweep.controller.question import check_files, questions, result_files
-from isaerft_sweep.controller.run import run_trials
+from isaerft_sweep.controller.run_sweep import run_trials
+from isaerft_sweep.controller.sweep_identity import check_files, known_fingerprints, result_files
 from isaerft_sweep.errors import ConfigError, FolderError
 from isaerft_sweep.journal.journal import SweepRecord, replay
-from isaerft_sweep.plain import from_mapping, to_dict
 from isaerft_sweep.results import confirmation
 from isaerft_sweep.results.card import refresh_cards
 from isaerft_sweep.results.leaderboard import print_whole, short_path
 from isaerft_sweep.results.reading import SEED, Entry, ReadSweep, read_sweep_folder, trial_of, without_seed
-from isaerft_sweep.search.sampler import GivenPoints, Point
+from isaerft_sweep.search.sampler import FixedPoints, Point
 from isaerft_sweep.search.sweep_file import SweepDefinition
+from isaerft_sweep.spec_fields import from_mapping, to_dict
 from isaerft_sweep.specs import Experiment
 from isaerft_sweep.terminal import make_console
 
@@ -44,7 +44,7 @@ def confirm(path: Path, metric: str | None, top: int, seeds: int, settings: Sequ
             raise ConfigError(f"{name} must be at least 1 but got {value}.")
     sweep = read_sweep_folder(path, metric)
     assert sweep.folder is not None
-    if sweep.folder.of_agents():
+    if sweep.folder.agent_run_folders():
         raise FolderError(
             f"the trials in {sweep.source} were started by W&B agents, which alone may add to them. Run a leader again with "
             f"another seed by itself: {sweep.best_command()} orpo.seed=43"
@@ -63,10 +63,10 @@ def confirm(path: Path, metric: str | None, top: int, seeds: int, settings: Sequ
     code = run_trials(
         experiment,
         SweepDefinition("given points", sweep.metric, {}, raw={}),
-        GivenPoints(points),
+        FixedPoints(points),
         target,
         _overrides(leaders[0]),
-        asked=confirmation.confirm_question(asked),
+        asked=confirmation.confirmation_fingerprint(asked),
         show=False,
     )
     sweep = read_sweep_folder(path, metric)
@@ -130,13 +130,13 @@ def _check_unchanged(sweep: ReadSweep) -> str:
     if asked.file is not None:
         asked = dataclasses.replace(asked, file=str(sweep.folder.definition))
     definition = to_definition(asked, sweep.experiment)
-    if record.question not in questions(sweep.experiment, definition):
+    if record.fingerprint not in known_fingerprints(sweep.experiment, definition):
         raise FolderError(
             f"the sweep in {sweep.folder.path} must be unchanged, but its config, its sweep.yaml, its data files or its SAE "
             "have changed since: new runs could not be compared with the old. Restore them, or start a new sweep."
         )
     check_files(sweep.folder, result_files(sweep.experiment, definition))
-    return record.question
+    return record.fingerprint
 
 
 def _overrides(leader: Entry) -> list[str]:

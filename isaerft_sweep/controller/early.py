@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from isaerft_sweep.journal.folders import DIVERGED
+from isaerft_sweep.journal.layout import DIVERGED
 from isaerft_sweep.search.pruning import GrowingCurves, Pruner
 
 

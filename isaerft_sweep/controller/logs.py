@@ -7,22 +7,22 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from isaerft_sweep.controller.following import Follower
-from isaerft_sweep.controller.whereabouts import job_log, log_path
+from isaerft_sweep.controller.monitor import SweepMonitor
+from isaerft_sweep.controller.trial_activity import job_log, log_path
 from isaerft_sweep.errors import FolderError
-from isaerft_sweep.journal.folders import SweepFolder
 from isaerft_sweep.journal.journal import TrialRecord
+from isaerft_sweep.journal.layout import SweepFolder
 
 POLL_S = 0.5
 
 
-def find_record(path: Path, trial: str) -> tuple[Follower, TrialRecord]:
+def find_record(path: Path, trial: str) -> tuple[SweepMonitor, TrialRecord]:
     """The trial of the sweep in ``path`` by its number (as tables have it, from 1), its name or its run id.
 
     Raises FolderError when there is none.
     """
-    runs = SweepFolder(path.expanduser().absolute()).of_agents()
-    parts = [Follower(run.path) for run in runs] or [Follower(path)]
+    runs = SweepFolder(path.expanduser().absolute()).agent_run_folders()
+    parts = [SweepMonitor(run.path) for run in runs] or [SweepMonitor(path)]
     wanted = trial.removeprefix("#")
     for seen in parts:
         for record in seen.records:

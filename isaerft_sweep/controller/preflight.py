@@ -16,14 +16,14 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from isaerft_sweep.environment import versions
 from isaerft_sweep.errors import FolderError, LaunchError, ModelError
 from isaerft_sweep.guard import of_process
-from isaerft_sweep.journal.files import read_json, write_json
-from isaerft_sweep.plain import canonical_json, to_dict
+from isaerft_sweep.journal.atomic_files import read_json, write_json
+from isaerft_sweep.paths import PACKAGE, cache_folder
 from isaerft_sweep.preferences import PROGRESS, check_files
-from isaerft_sweep.resources import PACKAGE, cache_folder
+from isaerft_sweep.provenance import versions
 from isaerft_sweep.sae_folder import check_sae_folder
+from isaerft_sweep.spec_fields import canonical_json, to_dict
 from isaerft_sweep.specs import Experiment
 
 GOOD_FOR_S = 3600.0

@@ -5,21 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 
 from isaerft_sweep.config.boundary import to_definition
+from isaerft_sweep.controller.controller_info import controller_alive, last_controller_info, write_controller_info
+from isaerft_sweep.controller.live_view import LiveView
 from isaerft_sweep.controller.logs import find_record
-from isaerft_sweep.controller.presence import is_run, last_presence, presence
-from isaerft_sweep.controller.progress import Progress
-from isaerft_sweep.controller.remote import read_experiment
-from isaerft_sweep.controller.run import INTERRUPTED, disk_errors_named, make_dispatcher
-from isaerft_sweep.controller.stopping import StopRequest
-from isaerft_sweep.controller.sweep import SweepController
-from isaerft_sweep.controller.trials import TrialFactory
+from isaerft_sweep.controller.loop import SweepController
+from isaerft_sweep.controller.run_sweep import INTERRUPTED, disk_errors_named, make_dispatcher
+from isaerft_sweep.controller.session import read_experiment
+from isaerft_sweep.controller.stop_signal import StopRequest
+from isaerft_sweep.controller.trial_factory import TrialFactory
 from isaerft_sweep.errors import FolderError
-from isaerft_sweep.journal.folders import COMPLETED, DIVERGED, PRUNED, SweepFolder
 from isaerft_sweep.journal.journal import Journal, TrialRecord
+from isaerft_sweep.journal.layout import COMPLETED, DIVERGED, PRUNED, SweepFolder
 from isaerft_sweep.results import leaderboard
 from isaerft_sweep.results.card import refresh_cards
 from isaerft_sweep.results.reading import read_sweep_folder
-from isaerft_sweep.search.sampler import GivenPoints
+from isaerft_sweep.search.sampler import FixedPoints
 from isaerft_sweep.specs import Experiment
 from isaerft_sweep.terminal import make_console
 
@@ -29,14 +29,14 @@ def retry(path: Path, trial: str) -> int:
 
     Raises FolderError when there is nothing to try again.
     """
-    if SweepFolder(path.expanduser().absolute()).of_agents():
+    if SweepFolder(path.expanduser().absolute()).agent_run_folders():
         raise FolderError(f"the trials in {path} are handed out by W&B agents: start an agent, and it gets them again.")
     seen, record = find_record(path, trial)
     folder = seen.folder
     _check(record, folder)
-    if is_run(folder):
+    if controller_alive(folder):
         folder.ask_to_retry(record.index)
-        print(f"Asked {last_presence(folder)} to run trial {record.index + 1}, {record.name}, again.")
+        print(f"Asked {last_controller_info(folder)} to run trial {record.index + 1}, {record.name}, again.")
         return 0
     return _run(read_experiment(folder), folder, record)
 
@@ -49,32 +49,32 @@ def _check(record: TrialRecord, folder: SweepFolder) -> None:
         raise FolderError(f"{which} has {record.state}: there is nothing to try again. With another seed: confirm.")
     if record.state == DIVERGED:
         raise FolderError(f"{which} has diverged, and would again: the same point gives the same numbers. See {log}")
-    if record.state == "queued" and is_run(folder):
+    if record.state == "queued" and controller_alive(folder):
         raise FolderError(f"{which} is under way. Follow it: {log} -f")
     if not folder.trial(record.name).spec.is_file():
         raise FolderError(f"{which} has no spec.json in {folder.trial(record.name).path} any more: restore its folder.")
-    if not record.given_up and is_run(folder):
+    if not record.given_up and controller_alive(folder):
         raise FolderError(f"{which} is {record.state} and waits for its turn: the controller runs it without being asked.")
 
 
 def _run(experiment: Experiment, folder: SweepFolder, record: TrialRecord) -> int:
     definition = to_definition(experiment.sweep, experiment)
-    known, console, journal = last_presence(folder), make_console(), Journal(folder)
+    known, console, journal = last_controller_info(folder), make_console(), Journal(folder)
     try:
         trials = max(known.trials if known else 0, len(journal.record.trials))
         stop = StopRequest(folder.cancel)
         overrides = known.overrides if known else ()
         with (
             stop.heard(),
-            presence(folder, trials, overrides),
-            Progress(console, journal.record.metric, trials, folder) as view,
+            write_controller_info(folder, trials, overrides),
+            LiveView(console, journal.record.metric, trials, folder) as view,
             disk_errors_named(folder),
         ):
             stop.tell = lambda asked: view.note(asked.words(experiment.launcher.grace_s))
             factory = TrialFactory(experiment, definition, folder, journal.record.sweep_id, None, overrides)
             dispatcher = make_dispatcher(experiment.launcher, folder)
             controller = SweepController(
-                journal, GivenPoints([]), factory, dispatcher, experiment.launcher, 0, view, lambda: stop.urgency
+                journal, FixedPoints([]), factory, dispatcher, experiment.launcher, 0, view, lambda: stop.urgency
             )
             controller.waiting = [waits for waits in controller.waiting if waits.index == record.index]
             try:

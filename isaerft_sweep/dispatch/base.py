@@ -15,12 +15,12 @@ JobRef = Mapping[str, Any]
 """What finds a job again from another process: plain data, kept in the journal."""
 
 
-class QueueBusy(LaunchError):
+class SchedulerUnavailable(LaunchError):
     """The scheduler takes no more jobs now, or does not answer: the same jobs may be welcome later."""
 
 
 @dataclass(frozen=True)
-class Verdict:
+class JobExit:
     """What the place says about the end of a job.
 
     ``cause``: ``site`` when the place ended it for reasons of its own (preemption, time limit, a lost node), ``person`` when
@@ -54,7 +54,7 @@ class Dispatcher(ABC):
         """Start or queue one job. Raises as ``submit_all``."""
         refs = self.submit_all([job])
         if not refs:
-            raise QueueBusy("no more jobs can be started now.")
+            raise SchedulerUnavailable("no more jobs can be started now.")
         return refs[0]
 
     @abstractmethod
@@ -73,9 +73,9 @@ class Dispatcher(ABC):
     def log_tail(self, ref: JobRef, lines: int = 8) -> str:
         """The last lines that the job printed."""
 
-    def verdict(self, ref: JobRef) -> Verdict:
+    def job_exit(self, ref: JobRef) -> JobExit:
         """What the place knows about the end of a job that is not alive."""
-        return Verdict()
+        return JobExit()
 
     def suspended(self, ref: JobRef) -> bool:
         """Whether the place holds a living job still, so that it cannot say anything."""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from isaerft_sweep.errors import IsaerftError
 from isaerft_sweep.guard import UNEXPECTED, WRONG, unexpected
-from isaerft_sweep.journal.workers import STOP_AT
+from isaerft_sweep.journal.worker_queue import STOP_AT
 from isaerft_sweep.terminal import speak_any_encoding
 
 
@@ -91,9 +91,9 @@ class TrialJob:
     def _run(self) -> str:
         prepare_process(self.threads, self.device, self.limit_s)
         with importing():
-            from isaerft_sweep.journal.folders import Superseded, TrialFolder
-            from isaerft_sweep.trial.resident import logged_to
-            from isaerft_sweep.trial.run import run_trial
+            from isaerft_sweep.journal.layout import Superseded, TrialFolder
+            from isaerft_sweep.trial.runner import run_trial
+            from isaerft_sweep.trial.worker import logged_to
 
         trial = TrialFolder(Path(self.folder))
         try:
@@ -106,12 +106,12 @@ class TrialJob:
 
 @dataclass(frozen=True)
 class WorkerJob:
-    """A picklable call of a worker that runs many trials, ``packed`` at a time; ``folder`` is where it gets its tasks."""
+    """A picklable call of a worker that runs many trials, ``trials_per_pass`` at a time; its tasks come into ``folder``."""
 
     folder: str
     threads: int | None
     device: str | None = None
-    packed: int | None = 1
+    trials_per_pass: int | None = 1
     limit_s: float | None = None
     """How many seconds after the job's start the trial must begin to end."""
 
@@ -122,10 +122,10 @@ class WorkerJob:
     def _run(self) -> str:
         prepare_process(self.threads, self.device, self.limit_s)
         with importing():
-            from isaerft_sweep.journal.workers import WorkerFolder
-            from isaerft_sweep.trial.resident import serve_trials
+            from isaerft_sweep.journal.worker_queue import WorkerFolder
+            from isaerft_sweep.trial.worker import serve_trials
 
-        return f"{serve_trials(WorkerFolder(Path(self.folder)), packed=self.packed)} trials"
+        return f"{serve_trials(WorkerFolder(Path(self.folder)), trials_per_pass=self.trials_per_pass)} trials"
 
 
 def check_needs() -> int:

@@ -19,26 +19,26 @@ from pathlib import Path
 
 import submitit
 
-from isaerft_sweep.dispatch.base import Dispatcher, JobRef, QueueBusy, Verdict, tail
-from isaerft_sweep.dispatch.job import Job
-from isaerft_sweep.dispatch.slurm_flags import sbatch_parameters, working_s
-from isaerft_sweep.dispatch.slurm_site import (
+from isaerft_sweep.dispatch.base import Dispatcher, JobExit, JobRef, SchedulerUnavailable, tail
+from isaerft_sweep.dispatch.cluster import (
     ANSWER_S,
-    OVER,
     PLACE,
     REST,
     SACCT,
     SETTING,
+    SLURM_TERMINAL,
     SQUEUE,
-    ask,
     cluster_of,
     commands_environment,
     parse_accounting,
     parse_queue,
-    read_site,
+    read_cluster,
+    run_slurm_command,
     state_of,
     to_cluster,
 )  # fmt: skip
+from isaerft_sweep.dispatch.job import Job
+from isaerft_sweep.dispatch.sbatch_flags import sbatch_parameters, working_s
 from isaerft_sweep.dispatch.snapshot import code_snapshot
 from isaerft_sweep.errors import LaunchError
 from isaerft_sweep.specs import LauncherSpec
@@ -48,9 +48,9 @@ CORES = '[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK="$SLURM_
 """From 22.05 on srun does not take over how many cores sbatch was asked for: a step would be bound to one."""
 COMPLETING_S = 90.0
 """How long a job may take to end once its processes have been told to: SLURM itself kills them after half a minute."""
-FULL = ("SubmitJob",)
+QUEUE_FULL_ERRORS = ("SubmitJob",)
 """In sbatch's words: as many jobs as the user's account or qos allows are in the queue. There may be room for fewer."""
-AWAY = (
+CONTROLLER_DOWN_ERRORS = (
     "Unable to contact", "timed out", "Connection refused", "Zero Bytes", "communication connection", "not responding",
     "temporarily un", "too many jobs",
 )  # fmt: skip
@@ -71,7 +71,7 @@ class SlurmDispatcher(Dispatcher):
         self.slots = spec.slots or 1
         self.threads = spec.threads
         self.cluster = cluster_of(spec)
-        site = read_site(self.cluster)
+        site = read_cluster(self.cluster)
         self.name = job_name(folder)
         parameters = sbatch_parameters(spec, site, self.name)
         if self.cluster is not None:
@@ -120,9 +120,9 @@ class SlurmDispatcher(Dispatcher):
         except (submitit.core.utils.FailedJobError, subprocess.CalledProcessError) as error:
             self._forget_refused()
             words = " ".join(str(error).split())
-            self._queue_is_full = any(word in words for word in FULL)
-            if self._queue_is_full or any(word in words for word in AWAY):
-                raise QueueBusy(f"sbatch takes no job now: {words}") from error
+            self._queue_is_full = any(word in words for word in QUEUE_FULL_ERRORS)
+            if self._queue_is_full or any(word in words for word in CONTROLLER_DOWN_ERRORS):
+                raise SchedulerUnavailable(f"sbatch takes no job now: {words}") from error
             raise LaunchError(f"sbatch refused the job: {words}") from error
         except OSError as error:
             raise LaunchError(f"{self.folder} cannot be written: {error.strerror}. Make room or mend the disk.") from error
@@ -154,12 +154,12 @@ class SlurmDispatcher(Dispatcher):
         cluster = ref.get("cluster")
         return self._queues.setdefault(cluster, _Queue(cluster, {ref.get("name", self.name)}))
 
-    def verdict(self, ref: JobRef) -> Verdict:
+    def verdict(self, ref: JobRef) -> JobExit:
         state, more = self._queue(ref).said_of(ref["id"])
         if not state or state == "COMPLETED":
-            return Verdict()
+            return JobExit()
         cause = "site" if state in SITES_DOING else "person" if state == "CANCELLED" else "trial"
-        return Verdict(f"SLURM: {state}" + (f" ({more})" if more else ""), cause)
+        return JobExit(f"SLURM: {state}" + (f" ({more})" if more else ""), cause)
 
     def cancel(self, refs: Sequence[JobRef]) -> None:
         for queue, ids in self._arrays(refs):
@@ -209,17 +209,19 @@ class _Queue:
         """Take note of the states of all, in one query; whether the scheduler has answered."""
         who = ("--user", str(os.getuid()), "--name", ",".join(sorted(self.names)), f"--format={SQUEUE}")
         try:
-            self.states = parse_queue(ask("squeue", "--noheader", "--array", "--states=all", *who, cluster=self.cluster))
+            self.states = parse_queue(
+                run_slurm_command("squeue", "--noheader", "--array", "--states=all", *who, cluster=self.cluster)
+            )
         except LaunchError:
             return False
         # of a controller that died between sbatch and its journal: their trials are begun anew
-        strays = [job for job, (state, _) in self.states.items() if state not in OVER and job not in self.known]
+        strays = [job for job, (state, _) in self.states.items() if state not in SLURM_TERMINAL and job not in self.known]
         if strays := [job for job in strays if not job.endswith(REST)]:
             scancel(*strays, cluster=self.cluster)
         self.completing = {
             job: self.completing.get(job, time.monotonic()) for job in jobs if state_of(self.states, job)[0] == "COMPLETING"
         }
-        over = {job for job, (state, _) in self.remembered.items() if state in OVER}
+        over = {job for job, (state, _) in self.remembered.items() if state in SLURM_TERMINAL}
         self._ask_accounting(sorted(job for job in jobs - over if not state_of(self.states, job)[0] or self._stuck(job)))
         return True
 
@@ -228,7 +230,7 @@ class _Queue:
         if not jobs:
             return
         try:
-            said = ask("sacct", "-X", "-n", "-P", "-j", ",".join(jobs), "-o", SACCT, cluster=self.cluster)
+            said = run_slurm_command("sacct", "-X", "-n", "-P", "-j", ",".join(jobs), "-o", SACCT, cluster=self.cluster)
         except LaunchError:
             return
         self.remembered |= parse_accounting(said)
@@ -237,11 +239,11 @@ class _Queue:
         """State, with reason and node: squeue's word, else accounting's; empty when neither has one."""
         found = state_of(self.states, job)
         known = state_of(self.remembered, job)
-        return known if not found[0] or (self._stuck(job) and known[0] in OVER) else found
+        return known if not found[0] or (self._stuck(job) and known[0] in SLURM_TERMINAL) else found
 
     def lives(self, job: str) -> bool:
         """Whether the job is queued or running, as far as is known."""
-        return self.said_of(job)[0] not in {"", *OVER} and not self._stuck(job)
+        return self.said_of(job)[0] not in {"", *SLURM_TERMINAL} and not self._stuck(job)
 
     def _stuck(self, job: str) -> bool:
         """Whether its end takes too long: its processes have been told to end, and a node or an epilog hangs."""
@@ -251,7 +253,9 @@ class _Queue:
         """The jobs' ids, with one id for all of an array that are alive: the scheduler gets one request for an array."""
         ids = dict.fromkeys(jobs)
         others = {
-            job for job in self.known | set(self.states) if job not in ids and state_of(self.states, job)[0] not in OVER
+            job
+            for job in self.known | set(self.states)
+            if job not in ids and state_of(self.states, job)[0] not in SLURM_TERMINAL
         }
         shared = {job.split("_")[0] for job in others}
         return list(dict.fromkeys(job if (array := job.split("_")[0]) in shared else array for job in ids))

@@ -6,8 +6,8 @@ import hashlib
 import shutil
 from pathlib import Path
 
-from isaerft_sweep.journal.files import made_once
-from isaerft_sweep.resources import PACKAGE
+from isaerft_sweep.journal.atomic_files import create_once
+from isaerft_sweep.paths import PACKAGE
 
 
 def code_snapshot(folder: Path) -> Path:
@@ -22,4 +22,4 @@ def code_snapshot(folder: Path) -> Path:
         shutil.copytree(PACKAGE, aside / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
 
     folder.mkdir(parents=True, exist_ok=True)
-    return made_once(folder / digest.hexdigest()[:16], copy)
+    return create_once(folder / digest.hexdigest()[:16], copy)

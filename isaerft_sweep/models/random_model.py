@@ -11,7 +11,7 @@ from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from isaerft_sweep.errors import ModelError, suggest
-from isaerft_sweep.journal.files import made_once
+from isaerft_sweep.journal.atomic_files import create_once
 from isaerft_sweep.specs import ModelSpec
 
 LAYERS, HIDDEN = 4, 64
@@ -44,7 +44,7 @@ def made_folder(spec: ModelSpec, cache: Path) -> Path:
     architecture = spec.architecture or "llama"
     if architecture not in ARCHITECTURES:
         raise ModelError(f"model.architecture is unknown: '{architecture}'." + suggest(architecture, ARCHITECTURES))
-    return made_once(cache / "models" / f"tiny-{architecture}", lambda folder: make(architecture, folder))
+    return create_once(cache / "models" / f"tiny-{architecture}", lambda folder: make(architecture, folder))
 
 
 def make(architecture: str, folder: Path, seed: int = 0) -> None:

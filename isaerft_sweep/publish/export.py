@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 from isaerft_sweep.adapter.load import load_model
 from isaerft_sweep.adapter.merge import check_mergeable
 from isaerft_sweep.errors import ModelError
-from isaerft_sweep.journal.files import write_text
+from isaerft_sweep.journal.atomic_files import write_text
 from isaerft_sweep.models.loading import device
-from isaerft_sweep.publish.folders import new_folder
+from isaerft_sweep.publish.export_folder import new_folder
 from isaerft_sweep.publish.standalone import write_standalone
 from isaerft_sweep.results.card import exported_card
 

@@ -23,9 +23,9 @@ from safetensors.torch import save_file
 
 from isaerft_sweep.adapter.config import IsaerftConfig
 from isaerft_sweep.errors import ConfigError, FolderError
-from isaerft_sweep.journal.files import write_json, write_text
+from isaerft_sweep.journal.atomic_files import write_json, write_text
 from isaerft_sweep.naming import ParsedName, parse
-from isaerft_sweep.publish.folders import new_folder
+from isaerft_sweep.publish.export_folder import new_folder
 from isaerft_sweep.results.imported_card import PublishedCard, imported_card
 
 BASES = {

@@ -15,8 +15,8 @@ from isaerft_sweep.adapter.architecture import decoder_layers, decoder_layers_na
 from isaerft_sweep.adapter.blocks import BiasBlock, FeedForwardBlock, ScaleBlock
 from isaerft_sweep.adapter.layer import IsaerftLayer
 from isaerft_sweep.errors import ModelError
-from isaerft_sweep.journal.files import write_json, write_text
-from isaerft_sweep.resources import asset
+from isaerft_sweep.journal.atomic_files import write_json, write_text
+from isaerft_sweep.paths import asset
 
 MODULE = "modeling_isaerft"
 TEMPLATE = f"{MODULE}.py.jinja"

@@ -15,16 +15,16 @@ from typing import Any
 
 import yaml
 
-from isaerft_sweep.controller.run import evaluations_per_trial, make_inner_dispatcher
-from isaerft_sweep.controller.trials import TrialFactory
+from isaerft_sweep.controller.run_sweep import evaluations_per_trial, make_inner_dispatcher
+from isaerft_sweep.controller.trial_factory import TrialFactory
 from isaerft_sweep.dispatch.job import TrialJob
 from isaerft_sweep.errors import ConfigError, IsaerftError, LaunchError
-from isaerft_sweep.journal.folders import COMPLETED, SweepFolder, TrialFolder
 from isaerft_sweep.journal.journal import SweepRecord, replay
-from isaerft_sweep.plain import from_mapping
+from isaerft_sweep.journal.layout import COMPLETED, SweepFolder, TrialFolder
 from isaerft_sweep.results.cost import device_seconds
 from isaerft_sweep.search.sampler import Point
 from isaerft_sweep.search.sweep_file import SweepDefinition
+from isaerft_sweep.spec_fields import from_mapping
 from isaerft_sweep.specs import Experiment, comparable
 
 STEPS = 8
@@ -96,7 +96,7 @@ def calibrate(experiment: Experiment, definition: SweepDefinition, point: Point,
         if status.get("state") != COMPLETED:
             raise LaunchError(
                 f"the calibration must complete but ended as {status.get('state', 'nothing')}: {status.get('message', '')} "
-                f"{dispatcher.verdict(job).words}\n{dispatcher.log_tail(job)}"
+                f"{dispatcher.job_exit(job).words}\n{dispatcher.log_tail(job)}"
             )
         alone_s = reckon(trial, status, steps, evaluations_per_trial(experiment))
         return Estimate(alone_s, alone_s, f"{orpo.max_steps} steps, run just now by itself")

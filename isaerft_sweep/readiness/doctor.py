@@ -12,15 +12,15 @@ from typing import cast
 
 from rich.console import Console
 
-from isaerft_sweep.controller.run import make_inner_dispatcher
+from isaerft_sweep.controller.run_sweep import make_inner_dispatcher
+from isaerft_sweep.dispatch.cluster import SlurmCluster, cluster_of, read_cluster, run_slurm_command
 from isaerft_sweep.dispatch.job import Job
-from isaerft_sweep.dispatch.slurm_flags import sbatch_parameters
-from isaerft_sweep.dispatch.slurm_site import Site, ask, cluster_of, read_site
+from isaerft_sweep.dispatch.sbatch_flags import sbatch_parameters
 from isaerft_sweep.errors import FolderError, LaunchError
-from isaerft_sweep.journal.files import read_json, write_json
-from isaerft_sweep.journal.folders import SweepFolder
-from isaerft_sweep.plain import canonical_json, to_dict
+from isaerft_sweep.journal.atomic_files import read_json, write_json
+from isaerft_sweep.journal.layout import SweepFolder
 from isaerft_sweep.readiness.probe import ANSWER, BAD, GOOD, LOCKED, MADE_BEFORE, WARNING, Finding, ProbeJob
+from isaerft_sweep.spec_fields import canonical_json, to_dict
 from isaerft_sweep.specs import Experiment
 
 MARKS = {GOOD: "[green]ok     [/]", WARNING: "[yellow]warning[/]", BAD: "[red]BAD    [/]"}
@@ -55,7 +55,7 @@ def site_findings(experiment: Experiment) -> list[Finding]:
     """What the cluster says of itself."""
     try:
         cluster = cluster_of(experiment.launcher)
-        site = read_site(cluster)
+        site = read_cluster(cluster)
     except LaunchError as error:
         return [Finding("SLURM", BAD, str(error))]
     settings = site.settings
@@ -98,7 +98,7 @@ def preemption(settings: Mapping[str, str], grace: int) -> Finding:
 def grace_s(partition: str, cluster: str | None = None) -> int:
     """The partition's GraceTime."""
     try:
-        text = ask("scontrol", "--oneliner", "show", "partition", partition.split(",")[0], cluster=cluster)
+        text = run_slurm_command("scontrol", "--oneliner", "show", "partition", partition.split(",")[0], cluster=cluster)
     except LaunchError:
         return 0
     return next((int(word.split("=")[1]) for word in text.split() if word.startswith("GraceTime=")), 0)
@@ -114,7 +114,7 @@ def requeue(settings: Mapping[str, str]) -> Finding:
     return Finding("requeue", GOOD, words)
 
 
-def arrays(site: Site, experiment: Experiment) -> Finding:
+def arrays(site: SlurmCluster, experiment: Experiment) -> Finding:
     """Whether the workers fit into arrays."""
     slots, size = experiment.launcher.slots or 1, site.array_size
     split = f", so {slots} workers are {-(-slots // size)} arrays" if slots > size else ""
@@ -124,7 +124,7 @@ def arrays(site: Site, experiment: Experiment) -> Finding:
 def accounting(settings: Mapping[str, str]) -> Finding:
     """sacct, the second opinion."""
     try:
-        ask("sacct", "--noheader", "-X", "-S", "now-1minutes")
+        run_slurm_command("sacct", "--noheader", "-X", "-S", "now-1minutes")
     except LaunchError:
         words = "none: how a job ended is known for MinJobAge " + settings.get("MinJobAge", "?")
         return Finding("sacct", WARNING, words, "Nothing is lost by it: outcomes are read from the trials' own folders.")
@@ -167,7 +167,7 @@ def _ask_job(experiment: Experiment, folder: SweepFolder, ahead_s: float, wait_s
         dispatcher.kill([job])
     answer = read_json(folder.path / ANSWER)
     if answer is None:
-        words = f"it ended without an answer. {dispatcher.verdict(job).words}\n{dispatcher.log_tail(job, 20)}"
+        words = f"it ended without an answer. {dispatcher.job_exit(job).words}\n{dispatcher.log_tail(job, 20)}"
         return [Finding("job", BAD, words, "It needs the same Python environment and output folder as this machine.")]
     findings = [Finding(**found) for found in answer["findings"]]
     return [*findings, clocks(answer["ahead_of_disk_s"] - ahead_s)]

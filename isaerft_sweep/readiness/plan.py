@@ -11,13 +11,13 @@ from rich.console import Console
 from rich.table import Table
 
 from isaerft_sweep.config.boundary import to_definition
+from isaerft_sweep.controller.live_view import duration
 from isaerft_sweep.controller.preflight import known_trial_needs
-from isaerft_sweep.controller.progress import duration
-from isaerft_sweep.controller.question import sweep_folder
-from isaerft_sweep.controller.run import count_trials, introduction, make_sampler
+from isaerft_sweep.controller.run_sweep import count_trials, introduction, make_sampler
+from isaerft_sweep.controller.sweep_identity import sweep_folder
+from isaerft_sweep.dispatch.cluster import cluster_of, parse_gres, read_cluster
 from isaerft_sweep.dispatch.local import visible_gpus
-from isaerft_sweep.dispatch.slurm_flags import sbatch_parameters, working_s
-from isaerft_sweep.dispatch.slurm_site import cluster_of, parse_gres, read_site
+from isaerft_sweep.dispatch.sbatch_flags import sbatch_parameters, working_s
 from isaerft_sweep.errors import ConfigError
 from isaerft_sweep.readiness.calibrate import Estimate, calibrate, from_earlier_sweeps
 from isaerft_sweep.results.axes import LOG_FAMILIES
@@ -47,7 +47,7 @@ def plan(console: Console, experiment: Experiment, calibrating: bool) -> None:
     if calibrating:
         steps = total_steps(experiment.orpo, int(known_trial_needs(experiment)["pairs"]))
         estimate = calibrate(experiment, definition, points[0], steps)
-    most = "at most " if definition.early_terminate or (calibrating and experiment.launcher.packed != 1) else ""
+    most = "at most " if definition.early_terminate or (calibrating and experiment.launcher.trials_per_pass != 1) else ""
     console.print(time_words(estimate, trials, workers, gpus, most), soft_wrap=True, highlight=False)
 
 
@@ -91,15 +91,15 @@ def layout(experiment: Experiment, trials: int) -> tuple[list[str], int, int]:
     kind = "workers, each for many trials" if launcher.resident else "jobs, one per trial"
     if launcher.trials_per_job:
         kind = f"workers, each for {launcher.trials_per_job} trials"
-    together = launcher.packed or 1
-    if launcher.packed != 1:
-        kind += f", {launcher.packed or 'as many as pay'} together"
+    together = launcher.trials_per_pass or 1
+    if launcher.trials_per_pass != 1:
+        kind += f", {launcher.trials_per_pass or 'as many as pay'} together"
     if launcher.kind == "local":
         devices = visible_gpus()
         workers = min(-(-trials // together), launcher.slots or max(1, len(devices)) * launcher.trials_per_gpu)
         where = f"{len(devices)} GPUs" if devices else "the processor"
         return [f"layout      {workers} {kind}, on {where} of this machine"], workers * together, min(1, len(devices))
-    site = read_site(cluster_of(launcher))
+    site = read_cluster(cluster_of(launcher))
     asked = sbatch_parameters(launcher, site, "plan")
     workers = min(-(-trials // together), launcher.slots or 1)
     sizes = [min(site.array_size, workers - start) for start in range(0, workers, site.array_size)]

@@ -21,9 +21,9 @@ from isaerft_sweep.config.boundary import to_definition, variants
 from isaerft_sweep.controller.preflight import check_trial_needs
 from isaerft_sweep.dispatch.job import prepare_process
 from isaerft_sweep.errors import IsaerftError
-from isaerft_sweep.journal.files import write_json
-from isaerft_sweep.plain import from_mapping
-from isaerft_sweep.resources import cache_folder
+from isaerft_sweep.journal.atomic_files import write_json
+from isaerft_sweep.paths import cache_folder
+from isaerft_sweep.spec_fields import from_mapping
 from isaerft_sweep.specs import Experiment
 
 GOOD, WARNING, BAD = "good", "warning", "bad"
@@ -147,8 +147,8 @@ def scratch(experiment: Experiment) -> Finding:
         free_gb = shutil.disk_usage(place).free / 1e9
     except OSError as error:
         return Finding("scratch", BAD, f"{place}: {error}", "Choose another: launcher.scratch=PATH, best a local disk.")
-    words = f"{place}: {free_gb:.0f} GB free, launcher.trunk_cache_gb={launcher.trunk_cache_gb:g}"
-    if free_gb < launcher.trunk_cache_gb:
+    words = f"{place}: {free_gb:.0f} GB free, launcher.activation_cache_gb={launcher.activation_cache_gb:g}"
+    if free_gb < launcher.activation_cache_gb:
         return Finding("scratch", WARNING, words, "Choose a disk with more room: launcher.scratch=PATH.")
     return Finding("scratch", GOOD, words)
 

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from isaerft_sweep.plain import canonical_json
 from isaerft_sweep.results.columns import Column
 from isaerft_sweep.results.reading import ReadSweep
 from isaerft_sweep.search.distributions import Categorical, Distribution, Numeric
+from isaerft_sweep.spec_fields import canonical_json
 
 LOG_FAMILIES = ("log_uniform", "log_uniform_values", "inv_log_uniform", "inv_log_uniform_values", "log_normal")
 WIDE = 10.0

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from isaerft_sweep.errors import CardError
-from isaerft_sweep.journal.files import read_json, write_text
-from isaerft_sweep.journal.folders import TrialFolder
+from isaerft_sweep.journal.atomic_files import read_json, write_text
+from isaerft_sweep.journal.layout import TrialFolder
 from isaerft_sweep.metrics import depends_on_beta
-from isaerft_sweep.resources import asset
+from isaerft_sweep.paths import asset
 from isaerft_sweep.results.card_data import front_matter, is_repository
 from isaerft_sweep.results.card_words import ALONE, BLOCKS, CITATIONS, FRAMEWORKS, WITH_ADAPTER, WITH_OWN_CODE, quick_start
 from isaerft_sweep.results.latents import read_latents

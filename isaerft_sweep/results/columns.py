@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from isaerft_sweep.plain import canonical_json
 from isaerft_sweep.search.distributions import Distribution
+from isaerft_sweep.spec_fields import canonical_json
 
 FIRST = ("orpo.learning_rate", "orpo.beta")
 SHORT = {"orpo.learning_rate": "lr"}

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from rich.table import Table
 
-from isaerft_sweep.journal.folders import SweepFolder
 from isaerft_sweep.journal.journal import SweepRecord, replay
+from isaerft_sweep.journal.layout import SweepFolder
 from isaerft_sweep.results.leaderboard import number, short_name
 from isaerft_sweep.results.reading import SEED, Entry, ReadSweep, read_sweep_folder, without_seed
 from isaerft_sweep.results.statistics import probability_best, show_probability
@@ -54,10 +54,10 @@ def first_sweep(again: SweepFolder) -> SweepFolder | None:
     asked, records = SweepRecord(), SweepRecord()
     replay(first.journal, asked)
     replay(again.journal, records)
-    return first if records.question == confirm_question(asked.question) else None
+    return first if records.fingerprint == confirmation_fingerprint(asked.fingerprint) else None
 
 
-def confirm_question(question: str) -> str:
+def confirmation_fingerprint(question: str) -> str:
     """What the second sweep asks, made of what the first one asks."""
     return hashlib.sha256(f"confirm {question}".encode()).hexdigest()[:12]
 
@@ -67,7 +67,7 @@ def read_confirmation(sweep: ReadSweep) -> list[Candidate]:
     if sweep.folder is None or not confirm_folder(sweep.folder).journal.is_file():
         return []
     again = read_sweep_folder(confirm_folder(sweep.folder).path, sweep.metric.name)
-    if again.question != confirm_question(sweep.question):
+    if again.fingerprint != confirmation_fingerprint(sweep.fingerprint):
         return []  # another sweep that happens to have this name
     found: dict[str, Candidate] = {}
     by_point = {without_seed(entry.params): entry for entry in reversed(sweep.entries) if entry.rank}

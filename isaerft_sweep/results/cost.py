@@ -11,8 +11,8 @@ from isaerft_sweep.journal.journal import TrialRecord
 def device_seconds(records: Iterable[TrialRecord], per_device: int = 1) -> dict[int, float]:
     """Each trial's share of its workers' time, by trial number.
 
-    While K trials go through a worker together (``launcher.packed``) each counts for 1/K of the time. ``per_device``: how
-    many workers have one device (``launcher.trials_per_gpu``).
+    While K trials go through a worker together (``launcher.trials_per_pass``) each counts for 1/K of the time.
+    ``per_device``: how many workers have one device (``launcher.trials_per_gpu``).
     """
     spans: dict[str, list[tuple[float, float, int]]] = defaultdict(list)
     shares: dict[int, float] = {}

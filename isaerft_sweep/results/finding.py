@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from isaerft_sweep.errors import FolderError
-from isaerft_sweep.journal.folders import COMPLETED, TrialFolder
+from isaerft_sweep.journal.layout import COMPLETED, TrialFolder
 from isaerft_sweep.results.caveats import dependence
 from isaerft_sweep.results.reading import is_sweep, read_sweep_folder, trial_of
 from isaerft_sweep.results.standing import Standing, standings

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from isaerft_sweep.errors import ConfigError, FolderError, SpaceError
-from isaerft_sweep.journal.folders import COMPLETED
 from isaerft_sweep.journal.journal import TrialRecord
+from isaerft_sweep.journal.layout import COMPLETED
 from isaerft_sweep.naming import run_id
 from isaerft_sweep.results.reading import Entry, ReadSweep, rank
 from isaerft_sweep.search.distributions import Distribution

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from isaerft_sweep.journal.files import write_text
+from isaerft_sweep.journal.atomic_files import write_text
 from isaerft_sweep.results.caveats import dependence, edges
 from isaerft_sweep.results.reading import Entry, ReadSweep
 from isaerft_sweep.results.statistics import show_probability
@@ -112,7 +112,7 @@ def caveats(sweep: ReadSweep) -> list[str]:
     said += dependence(sweep.metric.name, sweep.swept, sweep.metric.goal)
     said += edges(sweep.space, best.record.point)
     if best.probability_best is not None:
-        ours = sweep.folder is not None and not sweep.folder.of_agents()
+        ours = sweep.folder is not None and not sweep.folder.agent_run_folders()
         confirms = ": isaerft-sweep confirm reruns the leaders with new ones" if ours else ""
         scored = best.pair_values(sweep.metric.name, sweep.beta)
         pairs, scores = len(scored[0]) if scored else 0, len(best.scores["trained"]["pairs"])

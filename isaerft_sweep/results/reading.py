@@ -15,15 +15,15 @@ import numpy as np
 import yaml
 
 from isaerft_sweep.errors import ConfigError, FolderError, SpaceError
-from isaerft_sweep.journal.folders import COMPLETED, RUNNING, SweepFolder, TrialFolder
 from isaerft_sweep.journal.journal import SweepRecord, TrialRecord, is_held, replay
-from isaerft_sweep.plain import canonical_json, from_mapping
+from isaerft_sweep.journal.layout import COMPLETED, RUNNING, SweepFolder, TrialFolder
 from isaerft_sweep.results.caveats import dependence
 from isaerft_sweep.results.columns import Column, columns_for
 from isaerft_sweep.results.cost import device_seconds
 from isaerft_sweep.results.statistics import interval, pair_values, probability_best
 from isaerft_sweep.search.distributions import Distribution
 from isaerft_sweep.search.sweep_file import Metric, read_metric_name, read_sweep
+from isaerft_sweep.spec_fields import canonical_json, from_mapping
 from isaerft_sweep.specs import Experiment
 
 SEED = "orpo.seed"
@@ -95,7 +95,7 @@ class ReadSweep:
     experiment: Experiment | None = None
     folder: SweepFolder | None = None
     sweep_id: str = ""
-    question: str = ""
+    fingerprint: str = ""
     is_run: bool = False
     problems: list[str] = field(default_factory=list)
     read_rows: Callable[[Entry], list[dict[str, Any]]] = lambda _: []
@@ -157,7 +157,7 @@ class ReadSweep:
 def read_sweep_folder(path: Path, metric: str | None = None) -> ReadSweep:
     """The sweep in ``path``, ranked by ``metric`` or by its own. Raises FolderError when there is none."""
     folder = SweepFolder(path.expanduser().absolute())
-    parts = folder.of_agents() or [folder]
+    parts = folder.agent_run_folders() or [folder]
     if not parts[0].journal.is_file():
         raise FolderError(f"'{path}' must be a sweep's folder with a journal.jsonl, but there is none.")
     record, entries = SweepRecord(), []
@@ -178,7 +178,7 @@ def read_sweep_folder(path: Path, metric: str | None = None) -> ReadSweep:
         experiment=_experiment(folder),
         folder=folder,
         sweep_id=record.sweep_id,
-        question=record.question,
+        fingerprint=record.fingerprint,
         is_run=any(is_held(part) for part in parts) or _array_runs(folder, entries),
         read_rows=lambda entry: entry.folder.read_metrics() if entry.folder else [],
     )
@@ -197,7 +197,7 @@ def read_sweep_folder(path: Path, metric: str | None = None) -> ReadSweep:
 
 def _array_runs(folder: SweepFolder, entries: list[Entry]) -> bool:
     """Whether workers that no controller sees to have said something lately."""
-    if not folder.made.exists():
+    if not folder.static_array.exists():
         return False
     lately = time.time() - SILENT_S
     return any(e.state == RUNNING and e.folder and e.folder.read_status().get("heartbeat", 0) > lately for e in entries)
@@ -236,7 +236,7 @@ def _number(entries: list[Entry]) -> None:
 def is_sweep(path: Path) -> bool:
     """Whether there is a sweep in ``path``."""
     folder = SweepFolder(path)
-    return folder.journal.is_file() or bool(folder.of_agents())
+    return folder.journal.is_file() or bool(folder.agent_run_folders())
 
 
 def read_space(folder: SweepFolder) -> Mapping[str, Distribution]:

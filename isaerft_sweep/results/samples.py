@@ -11,7 +11,7 @@ from typing import Any
 
 from isaerft_sweep.errors import FolderError, ModelError
 from isaerft_sweep.guard import of_process
-from isaerft_sweep.journal.files import write_json
+from isaerft_sweep.journal.atomic_files import write_json
 from isaerft_sweep.results.axes import by_label
 from isaerft_sweep.results.reading import Entry, ReadSweep, trial_of
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from isaerft_sweep.plain import canonical_json
 from isaerft_sweep.search.distributions import Categorical, Constant, Distribution
+from isaerft_sweep.spec_fields import canonical_json
 
 if TYPE_CHECKING:
     import optuna
@@ -42,7 +42,7 @@ class Point:
         return canonical_json(self.params)
 
 
-class Asked(Protocol):
+class PointSource(Protocol):
     """Whom the controller asks for points and tells their outcome.
 
     ``size``: how many different points there are. ``repeats``: whether one may be tried twice. ``method``: for people.
@@ -67,7 +67,7 @@ class Asked(Protocol):
         """Count a point of an earlier process as asked for."""
 
 
-class GivenPoints:
+class FixedPoints:
     """The points of a list, in order; those of an earlier process are left out."""
 
     method, repeats = "given points", False

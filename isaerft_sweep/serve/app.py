@@ -21,7 +21,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
-from isaerft_sweep.serve import graphql, page
+from isaerft_sweep.serve import graphql, pages
 from isaerft_sweep.serve.answers import CLOSE, Json, failed, html, refusal
 from isaerft_sweep.serve.bodies import json_body, limited, read_files
 from isaerft_sweep.serve.caller import Caller
@@ -183,19 +183,19 @@ class Application:
         return Response("ok", headers=CLOSE)
 
     async def overview(self, request: Request, caller: Caller) -> Response:
-        return html(page.overview(caller))
+        return html(pages.overview(caller))
 
     async def project(self, request: Request, caller: Caller) -> Response:
         place = request.path_params
-        return html(page.project(caller, caller.server.project(place["entity"], place["project"])))
+        return html(pages.project(caller, caller.server.project(place["entity"], place["project"])))
 
     async def sweep(self, request: Request, caller: Caller) -> Response:
         place = request.path_params
-        return html(page.sweep(caller, caller.server.find_sweep(place["entity"], place["project"], place["sweep"])))
+        return html(pages.sweep(caller, caller.server.find_sweep(place["entity"], place["project"], place["sweep"])))
 
     async def run(self, request: Request, caller: Caller) -> Response:
         place = request.path_params
-        return html(page.run(caller, caller.server.find_run(place["entity"], place["project"], place["run"])))
+        return html(pages.run(caller, caller.server.find_run(place["entity"], place["project"], place["run"])))
 
 
 def _attachment(path: Path | None) -> Response:

@@ -25,7 +25,7 @@ from graphql import (
 )
 
 from isaerft_sweep.errors import IsaerftError
-from isaerft_sweep.resources import asset
+from isaerft_sweep.paths import asset
 from isaerft_sweep.serve import artifact_changes, cost
 from isaerft_sweep.serve.answers import UNFORESEEN
 from isaerft_sweep.serve.caller import Caller, global_id, parse_id

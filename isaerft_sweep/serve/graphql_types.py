@@ -15,11 +15,11 @@ from typing import Any
 
 from isaerft_sweep.serve import artifact_changes, artifacts, cost
 from isaerft_sweep.serve import runs as states
+from isaerft_sweep.serve.agent_registry import ServedAgent
 from isaerft_sweep.serve.artifacts import MANIFEST, Collection, collection_of
 from isaerft_sweep.serve.caller import Caller, global_id, stamp, thinned
 from isaerft_sweep.serve.checks import RequestError, json_object, whole_number
 from isaerft_sweep.serve.filters import FILES, matches, page, read_filter, select, snake
-from isaerft_sweep.serve.fleet import ServedAgent
 from isaerft_sweep.serve.runs import EVENTS, HISTORY, OUTPUT, RunKey, ServedRun
 from isaerft_sweep.serve.sweeps import ServedSweep
 from isaerft_sweep.tracking.metric_names import is_number, value_at

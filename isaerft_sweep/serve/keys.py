@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from isaerft_sweep.errors import FolderError
-from isaerft_sweep.journal.log import AppendLog, whole_lines
+from isaerft_sweep.journal.append_log import AppendLog, whole_lines
 
 LENGTH = 40
 """What every version of wandb takes for a key."""

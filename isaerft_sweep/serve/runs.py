@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from isaerft_sweep.errors import FolderError
-from isaerft_sweep.journal.folders import PRUNED
-from isaerft_sweep.journal.log import AppendLog, whole_lines
+from isaerft_sweep.journal.append_log import AppendLog, whole_lines
+from isaerft_sweep.journal.layout import PRUNED
 from isaerft_sweep.tracking.metric_names import flat, is_number, logged_value, may_hold, number_at
 
 PENDING, RUNNING, FINISHED, FAILED, CRASHED = "pending", "running", "finished", "failed", "crashed"

@@ -14,16 +14,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from isaerft_sweep.controller.trials import new_sweep_id
+from isaerft_sweep.controller.trial_factory import new_sweep_id
 from isaerft_sweep.errors import FolderError, SpaceError
-from isaerft_sweep.journal.folders import SweepFolder
-from isaerft_sweep.journal.log import AppendLog, whole_lines
+from isaerft_sweep.journal.append_log import AppendLog, whole_lines
+from isaerft_sweep.journal.layout import SweepFolder
 from isaerft_sweep.serve import runs as states
 from isaerft_sweep.serve import sweeps
+from isaerft_sweep.serve.agent_registry import AgentRegistry, ServedAgent
 from isaerft_sweep.serve.artifacts import Artifacts
 from isaerft_sweep.serve.checks import RequestError, checked_name
 from isaerft_sweep.serve.disk import made_folder
-from isaerft_sweep.serve.fleet import Fleet, ServedAgent
 from isaerft_sweep.serve.runs import RunKey, ServedRun
 from isaerft_sweep.serve.sweep_config import parse_config, read_definition
 from isaerft_sweep.serve.sweeps import ServedSweep
@@ -46,7 +46,7 @@ class Server:
         self.aside = folder / ".aside"
         """Where files are written until they are whole."""
         self._read_only = read_only
-        self.fleet = Fleet(self)
+        self.fleet = AgentRegistry(self)
         if not read_only:
             self._lock()
         self._load(read_only)
@@ -251,7 +251,7 @@ class Server:
         run.begun_anew = not run.resuming and (begins or run.begun_anew)
         run.resuming = run.resuming and not from_run
         if begins and run.state == states.CRASHED:
-            self.fleet.returned(run)
+            self.fleet.revive(run)
         if event:
             run.write(**event)
         run.heard = time.monotonic()
@@ -280,13 +280,13 @@ class Server:
             event["files"] = {}
         values = states.next_state(run, ending, run.key in self.fleet.unsettled)
         if values and run.state == states.CRASHED:
-            self.fleet.returned(run)
+            self.fleet.revive(run)
         if values:
             event["set"] = values
         if event["files"] or values:
             run.write(**event)
         if not run.active:
-            self.fleet.settle(run)
+            self.fleet.finalize(run)
             return False
         if states.HISTORY in files:  # be it only again: the disk may have been full
             self.fleet.judge(run)

@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 from isaerft_sweep.config.boundary import check_definition
-from isaerft_sweep.config.command import compose
+from isaerft_sweep.config.compose import compose
 from isaerft_sweep.errors import IsaerftError, SpaceError
 from isaerft_sweep.search.pruning import evaluations
 from isaerft_sweep.search.strict_yaml import parse_yaml

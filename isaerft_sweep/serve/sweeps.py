@@ -10,16 +10,16 @@ from typing import Any
 
 from isaerft_sweep.controller.early import EarlyStopping
 from isaerft_sweep.errors import SpaceError
-from isaerft_sweep.journal.folders import COMPLETED, DIVERGED, FAILED, PRUNED, STOPPED, SweepFolder
 from isaerft_sweep.journal.journal import Journal, TrialRecord
+from isaerft_sweep.journal.layout import COMPLETED, DIVERGED, FAILED, PRUNED, STOPPED, SweepFolder
 from isaerft_sweep.naming import run_id
-from isaerft_sweep.plain import canonical_json
 from isaerft_sweep.search.pruning import make_pruner
 from isaerft_sweep.search.sampler import Point, Sampler
 from isaerft_sweep.search.sweep_file import SweepDefinition
 from isaerft_sweep.serve import runs as states
 from isaerft_sweep.serve.runs import ServedRun
 from isaerft_sweep.serve.sweep_config import evaluations_of, is_ours, nested, parse_config, read_definition
+from isaerft_sweep.spec_fields import canonical_json
 from isaerft_sweep.tracking.metric_names import parameter_names, value_at
 
 log = logging.getLogger("isaerft.serve")
@@ -181,7 +181,7 @@ class ServedSweep:
         elif record.state != PRUNED:  # which may come back, and stays pending until then
             self.sampler.forget(record.point)
 
-    def settle(self, run: ServedRun) -> None:
+    def finalize(self, run: ServedRun) -> None:
         """Take in that a run of this sweep has come to an end in W&B's sense."""
         record = self.record_of(run.key.name)
         if record is None or record.job is None or run.active:
@@ -204,7 +204,7 @@ class ServedSweep:
         else:
             self.end(record, FAILED, None, f"ended with code {run.exitcode}", given_up=True)
 
-    def returned(self, run: ServedRun) -> None:
+    def revive(self, run: ServedRun) -> None:
         """A run that was taken for dead speaks: unless it has been handed out again, its attempt goes on."""
         record = self.record_of(run.key.name)
         if record is None or record.job is not None or record.state != FAILED:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from isaerft_sweep.errors import FolderError, SyncError
-from isaerft_sweep.journal.folders import TrialFolder
+from isaerft_sweep.journal.layout import TrialFolder
 
 ATTEMPTS = 6
 FIRST_WAIT_S = 2.0
@@ -34,7 +34,7 @@ LASTING = re.compile(
     re.IGNORECASE,
 )
 """What no second try would change, in wandb's words."""
-WRITER, REPORTER = "isaerft_sweep.tracking.rewrite", "isaerft_sweep.tracking.report"
+WRITER, REPORTER = "isaerft_sweep.tracking.rewrite", "isaerft_sweep.tracking.late_report"
 RUN = """query Run($entity: String!, $project: String!, $name: String!) {
   project(name: $project, entityName: $entity) { run(name: $name) { state historyLineCount } }
 }"""

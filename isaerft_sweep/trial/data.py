@@ -23,9 +23,9 @@ from trl.data_utils import maybe_apply_chat_template, maybe_extract_prompt
 from trl.experimental.orpo import ORPOTrainer
 
 from isaerft_sweep.errors import DataError
-from isaerft_sweep.plain import canonical_json
+from isaerft_sweep.paths import asset
 from isaerft_sweep.preferences import ANSWERS, Row, Written, alike, check_row, data_files, read_pairs
-from isaerft_sweep.resources import asset
+from isaerft_sweep.spec_fields import canonical_json
 from isaerft_sweep.specs import DataSpec
 from isaerft_sweep.trial.kept_tokens import Tokenised, kept_tokens
 

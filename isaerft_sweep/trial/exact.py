@@ -24,11 +24,11 @@ from isaerft_sweep.adapter.layer import IsaerftLayer
 from isaerft_sweep.adapter.sae import first_line
 from isaerft_sweep.errors import ModelError
 from isaerft_sweep.models.loading import sharing_weights
-from isaerft_sweep.trial.above_site import only_above_site
-from isaerft_sweep.trial.below_site import streams_of
-from isaerft_sweep.trial.layout import Batch
-from isaerft_sweep.trial.passes import make_layout, small_batch, token_numbers
-from isaerft_sweep.trial.trunk import StoredTrunk, lowest_site, places_of, site_layer
+from isaerft_sweep.trial.activation_cache import StoredActivations, layer_at_hook_point, lowest_hook_point, places_of
+from isaerft_sweep.trial.batch_layout import Batch
+from isaerft_sweep.trial.frozen_prefix import streams_of
+from isaerft_sweep.trial.strategy import make_layout, small_batch, token_numbers
+from isaerft_sweep.trial.upper_layers import only_upper_layers
 
 NUMBERS = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 GRADIENTS = {torch.float32: 1e-3, torch.float16: 1e-1, torch.bfloat16: 2.5e-1}
@@ -148,7 +148,7 @@ class _Probe:
         stored = self._stored(way.share)
         stream = stored.batch(batch.ids, batch.mask, batch.ids.device)
         assert stream is not None
-        with only_above_site(self.adapted, stored) as above:
+        with only_upper_layers(self.adapted, stored) as above:
             if not way.lean:
                 above.give(stream)
                 return self._read(lambda: self._logps(self.adapted))
@@ -176,14 +176,14 @@ class _Probe:
         table = logits[:, :-1].log_softmax(-1).gather(-1, batch.ids[:, 1:, None])[..., 0]
         return table[batch.read]
 
-    def _stored(self, share: bool) -> StoredTrunk:
+    def _stored(self, share: bool) -> StoredActivations:
         base: Any = self.adapted.get_base_model()
         layers = decoder_layers(base)
         sequences = [ids[kept.bool()].tolist() for ids, kept in zip(self.batch.ids, self.batch.mask, strict=True)]
-        streams = dict(streams_of(base, site_layer(layers, lowest_site(layers)).base_layer, sequences, share))
+        streams = dict(streams_of(base, layer_at_hook_point(layers, lowest_hook_point(layers)).base_layer, sequences, share))
         values = torch.cat([streams[number] for number in range(len(sequences))]).cpu().contiguous()
         stored = values.view(torch.uint16) if values.dtype == torch.bfloat16 else values
-        return StoredTrunk(np.asarray(stored.numpy()), places_of(sequences), values.dtype)
+        return StoredActivations(np.asarray(stored.numpy()), places_of(sequences), values.dtype)
 
 
 def _bias(layer: IsaerftLayer) -> nn.Parameter:

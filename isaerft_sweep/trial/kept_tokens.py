@@ -12,7 +12,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from isaerft_sweep.journal.files import made_once, read_json, write_json
+from isaerft_sweep.journal.atomic_files import create_once, read_json, write_json
 
 KEPT = 4
 """Data sets that are kept; the least recently used goes first. A process that reads one keeps its files until it ends."""
@@ -42,7 +42,7 @@ def kept_tokens(folder: Path, key: str | None, make: Callable[[], Tokenised]) ->
         write_json(aside / "facts.json", facts)
 
     with suppress(OSError):
-        entry = made_once(folder / key, write)
+        entry = create_once(folder / key, write)
         with suppress(OSError):
             os.utime(entry)
         _make_room(folder)

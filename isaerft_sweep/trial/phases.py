@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from isaerft_sweep.journal.folders import RUNNING, StatusWriter
-from isaerft_sweep.trial.stopping import at_once
+from isaerft_sweep.journal.layout import RUNNING, StatusWriter
+from isaerft_sweep.trial.stop_request import at_once
 
 LOADING, ADAPTER, READING, TOKENISING = "loading the model", "loading the SAE", "reading the data", "tokenising"
 FROZEN, TRAINING, EVALUATING, SAVING = "frozen layers", "training", "evaluating", "saving"

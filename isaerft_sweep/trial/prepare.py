@@ -21,9 +21,9 @@ from isaerft_sweep.adapter.sae import OWN_RELEASE, FrozenSae, check_fits, descri
 from isaerft_sweep.errors import ConfigError, IsaerftError, ModelError, suggest
 from isaerft_sweep.models.loading import load, load_config, load_tokenizer
 from isaerft_sweep.models.twin import count_parameters, small_twin
-from isaerft_sweep.plain import canonical_json, from_mapping, to_dict
+from isaerft_sweep.paths import cache_folder
 from isaerft_sweep.preferences import PROGRESS
-from isaerft_sweep.resources import cache_folder
+from isaerft_sweep.spec_fields import canonical_json, from_mapping, to_dict
 from isaerft_sweep.specs import Experiment
 from isaerft_sweep.trial.data import Pairs, Progress, largest_token, load_pairs, longest_sequence
 from isaerft_sweep.trial.exact import PLAIN, exact_way

@@ -11,13 +11,13 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from isaerft_sweep.errors import TrialDiverged
-from isaerft_sweep.journal.files import write_text
-from isaerft_sweep.journal.folders import PRUNED, RUNNING, PairScores, StatusWriter, TrialFolder
+from isaerft_sweep.journal.atomic_files import write_text
+from isaerft_sweep.journal.layout import PRUNED, RUNNING, PairScores, StatusWriter, TrialFolder
 from isaerft_sweep.metrics import wandb_name
 from isaerft_sweep.specs import OrpoSpec
-from isaerft_sweep.tracking.run import Run
+from isaerft_sweep.tracking.wandb_run import Run
 from isaerft_sweep.trial.phases import EVALUATING, TRAINING
-from isaerft_sweep.trial.stopping import AskedToStop
+from isaerft_sweep.trial.stop_request import AskedToStop
 
 TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "total_flos", "train_loss")
 PRINTED = ("train/loss", "train/learning_rate", "eval/loss", "eval/rewards/accuracies", "eval/log_odds_chosen")

@@ -18,15 +18,15 @@ from transformers.training_args import OptimizerNames
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from isaerft_sweep.adapter import IsaerftConfig
-from isaerft_sweep.journal.folders import PairScores
+from isaerft_sweep.journal.layout import PairScores
 from isaerft_sweep.models.loading import LoadedModel
-from isaerft_sweep.plain import to_dict
 from isaerft_sweep.search.pruning import steps_between
+from isaerft_sweep.spec_fields import to_dict
 from isaerft_sweep.specs import AdapterSpec, OrpoSpec, total_steps
+from isaerft_sweep.trial.activation_cache import sequence_key
+from isaerft_sweep.trial.batch_layout import Batch
 from isaerft_sweep.trial.data import Pairs
-from isaerft_sweep.trial.layout import Batch
-from isaerft_sweep.trial.passes import Passes
-from isaerft_sweep.trial.trunk import sequence_key
+from isaerft_sweep.trial.strategy import ForwardStrategy
 
 COMPLETE = ".complete"
 """Written into a checkpoint last: one without it was cut short by a crash and is ignored."""
@@ -43,7 +43,7 @@ class TrialTrainer(ORPOTrainer):
     """
 
     lean_logits = True
-    passes = Passes()
+    passes = ForwardStrategy()
     tokens_seen = 0
     note_scores: Callable[[int, PairScores], None] | None = None
     _scores: PairScores | None = None

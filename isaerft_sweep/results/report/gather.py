@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from isaerft_sweep.errors import DataError, FolderError
-from isaerft_sweep.journal.files import read_json
-from isaerft_sweep.journal.folders import COMPLETED
+from isaerft_sweep.journal.atomic_files import read_json
+from isaerft_sweep.journal.layout import COMPLETED
 from isaerft_sweep.results.axes import Axis, axes, by_label
 from isaerft_sweep.results.columns import Column
 from isaerft_sweep.results.confirmation import Candidate, read_confirmation

@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from isaerft_sweep import __version__
-from isaerft_sweep.resources import asset
+from isaerft_sweep.paths import asset
 from isaerft_sweep.results.leaderboard import caveats, columns, number, short_name, show_interval
 from isaerft_sweep.results.reading import Entry
 from isaerft_sweep.results.report import figures

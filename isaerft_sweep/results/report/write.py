@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from isaerft_sweep.errors import FolderError
-from isaerft_sweep.journal.files import write_text
+from isaerft_sweep.journal.atomic_files import write_text
 from isaerft_sweep.results.leaderboard import write_csv
 from isaerft_sweep.results.reading import ReadSweep
 

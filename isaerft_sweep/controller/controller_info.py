@@ -1,0 +1,52 @@
+"""Whether a controller runs a sweep now, and which: told by the lock that it holds, described by a file that it writes."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from isaerft_sweep.journal.atomic_files import read_json, write_json
+from isaerft_sweep.journal.journal import is_held
+from isaerft_sweep.journal.layout import SweepFolder
+
+
+@dataclass(frozen=True)
+class ControllerInfo:
+    """A controller: the process ``pid`` on ``host``, perhaps in a SLURM job.
+
+    ``trials``: how many its sweep shall have. ``overrides``: its command line's.
+    """
+
+    host: str
+    pid: int
+    started: float
+    trials: int
+    overrides: tuple[str, ...] = ()
+    job: str | None = None
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}" + (f", SLURM job {self.job}" if self.job else "")
+
+
+@contextmanager
+def write_controller_info(folder: SweepFolder, trials: int, overrides: Sequence[str] = ()) -> Iterator[None]:
+    """Say that this process runs the sweep while the block does."""
+    facts = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.time(), "trials": trials}
+    write_json(folder.controller, {**facts, "overrides": list(overrides), "job": os.environ.get("SLURM_JOB_ID")})
+    yield
+    # the file stays: how many trials there should be, and by which command, is still true
+
+
+def last_controller_info(folder: SweepFolder) -> ControllerInfo | None:
+    """The controller that runs the sweep or was the last to; None before the first."""
+    found = read_json(folder.controller)
+    return ControllerInfo(**{**found, "overrides": tuple(found["overrides"])}) if found else None
+
+
+def controller_alive(folder: SweepFolder) -> bool:
+    """Whether a controller holds the sweep's lock, on this machine or on another one that shares the folder."""
+    return is_held(folder)

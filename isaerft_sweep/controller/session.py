@@ -1,0 +1,210 @@
+"""Leaving a sweep and coming back to it: a controller in the background, attach, cancel."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from isaerft_sweep.config.boundary import to_definition
+from isaerft_sweep.controller.controller_info import controller_alive, last_controller_info
+from isaerft_sweep.controller.monitor import SweepMonitor, follow
+from isaerft_sweep.controller.run_sweep import INTERRUPTED, disk_errors_named, end_jobs, run_sweep
+from isaerft_sweep.controller.static_array import cancel_arrays, running_arrays
+from isaerft_sweep.controller.stop_signal import ask_to_stop
+from isaerft_sweep.controller.sweep_identity import sweep_folder
+from isaerft_sweep.errors import ConfigError, FolderError
+from isaerft_sweep.journal.append_log import whole_lines
+from isaerft_sweep.journal.journal import SweepRecord
+from isaerft_sweep.journal.layout import FINAL, SweepFolder
+from isaerft_sweep.results.confirmation import first_sweep
+from isaerft_sweep.spec_fields import from_mapping
+from isaerft_sweep.specs import Experiment
+from isaerft_sweep.terminal import make_console
+
+POLL_S = 0.2
+BEGUN_S = 20.0
+"""How long a controller that adopts what runs already is watched before it is left: it may dispatch nothing for hours."""
+DISPATCHED_S = 120.0
+"""How long one that has something to dispatch is watched: a queue that is full takes nothing, one that refuses says so."""
+
+
+def detach(experiment: Experiment, overrides: Sequence[str]) -> int:
+    """Start a controller in the background, wait until it runs the sweep, and leave it; its exit code when it fails."""
+    folder = sweep_folder(experiment, to_definition(experiment.sweep, experiment))
+    if controller_alive(folder):
+        raise FolderError(
+            f"the sweep in {folder.path} is already run by {last_controller_info(folder)}. isaerft-sweep attach shows it."
+        )
+    with disk_errors_named(folder):
+        folder.path.mkdir(parents=True, exist_ok=True)
+        folder.controller_log.touch()
+    _, already = whole_lines(folder.journal)
+    begin = folder.controller_log.stat().st_size if folder.controller_log.is_file() else 0
+    with folder.controller_log.open("a", encoding="utf-8") as log:
+        controller = subprocess.Popen(
+            [sys.executable, "-m", "isaerft_sweep.launch", *overrides],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,  # out of reach of this terminal's Ctrl-C and of its end
+        )
+    try:
+        while controller.poll() is None:
+            known = last_controller_info(folder)
+            if known and known.pid == controller.pid and has_begun(folder, already, known.started):
+                print(f"The sweep is run by {known}.\nfollow it:  isaerft-sweep attach {folder.path}")
+                print(f"            isaerft-sweep status {folder.path}\nend it:     isaerft-sweep cancel {folder.path}")
+                return 0
+            time.sleep(POLL_S)
+    except KeyboardInterrupt:
+        controller.terminate()
+        controller.wait()
+        print("Stopped: the controller has ended, and its trials with it. The same command goes on.", file=sys.stderr)
+        return INTERRUPTED
+    said = folder.controller_log.read_bytes()[begin:].decode("utf-8", "replace")
+    print(said, end="", file=sys.stderr if controller.returncode else sys.stdout)
+    return controller.returncode
+
+
+def has_begun(folder: SweepFolder, already: int, started: float) -> bool:
+    """Whether a controller that runs since ``started`` can be left: it has dispatched trials, or will say nothing soon.
+
+    ``already``: the size of the journal when it began.
+    """
+    content = folder.journal.read_bytes()
+    news = [json.loads(line)["event"] for line in content[already:].split(b"\n")[:-1]]
+    if "dispatch" in news:
+        return True
+    before = SweepRecord()
+    for line in content[:already].split(b"\n")[:-1]:
+        before.apply(json.loads(line))
+    adopts = any(record.job is not None and not record.ended for record in before.trials.values())
+    return time.time() - started > (BEGUN_S if adopts else DISPATCHED_S)
+
+
+def attach(path: Path, here: bool = False) -> int:
+    """Show a sweep until it ends, or go on with it when no controller runs it; an exit code as ``run_sweep``'s.
+
+    ``here``: whether it may train on this machine without asking.
+    """
+    console = make_console()
+    folder = SweepMonitor(path).folder
+    try:
+        if controller_alive(folder):
+            console.print(f"The sweep is run by {last_controller_info(folder)}; Ctrl-C leaves it running.", style="dim")
+        if follow(console, path):
+            seen = SweepMonitor(path)
+            ended = sum(record.ended for record in seen.records)
+            console.print(f"The controller has ended, with {ended} of {seen.trials} trials ended.")
+            return 0 if ended >= seen.trials and not any(record.given_up for record in seen.records) else 1
+    except KeyboardInterrupt:
+        console.print("Left. The sweep goes on.")
+        return INTERRUPTED
+    if first := first_sweep(folder):
+        raise FolderError(
+            f"{folder.path} runs the leaders of {first.path} again, and no controller runs it now. Go on with it: "
+            f"isaerft-sweep confirm {first.path}, with the --top and --seeds of before."
+        )
+    experiment, known = read_experiment(folder), last_controller_info(folder)
+    if not (here or may_go_on(folder, experiment)):
+        console.print("Left as it is: no trial was begun.")
+        return 1
+    console.print("No controller runs this sweep: going on with it.", style="dim")
+    return run_sweep(experiment, known.overrides if known else ())
+
+
+def may_go_on(folder: SweepFolder, experiment: Experiment) -> bool:
+    """Whether whoever attaches wants what would follow: it asks before it trains on this machine.
+
+    Raises FolderError where nobody can be asked and the sweep was not run by a controller of this machine.
+    """
+    if folder.static_array.exists() and (jobs := running_arrays(folder.path)):
+        raise FolderError(
+            f"SLURM's jobs {', '.join(jobs)} run trials of {folder.path}, which no controller started. Wait for them, or "
+            f"end them: isaerft-sweep cancel {folder.path}."
+        )
+    seen = SweepMonitor(folder.path)
+    statuses = seen.statuses()
+    ended = [r for r in seen.records if (r.ended and not r.given_up) or statuses.get(r.index, {}).get("state") in FINAL]
+    left = seen.trials - len(ended)
+    if experiment.launcher.kind != "local" or left <= 0:
+        return True
+    host, known = socket.gethostname(), last_controller_info(folder)
+    if sys.stdin.isatty():
+        print(f"{left} of {seen.trials} trials are left, and launcher=local: they would be trained on this machine, {host}.")
+        try:
+            return input("Train them here? [y/N] ").strip().lower() in ("y", "yes")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return False
+    if known is not None and known.host == host:
+        return True
+    raise FolderError(
+        f"{left} of {seen.trials} trials are left, and launcher=local would train them on this machine, {host}, where no "
+        f"controller has run this sweep before. If that is right: isaerft-sweep attach --here {folder.path}. Else "
+        f"give its command with another launcher: python -m isaerft_sweep.launch name={folder.path.name} … launcher=slurm."
+    )
+
+
+def cancel(path: Path, at_once: bool) -> int:
+    """End a sweep's trials and jobs, in order or at once, and wait until nothing is left; 0.
+
+    Finished trials stay, unfinished ones can be gone on with.
+    """
+    folder = SweepFolder(path.expanduser().absolute())
+    if not controller_alive(folder):
+        folder = SweepMonitor(path).folder
+        with disk_errors_named(folder):
+            ask_to_stop(folder.cancel, at_once)  # of a controller that is being started: it will find it
+        if folder.static_array.exists():
+            cancel_arrays(folder)
+        if not controller_alive(folder):
+            end_jobs(read_experiment(folder), folder, at_once)
+    if controller_alive(folder):
+        with disk_errors_named(folder):
+            wait_for_end(folder, at_once)
+    seen = SweepMonitor(path)
+    under_way = sum(record.state == "queued" for record in seen.records)
+    if under_way:
+        raise FolderError(f"{under_way} trials are still under way in {folder.path}: its controller died. Try again.")
+    print(
+        f"Nothing of {folder.path} is left running; {sum(r.ended for r in seen.records)} of {seen.trials} trials have ended."
+    )
+    return 0
+
+
+def wait_for_end(folder: SweepFolder, at_once: bool) -> None:
+    """Ask the sweep's controller to stop, and wait until it has: it may not have begun to listen yet."""
+    ask_to_stop(folder.cancel, at_once)
+    print(f"Asked {last_controller_info(folder) or 'its controller'} to stop.", flush=True)
+    while controller_alive(folder):
+        if not folder.cancel.exists():
+            ask_to_stop(folder.cancel, at_once)
+        time.sleep(POLL_S)
+    folder.cancel.unlink(missing_ok=True)
+
+
+def read_experiment(folder: SweepFolder) -> Experiment:
+    """What the sweep in ``folder`` was started with, wherever it lies now. Raises FolderError when it cannot be read."""
+    if not folder.config.is_file():
+        raise FolderError(
+            f"{folder.path} must have a config.yaml, but its sweep ended before any trial began (a check that failed, or "
+            "Ctrl-C). Give the sweep's command again."
+        )
+    try:
+        raw = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
+        experiment: Experiment = from_mapping(Experiment, raw, "")
+    except (OSError, yaml.YAMLError, ConfigError, TypeError, AttributeError) as error:
+        raise FolderError(f"{folder.config} must hold the sweep's config but cannot be read: {error}.") from error
+    sweep = experiment.sweep
+    if sweep.file is not None:
+        sweep = dataclasses.replace(sweep, file=str(folder.definition))
+    return dataclasses.replace(experiment, sweep=sweep, output=str(folder.path.parent), name=folder.path.name)

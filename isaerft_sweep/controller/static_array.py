@@ -1,0 +1,143 @@
+"""Trials that are made at once and run by somebody else: a SLURM array, one element per trial."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from isaerft_sweep.config.boundary import to_definition, variants, with_sweeps_project
+from isaerft_sweep.controller.preflight import known_trial_needs
+from isaerft_sweep.controller.run_sweep import begin_sweep, count_trials, make_sampler
+from isaerft_sweep.controller.sweep_identity import (
+    check_files,
+    known_fingerprints,
+    open_journal,
+    result_files,
+    settings,
+    sweep_folder,
+)
+from isaerft_sweep.controller.trial_factory import TrialFactory
+from isaerft_sweep.dispatch.base import SchedulerUnavailable
+from isaerft_sweep.dispatch.cluster import SLURM_TERMINAL, cluster_of, run_slurm_command
+from isaerft_sweep.dispatch.job import TrialJob
+from isaerft_sweep.dispatch.slurm import COMPLETING_S, scancel
+from isaerft_sweep.dispatch.snapshot import code_snapshot
+from isaerft_sweep.errors import ConfigError, FolderError, LaunchError
+from isaerft_sweep.journal.atomic_files import write_text
+from isaerft_sweep.journal.journal import SweepRecord, replay
+from isaerft_sweep.journal.layout import COMPLETED, DIVERGED, FINAL, STOPPED, SweepFolder
+from isaerft_sweep.provenance import git_commit
+from isaerft_sweep.specs import Experiment, LauncherSpec
+
+FACTS = ("%F", "%T", "%Z", "%o")
+"""In squeue's letters: the array, its state, the folder that it was submitted from, the script with its arguments."""
+SEPARATOR = "\x1f"
+"""Of what may hold any character that people write."""
+POLL_S = 1.0
+TRY_AGAIN = 75
+"""Exit code of a trial that was stopped and can be gone on with (EX_TEMPFAIL of sysexits.h)."""
+
+
+def create_static_trials(experiment: Experiment, overrides: Sequence[str]) -> tuple[Path, int]:
+    """Make every trial of a sweep without running any; the sweep's folder and the number of trials.
+
+    Raises ConfigError when the points depend on results that are not there yet.
+    """
+    definition = to_definition(experiment.sweep, experiment)
+    if definition.method == "bayes" or definition.early_terminate:
+        raise ConfigError(
+            "trials can be made ahead only when none depends on another's result: sweep.method=random or grid, without "
+            f"early_terminate, but got method {definition.method}. Or let a controller run them: slurm/controller.sbatch."
+        )
+    folder = sweep_folder(experiment, definition)
+    sampler = make_sampler(experiment, definition)
+    experiment = with_sweeps_project(experiment, definition)
+    files = result_files(experiment, definition)
+    journal = open_journal(folder, known_fingerprints(experiment, definition), settings(experiment, definition), files)
+    try:
+        trials = count_trials(definition, sampler, len(journal.record.trials))
+        if not math.isfinite(trials):
+            raise ConfigError("the sweep must have a last trial: give sweep.run_cap=N.")
+        known_trial_needs(*variants(experiment, definition))
+        check_files(folder, result_files(experiment, definition))
+        begin_sweep(experiment, definition, folder, journal)
+        write_text(folder.static_array, f"{code_snapshot(folder.path / 'code').absolute()}\n")
+        factory = TrialFactory(experiment, definition, folder, journal.record.sweep_id, git_commit(), overrides)
+        for record in sorted(journal.record.trials.values(), key=lambda r: r.index):
+            sampler.restore(record.point)
+        while len(journal.record.trials) < trials and (point := sampler.ask()) is not None:
+            factory.add(journal, point)
+        return folder.path, len(journal.record.trials)
+    finally:
+        journal.close()
+
+
+def cancel_arrays(folder: SweepFolder) -> None:
+    """Take out of SLURM's queue, and end, the arrays of ``slurm/trials.sbatch`` that run this sweep; wait for it."""
+    end = time.monotonic() + COMPLETING_S
+    while jobs := running_arrays(folder.path):
+        if set(jobs.values()) == {"COMPLETING"} and time.monotonic() > end:
+            print(f"SLURM does not get jobs {', '.join(jobs)} to end: they have been COMPLETING for {COMPLETING_S:g} s.")
+            return
+        scancel(*jobs, cluster=cluster_of(LauncherSpec()))
+        time.sleep(POLL_S)
+
+
+def running_arrays(path: Path) -> dict[str, str]:
+    """SLURM's ids of the user's jobs whose script was given the sweep in ``path``, with a state of each; none where there is
+    no SLURM. Raises QueueBusy when it does not answer."""
+    found = {}
+    flags = ("--noheader", "--user", str(os.getuid()), f"--format={SEPARATOR.join(FACTS)}")
+    try:
+        said = run_slurm_command("squeue", *flags, cluster=cluster_of(LauncherSpec()))
+    except SchedulerUnavailable:
+        raise
+    except LaunchError:
+        return {}
+    for line in said.splitlines():
+        facts = line.split(SEPARATOR)
+        if len(facts) != len(FACTS):
+            continue
+        job, state, place, command = facts
+        if state not in SLURM_TERMINAL and argument(command, Path(place)).resolve() == path.resolve():
+            found[job] = state
+    return found
+
+
+def argument(command: str, place: Path) -> Path:
+    """The folder that a script was given, in a command whose words SLURM shows joined by spaces, whatever is in them.
+
+    The script is the shortest beginning that is a file, and the folder the longest beginning of the rest that holds trials.
+    """
+    ends = [match.start() for match in re.finditer(" ", command)]
+    begin = next((end for end in ends if Path(command[:end]).is_file()), ends[0] if ends else len(command))
+    rest = command[begin + 1 :]
+    given = [Path(place, rest[:end]) for end in [len(rest), *(end - begin - 1 for end in reversed(ends) if end > begin)]]
+    return next((folder for folder in given if SweepFolder(folder).journal.is_file()), given[0])
+
+
+def run_static_trial(path: Path, index: int) -> int:
+    """Run, or go on with, one trial in this process; exit code 0, 1 when it failed, ``TRY_AGAIN`` when it was stopped."""
+    folder = SweepFolder(path.expanduser().absolute())
+    record = SweepRecord()
+    replay(folder.journal, record)
+    if index not in record.trials:
+        raise FolderError(
+            f"the sweep in {folder.path} has no trial {index}: it has {len(record.trials)}, numbered from 0. "
+            "Make them first: isaerft-sweep make OVERRIDES."
+        )
+    known = record.trials[index]
+    trial = folder.trial(known.name)
+    status = trial.read_status()
+    if known.attempt or status.get("state") in FINAL:
+        print(f"trial {index} {known.name}: already {'run by a controller' if known.attempt else status['state']}")
+        return 0
+    attempt = trial.current_attempt() + 1
+    trial.begin_attempt(attempt)
+    state = TrialJob(str(trial.path), attempt, None)()
+    print(f"trial {index} {known.name}: {state}")
+    return {COMPLETED: 0, DIVERGED: 0, STOPPED: TRY_AGAIN}.get(state, 1)

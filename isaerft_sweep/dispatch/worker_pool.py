@@ -1,0 +1,233 @@
+"""Workers that stay: one start, one model and one tokenisation for many trials, on top of any other dispatcher."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from isaerft_sweep.dispatch.base import Dispatcher, JobExit, JobRef
+from isaerft_sweep.dispatch.job import Job, TrialJob, WorkerJob
+from isaerft_sweep.errors import LaunchError
+from isaerft_sweep.journal.worker_queue import Task, TaskProgress, WorkerFolder
+
+CLOSING_S = 30.0
+"""How long an idle worker may take to end when it is told to."""
+
+
+@dataclass
+class _Worker:
+    folder: WorkerFolder
+    job: JobRef
+    """The inner dispatcher's reference."""
+    given: int = 0
+    """The number of the last task that it is known to have been given."""
+    open: set[int] = field(default_factory=set)
+    """Numbers of the tasks that are not over."""
+    last: bool = False
+    """Whether there is nothing more for it."""
+
+    def give(self, number: int) -> None:
+        self.open.add(number)
+        self.given = max(self.given, number)
+
+
+class ResidentDispatcher(Dispatcher):
+    """Gives trials to workers that wait, starts workers while there are fewer than the inner dispatcher's slots, and then
+    gives the rest to workers that have room for more than one.
+
+    A crash costs the trials that its worker was running; the next ones get a new worker. A reference names worker and task,
+    so that another controller finds both again; workers that waited for a controller that has gone are told to end.
+
+    ``trials_per_job``: how many trials a worker runs before it ends. ``trials_per_pass``: how many it runs at a time; None:
+    each worker says it when it has measured.
+    """
+
+    def __init__(
+        self,
+        inner: Dispatcher,
+        folder: Path,
+        poll_s: float,
+        trials_per_job: int | None = None,
+        trials_per_pass: int | None = 1,
+    ) -> None:
+        self.inner, self.folder, self.poll_s = inner, folder, poll_s
+        self.trials_per_job, self.trials_per_pass, self.threads = trials_per_job, trials_per_pass, inner.threads
+        self._workers: dict[str, _Worker] = {}
+        for old in folder.iterdir() if folder.is_dir() else ():
+            if not WorkerFolder(old).progress().ending:
+                WorkerFolder(old).claim(Task(None))  # in vain where a trial is being run: that one will be adopted
+
+    @property
+    def slots(self) -> int:  # type: ignore[override]
+        """How many trials run at a time; grows when workers have measured how many they take."""
+        taken = sum(len(worker.open) + self._room(worker) for worker in self._workers.values())
+        return taken + max(0, self.inner.slots - len(self._workers)) * (self.trials_per_pass or 1)
+
+    @property
+    def waiting_workers(self) -> int:  # type: ignore[override]
+        return sum(self._room(worker) for worker in self._workers.values())
+
+    @property
+    def idle_workers(self) -> int:  # type: ignore[override]
+        return sum(not worker.open and self._room(worker) > 0 for worker in self._workers.values())
+
+    def submit_all(self, jobs: Sequence[Job]) -> list[JobRef]:
+        tasks = [Task(job.folder, job.attempt) for job in jobs if isinstance(job, TrialJob)]
+        assert len(tasks) == len(jobs)
+        refs, refused = self._give(tasks, to_idle=True), None
+        try:
+            refs += self._start(tasks[len(refs) :][: max(0, self.inner.slots - len(self._workers))])
+        except LaunchError as error:
+            refused = error
+        # a worker of its own is better than room in another's, but room is better than nothing
+        refs += self._give(tasks[len(refs) :], to_idle=False)
+        if refused and not refs:
+            raise refused
+        return refs
+
+    def _room(self, worker: _Worker) -> int:
+        """How many more trials a worker can be given now."""
+        if worker.last:
+            return 0
+        room = (self.trials_per_pass or worker.folder.room() or 1) - len(worker.open)
+        return max(0, room if self.trials_per_job is None else min(room, self.trials_per_job - worker.given))
+
+    def _give(self, tasks: list[Task], to_idle: bool) -> list[JobRef]:
+        """Give tasks to workers that wait, or to those that run others but have room; the least busy ones first."""
+        refs: list[JobRef] = []
+        while len(refs) < len(tasks):
+            able = [item for item in self._workers.items() if self._room(item[1]) and not (to_idle and item[1].open)]
+            if not able:
+                break
+            name, worker = min(able, key=lambda item: len(item[1].open))
+            number = worker.folder.claim(tasks[len(refs)], len(worker.open) + self._room(worker))
+            if number is None:  # it ends, or does something that this controller does not know of
+                worker.last = True
+                continue
+            worker.give(number)
+            refs.append(_reference(name, worker.job, number))
+        return refs
+
+    def _start(self, tasks: list[Task]) -> list[JobRef]:
+        """Start a worker for each task, or for the first of them where no more can be had."""
+        if not tasks:
+            return []
+        names = [f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}" for _ in tasks]
+        folders = [WorkerFolder(self.folder / name) for name in names]
+        numbers = [folder.claim(task) for folder, task in zip(folders, tasks, strict=True)]  # so that it never waits
+        jobs: list[JobRef] = []
+        try:
+            work = [WorkerJob(str(folder.path), self.threads, trials_per_pass=self.trials_per_pass) for folder in folders]
+            jobs = self.inner.submit_all(work)
+        finally:
+            for folder in folders[len(jobs) :]:
+                shutil.rmtree(folder.path, ignore_errors=True)
+        refs = []
+        for name, folder, number, job in zip(names, folders, numbers, jobs, strict=False):
+            assert number is not None
+            self._workers[name] = _Worker(folder, job)
+            self._workers[name].give(number)
+            refs.append(_reference(name, job, number))
+        return refs
+
+    def alive(self, refs: Iterable[JobRef]) -> list[bool]:
+        asked = list(refs)
+        for ref in asked:
+            if ref["worker"] not in self._workers:  # of a controller that has gone
+                self._workers[ref["worker"]] = _Worker(WorkerFolder(self.folder / ref["worker"]), ref["job"])
+            self._workers[ref["worker"]].give(ref["task"])
+        living = self._living()
+        for name, lives in living.items():
+            if lives:
+                self._look_at(self._workers[name])
+            else:
+                del self._workers[name]
+        return [ref["worker"] in self._workers and ref["task"] in self._workers[ref["worker"]].open for ref in asked]
+
+    def _look_at(self, worker: _Worker) -> None:
+        """Take note of what is over. The last tasks of a worker that ends keep their slots until its process is gone."""
+        progress = worker.folder.progress()
+        self._retire(worker, progress)
+        left = {number for number in worker.open if not progress.over(number)}
+        if left or not worker.last:
+            worker.open = left
+
+    def _retire(self, worker: _Worker, progress: TaskProgress) -> None:
+        """Tell a worker that has run as many trials as it may that it shall end."""
+        full = self.trials_per_job is not None and progress.count >= self.trials_per_job
+        if full and not worker.last and not progress.ending:
+            worker.folder.claim(Task(None))
+        worker.last = worker.last or full or progress.ending
+
+    def _living(self) -> dict[str, bool]:
+        """Which workers live, in one query for all of them."""
+        names = list(self._workers)
+        alive = self.inner.alive([self._workers[name].job for name in names])
+        return dict(zip(names, alive, strict=True))
+
+    def cancel(self, refs: Sequence[JobRef]) -> None:
+        self.inner.cancel([ref["job"] for ref in refs])
+
+    def kill(self, refs: Sequence[JobRef]) -> None:
+        self.inner.kill([ref["job"] for ref in refs])
+
+    def log_tail(self, ref: JobRef, lines: int = 8) -> str:
+        return self.inner.log_tail(ref["job"], lines)
+
+    def verdict(self, ref: JobRef) -> JobExit:
+        return self.inner.job_exit(ref["job"])
+
+    def suspended(self, ref: JobRef) -> bool:
+        return self.inner.suspended(ref["job"])
+
+    def queued(self, ref: JobRef) -> bool:
+        return self.inner.queued(ref["job"])
+
+    def withdraw(self, refs: Sequence[JobRef]) -> None:
+        """A worker that is started after all finds that the attempt is not the present one, and passes it over."""
+        left = []
+        for ref in refs:
+            worker = self._workers.get(ref["worker"])
+            if worker is not None:
+                worker.open.discard(ref["task"])
+                left += [] if worker.open or worker.last else [worker]
+        for worker in left:
+            worker.folder.claim(Task(None), room=None)
+            worker.last = True
+        if left:
+            self.inner.kill([worker.job for worker in left])
+
+    def dismiss_idle(self) -> None:
+        for worker in self._workers.values():
+            if not worker.open and not worker.last:
+                worker.folder.claim(Task(None))
+                worker.last = True
+
+    def abandon(self, ref: JobRef) -> None:
+        self._workers.pop(ref["worker"], None)
+
+    def close(self) -> None:
+        """End the workers that wait; one that does not listen is killed. Busy ones go on: they will be adopted."""
+        self.dismiss_idle()
+        end = time.monotonic() + max(CLOSING_S, 2 * self.poll_s)
+        while waiting := self._ending():
+            if time.monotonic() >= end:
+                self.inner.kill([worker.job for worker in waiting])
+                break
+            time.sleep(min(self.poll_s, 0.2) if self.poll_s < 1 else self.poll_s)
+        self.inner.close()
+
+    def _ending(self) -> list[_Worker]:
+        """The idle workers that are still there."""
+        if all(worker.open for worker in self._workers.values()):
+            return []
+        living = self._living()
+        return [worker for name, worker in self._workers.items() if living[name] and not worker.open]
+
+
+def _reference(name: str, job: JobRef, task: int) -> JobRef:
+    return {"kind": "resident", "worker": name, "task": task, "job": dict(job)}

@@ -1,0 +1,309 @@
+"""Every file name of a sweep and of a trial, and the protocol between controller and worker.
+
+A worker writes only inside its own trial folder. Attempts are fenced: the controller raises the attempt number before it
+dispatches a trial again, and a worker of an older attempt (an orphan of a node thought dead) may write nothing more.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import socket
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from isaerft_sweep.errors import IsaerftError
+from isaerft_sweep.journal.atomic_files import read_json, read_rows, write_json, write_text
+from isaerft_sweep.spec_fields import to_dict
+from isaerft_sweep.specs import TrialSpec
+
+RUNNING, COMPLETED, DIVERGED, FAILED, STOPPED = "running", "completed", "diverged", "failed", "stopped"
+PRUNED = "pruned"
+"""Stopped early by the sweep, with a checkpoint: over, unless the sweep revives it."""
+FINAL = (COMPLETED, DIVERGED)
+"""States that are never run again; ``failed`` and ``stopped`` are, within bounds."""
+
+
+@dataclass
+class PairScores:
+    """Held-out pairs by name, with the mean log-probability per token of each chosen and rejected answer."""
+
+    pairs: list[str] = field(default_factory=list)
+    chosen: list[float] = field(default_factory=list)
+    rejected: list[float] = field(default_factory=list)
+
+    def add(self, pairs: list[str], chosen: list[float], rejected: list[float]) -> None:
+        self.pairs += pairs
+        self.chosen += chosen
+        self.rejected += rejected
+
+
+class Superseded(IsaerftError):
+    """A newer attempt of the same trial has begun: this worker must end without writing."""
+
+
+@dataclass(frozen=True)
+class SweepFolder:
+    """``outputs/<sweep>``: the question, the journal and the trials.
+
+    A sweep that agents run has a folder of this kind for each run below its own, ``outputs/<sweep id>/<run id>``: agents on
+    many machines share it, and a journal has one writer. ``shelf``: the folder in which names must be unique, where it is
+    not the one above.
+    """
+
+    path: Path
+    names_root: Path | None = None
+
+    @property
+    def journal(self) -> Path:
+        return self.path / "journal.jsonl"
+
+    @property
+    def lock(self) -> Path:
+        return self.path / ".lock"
+
+    @property
+    def definition(self) -> Path:
+        return self.path / "sweep.yaml"
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def environment(self) -> Path:
+        return self.path / "environment.json"
+
+    @property
+    def files(self) -> Path:
+        """What the files that the trials read were when the sweep began; see ``controller/sweep_identity.py``."""
+        return self.path / "files.json"
+
+    @property
+    def leaderboard(self) -> Path:
+        return self.path / "leaderboard.csv"
+
+    @property
+    def samples(self) -> Path:
+        """Answers of the untrained, the best and the worst model; see ``results/samples.py``."""
+        return self.path / "samples.json"
+
+    @property
+    def jobs(self) -> Path:
+        return self.path / "jobs"
+
+    @property
+    def workers(self) -> Path:
+        """Where resident workers get their tasks; see ``journal/worker_queue.py``."""
+        return self.path / "workers"
+
+    @property
+    def controller(self) -> Path:
+        """Which process runs the sweep; see ``controller/controller_info.py``."""
+        return self.path / "controller.json"
+
+    @property
+    def controller_log(self) -> Path:
+        """What a controller in the background prints."""
+        return self.path / "controller.log"
+
+    @property
+    def cancel(self) -> Path:
+        """Asks the controller, wherever it runs, to stop; see ``controller/stop_signal.py``."""
+        return self.path / "cancel"
+
+    @property
+    def retry(self) -> Path:
+        """Asks the controller to run trials again that it has given up: one file for each, named by its number."""
+        return self.path / "retry"
+
+    def ask_to_retry(self, index: int) -> None:
+        self.retry.mkdir(exist_ok=True)
+        (self.retry / str(index)).touch()
+
+    def take_retries(self) -> list[int]:
+        """The numbers of the trials that somebody wants to be run again; each is given once. Called by the controller."""
+        if not self.retry.is_dir():
+            return []
+        found = sorted(int(path.name) for path in self.retry.iterdir() if path.name.isdecimal())
+        for index in found:
+            (self.retry / str(index)).unlink(missing_ok=True)
+        return found
+
+    @property
+    def static_array(self) -> Path:
+        """There when trials were created ahead for an array of jobs, with the path of the code that they run with."""
+        return self.path / ".made"
+
+    @property
+    def names(self) -> Path:
+        """Where names are reserved: shared by all sweeps of one output folder."""
+        return (self.names_root or self.path.parent) / ".names"
+
+    def agent_run_folders(self) -> list[SweepFolder]:
+        """The folders of the runs that agents made of this sweep, if it is such a one."""
+        if self.journal.exists() or not self.path.is_dir():
+            return []
+        found = (
+            SweepFolder(path, self.path.parent) for path in sorted(self.path.iterdir()) if not path.name.startswith(".")
+        )
+        return [folder for folder in found if folder.journal.is_file() and folder.belongs_to(self.path.name)]
+
+    def belongs_to(self, sweep_id: str) -> bool:
+        """Whether the journal is of that sweep."""
+        with self.journal.open("rb") as file:
+            first = file.readline()
+        try:
+            return bool(json.loads(first).get("sweep_id") == sweep_id)
+        except (ValueError, AttributeError):
+            return False
+
+    def trial(self, name: str) -> TrialFolder:
+        return TrialFolder(self.path / "trials" / name)
+
+
+@dataclass(frozen=True)
+class TrialFolder:
+    """``trials/<run name>``."""
+
+    path: Path
+
+    @property
+    def spec(self) -> Path:
+        return self.path / "spec.json"
+
+    @property
+    def status(self) -> Path:
+        return self.path / "status.json"
+
+    @property
+    def attempt(self) -> Path:
+        return self.path / "attempt.json"
+
+    @property
+    def stop(self) -> Path:
+        return self.path / "stop"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def evaluation(self) -> Path:
+        """Every held-out pair's scores, of the untrained model and at the last evaluation."""
+        return self.path / "evaluation.json"
+
+    @property
+    def latents(self) -> Path:
+        """What the adapter learned, latent by latent; see ``trial/latent_statistics.py``."""
+        return self.path / "latents.npz"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def card(self) -> Path:
+        return self.path / "README.md"
+
+    @property
+    def card_digest(self) -> Path:
+        """A hash of the card as this package wrote it: a card that has another is somebody's own work."""
+        return self.path / ".card.sha256"
+
+    @property
+    def environment(self) -> Path:
+        return self.path / "environment.json"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log.out"
+
+    def create(self, spec: TrialSpec) -> None:
+        """Make the folder and write the spec. Safe to call again after a crash."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            write_json(self.spec, to_dict(spec))
+        except OSError:  # a full disk: leave no folder of a trial that there is not
+            with suppress(OSError):
+                self.path.rmdir()
+            raise
+
+    def read_spec(self) -> TrialSpec:
+        return TrialSpec.from_json(json.loads(self.spec.read_text(encoding="utf-8")))
+
+    def note_scores(self, step: int, scores: PairScores) -> None:
+        """Keep the scores of an evaluation: the untrained model's (step 0) and the last one's."""
+        kept = self.read_evaluation()
+        kept["untrained" if step == 0 else "trained"] = {"step": step, **dataclasses.asdict(scores)}
+        write_json(self.evaluation, kept)
+
+    def read_evaluation(self) -> dict[str, Any]:
+        """``untrained`` and ``trained``, each with step, pairs, chosen and rejected; empty before the first evaluation."""
+        return read_json(self.evaluation) or {}
+
+    def begin_attempt(self, number: int) -> None:
+        """Fence off every earlier attempt, and forget an old request to stop. Called by the controller."""
+        self.stop.unlink(missing_ok=True)
+        write_json(self.attempt, {"attempt": number})
+
+    def current_attempt(self) -> int:
+        return int((read_json(self.attempt) or {"attempt": 0})["attempt"])
+
+    def ask_to_stop(self, state: str = STOPPED) -> None:
+        """Ask the worker, wherever it runs, to checkpoint and end after its present step, in ``state``."""
+        write_text(self.stop, state)
+
+    def stop_asked(self) -> str | None:
+        """The state in which the worker shall end; None when it shall not."""
+        try:
+            return self.stop.read_text(encoding="utf-8") or STOPPED
+        except FileNotFoundError:
+            return None
+
+    def read_status(self) -> dict[str, Any]:
+        """The worker's last word; empty before its first."""
+        return read_json(self.status) or {}
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """One row per logged step: ``step``, ``time`` (seconds since the epoch) and metrics by W&B name."""
+        return read_rows(self.metrics)
+
+
+class StatusWriter:
+    """A worker's side of the protocol: says what state the trial is in, as long as its attempt is the current one."""
+
+    def __init__(self, folder: TrialFolder, attempt: int, min_interval_s: float = 1.0) -> None:
+        self.folder, self.attempt, self.min_interval_s = folder, attempt, min_interval_s
+        self._last_s = 0.0
+        self._facts: dict[str, Any] = {
+            "attempt": attempt,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started": time.time(),
+        }
+
+    def check(self) -> None:
+        """Raise Superseded when a newer attempt has begun."""
+        current = self.folder.current_attempt()
+        if current != self.attempt:
+            raise Superseded(f"attempt {self.attempt} of {self.folder.path.name} was replaced by attempt {current}.")
+
+    def write(self, state: str, facts: Mapping[str, Any] | None = None, *, force: bool = True) -> None:
+        """Replace the status. Without ``force`` at most every ``min_interval_s`` seconds."""
+        self._facts.update(facts or {})
+        now = time.time()
+        if not force and now - self._last_s < self.min_interval_s:
+            return
+        self.check()
+        write_json(self.folder.status, {**self._facts, "state": state, "heartbeat": now})
+        self._last_s = now

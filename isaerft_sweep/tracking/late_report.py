@@ -1,0 +1,33 @@
+"""Tells W&B again how a trial has ended: its worker may have died between its own last word and W&B's, or W&B was away.
+
+As a command, ``TRIAL FOLDER``, it writes that as an offline run below FOLDER.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from isaerft_sweep.journal.layout import COMPLETED, PRUNED, STOPPED, TrialFolder
+from isaerft_sweep.tracking.wandb_run import WandbRun, open_run, summary_of
+
+
+def report_late(trial: TrialFolder, aside: Path | None = None) -> None:
+    """Give an ended trial's rows, summary and outcome to its W&B run; what is there already is not doubled.
+
+    ``aside``: where to write it as an offline run instead.
+    """
+    spec, status = trial.read_spec(), trial.read_status()
+    run = WandbRun(spec, aside, offline=True) if aside else open_run(spec, trial.path / "wandb")
+    for row in trial.read_metrics():
+        run.replay({name: value for name, value in row.items() if name not in ("step", "time")}, row["step"])
+    if trial.adapter.is_dir():
+        run.log_adapter(trial.adapter, spec.model_name)
+    state = status.get("state")
+    run.finish(
+        summary_of(str(state), status), exit_code=0 if state in (COMPLETED, PRUNED) else 1, preempted=state == STOPPED
+    )
+
+
+if __name__ == "__main__":
+    report_late(TrialFolder(Path(sys.argv[1])), Path(sys.argv[2]))

@@ -1,0 +1,131 @@
+"""What an adapter has learned, latent by latent: how far each one moved, and how often it is active before and after."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import torch
+
+from isaerft_sweep.adapter.architecture import decoder_layers, decoder_name
+from isaerft_sweep.adapter.layer import IsaerftLayer
+from isaerft_sweep.trial.frozen_prefix import Reached
+
+MAX_TOKENS = 2048
+"""Tokens of held-out text that are looked at: enough to tell latents that are active on one token in a hundred."""
+
+
+@dataclass(frozen=True)
+class SiteChange:
+    """One site's change, over the tokens looked at. Arrays are float32.
+
+    ``moved`` [d_sae]: mean change of each latent (for the bias: b itself). ``vector`` [d_in]: moved @ W_dec, what is
+    added to the residual stream in the mean. ``share`` [d_sae]: the part of ``vector`` along itself that each latent
+    brings, (moved_i · W_dec,i · vector) / ‖vector‖², which sums to 1. ``before`` and ``after`` [d_sae]: share of tokens on
+    which the latent is active in the residual stream without and with the adapter.
+    """
+
+    layer: int
+    facts: dict[str, Any]
+    moved: np.ndarray
+    vector: np.ndarray
+    share: np.ndarray
+    before: np.ndarray
+    after: np.ndarray
+
+
+@torch.no_grad()
+def learned(model: peft.PeftModel, rows: Any, max_tokens: int = MAX_TOKENS) -> list[SiteChange]:
+    """What each site's block does on ORPOTrainer's tokenised held-out ``rows``.
+
+    The first token of each sequence is left out: it is an attention sink, with a residual stream unlike all others.
+    With several sites, each is looked at on the stream that the untrained model has there.
+    """
+    batches, was_training = _batches(rows, max_tokens), model.training
+    model.eval()
+    with model.disable_adapter():
+        before = _streams(model, batches)
+    after = _streams(model, batches)
+    model.train(was_training)
+    layers = decoder_layers(model.get_base_model())
+    return [_change(index, layers[index], before[index], after[index]) for index in sorted(before)]  # type: ignore[arg-type]
+
+
+def _batches(rows: Any, max_tokens: int) -> list[list[int]]:
+    """Token sequences of chosen and rejected answers in turn, until there are ``max_tokens``."""
+    found: list[list[int]] = []
+    total = 0
+    for row in rows:
+        for side in ("chosen", "rejected"):
+            sequence = list(row[f"{side}_input_ids"])
+            if total + len(sequence) > max_tokens and found:
+                return found
+            found.append(sequence)
+            total += len(sequence)
+    return found
+
+
+def _streams(model: peft.PeftModel, sequences: list[list[int]]) -> dict[int, torch.Tensor]:
+    """The residual stream [tokens, d_in] after each site, float32, by layer."""
+    base: Any = model.get_base_model()
+    decoder = getattr(base, decoder_name(base))
+    found: dict[int, list[torch.Tensor]] = {}
+
+    def keep(index: int) -> Any:
+        def hook(_module: Any, _inputs: Any, output: Any) -> None:
+            stream = output[0] if isinstance(output, tuple) else output
+            found.setdefault(index, []).append(stream[0, 1:].float())
+            if index == highest:
+                raise Reached
+
+        return hook
+
+    sites = {i: layer for i, layer in enumerate(decoder_layers(base)) if isinstance(layer, IsaerftLayer)}
+    highest = max(sites)
+    with ExitStack() as stack:
+        for index, layer in sites.items():
+            stack.callback(layer.register_forward_hook(keep(index)).remove)
+        for sequence in sequences:
+            ids = torch.tensor([sequence], device=next(model.parameters()).device)
+            with suppress(Reached):
+                decoder(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    return {index: torch.cat(streams) for index, streams in found.items()}
+
+
+def _change(index: int, layer: IsaerftLayer, before: torch.Tensor, after: torch.Tensor) -> SiteChange:
+    name = layer.active_adapters[0]
+    sae, block, decoder = layer.saes[name], layer.isaerft_block[name], layer.decoder(name)
+    latents = sae.encode(before)
+    moved = block(latents) if block.needs_latents else block()
+    moved = moved.float().reshape(-1, decoder.shape[0]).mean(0)
+    vector = moved @ decoder
+    share = moved * (decoder @ vector) / vector.dot(vector).clamp_min(torch.finfo(torch.float32).tiny)
+    arrays = [moved, vector, share, (latents > 0).float().mean(0), (sae.encode(after) > 0).float().mean(0)]
+    metadata = sae.sae.cfg.metadata
+    facts = {
+        "tokens": len(before),
+        "d_sae": decoder.shape[0],
+        "neuronpedia_id": metadata.get("neuronpedia_id"),
+        "fingerprint": sae.fingerprint,
+    }
+    return SiteChange(index, facts, *(a.cpu().numpy() for a in arrays))
+
+
+def write_changes(path: Path, changes: list[SiteChange]) -> None:
+    """One file for all sites, written aside and renamed: arrays ``<layer>.moved`` and so on, and ``sites`` as JSON."""
+    arrays: dict[str, Any] = {"sites": json.dumps([{"layer": c.layer, **c.facts} for c in changes])}
+    for change in changes:
+        for name in ("moved", "vector", "share", "before", "after"):
+            arrays[f"{change.layer}.{name}"] = getattr(change, name).astype(np.float32)
+    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with os.fdopen(handle, "wb") as file:
+        np.savez(file, **arrays)
+    os.chmod(aside, 0o644)
+    os.replace(aside, path)

@@ -1,0 +1,117 @@
+"""What the trials of a sweep have in common, so that it is loaded or computed once: model, pairs, tokens, frozen layers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import peft
+from transformers import PreTrainedModel
+
+from isaerft_sweep.models.loading import LoadedModel
+from isaerft_sweep.paths import cache_folder
+from isaerft_sweep.spec_fields import canonical_json, to_dict
+from isaerft_sweep.specs import Experiment
+from isaerft_sweep.trial.activation_cache import NotStored, StoredActivations, sequences_of, stored_activations
+from isaerft_sweep.trial.exact import Way, exact_way
+from isaerft_sweep.trial.phases import FROZEN, Phases
+from isaerft_sweep.trial.strategy import ForwardStrategy, why_not_shared
+from isaerft_sweep.trial.trainer import TrialTrainer
+from isaerft_sweep.trial.upper_layers import UpperLayers, only_upper_layers
+
+T = TypeVar("T")
+
+
+class ProcessCache:
+    """What the trials of one process have in common. This one keeps nothing: for a process of a single trial."""
+
+    served = 0
+    """How many trials the process has run before."""
+
+    def get(self, what: str, key: str, make: Callable[[], T]) -> T:
+        """What ``make`` gives; a worker that stays keeps it for the next trial that asks with the same ``key``."""
+        return make()
+
+    def bind_forward(self, base: PreTrainedModel, own: ForwardStrategy) -> ForwardStrategy:
+        """How the trial's trainer gets through the model; ``own``: how it would alone. ``base``: the model as loaded."""
+        return own
+
+
+def data_key(experiment: Experiment) -> str:
+    """Equal for experiments that read the same pairs as the same tokens."""
+    sections = [to_dict(experiment.model), experiment.cache, to_dict(experiment.data), experiment.orpo.max_length]
+    return canonical_json(sections)
+
+
+def activations_key(experiment: Experiment) -> str:
+    """Equal for experiments that can use the same stored output of the frozen layers."""
+    launcher, lowest = experiment.launcher, min(site.layer for site in experiment.adapter.sites)
+    settings = [launcher.scratch, launcher.activation_cache_gb, launcher.share_prompts]
+    return canonical_json([data_key(experiment), lowest, *settings])
+
+
+@contextmanager
+def cached_activations(
+    experiment: Experiment,
+    model: peft.PeftModel,
+    trainer: TrialTrainer,
+    way: Way,
+    shared: ProcessCache,
+    phases: Phases,
+) -> Iterator[UpperLayers | None]:
+    """The frozen layers below the site, run once per sweep and node, where their output fits the cache.
+
+    Stored is what the first trial reads: every pair, or of many pairs and few steps those that its steps reach. What a trial
+    with another order reads besides is computed.
+    """
+    limit_gb, scratch = experiment.launcher.activation_cache_gb, experiment.launcher.scratch
+    if limit_gb == 0 or not way.above:
+        yield None
+        return
+    folder = Path(scratch).expanduser() if scratch else cache_folder(experiment.cache) / "trunk"
+
+    def compute() -> StoredActivations | None:
+        started = time.monotonic()
+        try:
+            sequences = sequences_of(trainer.reached_rows(), trainer.eval_dataset)
+            stored = stored_activations(model, experiment.model, sequences, folder, limit_gb, way.share, phases.tell)
+        except NotStored as reason:
+            print(f"the frozen layers are computed in every step: {reason}", flush=True)
+            return None
+        took = time.monotonic() - started
+        print(f"frozen layers' output of {len(stored.values)} tokens ready after {took:.1f} s", flush=True)
+        return stored
+
+    stored = phases.prepared(FROZEN, lambda: shared.get("trunk", activations_key(experiment), compute))
+    if stored is None:
+        yield None
+        return
+    with only_upper_layers(model, stored) as above:
+        yield above
+
+
+def way_through(experiment: Experiment, loaded: LoadedModel, shared: ProcessCache) -> Way:
+    """Which savings give this model's own numbers, of those that the launcher wants."""
+    launcher, sites = experiment.launcher, [to_dict(site) for site in experiment.adapter.sites]
+
+    def ask() -> Way:
+        share = launcher.share_prompts and launcher.lean_logits
+        why_not = why_not_shared(loaded.model) if share else None
+        if why_not:
+            print(f"every answer is computed with a prompt of its own: {why_not}", flush=True)
+        wanted = Way(above=True, share=share and not why_not, lean=launcher.lean_logits)
+        way, reason = exact_way(loaded.model, sites, wanted)
+        lost = {
+            "the frozen layers are computed in every step": wanted.above and not way.above,
+            "every answer is computed with a prompt of its own": wanted.share and not way.share,
+            "TRL's own forward pass runs": wanted.lean and not way.lean,
+        }
+        for words in (words for words, is_lost in lost.items() if is_lost):
+            print(f"{words}: {reason}", flush=True)
+        return way
+
+    settings = [to_dict(experiment.model), experiment.cache, launcher.share_prompts, launcher.lean_logits, sites]
+    return shared.get("way", canonical_json(settings), ask)

@@ -1,0 +1,219 @@
+"""One attempt of one trial, from spec to adapter."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+import traceback
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+
+from isaerft_sweep.adapter.architecture import decoder_layers
+from isaerft_sweep.errors import IsaerftError, TrialDiverged
+from isaerft_sweep.journal.atomic_files import make_readable, write_json
+from isaerft_sweep.journal.layout import (
+    COMPLETED,
+    DIVERGED,
+    FAILED,
+    PRUNED,
+    RUNNING,
+    STOPPED,
+    StatusWriter,
+    Superseded,
+    TrialFolder,
+)
+from isaerft_sweep.models.loading import LoadedModel, compile_layers, load, sharing_weights, without_dropout
+from isaerft_sweep.paths import cache_folder
+from isaerft_sweep.provenance import describe_environment
+from isaerft_sweep.results.card import make_card, write_card
+from isaerft_sweep.spec_fields import canonical_json, to_dict
+from isaerft_sweep.specs import Experiment, TrialSpec
+from isaerft_sweep.tracking.wandb_run import open_run, summary_of
+from isaerft_sweep.trial import phases as phase
+from isaerft_sweep.trial.activation_cache import lowest_hook_point
+from isaerft_sweep.trial.data import load_pairs
+from isaerft_sweep.trial.latent_statistics import learned, write_changes
+from isaerft_sweep.trial.phases import Phases
+from isaerft_sweep.trial.process_cache import ProcessCache, cached_activations, data_key, way_through
+from isaerft_sweep.trial.recorder import Recorder
+from isaerft_sweep.trial.sparsity import sparsity_callbacks
+from isaerft_sweep.trial.stop_request import AskedToStop, asked_state, stop_requests
+from isaerft_sweep.trial.strategy import ForwardStrategy
+from isaerft_sweep.trial.trainer import attach_adapter, complete_checkpoints, make_trainer
+
+
+def run_trial(
+    folder: TrialFolder, attempt: int, shared: ProcessCache | None = None, stopping: dict[str, bool] | None = None
+) -> str:
+    """Run or go on with the trial in ``folder``; returns its state, which is also in its status file.
+
+    ``shared``: what earlier trials of this process have loaded. ``stopping``: set by the caller's own ``stop_requests``.
+
+    ``failed`` when an error ended it (the message is in the status), ``diverged`` when the loss did, ``stopped`` when a
+    signal or the controller asked for it and a checkpoint lets it go on, ``pruned`` when the sweep has no more use for it.
+    Raises Superseded when it is not this attempt's turn any more.
+    """
+    spec = folder.read_spec()
+    status = StatusWriter(folder, attempt)
+    status.write(RUNNING, {"step": 0})
+    shared = shared or ProcessCache()
+    try:
+        with stop_requests() if stopping is None else nullcontext(stopping) as asked:
+            return _run(folder, spec, status, Phases(status, asked), shared)
+    except Superseded:
+        raise
+    except AskedToStop:
+        print("ended before the first step", flush=True)
+        return _end(status, STOPPED, _cut_off(shared, complete_checkpoints(folder.checkpoints)))
+    except IsaerftError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return _end(status, FAILED, {"message": str(error), "user_error": True})
+    except Exception as error:
+        traceback.print_exc()
+        return _end(status, FAILED, {"message": f"{type(error).__name__}: {error}"[:2000]})
+
+
+def _run(folder: TrialFolder, spec: TrialSpec, status: StatusWriter, phases: Phases, shared: ProcessCache) -> str:
+    experiment = spec.experiment
+    key = canonical_json([to_dict(experiment.model), experiment.cache])
+    loaded = phases.prepared(
+        phase.LOADING,
+        lambda: shared.get("model", key, lambda: without_dropout(load(experiment.model, experiment.cache))),
+    )
+    # on a copy over the same weights: whatever becomes of this trial, the next one finds the model as it was loaded
+    own = replace(loaded, model=sharing_weights(loaded.model))
+    model = phases.prepared(
+        phase.ADAPTER,
+        lambda: attach_adapter(own, experiment.adapter, experiment.orpo.seed, experiment.model.revision),
+    )
+    if experiment.launcher.compile:
+        layers = decoder_layers(own.model)
+        compile_layers(layers[lowest_hook_point(layers) :])
+    return _train(folder, spec, status, phases, shared, loaded, model)
+
+
+def _train(
+    folder: TrialFolder,
+    spec: TrialSpec,
+    status: StatusWriter,
+    phases: Phases,
+    shared: ProcessCache,
+    loaded: LoadedModel,
+    model: peft.PeftModel,
+) -> str:
+    started = time.monotonic()
+    experiment = spec.experiment
+    pairs = phases.prepared(
+        phase.READING,
+        lambda: shared.get("pairs", data_key(experiment), lambda: load_pairs(*_pairs_of(experiment, loaded))),
+    )
+    print(pairs.summary, flush=True)
+    write_json(folder.environment, describe_environment(torch_device=_device_name()))
+    run = open_run(spec, folder.path / "wandb")
+    recorder = Recorder(folder, experiment.orpo, status, run, spec.metric, lambda: asked_state(phases.stopping, run.told))
+    recorder.patience_s = experiment.launcher.grace_s / 2
+    checkpoints = complete_checkpoints(folder.checkpoints)
+    untrained = {"first": spec.index == 0, "always": True, "never": False}[experiment.orpo.eval_untrained]
+    eval_first = untrained and not checkpoints
+    callbacks = [*sparsity_callbacks(experiment.adapter), recorder]
+    settings = (experiment.orpo, model, loaded, pairs, folder.checkpoints, eval_first, callbacks)
+    cut_off = False
+    try:
+        trainer = phases.prepared(phase.TOKENISING, lambda: make_trainer(*settings))
+        way = phases.prepared(phase.FROZEN, lambda: way_through(experiment, loaded, shared))
+        trainer.lean_logits = way.lean
+        trainer.note_scores = recorder.note_scores
+        recorder.rewind(int(checkpoints[-1].name.split("-")[1]) if checkpoints else -1)
+        trainer.tokens_seen = int(recorder.latest.get("train/num_tokens", 0))
+        with cached_activations(experiment, model, trainer, way, shared, phases) as above:
+            own = ForwardStrategy(above, way.share)
+            trainer.passes = shared.bind_forward(loaded.model, own) if way.above and way.lean else own
+            trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
+            changes = [] if recorder.stopped else learned(model, trainer.eval_dataset)
+    except AskedToStop:
+        recorder.stopped, cut_off = asked_state(phases.stopping, run.told) or STOPPED, True
+    except TrialDiverged as error:
+        print(f"diverged: {error}", flush=True)
+        run.finish({"state": DIVERGED}, exit_code=1)
+        return _end(status, DIVERGED, {"message": str(error), **_results(recorder, started)})
+    except BaseException:
+        run.finish({"state": FAILED}, exit_code=1)
+        raise
+    told = (
+        "stopped early; its checkpoint is kept" if recorder.stopped == PRUNED else "asked to stop; a checkpoint was written"
+    )
+    words = _cut_off(shared, checkpoints) if cut_off else {"message": told}
+    if recorder.stopped == PRUNED:
+        results = _results(recorder, started)
+        run.finish(summary_of(PRUNED, results), exit_code=0)
+        return _end(status, PRUNED, {**words, **results})
+    if recorder.stopped:
+        _end(status, STOPPED, {**words, "untold": True})  # whoever asked may not wait until W&B has answered
+        run.finish({"state": STOPPED}, exit_code=1, preempted=True)
+        return _end(status, STOPPED, {**words, "untold": run.lost})
+    phases.enter(phase.SAVING)
+    write_changes(folder.latents, changes)
+    results = _results(recorder, started)
+    results["pairs"] = pairs.facts
+    results["wandb"] = {"url": run.url, "sweep_url": run.sweep_url, "offline": run.offline_folder is not None}
+    _save(folder, model, loaded, results, status)
+    run.log_adapter(folder.adapter, spec.model_name)
+    state = _end(status, COMPLETED, results)
+    run.finish(summary_of(COMPLETED, results), exit_code=0)
+    shutil.rmtree(folder.checkpoints, ignore_errors=True)  # only now: until the status says so, a retry would need them
+    return state
+
+
+def _cut_off(shared: ProcessCache, checkpoints: list[Path]) -> dict[str, Any]:
+    """What is to be said of a trial that was stopped where no checkpoint could be written.
+
+    That is no fault of its own when its worker has run others before: it has not begun.
+    """
+    words = "it goes on from its last checkpoint" if checkpoints else "it had no step to keep"
+    return {"message": f"asked to stop; {words}", **({"begun": False} if shared.served else {})}
+
+
+def _pairs_of(experiment: Experiment, loaded: LoadedModel) -> tuple[Any, ...]:
+    """What ``load_pairs`` is asked for."""
+    return experiment.data, loaded.tokenizer, experiment.orpo.max_length, None, cache_folder(experiment.cache) / "pairs"
+
+
+def _results(recorder: Recorder, started: float) -> dict[str, Any]:
+    return {
+        "metric": recorder.latest.get(recorder.metric),
+        "metrics": recorder.latest,
+        "untrained": recorder.untrained,
+        "seconds": round(time.monotonic() - started, 3),
+    }
+
+
+def _end(status: StatusWriter, state: str, facts: dict[str, Any]) -> str:
+    status.write(state, {**facts, "ended": time.time()})
+    return state
+
+
+def _save(
+    folder: TrialFolder, model: peft.PeftModel, loaded: LoadedModel, results: dict[str, Any], status: StatusWriter
+) -> None:
+    """Write the adapter folder aside and rename it: it is there whole or not at all."""
+    aside = folder.path / f".adapter-{status.attempt}"
+    shutil.rmtree(aside, ignore_errors=True)
+    # the embeddings are frozen; asked to look, PEFT would search the Hub for the base model's vocabulary
+    model.save_pretrained(aside, save_embedding_layers=False)
+    loaded.tokenizer.save_pretrained(aside)
+    write_card(folder, aside, make_card(folder, results, aside))
+    make_readable(aside)
+    status.check()
+    shutil.rmtree(folder.adapter, ignore_errors=True)
+    os.replace(aside, folder.adapter)
+
+
+def _device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({torch.get_num_threads()} threads)"
