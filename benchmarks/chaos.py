@@ -4,8 +4,8 @@
 
 One sweep of a tiny model after the other, by the real command, which is given again whenever its controller has gone. Every
 few seconds something is ended: the controller or a worker, with -9 or with SIGTERM; on SLURM (the tests' own one, see
-``tests/slurm_bed.py``) also a node, slurmctld, or a job by scancel. When the time is over the last sweep is left in peace
-until it ends. Then every point is run once more, alone and undisturbed. The last line counts:
+``tests/helpers/slurm_bed.py``) also a node, slurmctld, or a job by scancel. When the time is over the last sweep is left in
+peace until it ends. Then every point is run once more, alone and undisturbed. The last line counts:
 
     lost       trials that a sweep should have and that have not completed
     doubled    trials that completed twice, or have a step twice
@@ -39,7 +39,7 @@ from isaerft_sweep.dispatch.job import importing
 from isaerft_sweep.journal.layout import COMPLETED, RUNNING, SweepFolder, TrialFolder
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from slurm_bed import Bed, running_bed, why_not
+from helpers.slurm_bed import Bed, running_bed, why_not
 
 TRIALS, STEPS, SLOTS = 8, 30, 3
 OPTIONS = (

@@ -23,7 +23,8 @@ from typing import Any
 import psutil
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from serving import Serving, wait_for
+from helpers.serving import Serving
+from helpers.waiting import wait_for
 
 CONFIG = """\
 program: train.py
@@ -243,7 +244,7 @@ def overhead(cap: int) -> None:
             file.write_text(OVERHEAD.format(program=program, cap=cap, command=command.replace("SELF", str(file))))
             path = serving.sweep(file)
             agent = serving.agent(path, Path(program).stem)
-            wait_for(lambda agent=agent: agent.poll() is not None, 900)  # type: ignore[misc]
+            wait_for(lambda agent=agent: agent.poll() is not None, timeout_s=900)  # type: ignore[misc]
             handed = [e["time"] for e in serving.journal(path) if e["event"] in ("dispatch", "end")]
             gaps = [b - a for a, b in zip(handed[::2], handed[1::2], strict=False)]
             print(f"| {words} | {len(gaps)} | {median(gaps[1:]):.1f} |", flush=True)

@@ -2,9 +2,9 @@
 
     python benchmarks/slurm.py [--jobs 200] [--trials 10000]
 
-On the tests' own SLURM (``tests/slurm_bed.py``): real daemons, four nodes on this machine. The jobs of the first table do
-nothing; both sides submit them as one array and wait until every one has ended, asking once a second. The calls of the
-second are counted by wrappers around the real commands, which come first in PATH.
+On the tests' own SLURM (``tests/helpers/slurm_bed.py``): real daemons, four nodes on this machine. The jobs of the first
+table do nothing; both sides submit them as one array and wait until every one has ended, asking once a second. The calls of
+the second are counted by wrappers around the real commands, which come first in PATH.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from isaerft_sweep.journal.layout import SweepFolder
 from isaerft_sweep.specs import LauncherSpec
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from slurm_bed import running_bed, which, why_not
+from helpers.slurm_bed import running_bed, which, why_not
 
 POLL_S = 1.0
 REPEATS = 2

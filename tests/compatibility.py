@@ -15,7 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from serving import Serving, wait_for
+from helpers.serving import Serving
+from helpers.waiting import wait_for
 
 from isaerft_sweep.config.compose import compose
 from isaerft_sweep.journal.atomic_files import write_json
@@ -165,9 +166,9 @@ def check_states(client: Client) -> None:
     time.sleep(7)
     assert not [e for e in client.journal(path) if e["event"] == "trial"], "a paused sweep hands nothing out"
     assert client.run("wandb", "sweep", "--resume", path).returncode == 0
-    run = wait_for(lambda: next((e["run_id"] for e in client.journal(path) if e["event"] == "trial"), None), 120)
+    run = wait_for(lambda: next((e["run_id"] for e in client.journal(path) if e["event"] == "trial"), None), timeout_s=120)
     log = client.data / "runs" / "local" / "demo" / f"{run}.jsonl"
-    wait_for(lambda: log.exists() and '"running"' in log.read_text(), 120)
+    wait_for(lambda: log.exists() and '"running"' in log.read_text(), timeout_s=120)
     assert client.run("wandb", "sweep", "--cancel", path).returncode == 0
     assert agent.wait(400) == 0
     assert '"killed"' in log.read_text(), "the trial was interrupted and says how it ended"

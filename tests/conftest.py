@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
-import slurm_bed
+from helpers import slurm_bed
+from helpers.serving import Serving
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from serving import Serving
 
 from isaerft_sweep import naming
 from isaerft_sweep.config.boundary import to_experiment
@@ -29,7 +29,7 @@ from isaerft_sweep.paths import folder
 from isaerft_sweep.specs import Experiment, TrialSpec, identity
 
 if TYPE_CHECKING:
-    from serve_client import Client
+    from helpers.serve_client import Client
 
 os.environ.update(HF_HUB_OFFLINE="1", TRL_EXPERIMENTAL_SILENCE="1", TOKENIZERS_PARALLELISM="false", WANDB_SILENT="true")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything loads torch
@@ -210,7 +210,7 @@ def processes_of(cwd: Path, started_there: bool = False) -> list[psutil.Process]
 @pytest.fixture
 def client(tmp_path: Path) -> Iterator[Client]:
     """The server's application in this process."""
-    from serve_client import Client
+    from helpers.serve_client import Client
 
     made = Client(tmp_path / "data")
     yield made

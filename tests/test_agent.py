@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import yaml
 from conftest import TINY, launch_command
+from helpers.serving import Serving
+from helpers.waiting import wait_for
 from hydra import compose, initialize_config_dir
-from serving import Serving, wait_for
 from test_sweep import processes_of
 
 from isaerft_sweep.config.boundary import to_definition, to_experiment

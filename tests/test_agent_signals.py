@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 from conftest import TINY, processes_of
-from serving import Serving, wait_for
-from slurm_bed import Bed
+from helpers.serving import Serving
+from helpers.slurm_bed import Bed
+from helpers.waiting import wait_for
 from test_serve_sweep import read_sweep, stepping, sweep_file, trial_id
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("paced")]
@@ -32,7 +33,7 @@ def begin(
 def check_nothing_left(serving: Serving, tmp_path: Path, agent: subprocess.Popen[str], run: str) -> None:
     agent.wait(150)
     assert serving.process is not None
-    wait_for(lambda: [p.pid for p in processes_of(tmp_path)] in ([], [serving.process.pid]), 60)
+    wait_for(lambda: [p.pid for p in processes_of(tmp_path)] in ([], [serving.process.pid]), timeout_s=60)
     assert list(tmp_path.glob(f"outputs/*/{run}/trials/*/checkpoints/checkpoint-*/.complete"))
 
 
@@ -62,7 +63,7 @@ def test_an_agent_that_is_told_to_end(
         agent.terminate()  # without --forward-signals wandb's agent ends at once and says nothing to its trial
     else:
         agent.send_signal(signal.SIGINT)
-        wait_for(lambda: "Waiting for runs to end" in (tmp_path / "first.out").read_text(), 60)
+        wait_for(lambda: "Waiting for runs to end" in (tmp_path / "first.out").read_text(), timeout_s=60)
         agent.send_signal(signal.SIGINT)
     check_nothing_left(serving, tmp_path, agent, run)
     assert bed is None or bed.jobs() == []

@@ -15,10 +15,11 @@ import psutil
 import pytest
 import yaml
 from conftest import TINY, events, launch_command, processes_of
-from slurm_bed import Bed
+from helpers.slurm_bed import Bed
+from helpers.waiting import wait_for
 from test_slurm_commands import Site, site  # noqa: F401  (a fixture)
 from test_slurm_templates import TEMPLATES, sbatch
-from test_sweep import ended_states, start, stepping, wait_for
+from test_sweep import ended_states, start, stepping
 
 from isaerft_sweep.controller.run_sweep import closed_in_the_end, disk_errors_named
 from isaerft_sweep.controller.session import has_begun, read_experiment
@@ -236,7 +237,7 @@ def test_a_disk_that_is_full_at_any_file_of_the_controller_s_own(
         )
     assert done.returncode == 2 and "cannot be written (No space left on device)" in done.stderr, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
-    wait_for(lambda: processes_of(tmp_path) == [], 90)
+    wait_for(lambda: processes_of(tmp_path) == [], timeout_s=90)
     again = subprocess.run(
         launch_command(*OFF, "sweep.run_cap=1"), cwd=tmp_path, capture_output=True, text=True, timeout=300
     )

@@ -16,7 +16,8 @@ from typing import Any
 import cloudpickle
 import pytest
 from conftest import TINY, events
-from test_sweep import ended_states, wait_for
+from helpers.waiting import wait_for
+from test_sweep import ended_states
 
 from isaerft_sweep.dispatch.base import Dispatcher
 from isaerft_sweep.dispatch.job import prepare_process

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stand_ins import StandInWandb, served
+from helpers.stand_ins import StandInWandb, served
 
 from isaerft_sweep.cli import main
 from isaerft_sweep.naming import run_id

@@ -7,9 +7,9 @@ from collections import Counter
 from typing import Any
 
 import pytest
+from helpers.serve_client import CREATE, Client
 from hypothesis import given
 from hypothesis import strategies as st
-from serve_client import CREATE, Client
 
 from isaerft_sweep.tracking.metric_names import as_json, flat, logged_value, may_hold, number_at, value_at
 

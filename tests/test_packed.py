@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY
+from helpers.waiting import wait_for
 from safetensors.torch import load_file
-from test_sweep import check_wandb_runs, ended_states, processes_of, start, stepping, wait_for
+from test_sweep import check_wandb_runs, ended_states, processes_of, start, stepping
 
 from isaerft_sweep.adapter.architecture import decoder_layers
 from isaerft_sweep.adapter.layer import IsaerftLayer

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 from conftest import TINY, processes_of
+from helpers.waiting import wait_for
 from test_resident import rows_of
-from test_sweep import ended_states, start, statuses, wait_for
+from test_sweep import ended_states, start, statuses
 
 from isaerft_sweep.journal.atomic_files import _lock_of
 from isaerft_sweep.journal.layout import PRUNED, STOPPED, StatusWriter, TrialFolder

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from helpers.stand_ins import StandInHub, served
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
-from stand_ins import StandInHub, served
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import isaerft_sweep.adapter  # noqa: F401  (what a user of an adapter repository imports)

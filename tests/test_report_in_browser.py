@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from browsing import browser, complaints, needs_browser  # noqa: F401  (a fixture)
+from helpers.browsing import browser, complaints, needs_browser  # noqa: F401  (a fixture)
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 from test_report import full_sweep  # noqa: F401  (a fixture)

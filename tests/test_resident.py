@@ -16,7 +16,8 @@ from typing import Any
 import psutil
 import pytest
 from conftest import TINY, events, processes_of
-from test_sweep import ended_states, start, statuses, stepping, wait_for
+from helpers.waiting import wait_for
+from test_sweep import ended_states, start, statuses, stepping
 from trl.experimental.orpo import ORPOTrainer
 
 from isaerft_sweep.controller.live_view import time_left_s

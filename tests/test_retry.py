@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY, events
-from test_sweep import ended_states, start, wait_for
+from helpers.waiting import wait_for
+from test_sweep import ended_states, start
 
 pytestmark = pytest.mark.slow
 BROKEN = """

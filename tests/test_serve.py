@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serve_client import AGENT, BEAT, BUCKET, CONFIG, CREATE, RESUME, STATE, Client
+from helpers.serve_client import AGENT, BEAT, BUCKET, CONFIG, CREATE, RESUME, STATE, Client
 
 from isaerft_sweep.errors import FolderError
 from isaerft_sweep.serve.keys import KeyRing

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import Serving
+from helpers.serving import Serving
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 Told = Callable[..., Any]

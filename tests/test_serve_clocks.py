@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
-from serve_client import Client
+from helpers.serve_client import Client
 
 DAY_S = 86_400
 

@@ -6,7 +6,7 @@ import socket
 from pathlib import Path
 
 import pytest
-from serve_client import Client
+from helpers.serve_client import Client
 
 from isaerft_sweep.cli import main
 from isaerft_sweep.cli_serve import add_serve_commands

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from serve_client import CREATE, Client
+from helpers.serve_client import CREATE, Client
 
 from isaerft_sweep.journal.layout import SweepFolder
 from isaerft_sweep.serve.server import Server

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from helpers.serve_client import BEAT, RESUME, Client, facts
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from serve_client import BEAT, RESUME, Client, facts
 
 from isaerft_sweep.errors import FolderError
 from isaerft_sweep.serve import runs as states

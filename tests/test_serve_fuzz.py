@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.serve_client import AGENT, BEAT, BUCKET, CREATE, RESUME, RUN, STATE, Client, facts
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from serve_client import AGENT, BEAT, BUCKET, CREATE, RESUME, RUN, STATE, Client, facts
 
 from isaerft_sweep.serve.server import Server
 

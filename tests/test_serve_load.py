@@ -17,8 +17,9 @@ from random import Random
 from typing import Any
 
 import pytest
-from serve_client import Client
-from serving import BIN, Serving, free_port, wait_for
+from helpers.serve_client import Client
+from helpers.serving import BIN, Serving, free_port
+from helpers.waiting import wait_for
 
 from isaerft_sweep.serve import bodies, connections, cost
 
@@ -222,7 +223,7 @@ def test_connections_that_say_nothing_keep_nobody_out_and_are_closed(serving: Se
     idle = [connect(serving, halves[i % len(halves)]) for i in range(2500)]
     assert answers(serving) < 3
     spoken = connect(serving, b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\nGET / HT")
-    wait_for(lambda: all(map(is_closed, [*idle, spoken])), 60)
+    wait_for(lambda: all(map(is_closed, [*idle, spoken])), timeout_s=60)
     assert time.monotonic() - began < connections.HEADERS_S + 30 and answers(serving) < 3
     for one in [*idle, spoken]:
         one.close()
@@ -234,7 +235,7 @@ def test_a_request_without_a_key_ends_its_connection(serving: Serving) -> None:
         one = connect(serving, said)
         one.settimeout(5)
         assert b" 401 " in one.recv(65536)
-        wait_for(lambda one=one: is_closed(one), 5)
+        wait_for(lambda one=one: is_closed(one), timeout_s=5)
 
 
 @pytest.mark.slow
@@ -251,7 +252,7 @@ def test_a_body_that_dribbles_in_is_given_up_and_a_slow_one_is_taken(serving: Se
     stalled, began = connect(serving, head + b"99999\r\n\r\n{"), time.monotonic()
     stalled.settimeout(bodies.PATIENCE_S + 20)
     assert b" 408 " in stalled.recv(65536) and time.monotonic() - began < bodies.PATIENCE_S + 10
-    wait_for(lambda: is_closed(stalled), 5)
+    wait_for(lambda: is_closed(stalled), timeout_s=5)
 
 
 # -- how it starts and ends

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browsing import browser, complaints, needs_browser  # noqa: F401  (a fixture)
-from serve_client import BUCKET, CREATE, Client
-from serving import BIN, Serving
+from helpers.browsing import browser, complaints, needs_browser  # noqa: F401  (a fixture)
+from helpers.serve_client import BUCKET, CREATE, Client
+from helpers.serving import BIN, Serving
 
 SWEPT = """\
 method: random

@@ -13,7 +13,8 @@ from typing import Any
 import psutil
 import pytest
 from conftest import TINY
-from serving import Serving, wait_for
+from helpers.serving import Serving
+from helpers.waiting import wait_for
 from test_sweep import processes_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500), pytest.mark.usefixtures("paced")]
@@ -120,7 +121,7 @@ def test_a_sweep_survives_whatever_dies(serving: Serving, tmp_path: Path) -> Non
 
     assert survivor.wait(800) == 0, (tmp_path / "agent0.out").read_text() + (tmp_path / "agent1.out").read_text()
     check_outcome(serving, path, orphan, bad, third)
-    wait_for(lambda: not [p for p in processes_of(tmp_path) if p.pid != serving.process.pid], 60)
+    wait_for(lambda: not [p for p in processes_of(tmp_path) if p.pid != serving.process.pid], timeout_s=60)
 
 
 def run_ids_below(pid: int) -> list[str]:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browsing import browser, complaints, needs_browser  # noqa: F401  (a fixture)
+from helpers.browsing import browser, complaints, needs_browser  # noqa: F401  (a fixture)
+from helpers.serving import Serving
 from selenium.webdriver.common.by import By
-from serving import Serving
 from test_serve_sweep import READ
 
 pytestmark = pytest.mark.slow

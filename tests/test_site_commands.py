@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 from conftest import TINY, launch_command
+from helpers.slurm_bed import Bed
+from helpers.stand_ins import StandInModelHub, served
 from rich.console import Console
-from slurm_bed import Bed
-from stand_ins import StandInModelHub, served
 
 from isaerft_sweep.errors import ConfigError
 from isaerft_sweep.journal.layout import TrialFolder

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import psutil
 import pytest
-import slurm_bed
-from slurm_bed import Bed
-from test_sweep import wait_for
+from helpers import slurm_bed
+from helpers.slurm_bed import Bed
+from helpers.waiting import wait_for
 
 pytestmark = pytest.mark.slow
 SCRIPT = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
-from slurm_bed import running_bed
+from helpers.slurm_bed import running_bed
 with running_bed(accounting=False) as bed:
     bed.command("sbatch", "--output=/dev/null", "--wrap", "exec sleep 600")
     while "RUNNING" not in bed.command("squeue", "-h", "-o", "%T"):
@@ -49,7 +49,7 @@ def test_kill_9_of_the_process_that_started_a_bed_ends_the_bed() -> None:
     assert len(of_bed(root)) >= 7, "munged, slurmctld, four slurmds and a job"
     starter.kill()
     starter.wait()
-    wait_for(lambda: not of_bed(root) and not Path(root).exists(), 90)
+    wait_for(lambda: not of_bed(root) and not Path(root).exists(), timeout_s=90)
 
 
 def test_a_cluster_that_a_test_has_broken_is_mended_for_the_next(slurm: Bed) -> None:

@@ -7,11 +7,11 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers.slurm_bed import Bed
+from helpers.waiting import wait_for
 from hypothesis import example, given
 from hypothesis import strategies as st
-from slurm_bed import Bed
 from test_slurm_dispatch import GPU, Note, parameters
-from test_sweep import wait_for
 
 from isaerft_sweep.dispatch import cluster, slurm
 from isaerft_sweep.dispatch.base import SchedulerUnavailable
@@ -164,7 +164,7 @@ def test_a_hostile_shell_and_a_real_cluster(slurm: Bed, tmp_path: Path, monkeypa
     assert dispatcher.alive(refs) == [True, True]
     wait_for(lambda: dispatcher.alive(refs) and not any(map(dispatcher.queued, refs)))
     dispatcher.kill(refs)
-    wait_for(lambda: not any(dispatcher.alive(refs)), 60)
+    wait_for(lambda: not any(dispatcher.alive(refs)), timeout_s=60)
 
 
 @pytest.mark.slow
@@ -174,7 +174,7 @@ def test_a_named_cluster_that_is_real(slurm: Bed, tmp_path: Path, monkeypatch: p
     dispatcher, refs = two_jobs(tmp_path, hold=True)
     assert dispatcher.alive(refs) == [True, True] and [ref["cluster"] for ref in refs] == ["bed", "bed"]
     dispatcher.kill(refs)
-    wait_for(lambda: not any(dispatcher.alive(refs)), 60)
+    wait_for(lambda: not any(dispatcher.alive(refs)), timeout_s=60)
     assert dispatcher.job_exit(refs[0]).words.startswith("SLURM: CANCELLED")
 
 

@@ -13,9 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import events, launch_command, processes_of
-from slurm_bed import Bed
+from helpers.slurm_bed import Bed
+from helpers.waiting import wait_for
 from test_slurm_faults import ONE, past
-from test_sweep import ended_states, wait_for
+from test_sweep import ended_states
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("paced")]
 OPTIONS = (*ONE, "tracker=disabled")
@@ -126,5 +127,5 @@ def test_the_controller_as_a_job_submits_the_rest_and_is_queued_again(slurm: Bed
     slurm.command("scancel", "--batch", "--signal=TERM", job)
     wait_for(lambda: slurm.command("squeue", "-h", "-o", "%T", "-j", job).strip() == "PENDING")
     assert ended_states(sweep) == {"stopped": 1} and slurm.jobs() == [job], "its trials have ended before it is queued again"
-    wait_for(lambda: slurm.jobs() == [], 200)
+    wait_for(lambda: slurm.jobs() == [], timeout_s=200)
     assert ended_states(sweep) == {"stopped": 1, "completed": 2}, (tmp_path / f"isaerft-sweep-{job}.out").read_text()

@@ -14,13 +14,14 @@ from typing import Any
 
 import cloudpickle
 import pytest
-import slurm_bed
 from conftest import TINY, events
+from helpers import slurm_bed
+from helpers.slurm_bed import Bed
+from helpers.waiting import wait_for
 from hypothesis import given
 from hypothesis import strategies as st
-from slurm_bed import Bed
 from test_slurm_faults import count_calls
-from test_sweep import ended_states, start, stepping, wait_for
+from test_sweep import ended_states, start, stepping
 
 from isaerft_sweep.dispatch.cluster import NodeKind, SlurmCluster, minutes, parse_gres, parse_kind, read_cluster
 from isaerft_sweep.dispatch.sbatch_flags import sbatch_parameters, working_s

@@ -16,10 +16,11 @@ from typing import Any
 
 import cloudpickle
 import pytest
-import slurm_bed
 from conftest import PACE, TINY, events
-from slurm_bed import Bed
-from test_sweep import ended_states, start, statuses, stepping, wait_for
+from helpers import slurm_bed
+from helpers.slurm_bed import Bed
+from helpers.waiting import wait_for
+from test_sweep import ended_states, start, statuses, stepping
 
 from isaerft_sweep.dispatch.slurm import SlurmDispatcher
 from isaerft_sweep.journal.layout import TrialFolder
@@ -407,7 +408,7 @@ def test_a_job_that_is_completing_for_ever(tmp_path: Path, monkeypatch: pytest.M
         first = job_of(sweep)
         os.kill(victim, signal.SIGKILL)
         wait_for(lambda: bed.command("squeue", "-h", "-o", "%T", "-j", first).split() == ["COMPLETING"])
-        ends = wait_for(lambda: [e for e in events(sweep) if e["event"] == "end"], 200)
+        ends = wait_for(lambda: [e for e in events(sweep) if e["event"] == "end"], timeout_s=200)
         assert ends[0]["state"] == "stopped" and "SLURM: COMPLETING" in ends[0]["message"]
         wait_for(past(sweep, ends[0]["checkpoint"], attempt=2))
         (tmp_path / "go").touch()

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY, processes_of
-from serving import Serving
-from slurm_bed import Bed
+from helpers.serving import Serving
+from helpers.slurm_bed import Bed
+from helpers.waiting import wait_for
 from test_serve_sweep import read_sweep, sweep_file, trial_id
 from test_serve_sweep import stepping as running
 from test_slurm_dispatch import Note
-from test_sweep import ended_states, wait_for
+from test_sweep import ended_states
 
 from isaerft_sweep.dispatch.slurm import SlurmDispatcher
 from isaerft_sweep.specs import LauncherSpec
@@ -96,7 +97,7 @@ def test_an_array_of_agents(slurm: Bed, serving: Serving, tmp_path: Path) -> Non
     wait_for(lambda: all(running(tmp_path, run, least=12) for run in runs))
     slurm.command("scancel", "--batch", "--signal=TERM", f"{job}_0")
     wait_for(lambda: [e for e in serving.journal(path) if e.get("state") == "stopped"])
-    wait_for(lambda: slurm.jobs() == [], 400)
+    wait_for(lambda: slurm.jobs() == [], timeout_s=400)
     found = read_sweep(serving, path)
     assert found["state"] == "FINISHED" and set(found["runs"]) == set(runs)
     for run in found["runs"].values():
@@ -119,7 +120,7 @@ def test_what_somebody_cancels_does_not_come_back(name: str, slurm: Bed, tmp_pat
     job = sbatch(tmp_path, *flags, str(TEMPLATES / name), environment=environment)
     wait_for((tmp_path / "begun").exists)
     slurm.command("scancel", job)
-    wait_for(lambda: slurm.jobs() == [], 60)
+    wait_for(lambda: slurm.jobs() == [], timeout_s=60)
     time.sleep(1)
     assert slurm.jobs() == []
     assert set(slurm.command("squeue", "-h", "-r", "-t", "all", "-o", "%T", "-j", job).split()) == {"CANCELLED"}

@@ -7,14 +7,14 @@ import json
 import os
 import signal
 import subprocess
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import TINY, events, launch_command, processes_of
+from helpers.waiting import wait_for
 from wandb.proto import wandb_internal_pb2
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("paced")]
@@ -25,14 +25,6 @@ LONG = (*TINY, "name=s", "sweep.run_cap=2", "orpo.max_steps=100000", "tracker=di
 def start(cwd: Path, *overrides: str) -> subprocess.Popen[str]:
     with (cwd / "controller.out").open("a") as log:
         return subprocess.Popen(launch_command(*overrides), cwd=cwd, stdout=log, stderr=subprocess.STDOUT, text=True)
-
-
-def wait_for(condition: Callable[[], Any], timeout_s: float = 300) -> Any:
-    end = time.monotonic() + timeout_s
-    while not (found := condition()):
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.1)
-    return found
 
 
 def statuses(sweep: Path) -> list[dict[str, Any]]:
@@ -186,7 +178,7 @@ def test_ctrl_c_while_a_controller_is_sent_to_the_background_ends_it(tmp_path: P
     leaving.send_signal(signal.SIGINT)
     assert leaving.wait(120) == 130, (tmp_path / "controller.out").read_text()
     assert "the controller has ended" in (tmp_path / "controller.out").read_text()
-    wait_for(lambda: processes_of(tmp_path, started_there=True) == [], 60)
+    wait_for(lambda: processes_of(tmp_path, started_there=True) == [], timeout_s=60)
 
 
 def test_kill_9_of_the_controller_loses_and_repeats_nothing(tmp_path: Path) -> None:

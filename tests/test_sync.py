@@ -15,7 +15,8 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import TINY, events, launch_command
-from serving import BIN, Serving, wait_for
+from helpers.serving import BIN, Serving
+from helpers.waiting import wait_for
 from test_serve_sweep import read_sweep
 from test_sweep import read_wandb_run
 
@@ -283,5 +284,7 @@ def test_a_service_of_wandb_that_is_killed_costs_the_runs_of_that_moment(
         run.finish({"state": "completed"}, exit_code=0)
     assert [run.lost for run in (first, beside, after)] == [True, True, False]
     (kept,) = (tmp_path / "after").glob("wandb/offline-run-*/run-*.wandb")
-    wait_for(lambda: read_wandb_run(kept)[2] == [1, 2], 60)  # on a busy machine wandb writes the last of it a moment later
-    wait_for(lambda: read_wandb_run(kept)[1].get("state") == "completed", 60)
+    wait_for(
+        lambda: read_wandb_run(kept)[2] == [1, 2], timeout_s=60
+    )  # on a busy machine wandb writes the last of it a moment later
+    wait_for(lambda: read_wandb_run(kept)[1].get("state") == "completed", timeout_s=60)

@@ -9,7 +9,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
+from helpers.waiting import wait_for
 from trl.experimental.orpo import ORPOTrainer
 
 from isaerft_sweep.adapter import load_model
@@ -91,13 +91,6 @@ def test_a_killed_worker_goes_on_from_its_last_whole_checkpoint(trial: Made) -> 
     cut.begin_attempt(2)
     assert run_trial(cut, 2) == "completed"
     assert rows_of(cut) == rows_of(whole)
-
-
-def wait_for(condition: Callable[[], bool], timeout_s: float = 120) -> None:
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.05)
 
 
 SEVERAL_WORKERS = """

@@ -9,10 +9,10 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from helpers.waiting import wait_for
 
 BIN = Path(sys.executable).parent
 
@@ -21,14 +21,6 @@ def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return int(found.getsockname()[1])
-
-
-def wait_for(condition: Callable[[], Any], timeout_s: float = 700) -> Any:
-    end = time.monotonic() + timeout_s
-    while not (found := condition()):
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.1)
-    return found
 
 
 class Serving:
@@ -55,7 +47,7 @@ class Serving:
             self.process = subprocess.Popen(
                 command, cwd=self.folder, stdout=out, stderr=subprocess.STDOUT, text=True, env=environment
             )
-        wait_for(self._answers, 60)
+        wait_for(self._answers, timeout_s=60)
         self.key = self.key or re.findall(r"WANDB_API_KEY=(\S+)", self.out.read_text())[-1]
 
     def _answers(self) -> bool:

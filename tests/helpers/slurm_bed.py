@@ -1,6 +1,6 @@
 """A real SLURM of several nodes on this one machine, for tests and benchmarks.
 
-    python tests/slurm_bed.py          # starts one, says how to use it, and stops it on Ctrl-C
+    python tests/helpers/slurm_bed.py          # starts one, says how to use it, and stops it on Ctrl-C
 
 Needs root and Debian's packages slurmctld, slurmd, slurm-client and munge, with accounting slurmdbd and MariaDB's server too.
 Everything (munge, database, controller, node daemons with fake GPUs) runs in a folder and on ports of its own, so that
@@ -19,11 +19,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+
+if __package__ in (None, ""):  # started as a program
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+from helpers.waiting import wait_for
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "sinfo")
 ACCOUNTING_PROGRAMS = ("slurmdbd", "mariadbd", "mariadb-install-db", "mariadb", "sacctmgr")
@@ -257,14 +261,6 @@ def free_ports(count: int) -> list[int]:
         for each in sockets:
             each.bind(("127.0.0.1", 0))
         return [each.getsockname()[1] for each in sockets]
-
-
-def wait_for(condition: Callable[[], object], what: str, explain: Callable[[], str] = lambda: "") -> None:
-    end = time.monotonic() + STARTING_S
-    while not condition():
-        if time.monotonic() > end:
-            raise RuntimeError(f"the SLURM test bed waited {STARTING_S:g} s for {what}. {explain()}")
-        time.sleep(0.05)
 
 
 def kill_jobs_of(conf: Path) -> None:

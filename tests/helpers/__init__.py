@@ -1,0 +1,1 @@
+"""What several test modules share: servers and clusters to test against, made-up sweeps, waiting."""
