@@ -71,7 +71,7 @@ class StandInCluster(Dispatcher):
     def alive(self, refs: Iterable[JobRef]) -> list[bool]:
         return [False for _ in refs]
 
-    def verdict(self, ref: JobRef) -> JobExit:
+    def job_exit(self, ref: JobRef) -> JobExit:
         return self.script[min(ref["number"], len(self.script) - 1)][2]
 
     def cancel(self, refs: Sequence[JobRef]) -> None: ...

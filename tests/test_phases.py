@@ -126,7 +126,7 @@ def test_a_worker_that_ran_others_takes_the_blame(trial: Made, tmp_path: Path, m
             time.sleep(30)
         return compute(*args)
 
-    monkeypatch.setattr(process_cache, "stored_trunk", slow_for_other)
+    monkeypatch.setattr(process_cache, "stored_activations", slow_for_other)
     _, took_s = asked_during("frozen", other, told(signal.SIGTERM), lambda: serve_trials(worker))
     assert took_s < 2 * HEARD_S and first.read_status()["state"] == "completed"
     assert other.read_status()["state"] == STOPPED and other.read_status()["begun"] is False

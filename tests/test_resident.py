@@ -94,7 +94,7 @@ def test_the_model_and_the_data_are_loaded_once(trial: Made, tmp_path: Path, mon
     tokenise = ORPOTrainer.tokenize_row
     for reader in (TrialTrainer, PairTokenizer):
         monkeypatch.setattr(reader, "tokenize_row", lambda self, *a, **k: rows.append(1) or tokenise(self, *a, **k))
-    for place, name in ((runner, "load"), (runner, "load_pairs"), (process_cache, "stored_trunk")):
+    for place, name in ((runner, "load"), (runner, "load_pairs"), (process_cache, "stored_activations")):
         original = getattr(place, name)
 
         def counted(*args: Any, name: str = name, original: Any = original) -> Any:
@@ -104,7 +104,7 @@ def test_the_model_and_the_data_are_loaded_once(trial: Made, tmp_path: Path, mon
         monkeypatch.setattr(place, name, counted)
     trials = [trial(*OFF, f"orpo.beta={i + 1}.0", name=f"t{i}") for i in range(3)]
     assert serve(WorkerFolder(tmp_path / "worker"), trials) == 3
-    assert calls == {"load": 1, "load_pairs": 1, "stored_trunk": 1}
+    assert calls == {"load": 1, "load_pairs": 1, "stored_activations": 1}
     assert len(rows) == 24 + 8, "every pair was tokenised once for three trials"
     assert serve(WorkerFolder(tmp_path / "other"), [trial(*OFF, "data.eval_size=4", name="less")]) == 1
     assert calls["load_pairs"] == 2

@@ -230,7 +230,7 @@ def test_what_is_said_over_several_polls(polls: list[tuple[tuple[str, dict[int, 
     for (shown, _), (remembered, _) in polls:
         said = {"squeue": shown, "sacct": remembered}
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(slurm, "ask", lambda command, *_, said=said, **__: said[command])
+            patch.setattr(slurm, "run_slurm_command", lambda command, *_, said=said, **__: said[command])
             patch.setattr(slurm, "scancel", lambda *args, **_: pytest.fail(f"ended {args}"))
             answered = queue.ask(jobs)
         for job in jobs if answered else ():
@@ -266,7 +266,7 @@ def clusters(draw: st.DrawFn) -> dict[str, str]:
 )
 def test_a_cluster_is_read_or_refused_in_one_line(said: dict[str, str], flags: dict[str, str]) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cluster, "ask", lambda command, *_, **__: said[command])
+        patch.setattr(cluster, "run_slurm_command", lambda command, *_, **__: said[command])
         try:
             site = cluster.read_cluster()
             found = parameters(site, **flags)

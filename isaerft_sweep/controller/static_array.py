@@ -89,7 +89,7 @@ def cancel_arrays(folder: SweepFolder) -> None:
 
 def running_arrays(path: Path) -> dict[str, str]:
     """SLURM's ids of the user's jobs whose script was given the sweep in ``path``, with a state of each; none where there is
-    no SLURM. Raises QueueBusy when it does not answer."""
+    no SLURM. Raises SchedulerUnavailable when it does not answer."""
     found = {}
     flags = ("--noheader", "--user", str(os.getuid()), f"--format={SEPARATOR.join(FACTS)}")
     try:

@@ -47,7 +47,7 @@ class Dispatcher(ABC):
     def submit_all(self, jobs: Sequence[Job]) -> list[JobRef]:
         """Start or queue jobs; fewer references than jobs, of the first ones, when the place takes no more of them now.
 
-        Raises QueueBusy when it takes none now, and LaunchError when it never will.
+        Raises SchedulerUnavailable when it takes none now, and LaunchError when it never will.
         """
 
     def submit(self, job: Job) -> JobRef:

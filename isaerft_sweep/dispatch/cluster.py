@@ -37,7 +37,9 @@ REST = "*"
 
 
 def run_slurm_command(*command: str, cluster: str | None = None) -> str:
-    """What a command of the cluster prints. Raises QueueBusy when it does not answer, LaunchError when there is none.
+    """What a command of the cluster prints.
+
+    Raises SchedulerUnavailable when it does not answer, LaunchError when there is none.
 
     ``cluster``: another one than this machine's.
     """
@@ -127,8 +129,10 @@ class SlurmCluster:
 
 
 def read_cluster(cluster: str | None = None) -> SlurmCluster:
-    """The cluster that this machine belongs to, or another one. Raises LaunchError when there is none, QueueBusy when it
-    does not answer."""
+    """The cluster that this machine belongs to, or another one.
+
+    Raises LaunchError when there is none, SchedulerUnavailable when it does not answer.
+    """
     settings = parse_settings(run_slurm_command("scontrol", "show", "config", cluster=cluster))
     said = run_slurm_command("sinfo", "--noheader", "--exact", f"--format={SINFO}", cluster=cluster)
     kinds = tuple(kind for line in said.splitlines() if (kind := parse_kind(line)) is not None)
@@ -218,7 +222,7 @@ def gres_request(part: str) -> tuple[str, int]:
 def parse_queue(text: str) -> dict[str, tuple[str, str]]:
     """Each job's state, and the reason and node, from lines of squeue in the format ``SQUEUE``; other lines are left out.
 
-    Raises QueueBusy on a text that breaks off: what it does not tell of may be running.
+    Raises SchedulerUnavailable on a text that breaks off: what it does not tell of may be running.
     """
     if text and not text.endswith("\n") and text.rpartition("\n")[2].count("|") < 3:
         raise SchedulerUnavailable(f"squeue's answer breaks off: {text[-80:]!r}.")

@@ -154,7 +154,7 @@ class SlurmDispatcher(Dispatcher):
         cluster = ref.get("cluster")
         return self._queues.setdefault(cluster, _Queue(cluster, {ref.get("name", self.name)}))
 
-    def verdict(self, ref: JobRef) -> JobExit:
+    def job_exit(self, ref: JobRef) -> JobExit:
         state, more = self._queue(ref).said_of(ref["id"])
         if not state or state == "COMPLETED":
             return JobExit()

@@ -178,7 +178,7 @@ class ResidentDispatcher(Dispatcher):
     def log_tail(self, ref: JobRef, lines: int = 8) -> str:
         return self.inner.log_tail(ref["job"], lines)
 
-    def verdict(self, ref: JobRef) -> JobExit:
+    def job_exit(self, ref: JobRef) -> JobExit:
         return self.inner.job_exit(ref["job"])
 
     def suspended(self, ref: JobRef) -> bool:

@@ -223,7 +223,7 @@ class _CoroutineCache(ProcessCache):
     def get(self, what: str, key: str, make: Callable[[], T]) -> T:
         return self.kept.get(what, key, make)
 
-    def passes(self, base: PreTrainedModel, own: ForwardStrategy) -> TrialCoroutine:
+    def bind_forward(self, base: PreTrainedModel, own: ForwardStrategy) -> TrialCoroutine:
         self.seat.base, self.seat.own = base, own
         return self.seat
 
