@@ -558,7 +558,7 @@ def test_whatever_fails_gets_one_line_and_its_trace_goes_to_the_log(
         "graphql.execute_sync",
         "graphql.checked",
         "server.Server.find_run",
-        "page.overview",
+        "pages.overview",
         "app.tempfile.mkstemp",
     ):
         monkeypatch.setattr(f"isaerft_sweep.serve.{place}", broken)

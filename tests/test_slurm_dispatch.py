@@ -289,6 +289,6 @@ def test_job_names_are_of_one_sweep_alone(tmp_path: Path) -> None:
 
 def test_a_snapshot_is_taken_once(tmp_path: Path) -> None:
     first = code_snapshot(tmp_path)
-    assert code_snapshot(tmp_path) == first and (first / "isaerft_sweep" / "trial" / "run.py").is_file()
+    assert code_snapshot(tmp_path) == first and (first / "isaerft_sweep" / "trial" / "runner.py").is_file()
     found = subprocess.run(["find", str(first), "-name", "__pycache__"], capture_output=True, text=True, check=True)
     assert not found.stdout

@@ -154,6 +154,5 @@ def test_the_keys_bounds_are_those_of_the_specs() -> None:
     for key, (low, high, kind) in BOUNDS.items():
         section, _, name = key.partition(".")
         meta = TUNABLE[section].__dataclass_fields__[name].metadata
-        bound = meta["at_least"] if meta["at_least"] is not None else meta["above"]
-        assert (bound, meta["at_most"] or math.inf) == (low, high)
+        assert (meta.get("at_least", meta.get("above")), meta.get("at_most", math.inf)) == (low, high)
         assert TUNABLE[section].__annotations__[name] == kind.__name__

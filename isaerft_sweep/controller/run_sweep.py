@@ -47,7 +47,6 @@ from isaerft_sweep.terminal import make_console
 from isaerft_sweep.tracking.announce import create_sweep, finish_sweep
 
 INTERRUPTED = 130
-SHOWN_GIVEN_UP = 5
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.EFBIG)
 FILE_ERRORS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR)
 """Of one file, which such an error names."""
@@ -350,10 +349,7 @@ def conclude(
     elif ended < trials:
         reason = next((r.message for r in records if r.given_up), "")
         console.print(f"Ended after {ended} trials, since none of them completed: {reason}", soft_wrap=True, style="red")
-    given_up = [record for record in records if record.given_up]
-    for record in given_up[:SHOWN_GIVEN_UP]:
-        why = record.message.partition("\n")[0]
-        console.print(f"given up: {record.name}: {why}", soft_wrap=True, style="red", markup=False, highlight=False)
+    given_up = any(record.given_up for record in records)
     if given_up and folder.journal.is_file():  # an agent decides by itself what it runs again
         console.print(given_up_words(records, folder), style="yellow")
     return 0 if any(r.state == COMPLETED for r in records) and not given_up else 1

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import cast
 
 from rich.console import Console
+from rich.text import Text
 
 from isaerft_sweep.controller.run_sweep import make_inner_dispatcher
 from isaerft_sweep.dispatch.cluster import SlurmCluster, cluster_of, read_cluster, run_slurm_command
@@ -23,7 +24,8 @@ from isaerft_sweep.readiness.probe import ANSWER, BAD, GOOD, LOCKED, MADE_BEFORE
 from isaerft_sweep.spec_fields import canonical_json, to_dict
 from isaerft_sweep.specs import Experiment
 
-MARKS = {GOOD: "[green]ok     [/]", WARNING: "[yellow]warning[/]", BAD: "[red]BAD    [/]"}
+MARKS = {GOOD: ("ok     ", "green"), WARNING: ("warning", "yellow"), BAD: ("BAD    ", "red")}
+"""What a line begins with, and its colour."""
 SKEW_S = 30.0
 SHORT_GRACE_S = 15
 
@@ -44,7 +46,7 @@ def diagnose(console: Console, experiment: Experiment, wait_s: float) -> int:
 def show(console: Console, findings: list[Finding]) -> list[Finding]:
     """Print findings as they come."""
     for found in findings:
-        console.print(f"{MARKS[found.state]}  [bold]{found.what}[/]: ", end="")
+        console.print(Text.assemble(MARKS[found.state], "  ", (found.what, "bold"), ": "), end="")
         console.print(found.words, soft_wrap=True, markup=False, highlight=False)
         if found.state != GOOD and found.remedy:
             console.print(f"         {found.remedy}", soft_wrap=True, markup=False, highlight=False)
