@@ -21,7 +21,7 @@ from helpers.serve_client import Client
 from helpers.serving import BIN, Serving, free_port
 from helpers.waiting import wait_for
 
-from isaerft_sweep.serve import bodies, connections, cost
+from isaerft_sweep.serve import bodies, connections, query_cost
 
 # -- what a query may cost
 
@@ -87,14 +87,14 @@ def test_what_clients_ask_for_is_not_too_much(many: Client, monkeypatch: pytest.
         if not runs["pageInfo"]["hasNextPage"]:
             break
     assert names == [f"r{i}" for i in reversed(range(250))], "in pages, and all of them"
-    monkeypatch.setattr(cost, "LIMIT", 2000)
+    monkeypatch.setattr(query_cost, "LIMIT", 2000)
     many.begin("long")
     many.stream("long", [{"_step": step, "loss": 1.0} for step in range(1500)])
     assert len(many.run("long")["history"]) == 1500
     sampled = (
         'query H($s: JSONString!) { project(name: "p") { run(name: "long") { sampledHistory(specs: [$s]) historyKeys } } }'
     )
-    monkeypatch.setattr(cost, "LIMIT", 700)
+    monkeypatch.setattr(query_cost, "LIMIT", 700)
     (rows,) = many.get(sampled, s=json.dumps({"keys": ["_step", "loss"]}))["project"]["run"]["sampledHistory"]
     assert len(rows) == 500, "however long the run is"
 

@@ -9,7 +9,7 @@ from isaerft_sweep.controller.controller_info import controller_alive, last_cont
 from isaerft_sweep.controller.live_view import LiveView
 from isaerft_sweep.controller.logs import find_record
 from isaerft_sweep.controller.loop import SweepController
-from isaerft_sweep.controller.run_sweep import INTERRUPTED, disk_errors_named, make_dispatcher
+from isaerft_sweep.controller.run_sweep import INTERRUPTED, closed_in_the_end, disk_errors_named, make_dispatcher
 from isaerft_sweep.controller.session import read_experiment
 from isaerft_sweep.controller.stop_signal import StopRequest
 from isaerft_sweep.controller.trial_factory import TrialFactory
@@ -77,10 +77,8 @@ def _run(experiment: Experiment, folder: SweepFolder, record: TrialRecord) -> in
                 journal, FixedPoints([]), factory, dispatcher, experiment.launcher, 0, view, lambda: stop.urgency
             )
             controller.waiting = [waits for waits in controller.waiting if waits.index == record.index]
-            try:
+            with closed_in_the_end(dispatcher):
                 controller.run()
-            finally:
-                dispatcher.close()
         state = journal.record.trials[record.index].state
     finally:
         journal.close()

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import regex
 
-from isaerft_sweep.serve import cost
+from isaerft_sweep.serve import query_cost
 from isaerft_sweep.serve.checks import RequestError
 from isaerft_sweep.serve.runs import ServedRun
 from isaerft_sweep.tracking.metric_names import number_at, value_at
@@ -188,7 +188,7 @@ def select(runs: Sequence[ServedRun], filters: str | None, order: str | None) ->
     wanted = read_filter(filters)
     if order and len(order) > LONGEST_ORDER:
         raise RequestError(f"order may have at most {LONGEST_ORDER} letters but got {len(order)}.")
-    cost.spend(len(runs) * (1 + (filters or "").count(":")) // cost.LOOKS)
+    query_cost.spend(len(runs) * (1 + (filters or "").count(":")) // query_cost.LOOKS)
     found = [run for run in runs if matches(partial(field_of, run), wanted)]
     for part in reversed(_parts(order or "+created_at")):
         name = part.lstrip("+-")

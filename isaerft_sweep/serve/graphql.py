@@ -26,7 +26,7 @@ from graphql import (
 
 from isaerft_sweep.errors import IsaerftError
 from isaerft_sweep.paths import asset
-from isaerft_sweep.serve import artifact_changes, cost
+from isaerft_sweep.serve import artifact_changes, query_cost
 from isaerft_sweep.serve.answers import UNFORESEEN
 from isaerft_sweep.serve.caller import Caller, global_id, parse_id
 from isaerft_sweep.serve.checks import RequestError, disk_refused, json_object
@@ -82,7 +82,7 @@ def answer(caller: Caller, query: str, variables: Mapping[str, Any], operation: 
         return {"data": None, "errors": [error.formatted for error in document]}
     items = itertools.count()
     values = without_nulls(variables, items)
-    with cost.limited(next(items)):
+    with query_cost.limited(next(items)):
         result = execute_sync(
             schema(),
             document,
@@ -144,7 +144,7 @@ def snake(name: str) -> str:
 
 def counted(resolver: Callable[..., Any], source: Any, info: Any, **args: Any) -> Any:
     """Every field has its price, those of the schema's own description too."""
-    cost.spend(cost.FIELD)
+    query_cost.spend(query_cost.FIELD)
     return resolver(source, info, **args)
 
 

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from isaerft_sweep.serve import artifact_changes, artifacts, cost
+from isaerft_sweep.serve import artifact_changes, artifacts, query_cost
 from isaerft_sweep.serve import runs as states
 from isaerft_sweep.serve.agent_registry import ServedAgent
 from isaerft_sweep.serve.artifacts import MANIFEST, Collection, collection_of
@@ -460,7 +460,7 @@ class RunView:
 
     @property
     def history_keys(self) -> Any:
-        cost.spend_reading(self.run.lines[HISTORY] - self.run.counted)
+        query_cost.spend_reading(self.run.lines[HISTORY] - self.run.counted)
         last = json.loads(self.run.last[HISTORY]) if HISTORY in self.run.last else {}
         step = float(last["_step"]) if is_number(last.get("_step")) else self.run.lines[HISTORY] - 1.0
         kinds = {
@@ -473,20 +473,20 @@ class RunView:
         found = []
         for text in specs:
             found.append(self._sampled(HistorySpec.read(text)))
-            cost.spend(len(found[-1]) * cost.ROW)
+            query_cost.spend(len(found[-1]) * query_cost.ROW)
         return found
 
     def _sampled(self, spec: HistorySpec) -> list[Any]:
-        cost.spend_reading(self.run.lines[HISTORY])
+        query_cost.spend_reading(self.run.lines[HISTORY])
         rows = list(self.run.steps(spec.low, spec.high))
-        cost.spend(cost.FIELD + len(rows) * max(0, len(spec.keys) - FEW) // cost.LOOKS)
+        query_cost.spend(query_cost.FIELD + len(rows) * max(0, len(spec.keys) - FEW) // query_cost.LOOKS)
         if spec.keys:
             wanted = ({key: value_at(row, key, MISSING) for key in spec.keys} for row in rows)
             rows = [row for row in wanted if MISSING not in row.values()]
         return thinned(rows, spec.samples)
 
     def history(self, min_step: Any = None, max_step: Any = None, samples: int | None = None) -> list[str]:
-        cost.spend_reading(self.run.lines[HISTORY])
+        query_cost.spend_reading(self.run.lines[HISTORY])
         if min_step is None and max_step is None:
             return _sent(thinned(self.run.rows(), samples or SAMPLES))
         low, high = whole_number("minStep", min_step), whole_number("maxStep", max_step)
@@ -494,7 +494,7 @@ class RunView:
         return _sent([json.dumps(row) for row in itertools.islice(inside, samples or None)])
 
     def events(self, samples: int | None = None) -> list[str]:
-        cost.spend_reading(self.run.lines[EVENTS])
+        query_cost.spend_reading(self.run.lines[EVENTS])
         return _sent(thinned(self.run.rows(EVENTS), samples or SAMPLES))
 
     def parquet_history(self, live_keys: list[str]) -> Any:
@@ -607,7 +607,7 @@ class FileView:
 
 
 def _sent(rows: list[str]) -> list[str]:
-    cost.spend(len(rows) * cost.ROW)
+    query_cost.spend(len(rows) * query_cost.ROW)
     return rows
 
 
