@@ -36,7 +36,8 @@ import psutil
 
 from isaerft_sweep.controller.monitor import SweepMonitor
 from isaerft_sweep.dispatch.job import importing
-from isaerft_sweep.journal.layout import COMPLETED, RUNNING, SweepFolder, TrialFolder
+from isaerft_sweep.journal.layout import SweepFolder, TrialFolder
+from isaerft_sweep.journal.states import TrialState
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from helpers.slurm_bed import Bed, running_bed, why_not
@@ -152,7 +153,7 @@ def end(pid: int, number: int) -> bool:
 def working(folder: SweepFolder) -> list[int]:
     """The processes that run the sweep's trials now."""
     said = [TrialFolder(path).read_status() for path in folder.path.glob("trials/*")]
-    return sorted({s["pid"] for s in said if s.get("state") == RUNNING and psutil.pid_exists(s["pid"])})
+    return sorted({s["pid"] for s in said if s.get("state") == TrialState.RUNNING and psutil.pid_exists(s["pid"])})
 
 
 def run_disturbed(chaos: Chaos, folder: SweepFolder, launcher: str, deadline: float) -> None:
@@ -187,11 +188,11 @@ def wait(process: subprocess.Popen[bytes], seconds: float) -> None:
 def judge(folder: SweepFolder, alone: Path) -> Counter[str]:
     """How many of a sweep's trials are lost, doubled and unequal."""
     seen, found = SweepMonitor(folder.path), Counter(trials=TRIALS)
-    found["lost"] = TRIALS - sum(record.state == COMPLETED for record in seen.records)
+    found["lost"] = TRIALS - sum(record.state == TrialState.COMPLETED for record in seen.records)
     lines = [json.loads(line) for line in folder.journal.read_text(encoding="utf-8").splitlines()]
-    ends = Counter(line["index"] for line in lines if line["event"] == "end" and line["state"] == COMPLETED)
+    ends = Counter(line["index"] for line in lines if line["event"] == "end" and line["state"] == TrialState.COMPLETED)
     for record in seen.records:
-        if record.state != COMPLETED:
+        if record.state != TrialState.COMPLETED:
             continue
         trial = folder.trial(record.name)
         steps = [row["step"] for row in trial.read_metrics() if "train/loss" in row]

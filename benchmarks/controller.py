@@ -21,13 +21,16 @@ from rich.table import Table
 
 from isaerft_sweep.config.boundary import to_definition, to_experiment
 from isaerft_sweep.config.schema import register
+from isaerft_sweep.controller.build import make_sampler, make_state
 from isaerft_sweep.controller.loop import Silent, SweepController
-from isaerft_sweep.controller.run_sweep import make_sampler
 from isaerft_sweep.controller.sweep_identity import open_journal, sweep_fingerprint, sweep_folder
 from isaerft_sweep.controller.trial_factory import TrialFactory, new_sweep_id
-from isaerft_sweep.dispatch.base import Dispatcher, JobRef
+from isaerft_sweep.dispatch.base import Dispatcher
 from isaerft_sweep.dispatch.job import TrialJob
-from isaerft_sweep.journal.layout import COMPLETED, StatusWriter, TrialFolder
+from isaerft_sweep.journal.job_refs import LocalJob
+from isaerft_sweep.journal.layout import TrialFolder
+from isaerft_sweep.journal.states import TrialState
+from isaerft_sweep.journal.status_writer import StatusWriter
 from isaerft_sweep.paths import folder
 
 
@@ -37,21 +40,21 @@ class InstantDispatcher(Dispatcher):
     slots = 8
     threads = None
 
-    def submit_all(self, jobs: Sequence[TrialJob]) -> list[JobRef]:
+    def submit_all(self, jobs: Sequence[TrialJob]) -> list[LocalJob]:
         return [self._start(job) for job in jobs]
 
-    def _start(self, job: TrialJob) -> JobRef:
-        StatusWriter(TrialFolder(Path(job.folder)), job.attempt).write(COMPLETED, {"metric": 0.5, "ended": time.time()})
-        return {"kind": "instant"}
+    def _start(self, job: TrialJob) -> LocalJob:
+        StatusWriter(TrialFolder(Path(job.folder)), job.attempt).write(TrialState.COMPLETED, metric=0.5, ended=time.time())
+        return LocalJob(1)
 
-    def alive(self, refs: Iterable[JobRef]) -> list[bool]:
+    def alive(self, refs: Iterable[LocalJob]) -> list[bool]:
         return [False for _ in refs]
 
-    def cancel(self, refs: Sequence[JobRef]) -> None: ...
+    def cancel(self, refs: Sequence[LocalJob]) -> None: ...
 
-    def kill(self, refs: Sequence[JobRef]) -> None: ...
+    def kill(self, refs: Sequence[LocalJob]) -> None: ...
 
-    def log_tail(self, ref: JobRef, lines: int = 8) -> str:
+    def log_tail(self, ref: LocalJob, lines: int = 8) -> str:
         return ""
 
 
@@ -69,14 +72,14 @@ def measure(trials: int, method: str, output: str) -> tuple[float, float]:
     sampler = make_sampler(experiment, definition)
     sampler.ask()  # scipy's and Optuna's import are paid once, not per trial
     sampler = make_sampler(experiment, definition)
-    controller = SweepController(
-        journal, sampler, factory, InstantDispatcher(), experiment.launcher, trials, Silent(), lambda: 0
-    )
+    state = make_state(journal, sampler, factory, trials)
+    state.restore()
+    controller = SweepController(state, where, InstantDispatcher(), experiment.launcher, Silent(), lambda: 0)
     cpu, wall = time.process_time(), time.perf_counter()
     controller.run()
     spent = time.process_time() - cpu, time.perf_counter() - wall
     journal.close()
-    assert sum(r.state == COMPLETED for r in journal.record.trials.values()) == trials
+    assert sum(r.state == TrialState.COMPLETED for r in journal.record.trials.values()) == trials
     return spent[0] / trials * 1e3, spent[1] / trials * 1e3
 
 

@@ -28,13 +28,16 @@ from rich.table import Table
 
 from isaerft_sweep.config.boundary import to_definition, to_experiment
 from isaerft_sweep.config.schema import register
+from isaerft_sweep.controller.build import make_sampler, make_state
 from isaerft_sweep.controller.loop import Silent, SweepController
-from isaerft_sweep.controller.run_sweep import make_sampler
 from isaerft_sweep.controller.sweep_identity import open_journal, sweep_folder
 from isaerft_sweep.controller.trial_factory import TrialFactory
-from isaerft_sweep.dispatch.base import Dispatcher, JobRef, SchedulerUnavailable
+from isaerft_sweep.dispatch.base import Dispatcher, SchedulerUnavailable
 from isaerft_sweep.dispatch.job import Job, TrialJob
-from isaerft_sweep.journal.layout import COMPLETED, StatusWriter, TrialFolder
+from isaerft_sweep.journal.job_refs import LocalJob
+from isaerft_sweep.journal.layout import TrialFolder
+from isaerft_sweep.journal.states import TrialState
+from isaerft_sweep.journal.status_writer import StatusWriter
 from isaerft_sweep.paths import folder
 
 MEASURED_S = (30, 28, 53, 53, 59, 27, 28, 28)
@@ -66,13 +69,13 @@ class SimulatedWorkers(Dispatcher):
         """Seconds since the start: the controller's real time, without this stand-in's own, and its sleeps."""
         return time.perf_counter() - self.started - self.own_s + self.polls * self.poll_s
 
-    def submit_all(self, jobs: Sequence[Job]) -> list[JobRef]:
+    def submit_all(self, jobs: Sequence[Job]) -> list[LocalJob]:
         if self.number and self.random.random() < REFUSALS:
             self.refused += 1
             raise SchedulerUnavailable("the queue is full")
         return [self._start(job) for job in jobs]
 
-    def _start(self, job: Job) -> JobRef:
+    def _start(self, job: Job) -> LocalJob:
         assert isinstance(job, TrialJob)
         now = self.now()
         if self.number >= self.slots:  # the first trials of all workers start together, before anybody could be faster
@@ -84,15 +87,15 @@ class SimulatedWorkers(Dispatcher):
         self.number += 1
         self.busy_s += duration
         self.running[self.number] = (now + duration, job)
-        return {"number": self.number}
+        return LocalJob(self.number)
 
-    def alive(self, refs: Iterable[JobRef]) -> list[bool]:
+    def alive(self, refs: Iterable[LocalJob]) -> list[bool]:
         self.polls += 1
         if not self.killed and len(self.runs) >= self.kill_after:
             self.killed += 1
             raise Killed
         now, begun = self.now(), time.perf_counter()
-        found = [self._alive(ref["number"], now) for ref in refs]
+        found = [self._alive(ref.pid, now) for ref in refs]
         self.own_s += time.perf_counter() - begun
         return found
 
@@ -104,14 +107,16 @@ class SimulatedWorkers(Dispatcher):
         heapq.heappush(self.free, end)
         if self.random.random() >= DEATHS:
             self.runs[job.folder] += 1
-            StatusWriter(TrialFolder(Path(job.folder)), job.attempt).write(COMPLETED, {"metric": 0.5, "ended": time.time()})
+            StatusWriter(TrialFolder(Path(job.folder)), job.attempt).write(
+                TrialState.COMPLETED, metric=0.5, ended=time.time()
+            )
         return False
 
-    def cancel(self, refs: Sequence[JobRef]) -> None: ...
+    def cancel(self, refs: Sequence[LocalJob]) -> None: ...
 
-    def kill(self, refs: Sequence[JobRef]) -> None: ...
+    def kill(self, refs: Sequence[LocalJob]) -> None: ...
 
-    def log_tail(self, ref: JobRef, lines: int = 8) -> str:
+    def log_tail(self, ref: LocalJob, lines: int = 8) -> str:
         return ""
 
 
@@ -133,7 +138,9 @@ def simulate(trials: int, workers: int, median_s: float, output: str) -> dict[st
     while True:
         sampler = make_sampler(experiment, definition)
         try:
-            SweepController(journal, sampler, factory, pool, experiment.launcher, trials, Silent(), lambda: 0).run()
+            state = make_state(journal, sampler, factory, trials)
+            state.restore()
+            SweepController(state, where, pool, experiment.launcher, Silent(), lambda: 0).run()
             break
         except Killed:
             journal.close()
@@ -144,8 +151,8 @@ def simulate(trials: int, workers: int, median_s: float, output: str) -> dict[st
     return {
         "idle": pool.idle_s / (pool.idle_s + pool.busy_s),
         "hours": pool.now() / 3600,
-        "completed": states[COMPLETED],
-        "lost": trials - states[COMPLETED] - sum(r.given_up for r in journal.record.trials.values()),
+        "completed": states[TrialState.COMPLETED],
+        "lost": trials - states[TrialState.COMPLETED] - sum(r.given_up for r in journal.record.trials.values()),
         "doubled": sum(count > 1 for count in pool.runs.values()),
         "deaths": pool.number - sum(pool.runs.values()),
         "refused": pool.refused,

@@ -109,8 +109,8 @@ def make_trial(experiment: Any, folder: Path, sweep: str) -> Any:
 
 def metrics_of(trial: Any) -> dict[str, float]:
     """What a trial that has completed found."""
-    assert trial.read_status()["state"] == "completed", trial.read_status()
-    metrics = trial.read_status()["metrics"]
+    assert trial.read_status().state == "completed", trial.read_status()
+    metrics = trial.read_status().metrics
     tokens = metrics["train/num_tokens"]
     return {"log_odds": metrics["eval/log_odds_chosen"], "nll": metrics["eval/nll_loss"], "tokens": tokens}
 
@@ -154,7 +154,7 @@ def run_sweep(rates: list[str], overrides: list[str], folder: Path) -> list[dict
     from isaerft_sweep.journal.layout import COMPLETED, TrialFolder
 
     trials = [TrialFolder(path) for path in sorted((folder / "s" / "trials").iterdir())]
-    completed = [metrics_of(trial) for trial in trials if trial.read_status()["state"] == COMPLETED]
+    completed = [metrics_of(trial) for trial in trials if trial.read_status().state == COMPLETED]
     return [{**found, "tokens": 0} for found in completed]  # what the others were trained on is not known
 
 

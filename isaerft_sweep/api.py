@@ -166,7 +166,8 @@ def run(overrides: Sequence[str] = ()) -> Sweep:
     """
     from isaerft_sweep.config.boundary import to_definition
     from isaerft_sweep.config.compose import compose
-    from isaerft_sweep.controller.run_sweep import INTERRUPTED, run_sweep
+    from isaerft_sweep.controller.run_controller import INTERRUPTED
+    from isaerft_sweep.controller.run_sweep import run_sweep
     from isaerft_sweep.controller.sweep_identity import sweep_folder
 
     experiment = compose(overrides)

@@ -135,7 +135,7 @@ def test_the_exit_code_tells_how_the_trial_ended(state: str, given_up: bool, cod
     assert agent.exit_code(folder) == 130, "it never began"
     journal = Journal(folder)
     journal.write("trial", index=0, name="a", run_id="a", params={}, unit={})
-    journal.write("dispatch", index=0, attempt=1, job={})
+    journal.write("dispatch", index=0, attempt=1, job={"kind": "local", "pid": 1})
     journal.write("end", index=0, state=state, metric=None, message="", seconds=1.0, given_up=given_up)
     journal.close()
     assert agent.exit_code(folder) == code
@@ -156,7 +156,7 @@ def test_a_run_that_another_process_still_runs_is_followed(
 
     begun: list[SweepFolder] = []
     monkeypatch.setattr(agent, "follow", follow)
-    monkeypatch.setattr(agent, "run_trials", lambda *args, **_: begun.append(args[3]))
+    monkeypatch.setattr(agent, "run_trials", lambda run, **_: begun.append(run.folder))
     assert agent.run_for_agent(composed, (), {**AGENT, "WANDB_RUN_ID": "run1"}) == 130
     assert followed == [tmp_path / "sweep123" / "run1"] and [f.path for f in begun] == followed
 

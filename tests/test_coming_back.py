@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -21,7 +22,7 @@ from test_slurm_commands import Site, site  # noqa: F401  (a fixture)
 from test_slurm_templates import TEMPLATES, sbatch
 from test_sweep import ended_states, start, stepping
 
-from isaerft_sweep.controller.run_sweep import closed_in_the_end, disk_errors_named
+from isaerft_sweep.controller.run_controller import closed_in_the_end, disk_errors_named
 from isaerft_sweep.controller.session import has_begun, read_experiment
 from isaerft_sweep.controller.static_array import argument, running_arrays
 from isaerft_sweep.controller.stop_signal import StopRequest, ask_to_stop, process_began
@@ -127,11 +128,12 @@ def test_jobs_of_another_launcher_are_not_taken_for_ones_own(launch: Callable, t
     assert ended.returncode == 0 and processes_of(tmp_path) == [], ended.stderr
 
 
-def test_a_trial_that_was_given_up_among_others_is_told(tmp_path: Path) -> None:
+def test_a_trial_that_was_given_up_among_others_is_told(experiment: Any, tmp_path: Path) -> None:
     from rich.console import Console
 
-    from isaerft_sweep.controller.run_sweep import conclude
+    from isaerft_sweep.controller.run_sweep import SweepRun, conclude
     from isaerft_sweep.journal.journal import Journal
+    from isaerft_sweep.search.sampler import FixedPoints
 
     folder = SweepFolder(tmp_path / "s")
     journal = Journal(folder)
@@ -142,7 +144,8 @@ def test_a_trial_that_was_given_up_among_others_is_told(tmp_path: Path) -> None:
         journal.write("end", index=i, state=state, given_up=state == "failed", **facts)
     console = Console(record=True, width=200)
     definition = SweepDefinition("random", Metric("eval/loss", "minimize"), {})
-    assert conclude(console, folder, journal, 2, stopped=False, show=False, definition=definition) == 1
+    run = SweepRun(experiment(*TINY), definition, FixedPoints([]), folder)
+    assert conclude(run, console, journal, 2, stopped=False, show=False) == 1
     said = console.export_text()
     assert "Trial 2 was given up. The same command tries it again" in said
     journal.close()
@@ -159,7 +162,9 @@ def test_when_a_controller_in_the_background_can_be_left(tmp_path: Path) -> None
     begun = folder.journal.stat().st_size
     assert not has_begun(folder, 0, time.time()), "a trial is made, and the queue may still refuse it"
     with folder.journal.open("a") as file:
-        file.write(json.dumps({"event": "dispatch", "index": 0, "attempt": 1, "job": {"kind": "local"}}) + '\n{"torn')
+        file.write(
+            json.dumps({"event": "dispatch", "index": 0, "attempt": 1, "job": {"kind": "local", "pid": 1}}) + '\n{"torn'
+        )
     assert has_begun(folder, begun, time.time())
     whole = len(folder.journal.read_bytes().rpartition(b'{"torn')[0])
     assert not has_begun(folder, whole, time.time()) and has_begun(folder, whole, time.time() - 30), "it adopts that one"

@@ -25,7 +25,7 @@ def replayed(spans: list[tuple[str, float, float]]) -> SweepRecord:
     """A journal of trials that ran on a worker from a moment, for some seconds."""
     record = SweepRecord()
     for i, (worker, start, seconds) in enumerate(spans):
-        job = {"kind": "resident", "worker": worker, "task": i, "job": {}}
+        job = {"kind": "resident", "worker": worker, "task": i, "job": {"kind": "local", "pid": 1}}
         end = {"state": "completed", "metric": 1.0, "message": "", "given_up": False}
         record.apply({"event": "trial", "index": i, "name": f"t{i}", "run_id": f"r{i}", "params": {}, "unit": {}})
         record.apply({"event": "dispatch", "index": i, "attempt": 1, "job": job})
@@ -55,7 +55,7 @@ def test_a_plan_learns_from_earlier_sweeps(experiment: Any, tmp_path: Path) -> N
     folder = SweepFolder(tmp_path / "earlier")
     journal = Journal(folder)
     for i in range(3):
-        job = {"kind": "resident", "worker": "w", "task": i, "job": {}}
+        job = {"kind": "resident", "worker": "w", "task": i, "job": {"kind": "local", "pid": 1}}
         journal.write("trial", index=i, name=f"t{i}", run_id=f"r{i}", params={}, unit={})
         journal.write("dispatch", index=i, attempt=1, job=job)
     for i in range(3):

@@ -11,19 +11,23 @@ from typing import Any
 import pytest
 from conftest import TINY, events
 
+from isaerft_sweep.controller.build import make_state
 from isaerft_sweep.controller.loop import SweepController
 from isaerft_sweep.controller.trial_factory import TrialFactory
-from isaerft_sweep.dispatch.base import Dispatcher, JobExit, JobRef, SchedulerUnavailable
+from isaerft_sweep.dispatch.base import Dispatcher, JobExit, SchedulerUnavailable
 from isaerft_sweep.dispatch.job import TrialJob
 from isaerft_sweep.errors import LaunchError
+from isaerft_sweep.journal.job_refs import LocalJob
 from isaerft_sweep.journal.journal import Journal
-from isaerft_sweep.journal.layout import COMPLETED, RUNNING, STOPPED, StatusWriter, SweepFolder, TrialFolder
+from isaerft_sweep.journal.layout import SweepFolder, TrialFolder
+from isaerft_sweep.journal.states import TrialState
+from isaerft_sweep.journal.status_writer import StatusWriter
 from isaerft_sweep.search.sampler import FixedPoints, Point
 from isaerft_sweep.search.sweep_file import Metric, SweepDefinition
 from isaerft_sweep.specs import Experiment
 
 SITE, PERSON, TRIAL = JobExit("SLURM: PREEMPTED", "site"), JobExit("SLURM: CANCELLED", "person"), JobExit("SLURM: FAILED")
-DONE = (COMPLETED, 0, TRIAL)
+DONE = (TrialState.COMPLETED, 0, TRIAL)
 UNBEGUN, SILENT = "unbegun", "silent"
 """States of an attempt that its worker gave back, and of one that died before it said a word."""
 
@@ -40,14 +44,14 @@ class StandInCluster(Dispatcher):
         self.asked: list[int] = []
         self.times: list[float] = []
 
-    def submit_all(self, jobs: Sequence[Any]) -> list[JobRef]:
+    def submit_all(self, jobs: Sequence[Any]) -> list[LocalJob]:
         self.asked.append(len(jobs))
         taken = self.takes.pop(0) if self.takes else len(jobs)
         if isinstance(taken, Exception):
             raise taken
         return [self._run(job) for job in jobs[:taken]]
 
-    def _run(self, job: TrialJob) -> JobRef:
+    def _run(self, job: TrialJob) -> LocalJob:
         folder = TrialFolder(Path(job.folder))
         started = len(
             [
@@ -59,26 +63,26 @@ class StandInCluster(Dispatcher):
         state, checkpoint, _ = self.script[min(started, len(self.script) - 1)]
         self.times.append(time.monotonic())
         if state == SILENT:
-            return {"number": started}
+            return LocalJob(started)
         writer = StatusWriter(folder, job.attempt)
         if state == UNBEGUN:
-            writer.write(STOPPED, {"begun": False, "message": "its worker ended before it began"})
-            return {"number": started}
-        facts = {"metric": 0.5, "ended": time.time()} if state == COMPLETED else {}
-        writer.write(state, {"checkpoint": checkpoint, **facts})
-        return {"number": started}
+            writer.write(TrialState.STOPPED, begun=False, message="its worker ended before it began")
+            return LocalJob(started)
+        facts = {"metric": 0.5, "ended": time.time()} if state == TrialState.COMPLETED else {}
+        writer.write(state, checkpoint=checkpoint, **facts)
+        return LocalJob(started)
 
-    def alive(self, refs: Iterable[JobRef]) -> list[bool]:
+    def alive(self, refs: Iterable[LocalJob]) -> list[bool]:
         return [False for _ in refs]
 
-    def job_exit(self, ref: JobRef) -> JobExit:
-        return self.script[min(ref["number"], len(self.script) - 1)][2]
+    def job_exit(self, ref: LocalJob) -> JobExit:
+        return self.script[min(ref.pid, len(self.script) - 1)][2]
 
-    def cancel(self, refs: Sequence[JobRef]) -> None: ...
+    def cancel(self, refs: Sequence[LocalJob]) -> None: ...
 
-    def kill(self, refs: Sequence[JobRef]) -> None: ...
+    def kill(self, refs: Sequence[LocalJob]) -> None: ...
 
-    def log_tail(self, ref: JobRef, lines: int = 8) -> str:
+    def log_tail(self, ref: LocalJob, lines: int = 8) -> str:
         return "its last line"
 
 
@@ -106,7 +110,9 @@ def run(experiment: Callable[..., Experiment], tmp_path: Path) -> Callable[..., 
         definition = SweepDefinition("given points", Metric("eval/loss", "minimize"), {})
         points = FixedPoints([Point({"orpo.beta": 0.1 * (i + 1)}) for i in range(trials)])
         factory = TrialFactory(composed, definition, folder, "s", None)
-        SweepController(journal, points, factory, cluster, composed.launcher, trials, view, lambda: 0).run()
+        state = make_state(journal, points, factory, trials)
+        state.restore()
+        SweepController(state, folder, cluster, composed.launcher, view, lambda: 0).run()
         journal.close()
         return [e for e in events(folder.path) if e["event"] == "end"], view
 
@@ -117,20 +123,23 @@ def run(experiment: Callable[..., Experiment], tmp_path: Path) -> Callable[..., 
     ("script", "states"),
     [
         # by the site, further each time: as often as it likes
-        ([(RUNNING, n, SITE) for n in (5, 10, 15, 20, 25)] + [DONE], ["stopped"] * 5 + ["completed"]),
-        ([(STOPPED, n, SITE) for n in (5, 10, 15)] + [DONE], ["stopped"] * 3 + ["completed"]),
+        ([(TrialState.RUNNING, n, SITE) for n in (5, 10, 15, 20, 25)] + [DONE], ["stopped"] * 5 + ["completed"]),
+        ([(TrialState.STOPPED, n, SITE) for n in (5, 10, 15)] + [DONE], ["stopped"] * 3 + ["completed"]),
         # in order, and nobody knows by whom
-        ([(STOPPED, 5, TRIAL), (STOPPED, 9, TRIAL), DONE], ["stopped", "stopped", "completed"]),
+        ([(TrialState.STOPPED, 5, TRIAL), (TrialState.STOPPED, 9, TRIAL), DONE], ["stopped", "stopped", "completed"]),
         # never any further: jobs that are too short must not go on for ever
-        ([(RUNNING, 5, SITE), (RUNNING, 5, SITE), (RUNNING, 5, SITE)], ["stopped", "failed", "failed"]),
-        ([(STOPPED, 0, SITE)], ["failed", "failed"]),
+        (
+            [(TrialState.RUNNING, 5, SITE), (TrialState.RUNNING, 5, SITE), (TrialState.RUNNING, 5, SITE)],
+            ["stopped", "failed", "failed"],
+        ),
+        ([(TrialState.STOPPED, 0, SITE)], ["failed", "failed"]),
         # never begun, since its worker ended for another trial's sake: nobody's fault, however often
         ([(UNBEGUN, 0, TRIAL)] * 4 + [DONE], ["stopped"] * 4 + ["completed"]),
         # by a person: counted, whatever it has reached
-        ([(STOPPED, 5, PERSON), (STOPPED, 10, PERSON)], ["failed", "failed"]),
+        ([(TrialState.STOPPED, 5, PERSON), (TrialState.STOPPED, 10, PERSON)], ["failed", "failed"]),
         # of its own
-        ([(RUNNING, 5, TRIAL), (RUNNING, 10, TRIAL)], ["failed", "failed"]),
-        ([(RUNNING, 5, TRIAL), DONE], ["failed", "completed"]),
+        ([(TrialState.RUNNING, 5, TRIAL), (TrialState.RUNNING, 10, TRIAL)], ["failed", "failed"]),
+        ([(TrialState.RUNNING, 5, TRIAL), DONE], ["failed", "completed"]),
     ],
 )
 def test_who_ended_an_attempt_and_whether_it_got_further(
@@ -182,9 +191,11 @@ def test_a_deleted_folder_costs_its_own_trial_alone(experiment: Callable[..., Ex
     journal.write("sweep", sweep_id="s", question="q", metric="eval/loss", goal="minimize")
     definition = SweepDefinition("given points", Metric("eval/loss", "minimize"), {})
     factory = TrialFactory(composed, definition, folder, "s", None)
-    lost = factory.add(journal, points.points[0])
-    shutil.rmtree(folder.trial(lost.name).path)
-    SweepController(journal, points, factory, StandInCluster([DONE]), composed.launcher, 2, Notes(), lambda: 0).run()
+    make_state(journal, FixedPoints(points.points[:1]), factory, 2).make_all()
+    shutil.rmtree(folder.trial(journal.record.trials[0].name).path)
+    state = make_state(journal, points, factory, 2)
+    state.restore()
+    SweepController(state, folder, StandInCluster([DONE]), composed.launcher, Notes(), lambda: 0).run()
     journal.close()
     ends = {e["index"]: e for e in events(folder.path) if e["event"] == "end"}
     assert ends[1]["state"] == "completed" and ends[0]["given_up"] and "is not there any more" in ends[0]["message"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,19 @@ import pytest
 from conftest import TINY, events
 
 from isaerft_sweep.config.boundary import to_definition
-from isaerft_sweep.controller.early import EarlyStopping
+from isaerft_sweep.controller.build import evaluations_per_trial, make_state
+from isaerft_sweep.controller.introduction import early_words
 from isaerft_sweep.controller.loop import Silent, SweepController
-from isaerft_sweep.controller.run_sweep import early_words, evaluations_per_trial
 from isaerft_sweep.controller.trial_factory import TrialFactory
-from isaerft_sweep.dispatch.base import Dispatcher, JobRef
+from isaerft_sweep.dispatch.base import Dispatcher
 from isaerft_sweep.dispatch.job import Job, TrialJob
 from isaerft_sweep.errors import ConfigError
+from isaerft_sweep.journal.job_refs import LocalJob
 from isaerft_sweep.journal.journal import Journal
-from isaerft_sweep.journal.layout import COMPLETED, PRUNED, RUNNING, StatusWriter, SweepFolder, TrialFolder
+from isaerft_sweep.journal.layout import SweepFolder, TrialFolder
+from isaerft_sweep.journal.states import TrialState
+from isaerft_sweep.journal.status_writer import StatusWriter
+from isaerft_sweep.scheduling.early_stopping import EarlyStopping
 from isaerft_sweep.search.pruning import SuccessiveHalving
 from isaerft_sweep.search.sampler import FixedPoints, Point
 from isaerft_sweep.search.sweep_file import Metric, SweepDefinition
@@ -48,7 +53,7 @@ def test_poor_trials_are_stopped_and_keep_a_checkpoint(launch, tmp_path: Path) -
     for index in (2, 3):
         folder = TrialFolder(sweep / "trials" / names[index])
         status = folder.read_status()
-        assert status["state"] == "pruned" and 16 <= status["step"] < 160 and len(status["evaluations"]) >= 2
+        assert status.state == "pruned" and 16 <= status.step < 160 and len(status.evaluations) >= 2
         assert list(folder.checkpoints.glob("checkpoint-*/.complete")), "it can be revived"
         assert [f.name for f in folder.path.glob("wandb/wandb/offline-run-*")]
     rows = {row["trial"]: row for row in csv.DictReader((sweep / "leaderboard.csv").open())}
@@ -66,38 +71,40 @@ class Scripted(Dispatcher):
     def __init__(self, curves: dict[float, list[float]], slots: int) -> None:
         self.curves, self.slots, self.jobs = curves, slots, {}
         self.order: list[float] = []
+        self.folders: list[str] = []
 
-    def submit_all(self, jobs: Sequence[Job]) -> list[JobRef]:
+    def submit_all(self, jobs: Sequence[Job]) -> list[LocalJob]:
         return [self._start(job) for job in jobs]
 
-    def _start(self, job: Job) -> JobRef:
+    def _start(self, job: Job) -> LocalJob:
         assert isinstance(job, TrialJob)
         folder = TrialFolder(Path(job.folder))
         beta = folder.read_spec().experiment.orpo.beta
         self.order.append(beta)
-        known = len(folder.read_status().get("evaluations", ()))
+        known = len(folder.read_status().evaluations)
         self.jobs[job.folder] = [folder, StatusWriter(folder, job.attempt), beta, known]
-        return {"folder": job.folder}
+        self.folders.append(job.folder)
+        return LocalJob(len(self.folders) - 1)
 
-    def alive(self, refs: Iterable[JobRef]) -> list[bool]:
-        return [self._step(ref["folder"]) for ref in refs]
+    def alive(self, refs: Iterable[LocalJob]) -> list[bool]:
+        return [self._step(self.folders[ref.pid]) for ref in refs]
 
     def _step(self, name: str) -> bool:
         folder, writer, beta, count = self.jobs[name]
         curve = self.curves[beta]
-        if folder.stop_asked() == PRUNED or count == len(curve):
-            state = COMPLETED if count == len(curve) else PRUNED
-            writer.write(state, {"metric": curve[count - 1], "evaluations": curve[:count], "ended": 1.0})
+        if folder.stop_asked() == TrialState.PRUNED or count == len(curve):
+            state = TrialState.COMPLETED if count == len(curve) else TrialState.PRUNED
+            writer.write(state, metric=curve[count - 1], evaluations=tuple(curve[:count]), ended=time.time())
             return False
         self.jobs[name][3] = count + 1
-        writer.write(RUNNING, {"evaluations": curve[: count + 1], "metric": curve[count]})
+        writer.write(TrialState.RUNNING, evaluations=tuple(curve[: count + 1]), metric=curve[count])
         return True
 
-    def cancel(self, refs: Sequence[JobRef]) -> None: ...
+    def cancel(self, refs: Sequence[LocalJob]) -> None: ...
 
-    def kill(self, refs: Sequence[JobRef]) -> None: ...
+    def kill(self, refs: Sequence[LocalJob]) -> None: ...
 
-    def log_tail(self, ref: JobRef, lines: int = 8) -> str:
+    def log_tail(self, ref: LocalJob, lines: int = 8) -> str:
         return ""
 
 
@@ -114,7 +121,9 @@ def run(
     dispatcher = Scripted(curves, slots)
     early = EarlyStopping(SuccessiveHalving([1, 3], 3), 1, 6)
     sampler = FixedPoints([Point({"orpo.beta": beta}) for beta in curves][:trials])
-    SweepController(journal, sampler, factory, dispatcher, composed.launcher, trials, Silent(), lambda: 0, early).run()
+    state = make_state(journal, sampler, factory, trials, early)
+    state.restore()
+    SweepController(state, folder, dispatcher, composed.launcher, Silent(), lambda: 0).run()
     return dispatcher, journal
 
 
@@ -127,7 +136,7 @@ def test_a_trial_stopped_too_early_comes_back_where_it_was(experiment: Any, tmp_
     assert states[0.1] == states[0.3] == "completed" and {states[b] for b in (0.4, 0.5, 0.6)} == {"pruned"}
     assert dispatcher.order.count(0.3) == 2, "stopped once, revived once"
     trial = next(r for r in journal.record.trials.values() if r.point.params["orpo.beta"] == 0.3)
-    assert trial.attempt == 2 and len(SweepFolder(tmp_path / "s").trial(trial.name).read_status()["evaluations"]) == 6
+    assert trial.attempt == 2 and len(SweepFolder(tmp_path / "s").trial(trial.name).read_status().evaluations) == 6
     journal.close()
 
 
@@ -137,7 +146,7 @@ def test_trials_that_evaluate_together_are_judged_together(experiment: Any, tmp_
     _, journal = run(tmp_path / "s", experiment, curves, trials=4, slots=4)
     folder = SweepFolder(tmp_path / "s")
     lengths = {
-        r.point.params["orpo.beta"]: len(folder.trial(r.name).read_status()["evaluations"])
+        r.point.params["orpo.beta"]: len(folder.trial(r.name).read_status().evaluations)
         for r in journal.record.trials.values()
     }
     assert lengths == {0.1: 1, 0.2: 1, 0.3: 6, 0.4: 1}
@@ -156,13 +165,13 @@ def test_a_controller_that_comes_back_remembers_the_curves(experiment: Any, tmp_
 
 def test_a_diverged_trial_is_the_worst_one_at_every_rung() -> None:
     early = EarlyStopping(SuccessiveHalving([1, 3], 3), -1, 6)
-    early.note(0, {"state": "diverged", "evaluations": [float("nan")]})
-    early.note(1, {"state": "diverged", "evaluations": []})
+    early.note(0, [float("nan")], diverged=True)
+    early.note(1, [], diverged=True)
     assert early.curves == {0: [-math.inf] * 6, 1: [-math.inf] * 6}
-    assert not early.stops(2, {"evaluations": [3.0]}), "better than those that diverged"
-    assert early.stops(3, {"evaluations": [4.0]}) and not early.stops(3, {"evaluations": [4.0]}), "judged once"
+    assert not early.stops(2, [3.0]), "better than those that diverged"
+    assert early.stops(3, [4.0]) and not early.stops(3, [4.0]), "judged once"
     early.forget(3)
-    assert early.stops(3, {"evaluations": [4.0]}), "its worker died before it could stop: judged again"
+    assert early.stops(3, [4.0]), "its worker died before it could stop: judged again"
     assert early.revived([3]) is None
 
 

@@ -48,8 +48,8 @@ EXACT = (
     "stablelm", "granite", "cohere2", "olmo2", "recurrent_gemma", "lfm2",
 )  # fmt: skip
 """Families that must be trained, not refused."""
-USUAL = {*SEEN, "granite", "cohere2", "stablelm", "glm4", "recurrent_gemma", "lfm2"}
-"""What every run of the tests tries. ``pytest --every-family tests/test_families.py`` tries all, in half an hour."""
+USUAL = {*SEEN, "granite", "cohere2", "stablelm", "glm4", "recurrent_gemma", "lfm2", "phimoe"}
+"""What every run of the tests tries. ``pytest --every-family tests/test_families.py`` tries all, in ten minutes."""
 FOUR_LAYERS = {"num_hidden_layers": 4, "n_layer": 4, "n_layers": 4, "num_layers": 4, "decoder_layers": 4}
 
 
@@ -226,7 +226,7 @@ def test_packed_trials_of_a_mixture_of_experts(router: bool, trial: Made, tmp_pa
         worker.claim(Task(str(one.path), 1), room=None)
     worker.claim(Task(None), room=None)
     assert serve_trials(worker, trials_per_pass=2) == 2
-    assert [one.read_status()["state"] for one in both] == ["completed"] * 2
+    assert [one.read_status().state for one in both] == ["completed"] * 2
     for row, expected in zip(rows_of(both[0]), rows_of(alone), strict=True):
         assert row == pytest.approx(expected, rel=5e-4, abs=5e-5)
 

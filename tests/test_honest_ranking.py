@@ -65,7 +65,7 @@ def make_sweep(path: Path, metric: str = "eval/log_odds_chosen", trials: int = 5
         }
         metrics["eval/nll_loss"] = 2.0 - 0.1 * i
         write_json(trial.status, {"state": "completed", "attempt": 1, "metrics": metrics, "metric": metrics[metric]})
-        journal.write("dispatch", index=i, attempt=1, job={})
+        journal.write("dispatch", index=i, attempt=1, job={"kind": "local", "pid": 1})
         journal.write("end", index=i, state="completed", metric=metrics[metric], message="", seconds=10.0, given_up=False)
     journal.close()
     return folder
@@ -216,7 +216,7 @@ def test_repeats_of_a_point_are_one_candidate(tmp_path: Path) -> None:
         name = f"run-tiny-{index}"
         shutil.copytree(folder.trial("run-tiny-4").path, folder.trial(name).path)
         journal.write("trial", index=index, name=name, run_id=f"r{index}", params=params, unit={})
-        journal.write("dispatch", index=index, attempt=1, job={})
+        journal.write("dispatch", index=index, attempt=1, job={"kind": "local", "pid": 1})
         value = once.value("eval/log_odds_chosen")
         journal.write("end", index=index, state="completed", metric=value, message="", seconds=10.0, given_up=False)
     journal.close()

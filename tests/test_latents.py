@@ -31,7 +31,7 @@ def weights(folder: TrialFolder) -> torch.Tensor:
 def test_pair_scores_are_those_that_the_metrics_are_means_of(trial: Made) -> None:
     folder = trial(*OFF, "data.eval_size=8", "orpo.eval_batch_size=4", "orpo.beta=0.7")
     assert run_trial(folder, 1) == "completed"
-    found, metrics = folder.read_evaluation(), folder.read_status()["metrics"]
+    found, metrics = folder.read_evaluation(), folder.read_status().metrics
     assert found["trained"]["step"] == 4 and found["untrained"]["step"] == 0
     assert found["trained"]["pairs"] == found["untrained"]["pairs"] and len(set(found["trained"]["pairs"])) == 8
     chosen, rejected = (np.array(found["trained"][side]) for side in ("chosen", "rejected"))
@@ -49,7 +49,7 @@ def test_an_evaluation_does_not_depend_on_its_batches(lean: bool, trial: Made) -
             *OFF, "data.eval_size=7", f"orpo.eval_batch_size={size}", f"launcher.lean_logits={lean}", name=f"b{size}"
         )
         assert run_trial(folder, 1) == "completed"
-        metrics = folder.read_status()["metrics"]
+        metrics = folder.read_status().metrics
         scores = folder.read_evaluation()["trained"]
         assert len(scores["pairs"]) == 7
         for name in ("eval/log_odds_chosen", "eval/rewards/accuracies", "eval/rewards/margins", "eval/log_odds_ratio"):
@@ -77,7 +77,7 @@ def test_tokens_are_counted_also_across_a_stop(lean: bool, trial: Made, monkeypa
     folder.begin_attempt(2)
     assert run_trial(folder, 2) == "completed"
     assert folder.read_metrics()[-1]["step"] == 4
-    assert folder.read_status()["metrics"]["train/num_tokens"] == counted > 0
+    assert folder.read_status().metrics["train/num_tokens"] == counted > 0
 
 
 @pytest.mark.parametrize("trunk_gb", [0, 1])

@@ -18,7 +18,8 @@ from test_sweep import check_wandb_runs, ended_states, processes_of, start, step
 
 from isaerft_sweep.adapter.architecture import decoder_layers
 from isaerft_sweep.adapter.layer import IsaerftLayer
-from isaerft_sweep.journal.layout import PRUNED, TrialFolder
+from isaerft_sweep.journal.layout import TrialFolder
+from isaerft_sweep.journal.states import TrialState
 from isaerft_sweep.journal.worker_queue import Task, TaskProgress, WorkerFolder
 from isaerft_sweep.trial import multi_trial, worker
 from isaerft_sweep.trial.multi_trial import MultiTrialModel
@@ -128,14 +129,14 @@ def test_what_becomes_of_one_trial_leaves_the_others_alone(trial: Made, tmp_path
     fine, alone = trial(*settings, name="fine"), trial(*settings, name="alone")
     assert run_trial(alone, 1) == "completed"
     pruned = trial(*settings, "orpo.beta=0.5", name="pruned")
-    pruned.ask_to_stop(PRUNED)
+    pruned.ask_to_stop(TrialState.PRUNED)
     diverging = trial(*settings, "orpo.learning_rate=1.0e+3", "orpo.diverged_loss_factor=1.001", name="diverging")
     other_data = trial(*settings, "data.eval_size=4", name="other")
     checkpointing = trial(*settings, "orpo.gradient_checkpointing=true", name="checkpointing")
     trials = [pruned, fine, diverging, other_data, checkpointing]
     sizes: list[int] = []
     assert pack(WorkerFolder(tmp_path / "worker"), trials, 3, sizes) == 5
-    states = [t.read_status()["state"] for t in trials]
+    states = [t.read_status().state for t in trials]
     assert states == ["pruned", "completed", "diverged", "completed", "completed"]
     assert max(sizes) == 3, "those with other data, or a pass of their own kind, came afterwards"
     assert_near(fine, alone)
@@ -191,10 +192,10 @@ def test_an_error_in_a_pass_belongs_to_one_trial(
     monkeypatch.setattr(worker._Worker, "_joint_model", breaking)
     folder = WorkerFolder(tmp_path / "worker")
     assert pack(folder, [good, bad, never], 2) == 2
-    assert good.read_status()["state"] == "completed"
+    assert good.read_status().state == "completed"
     assert_near(good, alone)
-    assert bad.read_status()["state"] == "failed" and "this adapter is broken" in bad.read_status()["message"]
-    assert never.read_status()["state"] == "stopped", "handed back: the worker ends after an error"
+    assert bad.read_status().state == "failed" and "this adapter is broken" in bad.read_status().message
+    assert never.read_status().state == "stopped", "handed back: the worker ends after an error"
     assert folder.progress() == TaskProgress(3, ending=True)
 
 
@@ -207,9 +208,9 @@ def test_a_trial_that_cannot_write_leaves_the_others_of_its_pack_alone(
     (broken.log if what == "log" else broken.status).mkdir()
     folder = WorkerFolder(tmp_path / "worker")
     assert pack(folder, [fine, broken], 2) == 2
-    assert fine.read_status()["state"] == "completed"
+    assert fine.read_status().state == "completed"
     if what == "log":
-        assert "could not be used: IsADirectoryError" in broken.read_status()["message"]
+        assert "could not be used: IsADirectoryError" in broken.read_status().message
     else:
         assert "IsADirectoryError" in capfd.readouterr().err and list(broken.status.iterdir()) == []
     assert folder.progress() == TaskProgress(2, ending=True)
@@ -229,7 +230,7 @@ def test_a_pack_that_does_not_fit_into_memory_goes_in_halves(
     monkeypatch.setattr(MultiTrialModel, "forward", small)
     trials = [trial(*OFF, f"orpo.beta={i + 1}.0", name=f"t{i}") for i in range(3)]
     assert pack(WorkerFolder(tmp_path / "worker"), trials, 3) == 3
-    assert {t.read_status()["state"] for t in trials} == {"completed"}
+    assert {t.read_status().state for t in trials} == {"completed"}
 
 
 @pytest.mark.slow

@@ -18,7 +18,9 @@ from test_resident import rows_of
 from test_sweep import ended_states, start, statuses
 
 from isaerft_sweep.journal.atomic_files import _lock_of
-from isaerft_sweep.journal.layout import PRUNED, STOPPED, StatusWriter, TrialFolder
+from isaerft_sweep.journal.layout import TrialFolder
+from isaerft_sweep.journal.states import TrialState
+from isaerft_sweep.journal.status_writer import StatusWriter
 from isaerft_sweep.journal.worker_queue import Task, WorkerFolder
 from isaerft_sweep.trial import activation_cache, process_cache, runner
 from isaerft_sweep.trial.runner import run_trial
@@ -46,7 +48,7 @@ def asked_during(phase: str, folder: TrialFolder, ask: Callable[[], None], work:
     asked_s = [0.0]
 
     def wait_and_ask() -> None:
-        while not folder.read_status().get("phase", "").startswith(phase):
+        while not folder.read_status().phase.startswith(phase):
             time.sleep(0.02)
         time.sleep(0.3)
         asked_s[0] = time.monotonic()
@@ -84,8 +86,8 @@ def test_a_stop_is_heard_within_a_second_before_the_first_step(
     slow(monkeypatch, place, name, 0.4 if phase == "evaluating" else 30.0)
     ask = told(signal.SIGTERM) if how == "signal" else folder.ask_to_stop
     state, took_s = asked_during(phase, folder, ask, lambda: run_trial(folder, 1))
-    assert state == STOPPED == folder.read_status()["state"] and took_s < HEARD_S, took_s
-    assert "no step to keep" in folder.read_status()["message"]
+    assert state == TrialState.STOPPED == folder.read_status().state and took_s < HEARD_S, took_s
+    assert "no step to keep" in folder.read_status().message
     monkeypatch.undo()
     whole = trial(*OFF, "launcher.activation_cache_gb=0", name="whole")
     folder.begin_attempt(2)
@@ -102,13 +104,13 @@ def test_a_stop_is_heard_while_another_worker_computes_the_frozen_layers(trial: 
     with _lock_of(entry).open("a") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         state, took_s = asked_during("frozen layers", waits, waits.ask_to_stop, lambda: run_trial(waits, 1))
-    assert state == STOPPED and took_s < HEARD_S
+    assert state == TrialState.STOPPED and took_s < HEARD_S
 
 
 def test_a_request_for_an_early_stop_waits_for_a_checkpoint(trial: Made, tmp_path: Path) -> None:
     folder = trial(*OFF, f"launcher.scratch={tmp_path / 'scratch'}")
-    folder.ask_to_stop(PRUNED)
-    assert run_trial(folder, 1) == PRUNED
+    folder.ask_to_stop(TrialState.PRUNED)
+    assert run_trial(folder, 1) == TrialState.PRUNED
     assert list(folder.checkpoints.glob("checkpoint-1/.complete"))
 
 
@@ -128,8 +130,8 @@ def test_a_worker_that_ran_others_takes_the_blame(trial: Made, tmp_path: Path, m
 
     monkeypatch.setattr(process_cache, "stored_activations", slow_for_other)
     _, took_s = asked_during("frozen", other, told(signal.SIGTERM), lambda: serve_trials(worker))
-    assert took_s < 2 * HEARD_S and first.read_status()["state"] == "completed"
-    assert other.read_status()["state"] == STOPPED and other.read_status()["begun"] is False
+    assert took_s < 2 * HEARD_S and first.read_status().state == "completed"
+    assert other.read_status().state == TrialState.STOPPED and other.read_status().begun is False
 
 
 def test_a_long_evaluation_in_training_gets_half_the_grace(trial: Made, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,7 +150,7 @@ def test_a_long_evaluation_in_training_gets_half_the_grace(trial: Made, monkeypa
         with monkeypatch.context() as patch:
             slow(patch, TrialTrainer, "prediction_step", 0.4)
             state, took_s = asked_during("evaluating", folder, folder.ask_to_stop, lambda f=folder: run_trial(f, 1))
-        assert state == STOPPED and took_s < 4
+        assert state == TrialState.STOPPED and took_s < 4
         assert max(int(path.parent.name.split("-")[1]) for path in folder.checkpoints.glob("*/.complete")) == kept
         folder.begin_attempt(2)
         assert run_trial(folder, 2) == "completed" and rows_of(folder) == rows_of(whole)
@@ -158,15 +160,15 @@ def test_the_phases_in_their_order(trial: Made, tmp_path: Path, monkeypatch: pyt
     said: list[dict[str, Any]] = []
     write = StatusWriter.write
 
-    def noted(self: StatusWriter, state: str, facts: Any = None, *, force: bool = True) -> None:
-        said.append({**self._facts, **(facts or {})})
-        write(self, state, facts, force=force)
+    def noted(self: StatusWriter, state: TrialState, *, force: bool = True, **changes: Any) -> None:
+        write(self, state, force=force, **changes)
+        said.append({"phase": self._status.phase, **changes})
 
     monkeypatch.setattr(StatusWriter, "write", noted)
     folder = trial(*OFF, f"launcher.scratch={tmp_path / 'scratch'}")
     before = time.time()
     assert run_trial(folder, 1) == "completed"
-    words = [facts["phase"] for facts in said if "phase" in facts]
+    words = [facts["phase"] for facts in said if facts["phase"]]
     bare = list(dict.fromkeys(word.rstrip("0123456789 %") for word in words))
     assert bare == [
         "loading the model", "loading the SAE", "reading the data", "tokenising", "frozen layers", "evaluating", "training", "saving",

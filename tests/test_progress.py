@@ -11,17 +11,20 @@ import pytest
 from rich.console import Console
 
 from isaerft_sweep.controller.live_view import SHOWN_ROWS, LiveView, time_left_s, trial_left_s
+from isaerft_sweep.journal.job_refs import LocalJob, SlurmJob
 from isaerft_sweep.journal.journal import TrialRecord
 from isaerft_sweep.journal.layout import SweepFolder
+from isaerft_sweep.journal.states import TrialState
+from isaerft_sweep.journal.status import TrialStatus
 from isaerft_sweep.search.sampler import Point
 
 
 def record(index: int, state: str, **facts: Any) -> TrialRecord:
     point = Point({"orpo.learning_rate": 0.001 * (index + 1), "orpo.beta": 0.1})
-    return TrialRecord(index, f"run-{index}", f"r{index}", point, state=state, **facts)
+    return TrialRecord(index, f"run-{index}", f"r{index}", point, state=TrialState(state), **facts)
 
 
-def drawn(records: list[TrialRecord], statuses: dict[int, dict[str, Any]]) -> str:
+def drawn(records: list[TrialRecord], statuses: dict[int, TrialStatus]) -> str:
     """The live table, as a terminal gets it."""
     terminal = io.StringIO()
     console = Console(file=terminal, force_terminal=True, width=120, height=60, color_system=None)
@@ -31,7 +34,8 @@ def drawn(records: list[TrialRecord], statuses: dict[int, dict[str, Any]]) -> st
 
 
 def test_the_table_tells_state_point_step_loss_metric_and_time_left() -> None:
-    running = {"state": "running", "step": 10, "max_steps": 40, "loss": 1.25, "metric": 0.5, "started": time.time() - 100}
+    started = time.time() - 100
+    running = TrialStatus(1, TrialState.RUNNING, step=10, max_steps=40, loss=1.25, metric=0.5, started=started)
     text = drawn([record(0, "completed", metric=0.75, seconds=60.0), record(1, "queued")], {1: running})
     heads = ("#", "state", "lr", "beta", "step", "loss", "log odds", "time left")
     assert all(head in text for head in heads), text
@@ -43,13 +47,13 @@ def test_the_table_tells_state_point_step_loss_metric_and_time_left() -> None:
 def test_what_is_under_way_is_always_shown() -> None:
     """A revived trial, or an early one that takes long, among many later ones."""
     records = [record(i, "queued" if i in (0, 3) else "completed", metric=0.1) for i in range(60)]
-    text = drawn(records, {0: {"state": "running"}, 3: {"state": "running"}})
+    text = drawn(records, dict.fromkeys((0, 3), TrialStatus(1, TrialState.RUNNING)))
     numbers = [int(line.split()[0]) for line in text.splitlines() if line.split() and line.split()[0].isdecimal()]
     shown = numbers[: numbers.index(60) + 1]
     assert shown[:2] == [1, 4] and len(shown) == SHOWN_ROWS and shown[2:] == list(range(33, 61))
 
 
-def table(records: list[TrialRecord], statuses: dict[int, dict[str, Any]], folder: SweepFolder, width: int = 160) -> str:
+def table(records: list[TrialRecord], statuses: dict[int, TrialStatus], folder: SweepFolder, width: int = 160) -> str:
     terminal = io.StringIO()
     console = Console(file=terminal, force_terminal=True, width=width, height=60, color_system=None)
     with LiveView(console, "eval/log_odds_chosen", 50, folder) as view:
@@ -59,9 +63,9 @@ def table(records: list[TrialRecord], statuses: dict[int, dict[str, Any]], folde
 
 def test_the_table_tells_phase_job_node_and_log(tmp_path: Path) -> None:
     folder = SweepFolder(tmp_path)
-    job = {"kind": "local", "pid": 4711}
+    job = LocalJob(4711)
     records = [record(0, "queued", attempt=1, job=job, last_job=job), record(1, "queued", attempt=1)]
-    statuses = {0: {"state": "running", "phase": "frozen layers 43 %", "host": "node7"}}
+    statuses = {0: TrialStatus(1, TrialState.RUNNING, phase="frozen layers 43 %", host="node7")}
     text = table(records, statuses, folder)
     row = next(line for line in text.splitlines() if "frozen" in line)
     assert row.split() == ["1", "frozen", "layers", "43", "%", "1.0e-03", "0.1", "process", "4711", "node7"]
@@ -71,10 +75,10 @@ def test_the_table_tells_phase_job_node_and_log(tmp_path: Path) -> None:
     assert "node7" not in narrow and "43 %" in narrow and "…" not in narrow, "what does not fit is left out, not cut"
 
 
-def resumed(step: int, since_s: float, from_step: int) -> dict[str, Any]:
+def resumed(step: int, since_s: float, from_step: int) -> TrialStatus:
     now = time.time()
-    facts = {"state": "running", "step": step, "max_steps": 40, "started": now - 900}
-    return {**facts, "trained_since": now - since_s, "trained_from": from_step}
+    trained = {"trained_since": now - since_s, "trained_from": from_step}
+    return TrialStatus(1, TrialState.RUNNING, step=step, max_steps=40, started=now - 900, **trained)
 
 
 def test_the_time_left_counts_from_the_first_step_of_this_attempt() -> None:
@@ -83,7 +87,7 @@ def test_the_time_left_counts_from_the_first_step_of_this_attempt() -> None:
     assert trial_left_s(resumed(30, 20, 20)) == pytest.approx(20, abs=0.1), "after a resume at 20: 10 steps in 20 s"
     assert trial_left_s(resumed(20, 20, 20)) is None, "no step yet"
     assert trial_left_s(resumed(40, 40, 20)) == 0.0
-    assert trial_left_s({"state": "running", "step": 0}) is None
+    assert trial_left_s(TrialStatus(1, TrialState.RUNNING, step=0)) is None
 
 
 def test_the_sweeps_time_left_counts_all_that_is_not_done() -> None:
@@ -101,11 +105,11 @@ def test_the_sweeps_time_left_counts_all_that_is_not_done() -> None:
     assert time_left_s([record(0, "queued")], {}, 3) is None
 
 
-def plain_lines(updates: list[dict[str, Any]], trials: int, folder: SweepFolder) -> list[str]:
+def plain_lines(updates: list[TrialStatus], trials: int, folder: SweepFolder) -> list[str]:
     """What a pipe or a log gets of one trial's statuses."""
     out = io.StringIO()
     with LiveView(Console(file=out, width=200), "m", trials, folder) as view:
-        job = {"kind": "slurm", "id": "12_0"}
+        job = SlurmJob("12_0")
         records = [record(i, "queued", attempt=1, job=job, last_job=job) for i in range(trials)]
         for status in updates:
             view.update(records, {0: status})
@@ -114,7 +118,7 @@ def plain_lines(updates: list[dict[str, Any]], trials: int, folder: SweepFolder)
 
 def test_a_terminal_that_cannot_be_redrawn_hears_of_each_phase_once(tmp_path: Path) -> None:
     phases = ["loading the model", "loading the model", "frozen layers 10 %", "frozen layers 20 %", "training"]
-    said = [{"state": "running", "phase": phase, "host": "node7"} for phase in phases]
+    said = [TrialStatus(1, TrialState.RUNNING, phase=phase, host="node7") for phase in phases]
     lines = plain_lines(said, 1, SweepFolder(tmp_path))
     assert lines[0] == "trial 1/1 run-0: loading the model (job 12_0 on node7)"
     assert lines[1] == f"  its log: {tmp_path / 'jobs' / '12_0_0_log.out'}"
@@ -122,15 +126,17 @@ def test_a_terminal_that_cannot_be_redrawn_hears_of_each_phase_once(tmp_path: Pa
 
 
 def test_of_many_trials_only_what_comes_before_the_first_step_is_said(tmp_path: Path) -> None:
-    began = {"state": "running", "phase": "training", "trained_since": time.time(), "host": "n"}
-    lines = plain_lines([{"state": "running", "phase": "loading the model", "host": "n"}, began], 3, SweepFolder(tmp_path))
+    began = TrialStatus(1, TrialState.RUNNING, phase="training", trained_since=time.time(), host="n")
+    lines = plain_lines(
+        [TrialStatus(1, TrialState.RUNNING, phase="loading the model", host="n"), began], 3, SweepFolder(tmp_path)
+    )
     assert len(lines) == 2 and "loading the model" in lines[0]
 
 
 def test_a_failed_trial_names_its_log(tmp_path: Path) -> None:
     out = io.StringIO()
     with LiveView(Console(file=out, width=80), "m", 3, SweepFolder(tmp_path)) as view:
-        view.event(record(0, "failed", message="CUDA error: " + "x" * 100, last_job={"kind": "slurm", "id": "12_0"}))
+        view.event(record(0, "failed", message="CUDA error: " + "x" * 100, last_job=SlurmJob("12_0")))
     assert f"  its log: {tmp_path / 'jobs' / '12_0_0_log.out'}" in out.getvalue().splitlines()
 
 
@@ -145,4 +151,4 @@ def test_a_terminal_that_has_gone_does_not_end_the_sweep(tmp_path: Path) -> None
     with LiveView(Console(file=Gone(), width=80), "m", 3, SweepFolder(tmp_path)) as view:
         view.event(record(0, "completed", metric=1.0, seconds=2.0))
         view.note("slurmctld does not answer")
-        view.update([record(0, "queued", attempt=1)], {0: {"state": "running", "phase": "training"}})
+        view.update([record(0, "queued", attempt=1)], {0: TrialStatus(1, TrialState.RUNNING, phase="training")})

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -326,7 +327,7 @@ def test_an_export_can_be_pushed(trained: Any, tmp_path: Path, capsys: pytest.Ca
 def test_the_card_is_valid_by_the_hubs_own_checks(trained: Any) -> None:
     folder = trained("llama", "tags=[smol-course]")
     card = ModelCard.load(folder.adapter / "README.md")
-    spec, metrics = folder.read_spec(), folder.read_status()["metrics"]
+    spec, metrics = folder.read_spec(), folder.read_status().metrics
     results = {r.metric_name: r.metric_value for r in card.data.eval_results}
     assert results["Accuracy of preferring the chosen answer"] == pytest.approx(metrics["eval/rewards/accuracies"], abs=1e-6)
     assert card.data.model_name == spec.model_name and card.data.pipeline_tag == "text-generation"
@@ -361,7 +362,7 @@ def test_the_card_links_to_w_and_b(trained: Any) -> None:
     folder = trained()
     status = folder.read_status()
     links = {"url": "https://wandb.ai/e/p/runs/r1", "sweep_url": "https://wandb.ai/e/p/sweeps/s1", "offline": False}
-    card = make_card(folder, {**status, "wandb": links}, folder.adapter)
+    card = make_card(folder, replace(status, wandb=links), folder.adapter)
     assert "](https://wandb.ai/e/p/runs/r1)" in card and "wandb-github-badge" in card
     assert "Its sweep: https://wandb.ai/e/p/sweeps/s1" in card
     assert "Not tracked in W&B." in folder.card.read_text()

@@ -190,7 +190,7 @@ def full_sweep(tmp_path: Path) -> SweepFolder:
     journal.write(
         "trial", index=10, name="run-now", run_id="r10", params={"orpo.learning_rate": 0.01, "orpo.beta": 0.1}, unit={}
     )
-    journal.write("dispatch", index=10, attempt=1, job={})
+    journal.write("dispatch", index=10, attempt=1, job={"kind": "local", "pid": 1})
     folder.trial("run-now").path.mkdir(parents=True)
     write_json(folder.trial("run-now").status, {"state": "running", "attempt": 1})
     rows_for(folder, "run-now", 3)

@@ -20,14 +20,19 @@ from helpers.waiting import wait_for
 from test_sweep import ended_states, start, statuses, stepping
 from trl.experimental.orpo import ORPOTrainer
 
+from isaerft_sweep.controller.build import make_state
 from isaerft_sweep.controller.live_view import time_left_s
 from isaerft_sweep.controller.loop import Silent, SweepController
 from isaerft_sweep.controller.trial_factory import TrialFactory
-from isaerft_sweep.dispatch.base import Dispatcher, JobRef
+from isaerft_sweep.dispatch.base import Dispatcher
 from isaerft_sweep.dispatch.job import TrialJob, WorkerJob
 from isaerft_sweep.dispatch.worker_pool import ResidentDispatcher
+from isaerft_sweep.journal.job_refs import LocalJob
 from isaerft_sweep.journal.journal import Journal, TrialRecord
-from isaerft_sweep.journal.layout import PRUNED, STOPPED, StatusWriter, SweepFolder, TrialFolder
+from isaerft_sweep.journal.layout import SweepFolder, TrialFolder
+from isaerft_sweep.journal.states import TrialState
+from isaerft_sweep.journal.status import TrialStatus
+from isaerft_sweep.journal.status_writer import StatusWriter
 from isaerft_sweep.journal.worker_queue import Task, TaskProgress, WorkerFolder
 from isaerft_sweep.search.sampler import FixedPoints, Point
 from isaerft_sweep.search.sweep_file import Metric, SweepDefinition
@@ -118,7 +123,7 @@ def test_a_diverged_trial_leaves_the_model_as_it_was(trial: Made, tmp_path: Path
     bad = trial(*half, "orpo.learning_rate=1.0e+6", "orpo.warmup_steps=0", name="bad")
     after = trial(*half, name="after")
     assert serve(WorkerFolder(tmp_path / "worker"), [bad, after]) == 2
-    assert bad.read_status()["state"] == "diverged" and rows_of(after) == rows_of(alone)
+    assert bad.read_status().state == "diverged" and rows_of(after) == rows_of(alone)
 
 
 @pytest.mark.slow
@@ -127,10 +132,10 @@ def test_what_a_stopped_trial_had_switched_on_is_switched_off_again(trial: Made,
     alone = trial(*options, name="alone")
     assert run_trial(alone, 1) == "completed"
     stopped = trial(*OFF, "orpo.gradient_checkpointing=true", name="stopped")
-    stopped.ask_to_stop(PRUNED)
+    stopped.ask_to_stop(TrialState.PRUNED)
     after = trial(*options, f"launcher.scratch={tmp_path / 'trunk'}", name="after")
     assert serve(WorkerFolder(tmp_path / "worker"), [stopped, after]) == 2
-    assert stopped.read_status()["state"] == "pruned" and rows_of(after) == rows_of(alone)
+    assert stopped.read_status().state == "pruned" and rows_of(after) == rows_of(alone)
 
 
 @pytest.mark.slow
@@ -143,9 +148,9 @@ def test_a_trial_whose_folder_cannot_be_read_costs_only_itself(how: str, trial: 
         shutil.rmtree(trials[1].path)
     worker = WorkerFolder(tmp_path / "worker")
     assert serve(worker, trials) == 2 and worker.progress() == TaskProgress(3, ending=True)
-    assert [trials[i].read_status()["state"] for i in (0, 2)] == ["completed", "completed"]
+    assert [trials[i].read_status().state for i in (0, 2)] == ["completed", "completed"]
     status = trials[1].read_status()
-    assert status == {} if how == "gone" else (status["state"] == "failed" and "could not be used" in status["message"])
+    assert status == {} if how == "gone" else (status.state == "failed" and "could not be used" in status.message)
 
 
 def test_a_worker_that_is_started_again_does_not_repeat_what_is_done(trial: Made, tmp_path: Path) -> None:
@@ -169,26 +174,26 @@ class FakeJobs(Dispatcher):
         self.waiting: set[int] = set()
         """Those that the place has not started."""
 
-    def submit_all(self, jobs: Sequence[Any]) -> list[JobRef]:
+    def submit_all(self, jobs: Sequence[Any]) -> list[LocalJob]:
         return [self._start(job) for job in jobs]
 
-    def _start(self, job: Any) -> JobRef:
+    def _start(self, job: Any) -> LocalJob:
         self.started.append(job)
-        return {"number": len(self.started) - 1}
+        return LocalJob(len(self.started) - 1)
 
-    def alive(self, refs: Iterable[JobRef]) -> list[bool]:
-        return [ref["number"] not in self.dead for ref in refs]
+    def alive(self, refs: Iterable[LocalJob]) -> list[bool]:
+        return [ref.pid not in self.dead for ref in refs]
 
-    def cancel(self, refs: Sequence[JobRef]) -> None: ...
+    def cancel(self, refs: Sequence[LocalJob]) -> None: ...
 
-    def kill(self, refs: Sequence[JobRef]) -> None:
-        self.killed += [ref["number"] for ref in refs]
+    def kill(self, refs: Sequence[LocalJob]) -> None:
+        self.killed += [ref.pid for ref in refs]
 
-    def log_tail(self, ref: JobRef, lines: int = 8) -> str:
+    def log_tail(self, ref: LocalJob, lines: int = 8) -> str:
         return ""
 
-    def queued(self, ref: JobRef) -> bool:
-        return ref["number"] in self.waiting
+    def queued(self, ref: LocalJob) -> bool:
+        return ref.pid in self.waiting
 
     def worker(self, number: int) -> WorkerFolder:
         return WorkerFolder(Path(self.started[number].folder))
@@ -203,9 +208,9 @@ def test_the_dispatcher_and_its_workers(tmp_path: Path, monkeypatch: pytest.Monk
     jobs.worker(0).note(TaskProgress(1))
     assert pool.alive([first]) == [False]
     second = pool.submit(TrialJob("b", 1, None))
-    assert second["task"] == 2 and len(jobs.started) == 1, "the waiting worker gets it"
+    assert second.task == 2 and len(jobs.started) == 1, "the waiting worker gets it"
     third = pool.submit(TrialJob("c", 1, None))
-    assert third["task"] == 1 and len(jobs.started) == 2, "it is busy: another one starts"
+    assert third.task == 1 and len(jobs.started) == 2, "it is busy: another one starts"
     jobs.worker(0).note(TaskProgress(2, ending=True))
     assert pool.alive([second, third]) == [True, True], "one that ends keeps its slot until it has gone"
     jobs.dead.add(0)
@@ -215,7 +220,7 @@ def test_the_dispatcher_and_its_workers(tmp_path: Path, monkeypatch: pytest.Monk
     assert pool.alive([third]) == [False]
     assert jobs.worker(1).claim(Task(None)) == 2
     fourth = pool.submit(TrialJob("d", 1, None))
-    assert fourth["task"] == 1 and len(jobs.started) == 3, "nothing is given to a worker that ends"
+    assert fourth.task == 1 and len(jobs.started) == 3, "nothing is given to a worker that ends"
 
     # another controller: the one that is busy is found again, nobody gives it more, and the one that waits ends
     jobs.worker(2).note(TaskProgress(1))
@@ -224,10 +229,10 @@ def test_the_dispatcher_and_its_workers(tmp_path: Path, monkeypatch: pytest.Monk
     waiting = pool.submit(TrialJob("f", 1, None))
     jobs.worker(3).note(TaskProgress(1))
     other = ResidentDispatcher(jobs, tmp_path / "workers", 0.05)
-    assert jobs.worker(3).task(2) == Task(None) and waiting["worker"] != fifth["worker"]
+    assert jobs.worker(3).task(2) == Task(None) and waiting.name != fifth.name
     assert other.alive([fifth]) == [True]
     sixth = other.submit(TrialJob("g", 1, None))
-    assert sixth["worker"] not in (fifth["worker"], waiting["worker"])
+    assert sixth.name not in (fifth.name, waiting.name)
     other.close()
     assert jobs.killed == [], "busy workers go on: the next controller adopts them"
     jobs.worker(2).note(TaskProgress(2))
@@ -242,11 +247,11 @@ def test_the_dispatcher_and_workers_of_packed_trials(tmp_path: Path) -> None:
     pool = ResidentDispatcher(jobs, tmp_path / "workers", 0.05, trials_per_pass=2)
     assert pool.slots == 4
     refs = pool.submit_all([TrialJob(name, 1, None) for name in "abcde"])
-    assert [(ref["job"]["number"], ref["task"]) for ref in refs] == [(0, 1), (1, 1), (0, 2), (1, 2)], "spread, then packed"
+    assert [(ref.job.pid, ref.task) for ref in refs] == [(0, 1), (1, 1), (0, 2), (1, 2)], "spread, then packed"
     assert pool.waiting_workers == 0 and pool.alive(refs) == [True] * 4
     jobs.worker(0).note(TaskProgress(0, (2,)))
     assert pool.alive(refs) == [True, True, False, True] and pool.waiting_workers == 1 and pool.slots == 4
-    assert pool.submit(TrialJob("e", 1, None))["task"] == 3
+    assert pool.submit(TrialJob("e", 1, None)).task == 3
     # after an error a worker ends: what is over comes back at once, its place when the others are over and it has gone
     jobs.worker(1).note(TaskProgress(1, ending=True))
     assert pool.alive([refs[1], refs[3]]) == [False, True] and pool.slots == 3
@@ -254,7 +259,7 @@ def test_the_dispatcher_and_workers_of_packed_trials(tmp_path: Path) -> None:
     assert pool.alive([refs[3]]) == [True] and pool.slots == 3
     jobs.dead.add(1)
     assert pool.alive([refs[3]]) == [False] and pool.slots == 4
-    assert pool.submit(TrialJob("f", 1, None))["job"]["number"] == 2
+    assert pool.submit(TrialJob("f", 1, None)).job.pid == 2
 
     # measured: a worker takes one trial until it has said how many
     measuring = ResidentDispatcher(jobs, tmp_path / "measuring", 0.05, trials_per_pass=None)
@@ -276,7 +281,7 @@ def test_a_worker_ends_after_an_error_and_when_nobody_wants_it(trial: Made, tmp_
     broken.spec.write_text(json.dumps(spec))
     worker = WorkerFolder(tmp_path / "worker")
     assert serve(worker, [broken, trial(*OFF, name="never")]) == 1
-    assert broken.read_status()["state"] == "failed" and worker.progress() == TaskProgress(1, ending=True)
+    assert broken.read_status().state == "failed" and worker.progress() == TaskProgress(1, ending=True)
     nobody = WorkerFolder(tmp_path / "nobody")
     assert serve_trials(nobody, idle_s=0.3) == 0
     assert nobody.progress() == TaskProgress(ending=True)
@@ -292,8 +297,8 @@ def test_a_trial_that_a_worker_has_not_begun_goes_back_when_it_ends(trial: Made,
     for one in (broken, waiting):
         worker.claim(Task(str(one.path), 1), room=None)
     assert serve_trials(worker, trials_per_pass=2) == 1
-    assert broken.read_status()["state"] == "failed"
-    assert (waiting.read_status()["state"], waiting.read_status()["begun"]) == ("stopped", False)
+    assert broken.read_status().state == "failed"
+    assert (waiting.read_status().state, waiting.read_status().begun) == ("stopped", False)
     assert worker.progress() == TaskProgress(2, ending=True) and worker.task(3) == Task(None)
 
 
@@ -304,7 +309,7 @@ def test_a_worker_told_to_stop_within_a_step_is_given_nothing_more(
 
     def stopped_in_its_last_step(_trial: TrialFolder, _attempt: int, _shared: Any, stopping: dict[str, bool]) -> str:
         stopping["asked"] = True
-        return STOPPED
+        return TrialState.STOPPED
 
     said: list[TaskProgress] = []
     monkeypatch.setattr("isaerft_sweep.trial.worker.run_trial", stopped_in_its_last_step)
@@ -323,20 +328,20 @@ class Workers(FakeJobs):
         self.slots, self.running = slots, running
         self.runs: Counter[str] = Counter()
 
-    def _start(self, job: Any) -> JobRef:
+    def _start(self, job: Any) -> LocalJob:
         if len(self.started) >= self.running:
             self.waiting.add(len(self.started))
         return super()._start(job)
 
-    def alive(self, refs: Iterable[JobRef]) -> list[bool]:
+    def alive(self, refs: Iterable[LocalJob]) -> list[bool]:
         for number in range(len(self.started)):
             if number not in self.waiting and number not in self.dead:
                 self._work(number)
         return super().alive(refs)
 
-    def kill(self, refs: Sequence[JobRef]) -> None:
+    def kill(self, refs: Sequence[LocalJob]) -> None:
         super().kill(refs)
-        self.dead |= {ref["number"] for ref in refs}
+        self.dead |= {ref.pid for ref in refs}
 
     def _work(self, number: int) -> None:
         worker = self.worker(number)
@@ -351,7 +356,7 @@ class Workers(FakeJobs):
         folder = TrialFolder(Path(task.trial))
         if folder.current_attempt() == task.attempt:
             self.runs[folder.path.name] += 1
-            StatusWriter(folder, task.attempt).write("completed", {"metric": 0.5, "ended": time.time()})
+            StatusWriter(folder, task.attempt).write(TrialState.COMPLETED, metric=0.5, ended=time.time())
         worker.note(progress.with_over(progress.upto + 1))
 
 
@@ -367,7 +372,9 @@ def test_idle_workers_take_over_what_waits_for_others_to_be_started(
     points = FixedPoints([Point({"orpo.beta": 0.1 * (i + 1)}) for i in range(trials)])
     factory, jobs = TrialFactory(composed, definition, folder, "s", None), Workers(slots, running)
     pool = ResidentDispatcher(jobs, folder.workers, 0.001)
-    SweepController(journal, points, factory, pool, composed.launcher, trials, Silent(), lambda: 0).run()
+    state = make_state(journal, points, factory, trials)
+    state.restore()
+    SweepController(state, folder, pool, composed.launcher, Silent(), lambda: 0).run()
     records = list(journal.record.trials.values())
     assert all(record.state == "completed" and record.failures == 0 for record in records) and len(records) == trials
     taken = Counter(e["index"] for e in events(folder.path) if e["event"] == "takeover")
@@ -381,10 +388,10 @@ def test_idle_workers_take_over_what_waits_for_others_to_be_started(
 def test_the_time_left_counts_what_really_runs() -> None:
     records = [TrialRecord(i, f"r{i}", f"{i}", Point({})) for i in range(10)]
     for i, record in enumerate(records):
-        record.state = "completed" if i < 2 else "queued" if i < 8 else "created"
+        record.state = TrialState("completed" if i < 2 else "queued" if i < 8 else "created")
         record.seconds = 100.0 if i < 2 else 0.0
-    half = {"step": 5, "max_steps": 10, "started": time.time() - 50}
-    left_s = time_left_s(records, {2: dict(half), 3: dict(half), 4: {}}, 12)
+    half = TrialStatus(1, TrialState.RUNNING, step=5, max_steps=10, started=time.time() - 50)
+    left_s = time_left_s(records, {2: half, 3: half, 4: TrialStatus()}, 12)
     assert left_s == pytest.approx((50 + 50 + 100 * (4 + 2 + 2)) / 2, rel=0.01), "two run: four in the queue are yet to come"
 
 
@@ -392,19 +399,19 @@ def test_a_job_that_survives_being_killed_is_given_up(
     experiment: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A process that hangs in the kernel: its trial goes on in another job, and it may write nothing more."""
-    monkeypatch.setattr("isaerft_sweep.controller.loop.ENDING_S", 0.2)
+    monkeypatch.setattr("isaerft_sweep.controller.loop.EXIT_S", 0.2)
     composed = experiment(*TINY, "launcher.poll_s=0.01", "launcher.heartbeat_s=0.1")
 
     class Hanging(FakeJobs):
         slots = 1
 
-        def alive(self, refs: Iterable[JobRef]) -> list[bool]:
+        def alive(self, refs: Iterable[LocalJob]) -> list[bool]:
             for number, job in enumerate(self.started):
                 folder = TrialFolder(Path(WorkerFolder(Path(job.folder)).task(1).trial))  # type: ignore[union-attr,arg-type]
                 if number == 0 and not folder.read_status():
-                    StatusWriter(folder, 1).write("running", {"checkpoint": 0})
+                    StatusWriter(folder, 1).write(TrialState.RUNNING, checkpoint=0)
                 elif number == 1 and folder.current_attempt() == 2:
-                    StatusWriter(folder, 2).write("completed", {"metric": 0.5, "ended": time.time()})
+                    StatusWriter(folder, 2).write(TrialState.COMPLETED, metric=0.5, ended=time.time())
                     self.worker(1).note(TaskProgress(1))
             return super().alive(refs)
 
@@ -414,7 +421,9 @@ def test_a_job_that_survives_being_killed_is_given_up(
     factory = TrialFactory(composed, SweepDefinition("given points", Metric("m", "minimize"), {}), folder, "s", None)
     pool = ResidentDispatcher(jobs, folder.workers, 0.01)
     points = FixedPoints([Point({"orpo.beta": 0.1})])
-    SweepController(journal, points, factory, pool, composed.launcher, 1, Silent(), lambda: 0).run()
+    state = make_state(journal, points, factory, 1)
+    state.restore()
+    SweepController(state, folder, pool, composed.launcher, Silent(), lambda: 0).run()
     assert journal.record.trials[0].state == "completed" and journal.record.trials[0].attempt == 2
     assert 0 in jobs.killed and len(jobs.started) == 2
     journal.close()
@@ -429,7 +438,7 @@ def test_a_worker_passes_over_what_another_one_has_taken(trial: Made, tmp_path: 
     worker.claim(Task(str(own.path), 1), room=None)
     worker.claim(Task(None), room=None)
     assert serve_trials(worker, idle_s=5) == 1 and worker.progress() == TaskProgress(2, ending=True)
-    assert taken.read_status() == {} and own.read_status()["state"] == "completed"
+    assert not taken.read_status() and own.read_status().state == "completed"
 
 
 @pytest.mark.slow
@@ -457,7 +466,7 @@ def test_memory_does_not_grow_over_100_trials(trial: Made, tmp_path: Path) -> No
     thread.start()
     assert serve_trials(worker) == 100
     thread.join()
-    assert all(one.read_status()["state"] == "completed" for one in trials)
+    assert all(one.read_status().state == "completed" for one in trials)
     # the first ones load code and fill caches; a trial that stayed would cost its model's or trainer's size each time
     assert sizes[-1] - sizes[29] < 30, [round(s) for s in sizes[::10]]
 

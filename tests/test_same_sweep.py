@@ -16,8 +16,8 @@ from conftest import TINY, events
 from isaerft_sweep.config.boundary import to_definition
 from isaerft_sweep.config.compose import compose
 from isaerft_sweep.controller import sweep_identity as asking
-from isaerft_sweep.controller.run_sweep import begin_sweep
 from isaerft_sweep.controller.sweep_identity import (
+    begin_sweep,
     check_files,
     known_fingerprints,
     open_journal,

@@ -25,6 +25,7 @@ from isaerft_sweep.dispatch.cluster import (
 )
 from isaerft_sweep.dispatch.slurm import SlurmDispatcher
 from isaerft_sweep.errors import LaunchError
+from isaerft_sweep.journal.job_refs import SlurmJob
 from isaerft_sweep.specs import LauncherSpec
 
 HOSTILE = {
@@ -80,9 +81,9 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
     return Site(folder)
 
 
-def two_jobs(tmp_path: Path, **slurm: object) -> tuple[SlurmDispatcher, list[dict[str, object]]]:
+def two_jobs(tmp_path: Path, **slurm: object) -> tuple[SlurmDispatcher, list[SlurmJob]]:
     dispatcher = SlurmDispatcher(LauncherSpec(kind="slurm", slots=2, slurm=slurm), tmp_path / "s" / "jobs")
-    return dispatcher, [dict(ref) for ref in dispatcher.submit_all([Note("a"), Note("b")])]  # type: ignore[list-item]
+    return dispatcher, dispatcher.submit_all([Note("a"), Note("b")])  # type: ignore[list-item]
 
 
 def test_every_query_asks_for_all_and_no_variable_reaches_it(
@@ -131,7 +132,7 @@ def test_another_cluster_is_named_to_every_command(site: Site, tmp_path: Path, m
     monkeypatch.setenv("SLURM_CLUSTERS", "far")
     dispatcher, refs = two_jobs(tmp_path)
     site.says("squeue", "CLUSTER: far\n7_0|RUNNING|None|n1\n7_1|PENDING|Priority|\n8_0|RUNNING|None|n1\n")
-    assert [ref["cluster"] for ref in refs] == ["far", "far"] and dispatcher.alive(refs) == [True, True]
+    assert [ref.cluster for ref in refs] == ["far", "far"] and dispatcher.alive(refs) == [True, True]
     dispatcher.kill(refs)
     for command in ("squeue", "sinfo", "scancel"):
         assert all(" --clusters=far" in line for line in site.lines(command)), site.lines(command)
@@ -153,7 +154,7 @@ def test_several_clusters_are_refused(name: str, site: Site, tmp_path: Path, mon
     with pytest.raises(LaunchError, match="SLURM_CLUSTERS must name one cluster"):
         two_jobs(tmp_path)
     monkeypatch.setenv("SLURM_CLUSTERS", "bed")
-    assert "cluster" not in two_jobs(tmp_path)[1][0], "this machine's own needs no name"
+    assert two_jobs(tmp_path)[1][0].cluster is None, "this machine's own needs no name"
 
 
 @pytest.mark.slow
@@ -172,7 +173,7 @@ def test_a_named_cluster_that_is_real(slurm: Bed, tmp_path: Path, monkeypatch: p
     """The bed's own one, taken for another: every command is sent there by name."""
     monkeypatch.setattr("isaerft_sweep.dispatch.slurm.cluster_of", lambda _spec: "bed")
     dispatcher, refs = two_jobs(tmp_path, hold=True)
-    assert dispatcher.alive(refs) == [True, True] and [ref["cluster"] for ref in refs] == ["bed", "bed"]
+    assert dispatcher.alive(refs) == [True, True] and [ref.cluster for ref in refs] == ["bed", "bed"]
     dispatcher.kill(refs)
     wait_for(lambda: not any(dispatcher.alive(refs)), timeout_s=60)
     assert dispatcher.job_exit(refs[0]).words.startswith("SLURM: CANCELLED")

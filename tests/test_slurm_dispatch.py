@@ -232,7 +232,7 @@ def test_arrays_are_split_at_the_sites_limit(tmp_path: Path, monkeypatch: pytest
         flags = {"hold": True, "array_parallelism": 6}
         dispatcher = SlurmDispatcher(LauncherSpec(kind="slurm", slots=8, slurm=flags), tmp_path / "s" / "jobs")
         refs = dispatcher.submit_all([Note(str(tmp_path / f"mark{i}")) for i in range(8)])  # type: ignore[arg-type]
-        sizes = Counter(ref["id"].split("_")[0] for ref in refs)
+        sizes = Counter(ref.id.split("_")[0] for ref in refs)
         assert sorted(sizes.values()) == [2, 3, 3] and dispatcher.alive(refs) == [True] * 8
         throttles = {
             bed.command("scontrol", "show", "job", array).split("ArrayTaskThrottle=")[1].split()[0] for array in sizes

@@ -26,7 +26,8 @@ from isaerft_sweep.adapter import sae as sae_module
 from isaerft_sweep.adapter.sae import load_sae
 from isaerft_sweep.errors import IsaerftError
 from isaerft_sweep.journal.atomic_files import write_json
-from isaerft_sweep.journal.layout import Superseded, TrialFolder
+from isaerft_sweep.journal.layout import TrialFolder
+from isaerft_sweep.journal.status_writer import Superseded
 from isaerft_sweep.models.loading import load
 from isaerft_sweep.paths import asset
 from isaerft_sweep.spec_fields import to_dict
@@ -85,7 +86,7 @@ def test_a_killed_worker_goes_on_from_its_last_whole_checkpoint(trial: Made) -> 
     wait_for(lambda: len(list(cut.checkpoints.glob("checkpoint-*/.complete"))) > 0)
     worker.kill()
     worker.wait()
-    assert cut.read_status()["state"] == "running"
+    assert cut.read_status().state == "running"
     half = cut.checkpoints / "checkpoint-999"  # what a kill in the middle of writing leaves
     half.mkdir()
     cut.begin_attempt(2)
@@ -117,11 +118,11 @@ def test_a_signal_makes_a_checkpoint_and_stops(trial: Made) -> None:
     command = [sys.executable, "-c", SEVERAL_WORKERS, *(str(folder.path) for folder in folders)]
     workers = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     for number, folder in zip(numbers, folders, strict=True):
-        wait_for(lambda folder=folder: folder.read_status().get("step", 0) > 0)
-        os.kill(folder.read_status()["pid"], number)
+        wait_for(lambda folder=folder: (folder.read_status().step or 0) > 0)
+        os.kill(folder.read_status().pid, number)
     assert workers.wait(60) == 0
     for folder in folders:
-        assert folder.read_status()["state"] == "stopped"
+        assert folder.read_status().state == "stopped"
         assert list(folder.checkpoints.glob("checkpoint-*/.complete"))
 
 
@@ -130,7 +131,7 @@ def test_a_newer_attempt_fences_off_an_older_one(trial: Made) -> None:
     folder.begin_attempt(2)
     with pytest.raises(Superseded):
         run_trial(folder, 1)
-    assert folder.read_status() == {}
+    assert not folder.read_status()
 
 
 def test_a_nan_ends_the_trial_with_a_clear_status(trial: Made, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +144,7 @@ def test_a_nan_ends_the_trial_with_a_clear_status(trial: Made, monkeypatch: pyte
     monkeypatch.setattr(ORPOTrainer, "odds_ratio_loss", broken)
     assert run_trial(folder, 1) == "diverged"
     status = folder.read_status()
-    assert "became nan at step 3" in status["message"] and "smaller learning rate" in status["message"]
+    assert "became nan at step 3" in status.message and "smaller learning rate" in status.message
 
 
 def test_a_runaway_loss_ends_the_trial(trial: Made, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,23 +157,23 @@ def test_a_runaway_loss_ends_the_trial(trial: Made, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(ORPOTrainer, "odds_ratio_loss", growing)
     assert run_trial(folder, 1) == "diverged"
-    assert "more than 10 times the first loss" in folder.read_status()["message"]
-    assert folder.read_status()["step"] < 10
+    assert "more than 10 times the first loss" in folder.read_status().message
+    assert folder.read_status().step < 10
 
 
 def test_an_error_in_the_worker_is_reported_not_raised(trial: Made) -> None:
     folder = trial(*OFF, "data=jsonl", "data.path=/nowhere.jsonl")
     assert run_trial(folder, 1) == "failed"
     status = folder.read_status()
-    assert status["user_error"] and "data.path must be a file that exists" in status["message"]
+    assert status.user_error and "data.path must be a file that exists" in status.message
 
 
 def test_what_a_trial_leaves(trial: Made) -> None:
     folder = trial("tracker=disabled", "tags=[smol-course,module_1]")
     assert run_trial(folder, 1) == "completed"
     status = folder.read_status()
-    assert status["step"] == status["max_steps"] == 4 and status["metric"] == status["metrics"]["eval/log_odds_chosen"]
-    assert set(status["untrained"]) >= {"eval/log_odds_chosen", "eval/rewards/accuracies"}
+    assert status.step == status.max_steps == 4 and status.metric == status.metrics["eval/log_odds_chosen"]
+    assert set(status.untrained) >= {"eval/log_odds_chosen", "eval/rewards/accuracies"}
     assert {p.name for p in folder.adapter.iterdir()} >= {
         "adapter_config.json", "adapter_model.safetensors", "README.md", "tokenizer.json", "chat_template.jinja",
     }  # fmt: skip

@@ -18,11 +18,14 @@ from isaerft_sweep.config.boundary import to_definition
 from isaerft_sweep.config.compose import agent_values
 from isaerft_sweep.controller.controller_info import controller_alive, last_controller_info
 from isaerft_sweep.controller.monitor import follow
-from isaerft_sweep.controller.run_sweep import INTERRUPTED, run_trials, write_definition
+from isaerft_sweep.controller.run_controller import INTERRUPTED
+from isaerft_sweep.controller.run_sweep import SweepRun, run_trials
+from isaerft_sweep.controller.sweep_identity import write_definition
 from isaerft_sweep.controller.trial_factory import AgentRun
 from isaerft_sweep.errors import LaunchError
 from isaerft_sweep.journal.journal import SweepRecord, TrialRecord, replay
-from isaerft_sweep.journal.layout import COMPLETED, FINAL, PRUNED, STOPPED, SweepFolder, TrialFolder
+from isaerft_sweep.journal.layout import SweepFolder, TrialFolder
+from isaerft_sweep.journal.states import FINAL, TrialState
 from isaerft_sweep.search.distributions import Distribution
 from isaerft_sweep.search.sampler import FixedPoints, Point
 from isaerft_sweep.search.sweep_file import SweepDefinition
@@ -64,9 +67,8 @@ def run_for_agent(experiment: Experiment, overrides: Sequence[str], environment:
     ended = ended_trial(folder)
     checked = whole.path / ".checked"
     given = AgentRun(sweep_id, run_id, whole, agent)
-    run_trials(
-        experiment, definition, FixedPoints([point]), folder, overrides, show=False, given=given, check=not checked.exists()
-    )
+    run = SweepRun(experiment, definition, FixedPoints([point]), folder, overrides, agent_run=given)
+    run_trials(run, show=False, check=not checked.exists())
     checked.touch()
     if untold := untold_trial(folder):
         report_late(untold)
@@ -78,8 +80,8 @@ def run_for_agent(experiment: Experiment, overrides: Sequence[str], environment:
 
 def untold_trial(folder: SweepFolder) -> TrialFolder | None:
     """The folder's trial, when it has been stopped and could not say so to W&B."""
-    stopped = [folder.trial(trial.name) for trial in journaled(folder) if trial.state == STOPPED]
-    return next((trial for trial in stopped if trial.read_status().get("untold")), None)
+    stopped = [folder.trial(trial.name) for trial in journaled(folder) if trial.state == TrialState.STOPPED]
+    return next((trial for trial in stopped if trial.read_status().wandb_not_notified), None)
 
 
 def ended_trial(folder: SweepFolder) -> TrialFolder | None:
@@ -182,4 +184,4 @@ def exit_code(folder: SweepFolder) -> int:
     trials = journaled(folder)
     if not trials or not all(trial.ended for trial in trials):  # one that was stopped, or failed and would be tried again
         return INTERRUPTED
-    return 0 if {trial.state for trial in trials} <= {COMPLETED, PRUNED} else 1
+    return 0 if {trial.state for trial in trials} <= {TrialState.COMPLETED, TrialState.PRUNED} else 1

@@ -12,7 +12,7 @@ import yaml
 from rich.console import Console
 
 from isaerft_sweep.config.boundary import to_definition
-from isaerft_sweep.controller.run_sweep import run_trials
+from isaerft_sweep.controller.run_sweep import SweepRun, run_trials
 from isaerft_sweep.controller.sweep_identity import check_files, known_fingerprints, result_files
 from isaerft_sweep.errors import ConfigError, FolderError
 from isaerft_sweep.journal.journal import SweepRecord, replay
@@ -57,18 +57,12 @@ def confirm(path: Path, metric: str | None, top: int, seeds: int, settings: Sequ
     target = confirmation.confirm_folder(sweep.folder)
     experiment = with_settings(sweep.experiment, settings)
     experiment = dataclasses.replace(experiment, output=str(target.path.parent), name=target.path.name)
-    asked = _check_unchanged(sweep)
     used = max(int(entry.params.get(SEED, experiment.orpo.seed)) for entry in sweep.entries)
     points = [point_with_seed(entry, used + step) for step in range(1, seeds + 1) for entry in leaders]
-    code = run_trials(
-        experiment,
-        SweepDefinition("given points", sweep.metric, {}, raw={}),
-        FixedPoints(points),
-        target,
-        _overrides(leaders[0]),
-        asked=confirmation.confirmation_fingerprint(asked),
-        show=False,
-    )
+    definition = SweepDefinition("given points", sweep.metric, {}, raw={})
+    fingerprint = confirmation.confirmation_fingerprint(_check_unchanged(sweep))
+    run = SweepRun(experiment, definition, FixedPoints(points), target, _overrides(leaders[0]), fingerprint)
+    code = run_trials(run, show=False)
     sweep = read_sweep_folder(path, metric)
     refresh_cards(sweep)
     show(make_console(), sweep)
@@ -122,14 +116,14 @@ def with_settings(experiment: Experiment, settings: Sequence[str]) -> Experiment
 
 
 def _check_unchanged(sweep: ReadSweep) -> str:
-    """The first sweep's question. Raises FolderError when data or SAE are not what they were."""
+    """The first sweep's fingerprint. Raises FolderError when data or SAE are not what they were."""
     assert sweep.folder is not None and sweep.experiment is not None
     record = SweepRecord()
     replay(sweep.folder.journal, record)
-    asked = sweep.experiment.sweep
-    if asked.file is not None:
-        asked = dataclasses.replace(asked, file=str(sweep.folder.definition))
-    definition = to_definition(asked, sweep.experiment)
+    spec = sweep.experiment.sweep
+    if spec.file is not None:
+        spec = dataclasses.replace(spec, file=str(sweep.folder.definition))
+    definition = to_definition(spec, sweep.experiment)
     if record.fingerprint not in known_fingerprints(sweep.experiment, definition):
         raise FolderError(
             f"the sweep in {sweep.folder.path} must be unchanged, but its config, its sweep.yaml, its data files or its SAE "

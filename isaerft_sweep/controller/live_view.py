@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from isaerft_sweep.controller.trial_activity import current_activity, job_words, log_path, process_reference
+from isaerft_sweep.controller.trial_activity import current_activity, is_process, job_words, log_path
 from isaerft_sweep.journal.journal import TrialRecord
-from isaerft_sweep.journal.layout import COMPLETED, DIVERGED, PRUNED, RUNNING, SweepFolder
+from isaerft_sweep.journal.layout import SweepFolder
+from isaerft_sweep.journal.states import TrialState
+from isaerft_sweep.journal.status import NO_STATUS, TrialStatus
 from isaerft_sweep.results.columns import Column, columns_for
 from isaerft_sweep.results.leaderboard import needed_width, short_name, short_path
 from isaerft_sweep.results.reading import read_space
@@ -33,7 +34,7 @@ SHOWN_LOGS = 4
 AGAIN_S = 60.0
 """Between two lines about the same phase of the same trial."""
 
-Statuses = Mapping[int, dict[str, Any]]
+Statuses = Mapping[int, TrialStatus]
 
 
 class LiveView:
@@ -68,15 +69,15 @@ class LiveView:
     def event(self, record: TrialRecord) -> None:
         """A trial began or ended."""
         what = f"trial {record.index + 1}/{self.trials} {record.name}: {record.state}"
-        if record.state == "queued":
+        if record.state is TrialState.QUEUED:
             what += f", attempt {record.attempt}" if record.attempt > 1 else ""
             what += f", {job}" if (job := job_words(record.job)) else ""
         if record.metric is not None:
             what += f", {self.metric} {record.metric:.4f}, {record.seconds:.0f} s"
-        if record.message and record.state not in (COMPLETED, PRUNED, "queued"):
+        if record.message and record.state not in (TrialState.COMPLETED, TrialState.PRUNED, TrialState.QUEUED):
             what += f": {record.message}"
-            what += "" if record.ended or record.state == "stopped" else "\n  it will be tried again"
-        if record.state in ("failed", DIVERGED) and self.folder:
+            what += "" if record.ended or record.state is TrialState.STOPPED else "\n  it will be tried again"
+        if record.state in (TrialState.FAILED, TrialState.DIVERGED) and self.folder:
             what += f"\n  its log: {short_path(log_path(self.folder, record))}"
         self._print(what, COLORS.get(record.state, ""))
 
@@ -96,28 +97,28 @@ class LiveView:
 
     def _say_phases(self, records: list[TrialRecord], statuses: Statuses) -> None:
         """A line for every phase until the first trial trains, and of a trial that is alone until its end."""
-        if len(records) > 1 and any("trained_since" in status for status in statuses.values()):
+        if len(records) > 1 and any(status.trained_since for status in statuses.values()):
             return
         now = time.monotonic()
         for record in records:
-            status = statuses.get(record.index, {})
-            if record.state != "queued" or "phase" not in status:
+            status = statuses.get(record.index, NO_STATUS)
+            if record.state is not TrialState.QUEUED or not status.phase:
                 continue
             phase = current_activity(record, status)
             before, said_s = self._said.get(record.index, ("", 0.0))
             same = _bare(phase) == _bare(before)
-            if not same or (now - said_s > AGAIN_S and (phase != before or status.get("step"))):
+            if not same or (now - said_s > AGAIN_S and (phase != before or status.step)):
                 self._said[record.index] = phase, now
                 self._print(self._phase_line(record, status, phase, first=not before))
 
-    def _phase_line(self, record: TrialRecord, status: Mapping[str, Any], phase: str, first: bool) -> str:
+    def _phase_line(self, record: TrialRecord, status: TrialStatus, phase: str, first: bool) -> str:
         line = f"trial {record.index + 1}/{self.trials} {record.name}: {phase}"
-        if status.get("step"):
-            line += f", step {status['step']}/{status.get('max_steps', '?')}"
+        if status.step:
+            line += f", step {status.step}/{status.max_steps or '?'}"
         if (left_s := trial_left_s(status)) is not None:
             line += f", about {duration(left_s)} left"
         if first:
-            line += f" ({job_words(record.job)} on {status.get('host', '?')})"
+            line += f" ({job_words(record.job)} on {status.host or '?'})"
             line += f"\n  its log: {short_path(log_path(self.folder, record))}" if self.folder else ""
         return line
 
@@ -125,9 +126,7 @@ class LiveView:
         """Where the first ones under way write, and how to see it."""
         if self.folder is None:
             return Text("")
-        running = [
-            r for r in records if r.state == "queued" and (statuses.get(r.index) or "pid" in process_reference(r.job))
-        ]
+        running = [r for r in records if r.state is TrialState.QUEUED and (statuses.get(r.index) or is_process(r.job))]
         lines = [f"log of {r.index + 1}: {short_path(log_path(self.folder, r))}" for r in running[:SHOWN_LOGS]]
         if len(running) > SHOWN_LOGS:
             lines.append(f"{len(running) - SHOWN_LOGS} more: isaerft-sweep logs {short_path(self.folder.path)} TRIAL -f")
@@ -169,7 +168,7 @@ def _shown(records: list[TrialRecord], statuses: Statuses) -> list[TrialRecord]:
 
 
 def _at_work(record: TrialRecord, statuses: Statuses) -> bool:
-    return record.state == "queued" or (not record.ended and statuses.get(record.index, {}).get("state") == RUNNING)
+    return record.state is TrialState.QUEUED or (not record.ended and statuses.get(record.index, NO_STATUS).is_running)
 
 
 def _trial_table(
@@ -181,8 +180,8 @@ def _trial_table(
     for name in (*(column.name for column in columns), *told):
         table.add_column(name, justify="right", no_wrap=True)
     for record in records:
-        status = statuses.get(record.index, {})
-        color = COLORS.get(record.state) or COLORS.get(str(status.get("state")), "")
+        status = statuses.get(record.index, NO_STATUS)
+        color = COLORS.get(record.state) or COLORS.get(status.state or "", "")
         cells = _cells(record, status, metric, _at_work(record, statuses))
         table.add_row(
             str(record.index + 1),
@@ -193,25 +192,29 @@ def _trial_table(
     return table
 
 
-def _cells(record: TrialRecord, status: Mapping[str, Any], metric: str, at_work: bool) -> dict[str, str]:
+def _cells(record: TrialRecord, status: TrialStatus, metric: str, at_work: bool) -> dict[str, str]:
     """What a row says beside its number, state and swept values."""
     cells = {
-        "step": f"{status.get('step', 0)}/{status['max_steps']}" if status.get("max_steps") else "",
-        "loss": _number(status.get("loss")),
-        metric: _number(record.metric if record.metric is not None else status.get("metric")),
+        "step": f"{status.step or 0}/{status.max_steps}" if status.max_steps else "",
+        "loss": _number(status.loss),
+        metric: _number(record.metric if record.metric is not None else status.metric),
     }
     if at_work:
         left_s = trial_left_s(status)
         cells["time left"] = duration(left_s) if left_s is not None else ""
-        cells["job"], cells["node"] = job_words(record.job), str(status.get("host", ""))
+        cells["job"], cells["node"] = job_words(record.job), status.host
     return cells
 
 
 def time_left_s(records: list[TrialRecord], statuses: Statuses, trials: int) -> float | None:
     """Seconds until the sweep's end, from what trials have taken so far; None while nothing is known of it."""
     running = [r for r in records if _at_work(r, statuses) and statuses.get(r.index)]  # not those whose jobs still wait
-    left = {r.index: trial_left_s(statuses.get(r.index, {})) for r in running}
-    spent = [r.seconds for r in records if r.state in (COMPLETED, PRUNED, DIVERGED) and r.seconds > 0]
+    left = {r.index: trial_left_s(statuses.get(r.index, NO_STATUS)) for r in running}
+    spent = [
+        r.seconds
+        for r in records
+        if r.state in (TrialState.COMPLETED, TrialState.PRUNED, TrialState.DIVERGED) and r.seconds > 0
+    ]
     # before the first one has ended: as long as those that run will have taken
     whole = spent or [_spent_s(statuses[index]) + left_s for index, left_s in left.items() if left_s is not None]
     if not whole:
@@ -224,24 +227,24 @@ def time_left_s(records: list[TrialRecord], statuses: Statuses, trials: int) -> 
 
 
 def _ended_alone(record: TrialRecord, statuses: Statuses) -> bool:
-    return statuses.get(record.index, {}).get("state") in (COMPLETED, DIVERGED)
+    return statuses.get(record.index, NO_STATUS).is_final
 
 
-def _spent_s(status: Mapping[str, Any]) -> float:
-    return max(0.0, time.time() - float(status.get("started", time.time())))
+def _spent_s(status: TrialStatus) -> float:
+    return max(0.0, time.time() - status.started) if status.started is not None else 0.0
 
 
-def trial_left_s(status: Mapping[str, Any]) -> float | None:
+def trial_left_s(status: TrialStatus) -> float | None:
     """Seconds until a running trial's last step; None before it has taken one in this attempt.
 
     Reckoned from the steps since this attempt began to train: what came before tells nothing of what comes.
     """
-    step, steps = status.get("step"), status.get("max_steps")
-    since = status.get("trained_since", status.get("started"))  # an older worker has only its start
+    step, steps = status.step, status.max_steps
+    since = status.trained_since or status.started  # an older worker has only its start
     if since is None or not step or not steps:
         return None
-    taken = step - status.get("trained_from", 0)
-    return float((time.time() - since) / taken * max(0, steps - step)) if taken > 0 else None
+    taken = step - status.trained_from
+    return (time.time() - since) / taken * max(0, steps - step) if taken > 0 else None
 
 
 def duration(seconds: float) -> str:

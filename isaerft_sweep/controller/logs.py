@@ -68,7 +68,7 @@ def _print_from(path: Path, at: int) -> int:
 def _end_of_job(folder: SweepFolder, record: TrialRecord, shown: set[Path]) -> None:
     """Of an attempt that ended before the trial could print: what its job printed."""
     log = job_log(folder, record)
-    begun = folder.trial(record.name).read_status().get("attempt") == record.attempt
+    begun = folder.trial(record.name).read_status().attempt == record.attempt
     if log is None or log in shown or begun or not log.exists():
         return
     print(f"--- attempt {record.attempt} ended before the trial began; its job printed ({log}):", file=sys.stderr)

@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -15,6 +14,8 @@ from isaerft_sweep.controller.live_view import LiveView
 from isaerft_sweep.errors import FolderError, JournalError
 from isaerft_sweep.journal.journal import SweepRecord, TrialRecord
 from isaerft_sweep.journal.layout import SweepFolder
+from isaerft_sweep.journal.states import TrialState
+from isaerft_sweep.journal.status import TrialStatus
 
 POLL_S = 1.0
 
@@ -59,16 +60,16 @@ class SweepMonitor:
                 changed.append(self.record.trials[event["index"]])
         return changed
 
-    def statuses(self) -> dict[int, dict[str, Any]]:
+    def statuses(self) -> dict[int, TrialStatus]:
         """The last word of each worker whose trial is under way, or was in an array that no controller sees to."""
-        found, made = {}, self.folder.static_array.exists()
+        statuses: dict[int, TrialStatus] = {}
+        made = self.folder.static_array.exists()
         for record in self.records:
-            if record.state == "queued":
-                status = self.folder.trial(record.name).read_status()
-                found[record.index] = status if status.get("attempt") == record.attempt else {}
+            if record.state is TrialState.QUEUED:
+                statuses[record.index] = self.folder.trial(record.name).read_status().of_attempt(record.attempt)
             elif made and not record.attempt and (status := self.folder.trial(record.name).read_status()):
-                found[record.index] = status
-        return found
+                statuses[record.index] = status
+        return statuses
 
 
 def follow(console: Console, path: Path, asleep: Callable[[float], None] = time.sleep) -> bool:

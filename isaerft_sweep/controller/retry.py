@@ -5,17 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from isaerft_sweep.config.boundary import to_definition
-from isaerft_sweep.controller.controller_info import controller_alive, last_controller_info, write_controller_info
-from isaerft_sweep.controller.live_view import LiveView
+from isaerft_sweep.controller.build import make_dispatcher, make_state
+from isaerft_sweep.controller.controller_info import controller_alive, last_controller_info
 from isaerft_sweep.controller.logs import find_record
-from isaerft_sweep.controller.loop import SweepController
-from isaerft_sweep.controller.run_sweep import INTERRUPTED, closed_in_the_end, disk_errors_named, make_dispatcher
+from isaerft_sweep.controller.run_controller import INTERRUPTED, disk_errors_named, run_controller
 from isaerft_sweep.controller.session import read_experiment
-from isaerft_sweep.controller.stop_signal import StopRequest
 from isaerft_sweep.controller.trial_factory import TrialFactory
 from isaerft_sweep.errors import FolderError
 from isaerft_sweep.journal.journal import Journal, TrialRecord
-from isaerft_sweep.journal.layout import COMPLETED, DIVERGED, PRUNED, SweepFolder
+from isaerft_sweep.journal.layout import SweepFolder
+from isaerft_sweep.journal.states import TrialState
 from isaerft_sweep.results import leaderboard
 from isaerft_sweep.results.card import refresh_cards
 from isaerft_sweep.results.reading import read_sweep_folder
@@ -45,11 +44,11 @@ def _check(record: TrialRecord, folder: SweepFolder) -> None:
     """Raise FolderError unless running the trial again may change anything."""
     which = f"trial {record.index + 1}, {record.name},"
     log = f"isaerft-sweep logs {folder.path} {record.index + 1}"
-    if record.state in (COMPLETED, PRUNED):
+    if record.state in (TrialState.COMPLETED, TrialState.PRUNED):
         raise FolderError(f"{which} has {record.state}: there is nothing to try again. With another seed: confirm.")
-    if record.state == DIVERGED:
+    if record.state == TrialState.DIVERGED:
         raise FolderError(f"{which} has diverged, and would again: the same point gives the same numbers. See {log}")
-    if record.state == "queued" and controller_alive(folder):
+    if record.state is TrialState.QUEUED and controller_alive(folder):
         raise FolderError(f"{which} is under way. Follow it: {log} -f")
     if not folder.trial(record.name).spec.is_file():
         raise FolderError(f"{which} has no spec.json in {folder.trial(record.name).path} any more: restore its folder.")
@@ -62,29 +61,19 @@ def _run(experiment: Experiment, folder: SweepFolder, record: TrialRecord) -> in
     known, console, journal = last_controller_info(folder), make_console(), Journal(folder)
     try:
         trials = max(known.trials if known else 0, len(journal.record.trials))
-        stop = StopRequest(folder.cancel)
         overrides = known.overrides if known else ()
-        with (
-            stop.heard(),
-            write_controller_info(folder, trials, overrides),
-            LiveView(console, journal.record.metric, trials, folder) as view,
-            disk_errors_named(folder),
-        ):
-            stop.tell = lambda asked: view.note(asked.words(experiment.launcher.grace_s))
-            factory = TrialFactory(experiment, definition, folder, journal.record.sweep_id, None, overrides)
-            dispatcher = make_dispatcher(experiment.launcher, folder)
-            controller = SweepController(
-                journal, FixedPoints([]), factory, dispatcher, experiment.launcher, 0, view, lambda: stop.urgency
-            )
-            controller.waiting = [waits for waits in controller.waiting if waits.index == record.index]
-            with closed_in_the_end(dispatcher):
-                controller.run()
-        state = journal.record.trials[record.index].state
+        factory = TrialFactory(experiment, definition, folder, journal.record.sweep_id, None, overrides)
+        state = make_state(journal, FixedPoints([]), factory, 0)
+        state.restore()
+        state.retry_only(record.index)
+        with disk_errors_named(folder):
+            urgency = run_controller(factory, state, make_dispatcher(experiment.launcher, folder), trials)
+        ended_as = journal.record.trials[record.index].state
     finally:
         journal.close()
     sweep = read_sweep_folder(folder.path)
     leaderboard.write_csv(sweep, folder.leaderboard)
     refresh_cards(sweep)
     leaderboard.show(console, sweep)
-    console.print(f"trial {record.index + 1}, {record.name}: {state}")
-    return INTERRUPTED if stop.urgency else int(state != COMPLETED)
+    console.print(f"trial {record.index + 1}, {record.name}: {ended_as}")
+    return INTERRUPTED if urgency else int(ended_as is not TrialState.COMPLETED)

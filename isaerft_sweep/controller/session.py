@@ -14,17 +14,26 @@ from pathlib import Path
 import yaml
 
 from isaerft_sweep.config.boundary import to_definition
+from isaerft_sweep.controller.build import launcher_of_jobs, make_dispatcher, make_state
 from isaerft_sweep.controller.controller_info import controller_alive, last_controller_info
+from isaerft_sweep.controller.live_view import LiveView
+from isaerft_sweep.controller.loop import SweepController
 from isaerft_sweep.controller.monitor import SweepMonitor, follow
-from isaerft_sweep.controller.run_sweep import INTERRUPTED, disk_errors_named, end_jobs, run_sweep
+from isaerft_sweep.controller.run_controller import INTERRUPTED, closed_in_the_end, disk_errors_named
+from isaerft_sweep.controller.run_sweep import run_sweep
 from isaerft_sweep.controller.static_array import cancel_arrays, running_arrays
-from isaerft_sweep.controller.stop_signal import ask_to_stop
+from isaerft_sweep.controller.stop_signal import AT_ONCE, IN_ORDER, ask_to_stop
 from isaerft_sweep.controller.sweep_identity import sweep_folder
+from isaerft_sweep.controller.trial_factory import TrialFactory
 from isaerft_sweep.errors import ConfigError, FolderError
 from isaerft_sweep.journal.append_log import whole_lines
-from isaerft_sweep.journal.journal import SweepRecord
-from isaerft_sweep.journal.layout import FINAL, SweepFolder
+from isaerft_sweep.journal.journal import Journal, SweepRecord
+from isaerft_sweep.journal.layout import SweepFolder
+from isaerft_sweep.journal.states import TrialState
+from isaerft_sweep.journal.status import NO_STATUS
 from isaerft_sweep.results.confirmation import first_sweep
+from isaerft_sweep.search.sampler import FixedPoints
+from isaerft_sweep.search.sweep_file import Metric, SweepDefinition
 from isaerft_sweep.spec_fields import from_mapping
 from isaerft_sweep.specs import Experiment
 from isaerft_sweep.terminal import make_console
@@ -133,7 +142,7 @@ def may_go_on(folder: SweepFolder, experiment: Experiment) -> bool:
         )
     seen = SweepMonitor(folder.path)
     statuses = seen.statuses()
-    ended = [r for r in seen.records if (r.ended and not r.given_up) or statuses.get(r.index, {}).get("state") in FINAL]
+    ended = [r for r in seen.records if (r.ended and not r.given_up) or statuses.get(r.index, NO_STATUS).is_final]
     left = seen.trials - len(ended)
     if experiment.launcher.kind != "local" or left <= 0:
         return True
@@ -172,13 +181,35 @@ def cancel(path: Path, at_once: bool) -> int:
         with disk_errors_named(folder):
             wait_for_end(folder, at_once)
     seen = SweepMonitor(path)
-    under_way = sum(record.state == "queued" for record in seen.records)
+    under_way = sum(record.state is TrialState.QUEUED for record in seen.records)
     if under_way:
         raise FolderError(f"{under_way} trials are still under way in {folder.path}: its controller died. Try again.")
     print(
         f"Nothing of {folder.path} is left running; {sum(r.ended for r in seen.records)} of {seen.trials} trials have ended."
     )
     return 0
+
+
+def end_jobs(experiment: Experiment, folder: SweepFolder, at_once: bool) -> None:
+    """End all jobs of a sweep that no controller runs, in order or at once."""
+    journal = Journal(folder)
+    try:
+        kind, resident = launcher_of_jobs(journal) or (experiment.launcher.kind, experiment.launcher.resident)
+        launcher = dataclasses.replace(experiment.launcher, kind=kind, resident=resident)
+        experiment = dataclasses.replace(experiment, launcher=launcher)
+        definition = SweepDefinition("given points", Metric("", "maximize"), {})
+        state = make_state(journal, FixedPoints([]), TrialFactory(experiment, definition, folder, "", None), 0)
+        state.restore()
+        urgency = AT_ONCE if at_once else IN_ORDER
+        with (
+            disk_errors_named(folder),
+            LiveView(make_console(), journal.record.metric, len(state.records), folder) as view,
+        ):
+            dispatcher = make_dispatcher(launcher, folder)
+            with closed_in_the_end(dispatcher):
+                SweepController(state, folder, dispatcher, launcher, view, lambda: urgency).run()
+    finally:
+        journal.close()
 
 
 def wait_for_end(folder: SweepFolder, at_once: bool) -> None:

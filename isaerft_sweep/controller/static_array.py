@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from isaerft_sweep.config.boundary import to_definition, variants, with_sweeps_project
+from isaerft_sweep.controller.build import count_trials, make_sampler, make_state
 from isaerft_sweep.controller.preflight import known_trial_needs
-from isaerft_sweep.controller.run_sweep import begin_sweep, count_trials, make_sampler
 from isaerft_sweep.controller.sweep_identity import (
+    begin_sweep,
     check_files,
     known_fingerprints,
     open_journal,
@@ -29,7 +30,8 @@ from isaerft_sweep.dispatch.snapshot import code_snapshot
 from isaerft_sweep.errors import ConfigError, FolderError, LaunchError
 from isaerft_sweep.journal.atomic_files import write_text
 from isaerft_sweep.journal.journal import SweepRecord, replay
-from isaerft_sweep.journal.layout import COMPLETED, DIVERGED, FINAL, STOPPED, SweepFolder
+from isaerft_sweep.journal.layout import SweepFolder
+from isaerft_sweep.journal.states import TrialState
 from isaerft_sweep.provenance import git_commit
 from isaerft_sweep.specs import Experiment, LauncherSpec
 
@@ -67,10 +69,9 @@ def create_static_trials(experiment: Experiment, overrides: Sequence[str]) -> tu
         begin_sweep(experiment, definition, folder, journal)
         write_text(folder.static_array, f"{code_snapshot(folder.path / 'code').absolute()}\n")
         factory = TrialFactory(experiment, definition, folder, journal.record.sweep_id, git_commit(), overrides)
-        for record in sorted(journal.record.trials.values(), key=lambda r: r.index):
-            sampler.restore(record.point)
-        while len(journal.record.trials) < trials and (point := sampler.ask()) is not None:
-            factory.add(journal, point)
+        state = make_state(journal, sampler, factory, trials)
+        state.restore()
+        state.make_all()
         return folder.path, len(journal.record.trials)
     finally:
         journal.close()
@@ -133,11 +134,12 @@ def run_static_trial(path: Path, index: int) -> int:
     known = record.trials[index]
     trial = folder.trial(known.name)
     status = trial.read_status()
-    if known.attempt or status.get("state") in FINAL:
-        print(f"trial {index} {known.name}: already {'run by a controller' if known.attempt else status['state']}")
+    if known.attempt or status.is_final:
+        print(f"trial {index} {known.name}: already {'run by a controller' if known.attempt else status.state}")
         return 0
     attempt = trial.current_attempt() + 1
     trial.begin_attempt(attempt)
     state = TrialJob(str(trial.path), attempt, None)()
     print(f"trial {index} {known.name}: {state}")
-    return {COMPLETED: 0, DIVERGED: 0, STOPPED: TRY_AGAIN}.get(state, 1)
+    codes: dict[str, int] = {TrialState.COMPLETED: 0, TrialState.DIVERGED: 0, TrialState.STOPPED: TRY_AGAIN}
+    return codes.get(state, 1)

@@ -13,11 +13,13 @@ from typing import Any
 import yaml
 
 from isaerft_sweep.config.boundary import variants
+from isaerft_sweep.controller.trial_factory import new_sweep_id
 from isaerft_sweep.errors import FolderError
-from isaerft_sweep.journal.atomic_files import read_json, write_json
+from isaerft_sweep.journal.atomic_files import read_json, write_json, write_text
 from isaerft_sweep.journal.journal import Journal
 from isaerft_sweep.journal.layout import SweepFolder
 from isaerft_sweep.naming import clean
+from isaerft_sweep.provenance import describe_environment
 from isaerft_sweep.search.sweep_file import SweepDefinition
 from isaerft_sweep.spec_fields import canonical_json, to_dict
 from isaerft_sweep.specs import TUNABLE, Experiment, HookPoint, expanded, identity
@@ -269,3 +271,43 @@ def _searched(raw: Mapping[str, Any]) -> dict[str, Any]:
 def _short(value: Any) -> str:
     text = "not set" if value is None else canonical_json(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def begin_sweep(
+    experiment: Experiment,
+    definition: SweepDefinition,
+    folder: SweepFolder,
+    journal: Journal,
+    fingerprint: str | None = None,
+    new_id: Callable[[], str] = new_sweep_id,
+) -> None:
+    """Write what the sweep is, if that has not been done yet; a sweep that resumes takes the last command's settings.
+
+    Args:
+        experiment: the composed config.
+        definition: the sweep file.
+        folder: the sweep's.
+        journal: the sweep's.
+        fingerprint: of the sweep; None: its own.
+        new_id: gives a new sweep's id, after its file is written.
+    """
+    if journal.record.sweep_id:
+        write_settings(experiment, definition, folder)
+    else:
+        write_definition(experiment, definition, folder)
+        fingerprint, metric = fingerprint or sweep_fingerprint(experiment, definition), definition.metric
+        journal.write("sweep", sweep_id=new_id(), question=fingerprint, metric=metric.name, goal=metric.goal)
+
+
+def write_definition(experiment: Experiment, definition: SweepDefinition, folder: SweepFolder) -> None:
+    """What was asked, for people: the sweep file, the composed config, and what it is run with."""
+    write_settings(experiment, definition, folder)
+    write_json(folder.environment, describe_environment())
+
+
+def write_settings(experiment: Experiment, definition: SweepDefinition, folder: SweepFolder) -> None:
+    """The sweep file and the composed config, where they are not there yet as they are now."""
+    for path, content in ((folder.definition, dict(definition.raw)), (folder.config, to_dict(experiment))):
+        text = yaml.safe_dump(content, sort_keys=False)
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            write_text(path, text)

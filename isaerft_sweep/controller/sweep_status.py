@@ -25,14 +25,16 @@ from isaerft_sweep.controller.trial_activity import (
     given_up_words,
     has_ended,
     log_path,
-    process_reference,
     state_for_count,
     under_way,
 )
 from isaerft_sweep.dispatch.cluster import run_slurm_command
 from isaerft_sweep.errors import FolderError, IsaerftError, LaunchError
+from isaerft_sweep.journal.job_refs import SlurmJob
 from isaerft_sweep.journal.journal import TrialRecord
 from isaerft_sweep.journal.layout import SweepFolder
+from isaerft_sweep.journal.states import TrialState
+from isaerft_sweep.journal.status import NO_STATUS, TrialStatus
 from isaerft_sweep.results.columns import columns_for
 from isaerft_sweep.results.leaderboard import print_whole
 from isaerft_sweep.results.reading import read_space
@@ -51,12 +53,12 @@ def show_status(console: Console, path: Path) -> None:
     left = f", about {duration(facts['left_s'])} left" if facts["left_s"] is not None else ""
     console.print(f"trials      {facts['ended']} of {facts['trials']} ended{left}: {told}", highlight=False)
     console.print(f"controller  {controller_words(seen, facts['ended'])}", highlight=False)
-    at_work = [r for r in seen.records if under_way(r, statuses.get(r.index, {}), now)]
+    at_work = [r for r in seen.records if under_way(r, statuses.get(r.index, NO_STATUS), now)]
     if at_work:
         columns = columns_for((r.point.params for r in seen.records), read_space(seen.folder))
         width = console.width if console.is_terminal else None
         print_whole(console, trial_table(at_work, statuses, seen.record.metric, columns, width))
-    for record in [r for r in at_work if r.state == "queued"][:SHOWN_LOGS]:
+    for record in [r for r in at_work if r.state is TrialState.QUEUED][:SHOWN_LOGS]:
         console.print(f"log of {record.index + 1}    {log_path(seen.folder, record)}", highlight=False)
     for reason, count in waiting_reasons([r for r in at_work if not statuses.get(r.index)]).items():
         console.print(f"waiting     {count} in the queue: {reason}", highlight=False)
@@ -74,10 +76,10 @@ def missing(seen: SweepMonitor) -> list[TrialRecord]:
     return [r for r in seen.records if r.attempt and not seen.folder.trial(r.name).path.is_dir()]
 
 
-def status_facts(seen: SweepMonitor, statuses: Mapping[int, dict[str, Any]], now: float) -> dict[str, Any]:
+def status_facts(seen: SweepMonitor, statuses: Mapping[int, TrialStatus], now: float) -> dict[str, Any]:
     """How far the sweep is, as plain data: ``isaerft-sweep status --json``."""
     known, runs = last_controller_info(seen.folder), controller_alive(seen.folder)
-    status_of = {record.index: statuses.get(record.index, {}) for record in seen.records}
+    status_of = {record.index: statuses.get(record.index, NO_STATUS) for record in seen.records}
     counts = Counter(state_for_count(record, status_of[record.index], now) for record in seen.records)
     ended = sum(has_ended(record, status_of[record.index]) for record in seen.records)
     left_s = time_left_s(seen.records, statuses, seen.trials) if ended < seen.trials else None
@@ -94,7 +96,7 @@ def status_facts(seen: SweepMonitor, statuses: Mapping[int, dict[str, Any]], now
     }
 
 
-def _row(seen: SweepMonitor, record: TrialRecord, status: Mapping[str, Any], now: float) -> dict[str, Any]:
+def _row(seen: SweepMonitor, record: TrialRecord, status: TrialStatus, now: float) -> dict[str, Any]:
     running = under_way(record, status, now)
     folder = seen.folder.trial(record.name)
     return {
@@ -105,14 +107,14 @@ def _row(seen: SweepMonitor, record: TrialRecord, status: Mapping[str, Any], now
         "phase": current_activity(record, status) if running else None,
         "params": dict(record.point.params),
         "attempt": record.attempt,
-        "step": status.get("step"),
-        "max_steps": status.get("max_steps"),
-        "loss": status.get("loss"),
-        "metric": record.metric if record.metric is not None else status.get("metric"),
+        "step": status.step,
+        "max_steps": status.max_steps,
+        "loss": status.loss,
+        "metric": record.metric if record.metric is not None else status.metric,
         "left_s": trial_left_s(status) if running else None,
         "seconds": record.seconds,
-        "job": dict(process_reference(record.job)) or None,
-        "node": status.get("host") if running else None,
+        "job": record.job.process.to_json() if record.job else None,
+        "node": status.host if running else None,
         "message": record.message or None,
         "folder": str(folder.path) if folder.path.is_dir() else None,
         "log": str(log_path(seen.folder, record)),
@@ -123,9 +125,9 @@ def waiting_reasons(records: list[TrialRecord]) -> Counter[str]:
     """Why SLURM has not started the jobs of these trials yet, in its own words; nothing for jobs of another kind."""
     ids: dict[str | None, list[str]] = {}
     for record in records:
-        job = process_reference(record.job)
-        if job.get("kind") == "slurm":
-            ids.setdefault(job.get("cluster"), []).append(str(job["id"]))
+        job = record.job and record.job.process
+        if isinstance(job, SlurmJob):
+            ids.setdefault(job.cluster, []).append(job.id)
     reasons: Counter[str] = Counter()
     for cluster, of_it in ids.items():
         flags = ("--noheader", "--array", "--format=%T|%r", "--jobs", ",".join(sorted(of_it)))
@@ -188,7 +190,7 @@ def _summed(path: Path, parts: list[SweepMonitor]) -> dict[str, Any]:
     facts = [status_facts(part, part.statuses(), time.time()) for part in parts]
     rows = [row for one in facts for row in one["rows"]]
     metric = facts[0]["metric"]
-    ended = [row["metric"] for row in rows if row["state"] == "completed"]
+    ended = [row["metric"] for row in rows if row["state"] == TrialState.COMPLETED]
     values = [value for value in ended if value is not None and math.isfinite(value)]
     best = (max if metric["goal"] == "maximize" else min)(values, default=None)
     running = any(one["controller"]["running"] for one in facts)

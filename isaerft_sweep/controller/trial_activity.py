@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from isaerft_sweep.dispatch.base import JobRef
+from isaerft_sweep.journal.job_refs import JobRef, LocalJob
 from isaerft_sweep.journal.journal import TrialRecord
-from isaerft_sweep.journal.layout import FINAL, RUNNING, SweepFolder
+from isaerft_sweep.journal.layout import SweepFolder
+from isaerft_sweep.journal.states import TrialState
+from isaerft_sweep.journal.status import TrialStatus
 from isaerft_sweep.results.leaderboard import short_path
 from isaerft_sweep.results.reading import SILENT_S
 
 
-def process_reference(job: JobRef | None) -> JobRef:
-    """The reference of the process or SLURM job itself, not of the worker in it."""
-    job = job or {}
-    inner: JobRef = job.get("job", job)
-    return inner
-
-
 def job_words(job: JobRef | None) -> str:
     """``job 4711_2`` or ``process 4711``; empty where nobody knows."""
-    own = process_reference(job)
-    if "id" in own:
-        return f"job {own['id']}"
-    return f"process {own['pid']}" if "pid" in own else ""
+    return job.words if job else ""
+
+
+def is_process(job: JobRef | None) -> bool:
+    """Whether the job has begun for certain: a process has, a scheduler's job may wait for its turn."""
+    return job is not None and isinstance(job.process, LocalJob)
 
 
 def log_path(folder: SweepFolder, record: TrialRecord) -> Path:
@@ -37,44 +33,41 @@ def log_path(folder: SweepFolder, record: TrialRecord) -> Path:
 
 def job_log(folder: SweepFolder, record: TrialRecord) -> Path | None:
     """What the job of the trial's last attempt prints, perhaps for other trials too; None where there was no job."""
-    own = process_reference(record.last_job)
-    number = own.get("id", own.get("pid"))
-    return None if number is None else folder.jobs / f"{number}_0_log.out"
+    name = record.last_job and record.last_job.log_name
+    return folder.jobs / name if name else None
 
 
-def current_activity(record: TrialRecord, status: Mapping[str, Any]) -> str:
+def current_activity(record: TrialRecord, status: TrialStatus) -> str:
     """The trial's state; while a worker is at it what that does: ``frozen layers 43 %``."""
     if record.given_up:
         return "given up"
     if record.ended:
         return record.state
-    state = str(status.get("state", record.state))
-    if state != RUNNING:
-        if state == "queued":  # a process has begun, and imports; a job may wait for its turn
-            return "starting" if "pid" in process_reference(record.job) else "waiting"
-        return state
-    return str(status.get("phase") or state)
+    state = status.state or record.state
+    if state is TrialState.QUEUED:  # a process has begun, and imports; a job may wait for its turn
+        return "starting" if is_process(record.job) else "waiting"
+    return status.phase or state if state is TrialState.RUNNING else state
 
 
-def state_for_count(record: TrialRecord, status: Mapping[str, Any], now: float) -> str:
+def state_for_count(record: TrialRecord, status: TrialStatus, now: float) -> str:
     """The trial's state for a count: a worker's own word while a job is under way, or an array that nobody sees to."""
     if record.given_up:
         return "given up"
     if record.ended:
         return record.state
-    state = str(status.get("state", record.state))
-    alone = record.state != "queued" and state == RUNNING
-    return "silent" if alone and now - float(status.get("heartbeat", now)) > SILENT_S else state
+    state = status.state or record.state
+    alone = record.state is not TrialState.QUEUED and state is TrialState.RUNNING
+    return "silent" if alone and now - status.heartbeat > SILENT_S else state
 
 
-def has_ended(record: TrialRecord, status: Mapping[str, Any]) -> bool:
+def has_ended(record: TrialRecord, status: TrialStatus) -> bool:
     """Whether the trial has ended, as the journal or, where no controller has looked yet, its worker says."""
-    return record.ended or status.get("state") in FINAL
+    return record.ended or status.is_final
 
 
-def under_way(record: TrialRecord, status: Mapping[str, Any], now: float) -> bool:
+def under_way(record: TrialRecord, status: TrialStatus, now: float) -> bool:
     """Whether a job is at the trial, or waits for its turn."""
-    return record.state == "queued" or state_for_count(record, status, now) == RUNNING
+    return record.state is TrialState.QUEUED or state_for_count(record, status, now) == TrialState.RUNNING
 
 
 def given_up_words(records: Iterable[TrialRecord], folder: SweepFolder) -> str:

@@ -10,7 +10,6 @@ from datetime import datetime
 
 from isaerft_sweep import naming
 from isaerft_sweep.config.boundary import check
-from isaerft_sweep.journal.journal import Journal, TrialRecord
 from isaerft_sweep.journal.layout import SweepFolder
 from isaerft_sweep.search.sampler import Point
 from isaerft_sweep.search.sweep_file import SweepDefinition
@@ -27,7 +26,7 @@ def new_sweep_id() -> str:
 class AgentRun:
     """A run that somebody else has named: a W&B agent.
 
-    ``whole``: the folder of its sweep, see ``SweepFolder``. ``agent``: its process, which has started this one.
+    ``parent_sweep``: the folder of its sweep, see ``SweepFolder``. ``agent``: its process, which has started this one.
     """
 
     sweep_id: str
@@ -46,7 +45,7 @@ class TrialFactory:
     sweep_id: str
     git_commit: str | None
     overrides: Sequence[str] = ()
-    given: AgentRun | None = None
+    agent_run: AgentRun | None = None
 
     def make(self, index: int, point: Point) -> TrialSpec:
         """The trial's spec, with names that nobody else has; its folder is written."""
@@ -70,9 +69,9 @@ class TrialFactory:
             index=index,
             name=name,
             model_name=naming.model_name(experiment.model.name, name),
-            run_id=self.given.run_id if self.given else naming.run_id(self.sweep_id, index),
+            run_id=self.agent_run.run_id if self.agent_run else naming.run_id(self.sweep_id, index),
             sweep_id=self.sweep_id,
-            sweep_name=(self.given.parent_sweep if self.given else self.folder).path.name,
+            sweep_name=(self.agent_run.parent_sweep if self.agent_run else self.folder).path.name,
             identity=identity(experiment),
             created=now.isoformat(timespec="seconds"),
             params=dict(point.params),
@@ -86,13 +85,10 @@ class TrialFactory:
         self.folder.trial(name).create(spec)
         return spec
 
-    def add(self, journal: Journal, point: Point) -> TrialRecord:
-        """Make the sweep's next trial and note it in the journal."""
-        index = len(journal.record.trials)
+    def create(self, index: int, point: Point) -> tuple[str, str]:
+        """Make the trial; its name and its run id."""
         spec = self.make(index, point)
-        facts = {"name": spec.name, "run_id": spec.run_id, "params": dict(point.params), "unit": dict(point.unit)}
-        journal.write("trial", index=index, **facts)
-        return journal.record.trials[index]
+        return spec.name, spec.run_id
 
     def _command(self, point: Point) -> str:
         """What runs this one trial again."""

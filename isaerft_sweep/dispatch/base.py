@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Generic, Literal, TypeVar
 
 from isaerft_sweep.dispatch.job import Job
 from isaerft_sweep.errors import LaunchError
+from isaerft_sweep.journal.job_refs import JobRef
 
-JobRef = Mapping[str, Any]
-"""What finds a job again from another process: plain data, kept in the journal."""
+Cause = Literal["site", "person", "trial"]
+R = TypeVar("R", bound=JobRef)
 
 
 class SchedulerUnavailable(LaunchError):
@@ -28,10 +29,10 @@ class JobExit:
     """
 
     words: str = ""
-    cause: str = "trial"
+    cause: Cause = "trial"
 
 
-class Dispatcher(ABC):
+class Dispatcher(ABC, Generic[R]):
     """Starts jobs, tells which are alive, ends them. A job's outcome is read from its trial's folder, not from here."""
 
     slots: int
@@ -44,13 +45,13 @@ class Dispatcher(ABC):
     """How many of those who wait have nothing to do."""
 
     @abstractmethod
-    def submit_all(self, jobs: Sequence[Job]) -> list[JobRef]:
+    def submit_all(self, jobs: Sequence[Job]) -> list[R]:
         """Start or queue jobs; fewer references than jobs, of the first ones, when the place takes no more of them now.
 
         Raises SchedulerUnavailable when it takes none now, and LaunchError when it never will.
         """
 
-    def submit(self, job: Job) -> JobRef:
+    def submit(self, job: Job) -> R:
         """Start or queue one job. Raises as ``submit_all``."""
         refs = self.submit_all([job])
         if not refs:
@@ -58,43 +59,43 @@ class Dispatcher(ABC):
         return refs[0]
 
     @abstractmethod
-    def alive(self, refs: Iterable[JobRef]) -> list[bool]:
+    def alive(self, refs: Iterable[R]) -> list[bool]:
         """For each job whether it is queued or running, in one query for all."""
 
     @abstractmethod
-    def cancel(self, refs: Sequence[JobRef]) -> None:
+    def cancel(self, refs: Sequence[R]) -> None:
         """Ask jobs to end in order (SIGTERM; those in a queue are taken out of it); nothing for those that have ended."""
 
     @abstractmethod
-    def kill(self, refs: Sequence[JobRef]) -> None:
+    def kill(self, refs: Sequence[R]) -> None:
         """End jobs and all their processes at once; nothing for those that have ended."""
 
     @abstractmethod
-    def log_tail(self, ref: JobRef, lines: int = 8) -> str:
+    def log_tail(self, ref: R, lines: int = 8) -> str:
         """The last lines that the job printed."""
 
-    def job_exit(self, ref: JobRef) -> JobExit:
+    def job_exit(self, ref: R) -> JobExit:
         """What the place knows about the end of a job that is not alive."""
         return JobExit()
 
-    def suspended(self, ref: JobRef) -> bool:
+    def suspended(self, ref: R) -> bool:
         """Whether the place holds a living job still, so that it cannot say anything."""
         return False
 
-    def queued(self, ref: JobRef) -> bool:
+    def queued(self, ref: R) -> bool:
         """Whether the place has not started a living job yet."""
         return False
 
-    def withdraw(self, refs: Sequence[JobRef]) -> None:  # noqa: B027  (most run one trial in a job)
+    def withdraw(self, refs: Sequence[R]) -> None:
         """Take trials that have a newer attempt from workers that are not started yet, and end those left without one."""
 
-    def dismiss_idle(self) -> None:  # noqa: B027
+    def dismiss_idle(self) -> None:
         """End the workers that wait: there is nothing more to give them."""
 
-    def abandon(self, ref: JobRef) -> None:  # noqa: B027
+    def abandon(self, ref: R) -> None:
         """Give up a job that does not end, though it was killed: its slot is free for another one."""
 
-    def close(self) -> None:  # noqa: B027  (most have nothing to do)
+    def close(self) -> None:
         """The sweep has ended: leave nothing running."""
 
 

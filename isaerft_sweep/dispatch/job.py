@@ -91,7 +91,8 @@ class TrialJob:
     def _run(self) -> str:
         prepare_process(self.threads, self.device, self.limit_s)
         with importing():
-            from isaerft_sweep.journal.layout import Superseded, TrialFolder
+            from isaerft_sweep.journal.layout import TrialFolder
+            from isaerft_sweep.journal.status_writer import Superseded
             from isaerft_sweep.trial.runner import run_trial
             from isaerft_sweep.trial.worker import logged_to
 

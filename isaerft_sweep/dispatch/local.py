@@ -14,16 +14,17 @@ from typing import Any
 
 import submitit
 
-from isaerft_sweep.dispatch.base import Dispatcher, JobRef, tail
+from isaerft_sweep.dispatch.base import Dispatcher, tail
 from isaerft_sweep.dispatch.job import Job
 from isaerft_sweep.dispatch.processes import descendants, is_running, start_time
 from isaerft_sweep.errors import LaunchError
+from isaerft_sweep.journal.job_refs import LocalJob
 from isaerft_sweep.specs import LauncherSpec
 
 NO_LIMIT_MIN = 60 * 24 * 365
 
 
-class LocalDispatcher(Dispatcher):
+class LocalDispatcher(Dispatcher[LocalJob]):
     """Jobs outlive the controller: a controller that was killed finds them again by process id and start time."""
 
     def __init__(self, spec: LauncherSpec, folder: Path) -> None:
@@ -36,10 +37,10 @@ class LocalDispatcher(Dispatcher):
         self._jobs: dict[int, submitit.Job[Any]] = {}
         self._device_of: dict[int, str] = {}
 
-    def submit_all(self, jobs: Sequence[Job]) -> list[JobRef]:
+    def submit_all(self, jobs: Sequence[Job]) -> list[LocalJob]:
         return [self._submit(job) for job in jobs]
 
-    def _submit(self, job: Job) -> JobRef:
+    def _submit(self, job: Job) -> LocalJob:
         executor = submitit.LocalExecutor(folder=self.folder)
         device = self._free_device()
         executor.update_parameters(
@@ -54,38 +55,38 @@ class LocalDispatcher(Dispatcher):
         self._jobs[pid] = running
         if device is not None:
             self._device_of[pid] = device
-        return {"kind": "local", "pid": pid, "start": start_time(pid), "device": device}
+        return LocalJob(pid, start_time(pid), device)
 
-    def alive(self, refs: Iterable[JobRef]) -> list[bool]:
+    def alive(self, refs: Iterable[LocalJob]) -> list[bool]:
         return [self._alive(ref) for ref in refs]
 
-    def _alive(self, ref: JobRef) -> bool:
-        job = self._jobs.get(ref["pid"])
+    def _alive(self, ref: LocalJob) -> bool:
+        job = self._jobs.get(ref.pid)
         if job is not None:
             job.done()  # reaps the process, so that it does not stay a zombie
-        running = is_running(ref["pid"], ref["start"])
+        running = is_running(ref.pid, ref.start)
         if not running:
-            self._jobs.pop(ref["pid"], None)
-            self._device_of.pop(ref["pid"], None)
-        elif ref.get("device") is not None:
-            self._device_of[ref["pid"]] = ref["device"]
+            self._jobs.pop(ref.pid, None)
+            self._device_of.pop(ref.pid, None)
+        elif ref.device is not None:
+            self._device_of[ref.pid] = ref.device
         return running
 
-    def cancel(self, refs: Sequence[JobRef]) -> None:
+    def cancel(self, refs: Sequence[LocalJob]) -> None:
         for ref in refs:
             # submitit's process passes SIGTERM on to the trial and waits for it
-            if is_running(ref["pid"], ref["start"]):
-                os.kill(ref["pid"], signal.SIGTERM)
+            if is_running(ref.pid, ref.start):
+                os.kill(ref.pid, signal.SIGTERM)
 
-    def kill(self, refs: Sequence[JobRef]) -> None:
+    def kill(self, refs: Sequence[LocalJob]) -> None:
         for ref in refs:
-            if is_running(ref["pid"], ref["start"]):
-                for pid in [*descendants(ref["pid"]), ref["pid"]]:
+            if is_running(ref.pid, ref.start):
+                for pid in [*descendants(ref.pid), ref.pid]:
                     with suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
 
-    def log_tail(self, ref: JobRef, lines: int = 8) -> str:
-        return tail(self.folder / f"{ref['pid']}_0_log.out", lines)
+    def log_tail(self, ref: LocalJob, lines: int = 8) -> str:
+        return tail(self.folder / ref.log_name, lines)
 
     def _free_device(self) -> str | None:
         if not self.devices:

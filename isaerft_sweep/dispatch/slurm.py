@@ -19,7 +19,7 @@ from pathlib import Path
 
 import submitit
 
-from isaerft_sweep.dispatch.base import Dispatcher, JobExit, JobRef, SchedulerUnavailable, tail
+from isaerft_sweep.dispatch.base import Cause, Dispatcher, JobExit, SchedulerUnavailable, tail
 from isaerft_sweep.dispatch.cluster import (
     ANSWER_S,
     PLACE,
@@ -41,6 +41,7 @@ from isaerft_sweep.dispatch.job import Job
 from isaerft_sweep.dispatch.sbatch_flags import sbatch_parameters, working_s
 from isaerft_sweep.dispatch.snapshot import code_snapshot
 from isaerft_sweep.errors import LaunchError
+from isaerft_sweep.journal.job_refs import SlurmJob
 from isaerft_sweep.specs import LauncherSpec
 
 SITES_DOING = {"TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "PREEMPTED", "REVOKED", "LAUNCH_FAILED", "COMPLETING"}
@@ -61,7 +62,7 @@ REFUSED = re.compile(r"[0-9a-f]{32}\.pkl")
 """submitit's name for a job that has no number yet."""
 
 
-class SlurmDispatcher(Dispatcher):
+class SlurmDispatcher(Dispatcher[SlurmJob]):
     """Job arrays, each of all jobs submitted in one turn; jobs outlive the controller and are found again by their id."""
 
     def __init__(self, spec: LauncherSpec, folder: Path) -> None:
@@ -94,7 +95,7 @@ class SlurmDispatcher(Dispatcher):
         except (ValueError, TypeError) as error:
             raise LaunchError(f"launcher.slurm has a parameter that submitit does not know: {error}") from error
 
-    def submit_all(self, jobs: Sequence[Job]) -> list[JobRef]:
+    def submit_all(self, jobs: Sequence[Job]) -> list[SlurmJob]:
         ids: list[str] = []
         size, arrays = self._array_size, -(-len(jobs) // self._array_size)
         while len(ids) < len(jobs):
@@ -108,8 +109,7 @@ class SlurmDispatcher(Dispatcher):
                     break  # those are in the queue, whatever became of the others
                 else:
                     raise
-        where = {} if self.cluster is None else {"cluster": self.cluster}
-        return [{"kind": "slurm", "id": job_id, "name": self.name, **where} for job_id in ids]
+        return [SlurmJob(job_id, self.name, self.cluster) for job_id in ids]
 
     def _submit_array(self, jobs: Sequence[Job], parallelism: int) -> list[str]:
         self._queue_is_full = False
@@ -136,56 +136,56 @@ class SlurmDispatcher(Dispatcher):
             if REFUSED.fullmatch(path.name) or (path.suffix == ".sh" and not path.is_symlink()):
                 path.unlink(missing_ok=True)
 
-    def alive(self, refs: Iterable[JobRef]) -> list[bool]:
+    def alive(self, refs: Iterable[SlurmJob]) -> list[bool]:
         asked = list(refs)
         for ref in asked:
             queue = self._queue(ref)
-            queue.known.add(ref["id"])
-            if "name" in ref:
-                queue.names.add(ref["name"])  # of a controller that saw the folder elsewhere
+            queue.known.add(ref.id)
+            if ref.name:
+                queue.names.add(ref.name)  # of a controller that saw the folder elsewhere
         answers = {
-            cluster: queue.ask({ref["id"] for ref in asked if ref.get("cluster") == cluster})
+            cluster: queue.ask({ref.id for ref in asked if ref.cluster == cluster})
             for cluster, queue in self._queues.items()
         }
         # a scheduler that does not answer: nothing is known, so nothing has ended
-        return [not answers[ref.get("cluster")] or self._queue(ref).lives(ref["id"]) for ref in asked]
+        return [not answers[ref.cluster] or self._queue(ref).lives(ref.id) for ref in asked]
 
-    def _queue(self, ref: JobRef) -> _Queue:
-        cluster = ref.get("cluster")
-        return self._queues.setdefault(cluster, _Queue(cluster, {ref.get("name", self.name)}))
+    def _queue(self, ref: SlurmJob) -> _Queue:
+        cluster = ref.cluster
+        return self._queues.setdefault(cluster, _Queue(cluster, {ref.name or self.name}))
 
-    def job_exit(self, ref: JobRef) -> JobExit:
-        state, more = self._queue(ref).said_of(ref["id"])
+    def job_exit(self, ref: SlurmJob) -> JobExit:
+        state, more = self._queue(ref).said_of(ref.id)
         if not state or state == "COMPLETED":
             return JobExit()
-        cause = "site" if state in SITES_DOING else "person" if state == "CANCELLED" else "trial"
+        cause: Cause = "site" if state in SITES_DOING else "person" if state == "CANCELLED" else "trial"
         return JobExit(f"SLURM: {state}" + (f" ({more})" if more else ""), cause)
 
-    def cancel(self, refs: Sequence[JobRef]) -> None:
+    def cancel(self, refs: Sequence[SlurmJob]) -> None:
         for queue, ids in self._arrays(refs):
             # to the steps alone: the batch script would die of it and take the trial along before its checkpoint
             scancel("--state=PENDING", *ids, cluster=queue.cluster)
             scancel("--signal=TERM", "--state=RUNNING", *ids, cluster=queue.cluster)
 
-    def kill(self, refs: Sequence[JobRef]) -> None:
+    def kill(self, refs: Sequence[SlurmJob]) -> None:
         for queue, ids in self._arrays(refs):
             scancel(*ids, cluster=queue.cluster)
 
-    def _arrays(self, refs: Sequence[JobRef]) -> list[tuple[_Queue, list[str]]]:
+    def _arrays(self, refs: Sequence[SlurmJob]) -> list[tuple[_Queue, list[str]]]:
         """The jobs' ids by cluster, as few as say it."""
         found: dict[str | None, list[str]] = {}
         for ref in refs:
-            found.setdefault(self._queue(ref).cluster, []).append(ref["id"])
+            found.setdefault(self._queue(ref).cluster, []).append(ref.id)
         return [(self._queues[cluster], self._queues[cluster].arrays(ids)) for cluster, ids in found.items()]
 
-    def log_tail(self, ref: JobRef, lines: int = 8) -> str:
-        return tail(self.folder / f"{ref['id']}_0_log.out", lines)
+    def log_tail(self, ref: SlurmJob, lines: int = 8) -> str:
+        return tail(self.folder / ref.log_name, lines)
 
-    def suspended(self, ref: JobRef) -> bool:
-        return self._queue(ref).said_of(ref["id"])[0] == "SUSPENDED"
+    def suspended(self, ref: SlurmJob) -> bool:
+        return self._queue(ref).said_of(ref.id)[0] == "SUSPENDED"
 
-    def queued(self, ref: JobRef) -> bool:
-        return self._queue(ref).said_of(ref["id"])[0] == "PENDING"
+    def queued(self, ref: SlurmJob) -> bool:
+        return self._queue(ref).said_of(ref.id)[0] == "PENDING"
 
     def close(self) -> None:
         """Take out of the queue what nobody remembers; jobs that are known are told to end by their owner."""

@@ -8,10 +8,12 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from isaerft_sweep.dispatch.base import Dispatcher, JobExit, JobRef
+from isaerft_sweep.dispatch.base import Dispatcher, JobExit
 from isaerft_sweep.dispatch.job import Job, TrialJob, WorkerJob
 from isaerft_sweep.errors import LaunchError
+from isaerft_sweep.journal.job_refs import JobRef, WorkerTask
 from isaerft_sweep.journal.worker_queue import Task, TaskProgress, WorkerFolder
 
 CLOSING_S = 30.0
@@ -35,7 +37,7 @@ class _Worker:
         self.given = max(self.given, number)
 
 
-class ResidentDispatcher(Dispatcher):
+class ResidentDispatcher(Dispatcher[WorkerTask]):
     """Gives trials to workers that wait, starts workers while there are fewer than the inner dispatcher's slots, and then
     gives the rest to workers that have room for more than one.
 
@@ -48,7 +50,7 @@ class ResidentDispatcher(Dispatcher):
 
     def __init__(
         self,
-        inner: Dispatcher,
+        inner: Dispatcher[Any],
         folder: Path,
         poll_s: float,
         trials_per_job: int | None = None,
@@ -75,7 +77,7 @@ class ResidentDispatcher(Dispatcher):
     def idle_workers(self) -> int:  # type: ignore[override]
         return sum(not worker.open and self._room(worker) > 0 for worker in self._workers.values())
 
-    def submit_all(self, jobs: Sequence[Job]) -> list[JobRef]:
+    def submit_all(self, jobs: Sequence[Job]) -> list[WorkerTask]:
         tasks = [Task(job.folder, job.attempt) for job in jobs if isinstance(job, TrialJob)]
         assert len(tasks) == len(jobs)
         refs, refused = self._give(tasks, to_idle=True), None
@@ -96,9 +98,9 @@ class ResidentDispatcher(Dispatcher):
         room = (self.trials_per_pass or worker.folder.room() or 1) - len(worker.open)
         return max(0, room if self.trials_per_job is None else min(room, self.trials_per_job - worker.given))
 
-    def _give(self, tasks: list[Task], to_idle: bool) -> list[JobRef]:
+    def _give(self, tasks: list[Task], to_idle: bool) -> list[WorkerTask]:
         """Give tasks to workers that wait, or to those that run others but have room; the least busy ones first."""
-        refs: list[JobRef] = []
+        refs: list[WorkerTask] = []
         while len(refs) < len(tasks):
             able = [item for item in self._workers.items() if self._room(item[1]) and not (to_idle and item[1].open)]
             if not able:
@@ -109,10 +111,10 @@ class ResidentDispatcher(Dispatcher):
                 worker.last = True
                 continue
             worker.give(number)
-            refs.append(_reference(name, worker.job, number))
+            refs.append(WorkerTask(name, number, worker.job))
         return refs
 
-    def _start(self, tasks: list[Task]) -> list[JobRef]:
+    def _start(self, tasks: list[Task]) -> list[WorkerTask]:
         """Start a worker for each task, or for the first of them where no more can be had."""
         if not tasks:
             return []
@@ -131,22 +133,22 @@ class ResidentDispatcher(Dispatcher):
             assert number is not None
             self._workers[name] = _Worker(folder, job)
             self._workers[name].give(number)
-            refs.append(_reference(name, job, number))
+            refs.append(WorkerTask(name, number, job))
         return refs
 
-    def alive(self, refs: Iterable[JobRef]) -> list[bool]:
+    def alive(self, refs: Iterable[WorkerTask]) -> list[bool]:
         asked = list(refs)
         for ref in asked:
-            if ref["worker"] not in self._workers:  # of a controller that has gone
-                self._workers[ref["worker"]] = _Worker(WorkerFolder(self.folder / ref["worker"]), ref["job"])
-            self._workers[ref["worker"]].give(ref["task"])
+            if ref.name not in self._workers:  # of a controller that has gone
+                self._workers[ref.name] = _Worker(WorkerFolder(self.folder / ref.name), ref.job)
+            self._workers[ref.name].give(ref.task)
         living = self._living()
         for name, lives in living.items():
             if lives:
                 self._look_at(self._workers[name])
             else:
                 del self._workers[name]
-        return [ref["worker"] in self._workers and ref["task"] in self._workers[ref["worker"]].open for ref in asked]
+        return [ref.name in self._workers and ref.task in self._workers[ref.name].open for ref in asked]
 
     def _look_at(self, worker: _Worker) -> None:
         """Take note of what is over. The last tasks of a worker that ends keep their slots until its process is gone."""
@@ -169,31 +171,31 @@ class ResidentDispatcher(Dispatcher):
         alive = self.inner.alive([self._workers[name].job for name in names])
         return dict(zip(names, alive, strict=True))
 
-    def cancel(self, refs: Sequence[JobRef]) -> None:
-        self.inner.cancel([ref["job"] for ref in refs])
+    def cancel(self, refs: Sequence[WorkerTask]) -> None:
+        self.inner.cancel([ref.job for ref in refs])
 
-    def kill(self, refs: Sequence[JobRef]) -> None:
-        self.inner.kill([ref["job"] for ref in refs])
+    def kill(self, refs: Sequence[WorkerTask]) -> None:
+        self.inner.kill([ref.job for ref in refs])
 
-    def log_tail(self, ref: JobRef, lines: int = 8) -> str:
-        return self.inner.log_tail(ref["job"], lines)
+    def log_tail(self, ref: WorkerTask, lines: int = 8) -> str:
+        return self.inner.log_tail(ref.job, lines)
 
-    def job_exit(self, ref: JobRef) -> JobExit:
-        return self.inner.job_exit(ref["job"])
+    def job_exit(self, ref: WorkerTask) -> JobExit:
+        return self.inner.job_exit(ref.job)
 
-    def suspended(self, ref: JobRef) -> bool:
-        return self.inner.suspended(ref["job"])
+    def suspended(self, ref: WorkerTask) -> bool:
+        return self.inner.suspended(ref.job)
 
-    def queued(self, ref: JobRef) -> bool:
-        return self.inner.queued(ref["job"])
+    def queued(self, ref: WorkerTask) -> bool:
+        return self.inner.queued(ref.job)
 
-    def withdraw(self, refs: Sequence[JobRef]) -> None:
+    def withdraw(self, refs: Sequence[WorkerTask]) -> None:
         """A worker that is started after all finds that the attempt is not the present one, and passes it over."""
         left = []
         for ref in refs:
-            worker = self._workers.get(ref["worker"])
+            worker = self._workers.get(ref.name)
             if worker is not None:
-                worker.open.discard(ref["task"])
+                worker.open.discard(ref.task)
                 left += [] if worker.open or worker.last else [worker]
         for worker in left:
             worker.folder.claim(Task(None), room=None)
@@ -207,8 +209,8 @@ class ResidentDispatcher(Dispatcher):
                 worker.folder.claim(Task(None))
                 worker.last = True
 
-    def abandon(self, ref: JobRef) -> None:
-        self._workers.pop(ref["worker"], None)
+    def abandon(self, ref: WorkerTask) -> None:
+        self._workers.pop(ref.name, None)
 
     def close(self) -> None:
         """End the workers that wait; one that does not listen is killed. Busy ones go on: they will be adopted."""
@@ -227,7 +229,3 @@ class ResidentDispatcher(Dispatcher):
             return []
         living = self._living()
         return [worker for name, worker in self._workers.items() if living[name] and not worker.open]
-
-
-def _reference(name: str, job: JobRef, task: int) -> JobRef:
-    return {"kind": "resident", "worker": name, "task": task, "job": dict(job)}

@@ -16,7 +16,9 @@ from typing import IO, Any
 
 from isaerft_sweep.errors import FolderError, JournalError
 from isaerft_sweep.journal.append_log import AppendLog, whole_lines
-from isaerft_sweep.journal.layout import FINAL, PRUNED, SweepFolder
+from isaerft_sweep.journal.job_refs import JobRef, job_from_json
+from isaerft_sweep.journal.layout import SweepFolder
+from isaerft_sweep.journal.states import FINAL, TrialState
 from isaerft_sweep.search.sampler import Point
 
 
@@ -29,8 +31,8 @@ class TrialRecord:
     run_id: str
     point: Point
     attempt: int = 0
-    job: Mapping[str, Any] | None = None
-    state: str = "created"
+    job: JobRef | None = None
+    state: TrialState = TrialState.CREATED
     metric: float | None = None
     message: str = ""
     seconds: float = 0.0
@@ -40,12 +42,12 @@ class TrialRecord:
     given_up: bool = False
     spans: list[tuple[str, float, float]] = field(default_factory=list)
     """Of each attempt that has ended: which worker ran it, from when to when (seconds since the epoch)."""
-    last_job: Mapping[str, Any] | None = None
+    last_job: JobRef | None = None
 
     @property
     def ended(self) -> bool:
         """Whether this trial will not be run again, as far as is known: one that was stopped early may be revived."""
-        return self.state in (*FINAL, PRUNED) or self.given_up
+        return self.state in (*FINAL, TrialState.PRUNED) or self.given_up
 
 
 @dataclass
@@ -75,24 +77,24 @@ class SweepRecord:
 
     def _on_dispatch(self, event: Mapping[str, Any]) -> None:
         trial = self.trials[event["index"]]
-        trial.attempt, trial.job, trial.state, trial.given_up = event["attempt"], event["job"], "queued", False
-        trial.last_job = trial.job
+        trial.attempt, trial.job = event["attempt"], job_from_json(event["job"])
+        trial.state, trial.given_up, trial.last_job = TrialState.QUEUED, False, trial.job
 
     def _on_takeover(self, event: Mapping[str, Any]) -> None:
         """First without a job: the one that it had, which was not started, must not begin it any more."""
         trial = self.trials[event["index"]]
-        trial.attempt, trial.job, trial.state = event["attempt"], event["job"], "queued" if event["job"] else "created"
+        trial.attempt, trial.job = event["attempt"], job_from_json(event["job"]) if event["job"] else None
+        trial.state = TrialState.QUEUED if trial.job else TrialState.CREATED
 
     def _on_end(self, event: Mapping[str, Any]) -> None:
         trial = self.trials[event["index"]]
         if event["seconds"] > 0 and "time" in event:
-            job = trial.job or {}  # none: an array that no controller started
-            worker = str(job.get("worker", job.get("id", f"trial {trial.index}")))
+            worker = (trial.job and trial.job.worker) or f"trial {trial.index}"  # no job: an array without a controller
             trial.spans.append((worker, event["time"] - event["seconds"], event["time"]))
-        trial.job, trial.state, trial.message = None, event["state"], event["message"]
+        trial.job, trial.state, trial.message = None, TrialState(event["state"]), event["message"]
         trial.metric, trial.given_up = event["metric"], event["given_up"]
         trial.seconds += event["seconds"]
-        trial.failures += event.get("counted", event["state"] == "failed")
+        trial.failures += event.get("counted", trial.state is TrialState.FAILED)
         trial.checkpoint = max(trial.checkpoint, event.get("checkpoint", 0))
 
 

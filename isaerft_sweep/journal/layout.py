@@ -8,25 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import socket
-import time
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from isaerft_sweep.errors import IsaerftError
 from isaerft_sweep.journal.atomic_files import read_json, read_rows, write_json, write_text
+from isaerft_sweep.journal.states import TrialState
+from isaerft_sweep.journal.status import TrialStatus, read_status_file
 from isaerft_sweep.spec_fields import to_dict
 from isaerft_sweep.specs import TrialSpec
-
-RUNNING, COMPLETED, DIVERGED, FAILED, STOPPED = "running", "completed", "diverged", "failed", "stopped"
-PRUNED = "pruned"
-"""Stopped early by the sweep, with a checkpoint: over, unless the sweep revives it."""
-FINAL = (COMPLETED, DIVERGED)
-"""States that are never run again; ``failed`` and ``stopped`` are, within bounds."""
 
 
 @dataclass
@@ -41,10 +32,6 @@ class PairScores:
         self.pairs += pairs
         self.chosen += chosen
         self.rejected += rejected
-
-
-class Superseded(IsaerftError):
-    """A newer attempt of the same trial has begun: this worker must end without writing."""
 
 
 @dataclass(frozen=True)
@@ -259,51 +246,21 @@ class TrialFolder:
     def current_attempt(self) -> int:
         return int((read_json(self.attempt) or {"attempt": 0})["attempt"])
 
-    def ask_to_stop(self, state: str = STOPPED) -> None:
-        """Ask the worker, wherever it runs, to checkpoint and end after its present step, in ``state``."""
+    def ask_to_stop(self, state: TrialState = TrialState.STOPPED) -> None:
+        """Ask the worker, wherever it runs, to write a checkpoint and end after its present step, in ``state``."""
         write_text(self.stop, state)
 
-    def stop_asked(self) -> str | None:
-        """The state in which the worker shall end; None when it shall not."""
+    def stop_asked(self) -> TrialState | None:
+        """The state in which the worker should end; None when nobody has asked for it."""
         try:
-            return self.stop.read_text(encoding="utf-8") or STOPPED
+            return TrialState(self.stop.read_text(encoding="utf-8") or TrialState.STOPPED)
         except FileNotFoundError:
             return None
 
-    def read_status(self) -> dict[str, Any]:
-        """The worker's last word; empty before its first."""
-        return read_json(self.status) or {}
+    def read_status(self) -> TrialStatus:
+        """The worker's last message; empty (false) before its first one."""
+        return read_status_file(self.status)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """One row per logged step: ``step``, ``time`` (seconds since the epoch) and metrics by W&B name."""
         return read_rows(self.metrics)
-
-
-class StatusWriter:
-    """A worker's side of the protocol: says what state the trial is in, as long as its attempt is the current one."""
-
-    def __init__(self, folder: TrialFolder, attempt: int, min_interval_s: float = 1.0) -> None:
-        self.folder, self.attempt, self.min_interval_s = folder, attempt, min_interval_s
-        self._last_s = 0.0
-        self._facts: dict[str, Any] = {
-            "attempt": attempt,
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "started": time.time(),
-        }
-
-    def check(self) -> None:
-        """Raise Superseded when a newer attempt has begun."""
-        current = self.folder.current_attempt()
-        if current != self.attempt:
-            raise Superseded(f"attempt {self.attempt} of {self.folder.path.name} was replaced by attempt {current}.")
-
-    def write(self, state: str, facts: Mapping[str, Any] | None = None, *, force: bool = True) -> None:
-        """Replace the status. Without ``force`` at most every ``min_interval_s`` seconds."""
-        self._facts.update(facts or {})
-        now = time.time()
-        if not force and now - self._last_s < self.min_interval_s:
-            return
-        self.check()
-        write_json(self.folder.status, {**self._facts, "state": state, "heartbeat": now})
-        self._last_s = now

@@ -8,19 +8,20 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-from isaerft_sweep.controller.run_sweep import evaluations_per_trial, make_inner_dispatcher
+from isaerft_sweep.controller.build import evaluations_per_trial, make_inner_dispatcher
 from isaerft_sweep.controller.trial_factory import TrialFactory
 from isaerft_sweep.dispatch.job import TrialJob
 from isaerft_sweep.errors import ConfigError, IsaerftError, LaunchError
 from isaerft_sweep.journal.journal import SweepRecord, replay
-from isaerft_sweep.journal.layout import COMPLETED, SweepFolder, TrialFolder
+from isaerft_sweep.journal.layout import SweepFolder, TrialFolder
+from isaerft_sweep.journal.states import TrialState
+from isaerft_sweep.journal.status import TrialStatus
 from isaerft_sweep.results.cost import device_seconds
 from isaerft_sweep.search.sampler import Point
 from isaerft_sweep.search.sweep_file import SweepDefinition
@@ -56,7 +57,7 @@ def from_earlier_sweeps(experiment: Experiment, swept: Collection[str]) -> Estim
             replay(journal, record)
         except (OSError, yaml.YAMLError, IsaerftError, TypeError, AttributeError):
             continue  # another version's, or not whole: there is nothing to learn from it
-        found = [trial for trial in record.trials.values() if trial.state == COMPLETED and trial.seconds > 0]
+        found = [trial for trial in record.trials.values() if trial.state == TrialState.COMPLETED and trial.seconds > 0]
         if found:
             names.append(folder.path.name)
             seconds += [trial.seconds for trial in found]
@@ -93,9 +94,9 @@ def calibrate(experiment: Experiment, definition: SweepDefinition, point: Point,
         finally:
             dispatcher.kill([job])
         status = trial.read_status()
-        if status.get("state") != COMPLETED:
+        if status.state is not TrialState.COMPLETED:
             raise LaunchError(
-                f"the calibration must complete but ended as {status.get('state', 'nothing')}: {status.get('message', '')} "
+                f"the calibration must complete but ended as {status.state or 'nothing'}: {status.message} "
                 f"{dispatcher.job_exit(job).words}\n{dispatcher.log_tail(job)}"
             )
         alone_s = reckon(trial, status, steps, evaluations_per_trial(experiment))
@@ -104,7 +105,7 @@ def calibrate(experiment: Experiment, definition: SweepDefinition, point: Point,
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def reckon(trial: TrialFolder, status: Mapping[str, Any], steps: int, evaluations: int) -> float:
+def reckon(trial: TrialFolder, status: TrialStatus, steps: int, evaluations: int) -> float:
     """Seconds of a whole trial from a short one: start and end as they were, so many steps and evaluations."""
     rows = trial.read_metrics()
     trained = [row["time"] for row in rows if "train/loss" in row]
@@ -113,5 +114,5 @@ def reckon(trial: TrialFolder, status: Mapping[str, Any], steps: int, evaluation
         raise ConfigError("a calibration needs trials of at least two steps. Give a larger orpo.max_steps, or leave it out.")
     gaps = [after - before for before, after in itertools.pairwise(trained)]
     step_s, evaluation_s = statistics.median(gaps), max(0.0, evaluated[-1] - trained[-1])
-    around_s = max(0.0, status["ended"] - status["started"] - (trained[-1] - trained[0]) - step_s - evaluation_s)
+    around_s = max(0.0, status.duration_s - (trained[-1] - trained[0]) - step_s - evaluation_s)
     return around_s + steps * step_s + evaluations * evaluation_s

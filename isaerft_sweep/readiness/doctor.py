@@ -13,7 +13,7 @@ from typing import cast
 from rich.console import Console
 from rich.text import Text
 
-from isaerft_sweep.controller.run_sweep import make_inner_dispatcher
+from isaerft_sweep.controller.build import make_inner_dispatcher
 from isaerft_sweep.dispatch.cluster import SlurmCluster, cluster_of, read_cluster, run_slurm_command
 from isaerft_sweep.dispatch.job import Job
 from isaerft_sweep.dispatch.sbatch_flags import sbatch_parameters

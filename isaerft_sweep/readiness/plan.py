@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from isaerft_sweep.config.boundary import to_definition
+from isaerft_sweep.controller.build import count_trials, make_sampler
+from isaerft_sweep.controller.introduction import introduction
 from isaerft_sweep.controller.live_view import duration
 from isaerft_sweep.controller.preflight import known_trial_needs
-from isaerft_sweep.controller.run_sweep import count_trials, introduction, make_sampler
 from isaerft_sweep.controller.sweep_identity import sweep_folder
 from isaerft_sweep.dispatch.cluster import cluster_of, parse_gres, read_cluster
 from isaerft_sweep.dispatch.local import visible_gpus

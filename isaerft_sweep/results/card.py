@@ -15,6 +15,7 @@ from typing import Any
 from isaerft_sweep.errors import CardError
 from isaerft_sweep.journal.atomic_files import read_json, write_text
 from isaerft_sweep.journal.layout import TrialFolder
+from isaerft_sweep.journal.status import TrialStatus
 from isaerft_sweep.metrics import depends_on_beta
 from isaerft_sweep.paths import asset
 from isaerft_sweep.results.card_data import front_matter, is_repository
@@ -32,7 +33,7 @@ LATENTS = 10
 
 def make_card(
     trial: TrialFolder,
-    results: Mapping[str, Any],
+    results: TrialStatus,
     adapter: Path,
     standing: Standing | None = None,
     template: Path | None = None,
@@ -41,7 +42,7 @@ def make_card(
 
     Args:
         trial: the trial's folder.
-        results: its status: ``metrics``, ``untrained`` metrics, ``seconds``, ``wandb``.
+        results: its status at the end.
         adapter: the folder with the adapter's config and weights.
         standing: the trial's place in its sweep, when that is known.
         template: a Jinja template of one's own; None: the one that ships with the package.
@@ -51,29 +52,29 @@ def make_card(
     return render(template or asset(TEMPLATE), card_fields(trial, results, adapter, standing))
 
 
-def card_fields(trial: TrialFolder, results: Mapping[str, Any], adapter: Path, standing: Standing | None) -> dict[str, str]:
+def card_fields(trial: TrialFolder, results: TrialStatus, adapter: Path, standing: Standing | None) -> dict[str, str]:
     """Every field that a template may use, as text."""
     spec = trial.read_spec()
     orpo, model, data = spec.experiment.orpo, spec.experiment.model, spec.experiment.data
     environment = read_json(trial.environment) or {}
-    seconds = standing.seconds if standing else results.get("seconds", 0)
+    seconds = standing.seconds if standing else results.seconds or 0
     return {
-        "front_matter": front_matter(spec, results.get("metrics", {})),
+        "front_matter": front_matter(spec, results.metrics),
         "model_name": spec.model_name,
         "base_model_link": _link(model.name, f"https://huggingface.co/{model.name}"),
         "data_link": _link(data.name, f"https://huggingface.co/datasets/{data.name}")
         if data.source == "hub"
         else data.path or data.name,
         "quick_start": quick_start(WITH_ADAPTER),
-        "tracked": _tracked(spec, results.get("wandb") or {}),
+        "tracked": _tracked(spec, results.wandb),
         "run_name": spec.name,
         "learning_rate": repr(orpo.learning_rate),
         "beta": repr(orpo.beta),
         "batch": f"{orpo.batch_size} × {orpo.gradient_accumulation} pairs, at most {orpo.max_length} tokens",
-        "pairs": _pairs(results.get("pairs")),
+        "pairs": _pairs(results.pairs),
         "schedule": f"{orpo.schedule}, {orpo.warmup_steps} warm-up steps, {_length(spec)}",
         "seed": str(orpo.seed),
-        "tokens": f"{results.get('metrics', {}).get('train/num_tokens', 0):,.0f}",
+        "tokens": f"{results.metrics.get('train/num_tokens', 0):,.0f}",
         "device_hours": f"{seconds / 3600:.3f} h on {environment.get('torch_device', 'an unknown device')}",
         "git_commit": spec.git_commit or "not from a git checkout",
         "command": spec.command,
@@ -176,7 +177,7 @@ def _length(spec: TrialSpec) -> str:
     return f"{orpo.max_steps} steps" if orpo.max_steps > 0 else f"{orpo.epochs:g} epochs"
 
 
-def _pairs(facts: Mapping[str, Any] | None) -> str:
+def _pairs(facts: Mapping[str, Any]) -> str:
     """How many pairs were trained on, held out, left out and cut."""
     if not facts:
         return "not recorded"
@@ -247,9 +248,9 @@ def _learned(trial: TrialFolder) -> str:
     return "\n\n".join(parts)
 
 
-def _evaluation(spec: TrialSpec, results: Mapping[str, Any], standing: Standing | None) -> str:
-    metrics = results.get("metrics", {})
-    untrained = results.get("untrained") or (standing.untrained if standing else {})
+def _evaluation(spec: TrialSpec, results: TrialStatus, standing: Standing | None) -> str:
+    metrics = results.metrics
+    untrained = results.untrained or (standing.untrained if standing else {})
     names = [spec.metric, *(name for name in SHOWN if name != spec.metric)]
     lines = [
         f"| {name}{' ¹' if depends_on_beta(name) else ''} | {_number(untrained.get(name))} | {_number(metrics[name])} |"

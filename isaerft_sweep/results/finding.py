@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 from isaerft_sweep.errors import FolderError
-from isaerft_sweep.journal.layout import COMPLETED, TrialFolder
+from isaerft_sweep.journal.layout import TrialFolder
+from isaerft_sweep.journal.states import TrialState
 from isaerft_sweep.results.caveats import dependence
 from isaerft_sweep.results.reading import is_sweep, read_sweep_folder, trial_of
 from isaerft_sweep.results.standing import Standing, standings
@@ -25,8 +26,8 @@ def find_trial(folder: Path, metric: str | None = None) -> tuple[TrialFolder, St
     trial = TrialFolder(path)
     if not trial.spec.is_file():
         raise FolderError(f"'{folder}' must be the folder of a finished trial or of a sweep, but it is neither.")
-    state = trial.read_status().get("state", "not begun")
-    if state != COMPLETED or not (trial.adapter / "adapter_config.json").is_file():
+    state = trial.read_status().state or "not begun"
+    if state != TrialState.COMPLETED or not (trial.adapter / "adapter_config.json").is_file():
         raise FolderError(
             f"the trial in {path} must be completed and have its adapter, but it is {state}. Run its sweep's command again."
         )

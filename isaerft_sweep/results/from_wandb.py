@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from isaerft_sweep.errors import ConfigError, FolderError, SpaceError
 from isaerft_sweep.journal.journal import TrialRecord
-from isaerft_sweep.journal.layout import COMPLETED
+from isaerft_sweep.journal.states import TrialState
 from isaerft_sweep.naming import run_id
 from isaerft_sweep.results.reading import Entry, ReadSweep, rank
 from isaerft_sweep.search.distributions import Distribution
@@ -17,7 +17,13 @@ from isaerft_sweep.search.sampler import Point
 from isaerft_sweep.search.sweep_file import Metric, read_metric_name, read_sweep
 from isaerft_sweep.tracking.metric_names import flat, is_number, number_at, parameter_names, value_at
 
-STATES = {"finished": COMPLETED, "killed": "stopped", "preempting": "stopped", "preempted": "stopped", "crashed": "failed"}
+STATES = {
+    "finished": TrialState.COMPLETED,
+    "killed": "stopped",
+    "preempting": "stopped",
+    "preempted": "stopped",
+    "crashed": "failed",
+}
 """W&B's states of a run in our words; the others are the same."""
 
 MOST_TRIALS = 20_000

@@ -16,7 +16,8 @@ import yaml
 
 from isaerft_sweep.errors import ConfigError, FolderError, SpaceError
 from isaerft_sweep.journal.journal import SweepRecord, TrialRecord, is_held, replay
-from isaerft_sweep.journal.layout import COMPLETED, RUNNING, SweepFolder, TrialFolder
+from isaerft_sweep.journal.layout import SweepFolder, TrialFolder
+from isaerft_sweep.journal.states import TrialState
 from isaerft_sweep.results.caveats import dependence
 from isaerft_sweep.results.columns import Column, columns_for
 from isaerft_sweep.results.cost import device_seconds
@@ -113,7 +114,7 @@ class ReadSweep:
 
     def why_unranked(self) -> str:
         """Why no trial has a rank."""
-        completed = [entry for entry in self.entries if entry.record.state == COMPLETED]
+        completed = [entry for entry in self.entries if entry.record.state == TrialState.COMPLETED]
         if not completed:
             return self._why_incomplete()
         logged = sorted({name for entry in completed for name in entry.metrics if name.startswith("eval/")})
@@ -154,8 +155,11 @@ class ReadSweep:
         return self.experiment.orpo.beta if self.experiment else None
 
 
-def read_sweep_folder(path: Path, metric: str | None = None) -> ReadSweep:
-    """The sweep in ``path``, ranked by ``metric`` or by its own. Raises FolderError when there is none."""
+def read_sweep_folder(path: Path, metric: str | None = None, ending: bool = False) -> ReadSweep:
+    """The sweep in ``path``, ranked by ``metric`` or by its own. Raises FolderError when there is none.
+
+    ``ending``: the caller is its controller, which has just ended.
+    """
     folder = SweepFolder(path.expanduser().absolute())
     parts = folder.agent_run_folders() or [folder]
     if not parts[0].journal.is_file():
@@ -179,7 +183,7 @@ def read_sweep_folder(path: Path, metric: str | None = None) -> ReadSweep:
         folder=folder,
         sweep_id=record.sweep_id,
         fingerprint=record.fingerprint,
-        is_run=any(is_held(part) for part in parts) or _array_runs(folder, entries),
+        is_run=not ending and (any(is_held(part) for part in parts) or _array_runs(folder, entries)),
         read_rows=lambda entry: entry.folder.read_metrics() if entry.folder else [],
     )
     if not sweep.space and folder.definition.is_file() and folder.definition.read_bytes().strip() not in (b"", b"{}"):
@@ -200,7 +204,8 @@ def _array_runs(folder: SweepFolder, entries: list[Entry]) -> bool:
     if not folder.static_array.exists():
         return False
     lately = time.time() - SILENT_S
-    return any(e.state == RUNNING and e.folder and e.folder.read_status().get("heartbeat", 0) > lately for e in entries)
+    running = [entry.folder for entry in entries if entry.state == TrialState.RUNNING and entry.folder]
+    return any(folder.read_status().heartbeat > lately for folder in running)
 
 
 def _entry(record: TrialRecord, sweep: SweepFolder) -> Entry:
@@ -211,9 +216,9 @@ def _entry(record: TrialRecord, sweep: SweepFolder) -> Entry:
         return Entry(record, {}, {}, state=GONE, problem=problem)
     try:
         status, scores = folder.read_status(), folder.read_evaluation()
-        state = status.get("state", record.state) if record.state == "queued" else record.state
-        metrics = {name: float(value) for name, value in (status.get("metrics") or {}).items()}
-        untrained = {name: float(value) for name, value in (status.get("untrained") or {}).items()}
+        state = status.state or record.state if record.state is TrialState.QUEUED else record.state
+        metrics = {name: float(value) for name, value in status.metrics.items()}
+        untrained = {name: float(value) for name, value in status.untrained.items()}
         for found in scores.values():
             if not len(found["pairs"]) == len(found["chosen"]) == len(found["rejected"]):
                 raise ValueError("evaluation.json must have as many scores as pairs")
@@ -262,12 +267,12 @@ def rank(sweep: ReadSweep) -> None:
     name, sign = sweep.metric.name, sweep.metric.sign
 
     def key(entry: Entry) -> tuple[bool, float]:
-        value = entry.value(name) if entry.record.state == COMPLETED else None
+        value = entry.value(name) if entry.record.state == TrialState.COMPLETED else None
         return (value is None, entry.record.index if value is None else -sign * value)
 
     sweep.entries.sort(key=key)
     for place, entry in enumerate(sweep.entries, 1):
-        ranked = entry.record.state == COMPLETED and entry.value(name) is not None
+        ranked = entry.record.state == TrialState.COMPLETED and entry.value(name) is not None
         entry.rank = place if ranked else None
         values = entry.pair_values(name, sweep.beta) if ranked and place <= SCORED else None
         entry.interval = interval(values[1]) if values else None

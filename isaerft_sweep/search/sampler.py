@@ -66,6 +66,9 @@ class PointSource(Protocol):
     def restore(self, point: Point) -> None:
         """Count a point of an earlier process as asked for."""
 
+    def pending_again(self, point: Point) -> None:
+        """The outcome of a point that was told of, or forgotten, is open again."""
+
 
 class FixedPoints:
     """The points of a list, in order; those of an earlier process are left out."""
@@ -95,6 +98,9 @@ class FixedPoints:
 
     def restore(self, point: Point) -> None:
         self.tried.add(point.key)
+
+    def pending_again(self, point: Point) -> None:
+        """Nothing follows from it."""
 
 
 class Sampler:
@@ -137,7 +143,6 @@ class Sampler:
         self._note(point)
 
     def pending_again(self, point: Point) -> None:
-        """The outcome of a point that was told of is open again."""
         if self._model:
             self._model.add_pending(point)
 

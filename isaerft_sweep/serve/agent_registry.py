@@ -130,7 +130,7 @@ class AgentRegistry:
             try:
                 run = self.begin_attempt(sweep, record, agent.id)
             except OSError:  # the agent asks again
-                sweep.waiting.insert(0, record)
+                sweep.trials.put_back([record])
                 raise
             agent.spoken = False  # whether it is at it, its next words tell
             agent.told.pop(record.run_id, None)

@@ -20,7 +20,7 @@ from typing import Any
 
 from isaerft_sweep.errors import FolderError
 from isaerft_sweep.journal.append_log import AppendLog, whole_lines
-from isaerft_sweep.journal.layout import PRUNED
+from isaerft_sweep.journal.states import TrialState
 from isaerft_sweep.tracking.metric_names import flat, is_number, logged_value, may_hold, number_at
 
 PENDING, RUNNING, FINISHED, FAILED, CRASHED = "pending", "running", "finished", "failed", "crashed"
@@ -278,7 +278,7 @@ def next_state(run: ServedRun, ending: Mapping[str, Any], held: bool) -> dict[st
     code = ending.get("exitcode")
     code = code if isinstance(code, int) and not isinstance(code, bool) else 1
     # one that had come to its end before it heard of the stop has finished; ours end in order when they are stopped
-    if run.stop and (code or json.loads(run.summary).get("state") == PRUNED):
+    if run.stop and (code or json.loads(run.summary).get("state") == TrialState.PRUNED):
         state = KILLED
     elif preempting and code:
         state = PREEMPTED

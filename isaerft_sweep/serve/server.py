@@ -17,6 +17,7 @@ from typing import Any
 from isaerft_sweep.controller.trial_factory import new_sweep_id
 from isaerft_sweep.errors import FolderError, SpaceError
 from isaerft_sweep.journal.append_log import AppendLog, whole_lines
+from isaerft_sweep.journal.job_refs import AgentJob
 from isaerft_sweep.journal.layout import SweepFolder
 from isaerft_sweep.serve import runs as states
 from isaerft_sweep.serve import sweeps
@@ -99,8 +100,8 @@ class Server:
             return
         for record in list(sweep.records.values()):
             run = self.runs.get(RunKey(sweep.entity, sweep.project, record.run_id))
-            if record.job is not None and (run is None or run.attempt < record.attempt):
-                self.fleet.begin_attempt(sweep, record, str(record.job["agent"]))
+            if isinstance(record.job, AgentJob) and (run is None or run.attempt < record.attempt):
+                self.fleet.begin_attempt(sweep, record, record.job.agent)
             elif record.job is not None and run is not None and not run.active:
                 self.fleet.unsettled.add(run.key)
             if run is not None:

@@ -6,13 +6,17 @@ import logging
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from isaerft_sweep.controller.early import EarlyStopping
 from isaerft_sweep.errors import SpaceError
+from isaerft_sweep.journal.job_refs import AgentJob
 from isaerft_sweep.journal.journal import Journal, TrialRecord
-from isaerft_sweep.journal.layout import COMPLETED, DIVERGED, FAILED, PRUNED, STOPPED, SweepFolder
+from isaerft_sweep.journal.layout import SweepFolder
+from isaerft_sweep.journal.states import TrialState
 from isaerft_sweep.naming import run_id
+from isaerft_sweep.scheduling.early_stopping import EarlyStopping
+from isaerft_sweep.scheduling.sweep_state import AttemptOutcome, SweepLimits, SweepState
 from isaerft_sweep.search.pruning import make_pruner
 from isaerft_sweep.search.sampler import Point, Sampler
 from isaerft_sweep.search.sweep_file import SweepDefinition
@@ -24,7 +28,7 @@ from isaerft_sweep.tracking.metric_names import parameter_names, value_at
 
 log = logging.getLogger("isaerft.serve")
 RUNNING, PAUSED, FINISHED, CANCELED = "RUNNING", "PAUSED", "FINISHED", "CANCELED"
-RETRIES = 2
+MAX_RETRIES = 2
 """How often a run that has died without a word is handed out again."""
 
 
@@ -40,10 +44,7 @@ class ServedSweep:
         self.raw: dict[str, Any] = {}
         self.definition: SweepDefinition | None = None
         self._read()
-        self.waiting: list[TrialRecord] = []
-        self._asked: Point | None = None
-        """A point that the sampler has given and the journal has not taken yet."""
-        self.seconds: dict[int, float] = {}
+        self._started_s: dict[int, float] = {}
         if self.definition is not None:
             self._open(self.definition)
 
@@ -63,13 +64,14 @@ class ServedSweep:
             metric = definition.metric
             self.journal.write("sweep", sweep_id=self.id, question="", metric=metric.name, goal=metric.goal)
         self.sampler = Sampler(definition.parameters, definition.method, _seed(self.id), definition.metric.sign)
-        self.early: EarlyStopping | None = None
-        for record in sorted(self.records.values(), key=lambda r: r.index):
-            self.sampler.restore(record.point)
-            if record.ended:
-                self._tell(record)
-            elif record.job is None and not record.ended:
-                self.waiting.append(record)
+        reached = None if definition.target is None else definition.reached_by
+        limits = SweepLimits(self._cap(definition), MAX_RETRIES, reached=reached)
+        self.trials = SweepState(self.journal, self.sampler, limits, self._name_trial)
+        self.trials.restore(retry_given_up=False)
+
+    def _name_trial(self, index: int, _point: Point) -> tuple[str, str]:
+        name = run_id(self.id, index)
+        return name, name
 
     def close(self) -> None:
         if self.definition is not None:
@@ -106,10 +108,11 @@ class ServedSweep:
 
     @property
     def cap(self) -> float:
-        """How many runs there shall be; infinite when neither the file nor the space says."""
-        assert self.definition is not None
-        cap = self.definition.run_cap
-        return min(math.inf if cap is None else cap, self.sampler.size)
+        """How many runs there are to be; infinite when neither the file nor the space says."""
+        return self.trials.limits.trials
+
+    def _cap(self, definition: SweepDefinition) -> float:
+        return min(math.inf if definition.run_cap is None else definition.run_cap, self.sampler.size)
 
     def update(self, config: str) -> None:
         """Another file for the same sweep. Raises SpaceError when it asks something else but for ``run_cap``."""
@@ -122,149 +125,107 @@ class ServedSweep:
             )
         definition = read_definition(raw) if self.definition is not None else None
         self.config, self.raw, self.definition = config, raw, definition
+        if definition is not None:
+            self.trials.change_cap(self._cap(definition))
 
     def record_of(self, name: str) -> TrialRecord | None:
         return next((r for r in self.records.values() if r.run_id == name), None) if self.definition else None
 
     def next(self, agent: str) -> TrialRecord | None:
-        """The run that an idle agent shall do, noted as given to it; None when there is none now."""
-        if not self.waiting:
-            self.waiting += [record for record in [self._revived() or self._new()] if record is not None]
-        if not self.waiting:
+        """The run that an idle agent is to do, noted as given to it; None when there is none now."""
+        record = self.trials.next_trial()
+        if record is None:
             return None
-        record = self.waiting[0]
-        self.journal.write("dispatch", index=record.index, attempt=record.attempt + 1, job={"agent": agent})
-        self.waiting.pop(0)  # only now: a disk that is full must not lose it
-        self.seconds[record.index] = time.monotonic()
+        try:
+            self.trials.dispatched(record, record.attempt + 1, AgentJob(agent))
+        except Exception:  # a disk that is full must not lose it
+            self.trials.put_back([record])
+            raise
+        self._started_s[record.index] = time.monotonic()
         return record
 
-    def _new(self) -> TrialRecord | None:
-        if self._has_all:
-            return None
-        point = self._asked = self._asked or self.sampler.ask()
-        if point is None:
-            return None
-        index, name = len(self.records), run_id(self.id, len(self.records))
-        self.journal.write("trial", index=index, name=name, run_id=name, params=dict(point.params), unit=dict(point.unit))
-        self._asked = None
-        return self.records[index]
-
-    def _revived(self) -> TrialRecord | None:
-        pruned = [i for i, record in self.records.items() if record.state == PRUNED]
-        index = self.early.revived(pruned) if self.early else None
-        return None if index is None else self.records[index]
-
-    def end(self, record: TrialRecord, state: str, metric: float | None, message: str, given_up: bool = False) -> None:
-        """An attempt is over; ``stopped`` and ``failed`` ones that are not given up are handed out again."""
-        seconds = time.monotonic() - self.seconds.get(record.index, time.monotonic())
-        self.journal.write(
-            "end",
-            index=record.index,
-            state=state,
-            metric=metric,
-            message=message,
-            seconds=round(seconds, 3),
-            given_up=given_up,
-        )
-        self.seconds.pop(record.index, None)
-        if self.early and state != PRUNED:
-            self.early.forget(record.index)
-        if not record.ended:
-            self.waiting.append(record)
-        else:
-            self._tell(record)
-
-    def _tell(self, record: TrialRecord) -> None:
-        """The sampler hears of a run that has ended, unless its end says nothing of its point (a lost node, a person)."""
-        if record.state in (COMPLETED, DIVERGED):
-            self.sampler.tell(record.point, record.metric)
-        elif record.state != PRUNED:  # which may come back, and stays pending until then
-            self.sampler.forget(record.point)
+    def _finish(self, record: TrialRecord, outcome: AttemptOutcome) -> None:
+        """An attempt has ended; whether the run is handed out again ``SweepState`` says."""
+        seconds = time.monotonic() - self._started_s.get(record.index, time.monotonic())
+        self.trials.finished(record, replace(outcome, seconds=round(seconds, 3)))
+        self._started_s.pop(record.index, None)
 
     def finalize(self, run: ServedRun) -> None:
         """Take in that a run of this sweep has come to an end in W&B's sense."""
         record = self.record_of(run.key.name)
         if record is None or record.job is None or run.active:
             return
+        outcome = self._outcome(run)
+        if outcome.state is TrialState.DIVERGED:
+            self._note_curve(record, run, diverged=True)
+        self._finish(record, outcome)
+
+    def _outcome(self, run: ServedRun) -> AttemptOutcome:
+        """What the end of a run means for its trial."""
         if run.state == states.FINISHED:
             value = run.summary_value(self.metric, self.goal)
-            self.end(record, COMPLETED, value, "" if value is not None else f"it logged no finite {self.metric}")
-        elif run.stop == "pruner":
-            self.end(record, PRUNED, None, "stopped early; its checkpoint is kept")
-        elif run.stop:
-            self.end(record, STOPPED, None, f"stopped by the {run.stop}", given_up=True)
-        elif run.state == states.PREEMPTED:
-            self.end(record, STOPPED, None, "preempted: it will go on")
-        elif run.state == states.CRASHED:
-            again = record.failures < RETRIES
-            self.end(record, FAILED, None, "neither the run nor its agent has been heard of", given_up=not again)
-        elif run.said_state == DIVERGED:
-            self._note_curve(record, run, {"state": DIVERGED})
-            self.end(record, DIVERGED, None, f"ended with code {run.exitcode}")
-        else:
-            self.end(record, FAILED, None, f"ended with code {run.exitcode}", given_up=True)
+            message = "" if value is not None else f"it logged no finite {self.metric}"
+            return AttemptOutcome(TrialState.COMPLETED, value, message)
+        if run.stop == "pruner":
+            return AttemptOutcome(TrialState.PRUNED, message="stopped early; its checkpoint is kept")
+        if run.stop:
+            return AttemptOutcome(TrialState.STOPPED, message=f"stopped by the {run.stop}", can_retry=False)
+        if run.state == states.PREEMPTED:
+            return AttemptOutcome(TrialState.STOPPED, message="preempted: it will resume")
+        if run.state == states.CRASHED:
+            message = "neither the run nor its agent has been heard of"
+            return AttemptOutcome(TrialState.FAILED, message=message, counted=True)
+        message = f"ended with code {run.exitcode}"
+        if run.said_state == TrialState.DIVERGED:
+            return AttemptOutcome(TrialState.DIVERGED, message=message)
+        return AttemptOutcome(TrialState.FAILED, message=message, can_retry=False, counted=True)
 
     def revive(self, run: ServedRun) -> None:
         """A run that was taken for dead speaks: unless it has been handed out again, its attempt goes on."""
         record = self.record_of(run.key.name)
-        if record is None or record.job is not None or record.state != FAILED:
+        if record is None or record.job is not None or record.state != TrialState.FAILED:
             return
-        if record.given_up:
-            self.sampler.pending_again(record.point)
-        self.journal.write("dispatch", index=record.index, attempt=record.attempt, job={"agent": run.agent})
-        self.waiting = [other for other in self.waiting if other is not record]
-        self.seconds[record.index] = time.monotonic()
+        self.trials.resume_attempt(record, AgentJob(run.agent))
+        self._started_s[record.index] = time.monotonic()
 
     def should_stop(self, run: ServedRun) -> bool:
         """Whether the pruner has had enough of the run; each evaluation is judged once."""
         record = self.record_of(run.key.name)
         if record is None or record.job is None or not run.active or run.stop:
             return False
-        return self._note_curve(record, run, {}, judge=True)
+        self._note_curve(record, run)
+        early = self.trials.early
+        return early is not None and early.stops(record.index, run.curve)
 
     def judge_again(self, run: ServedRun) -> None:
         """The decision to stop the run could not be kept."""
         record = self.record_of(run.key.name)
-        if record is not None and self.early is not None:
-            self.early.forget(record.index)
+        if record is not None and self.trials.early is not None:
+            self.trials.early.forget(record.index)
 
-    def _note_curve(self, record: TrialRecord, run: ServedRun, status: dict[str, Any], judge: bool = False) -> bool:
+    def _note_curve(self, record: TrialRecord, run: ServedRun, diverged: bool = False) -> None:
+        """What the pruner should know of a run; how often a run is evaluated is known from the first one's config."""
         assert self.definition is not None
         if self.definition.early_terminate is None:
-            return False
-        if self.early is None:
+            return
+        if self.trials.early is None:
             number = evaluations_of(run.config_values())
             pruner = make_pruner(self.definition.early_terminate, number)
             assert pruner is not None
-            self.early = EarlyStopping(pruner, self.definition.metric.sign, number)
-        status["evaluations"] = run.curve
-        if judge:
-            return self.early.stops(record.index, status)
-        self.early.note(record.index, status)
-        return False
+            self.trials.stop_early_with(EarlyStopping(pruner, self.definition.metric.sign, number))
+        assert self.trials.early is not None
+        self.trials.early.note(record.index, run.curve, diverged)
 
     def restore_curve(self, run: ServedRun) -> None:
         """After a restart: what the pruner knew of a run. It is judged again at its next evaluation."""
         record = self.record_of(run.key.name)
         if record is not None and run.curve:
-            self._note_curve(record, run, {"state": record.state} if record.state == DIVERGED else {})
+            self._note_curve(record, run, record.state is TrialState.DIVERGED)
 
     @property
     def over(self) -> bool:
-        """Whether every run that there shall be has ended."""
-        if self.definition is None:
-            return True
-        records = self.records.values()
-        return self._has_all and not self.waiting and all(r.ended and r.job is None for r in records)
-
-    @property
-    def _has_all(self) -> bool:
-        """Whether every run has been made: as many as there shall be, or one has reached the metric's target."""
-        assert self.definition is not None
-        reached = self.definition.target is not None and any(
-            self.definition.reached_by(record.metric) for record in self.records.values()
-        )
-        return reached or len(self.records) >= self.cap
+        """Whether every run that there is to be has ended."""
+        return self.definition is None or self.trials.is_over
 
     def opens_again(self, was_over: bool) -> bool:
         """Whether it had finished by itself, not by somebody's stop, and has something to do now."""
@@ -272,7 +233,7 @@ class ServedSweep:
 
     def nothing_left(self) -> bool:
         """Whether there is nothing to hand out, nor will be unless a run dies."""
-        return not self.waiting and self._has_all
+        return self.trials.nothing_to_start
 
     def command(self, record: TrialRecord, resume: bool) -> dict[str, Any]:
         """What an agent is told to start: our trials with flat dotted names, as Hydra wants, others with nested ones."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from isaerft_sweep.journal.layout import COMPLETED, PRUNED, STOPPED, TrialFolder
+from isaerft_sweep.journal.layout import TrialFolder
+from isaerft_sweep.journal.states import TrialState
 from isaerft_sweep.tracking.wandb_run import WandbRun, open_run, summary_of
 
 
@@ -23,10 +24,8 @@ def report_late(trial: TrialFolder, aside: Path | None = None) -> None:
         run.replay({name: value for name, value in row.items() if name not in ("step", "time")}, row["step"])
     if trial.adapter.is_dir():
         run.log_adapter(trial.adapter, spec.model_name)
-    state = status.get("state")
-    run.finish(
-        summary_of(str(state), status), exit_code=0 if state in (COMPLETED, PRUNED) else 1, preempted=state == STOPPED
-    )
+    succeeded = status.state in (TrialState.COMPLETED, TrialState.PRUNED)
+    run.finish(summary_of(status), exit_code=0 if succeeded else 1, preempted=status.state is TrialState.STOPPED)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
+from isaerft_sweep.journal.status import TrialStatus
 from isaerft_sweep.spec_fields import to_dict
 from isaerft_sweep.specs import TrialSpec
 
@@ -132,10 +133,10 @@ class WandbRun(Run):
                 _end_service()  # it is dead: the next trial needs another, and at exit wandb would write a traceback
 
 
-def summary_of(state: str, results: Mapping[str, Any]) -> dict[str, Any]:
+def summary_of(status: TrialStatus) -> dict[str, Any]:
     """What a W&B run says at its end: metrics, state, and its time, since a run that is uploaded later has none."""
-    time = {"seconds": results["seconds"]} if "seconds" in results else {}
-    return {**(results.get("metrics") or {}), "state": state, **time}
+    time = {} if status.seconds is None else {"seconds": status.seconds}
+    return {**status.metrics, "state": str(status.state), **time}
 
 
 def open_run(spec: TrialSpec, folder: Path) -> Run:

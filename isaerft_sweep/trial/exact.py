@@ -65,13 +65,22 @@ WAYS = (
 def exact_way(model: PreTrainedModel, sites: Sequence[Mapping[str, Any]], wanted: Way) -> tuple[Way, str]:
     """The way that saves most of what is ``wanted`` with the model's own numbers, and why it is not all of it.
 
-    ``model`` as it was loaded. Raises ModelError when no adapter can be trained on it.
+    ``model`` as it was loaded. Raises ModelError when no adapter can be trained on it. Random numbers that are drawn
+    meanwhile are drawn again afterwards: a trial's own do not depend on whether it was checked.
     """
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        return _exact_way(model, sites, wanted)
+
+
+def _exact_way(model: PreTrainedModel, sites: Sequence[Mapping[str, Any]], wanted: Way) -> tuple[Way, str]:
     reasons: list[str] = []
     if getattr(model.config, "output_router_logits", False):
         wanted, reasons = PLAIN, ["its config has output_router_logits=true, and that loss reads every layer"]
     probe = _Probe(model, sites)
+    before = torch.get_rng_state(), _device_state(model)
     expected = probe.expected()
+    if not all(map(torch.equal, before, (torch.get_rng_state(), _device_state(model)))):
+        wanted, reasons = PLAIN, ["its layers draw random numbers while it trains"]  # routers that add noise
     for way in WAYS:
         if (way.above and not wanted.above) or (way.share and not wanted.share) or (way.lean and not wanted.lean):
             continue
@@ -84,9 +93,14 @@ def exact_way(model: PreTrainedModel, sites: Sequence[Mapping[str, Any]], wanted
         if reason is None:
             return way, reasons[0] if reasons else ""
         reasons.append(reason)
-    if _apart(probe.expected(), expected, probe.dtype) is not None:
-        return PLAIN, "its numbers are not the same twice"  # as those of routers that add noise
+    if reasons[0].endswith("while it trains"):
+        return PLAIN, reasons[0]
     raise _refused(model, f"with the adapter {reasons[-1]}")
+
+
+def _device_state(model: PreTrainedModel) -> torch.Tensor:
+    """The state of the random numbers of the model's GPU; empty on a processor."""
+    return torch.cuda.get_rng_state(model.device) if model.device.type == "cuda" else torch.empty(0)
 
 
 def _refused(model: PreTrainedModel, reason: str) -> ModelError:

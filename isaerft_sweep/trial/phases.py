@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from isaerft_sweep.journal.layout import RUNNING, StatusWriter
+from isaerft_sweep.journal.states import TrialState
+from isaerft_sweep.journal.status_writer import StatusWriter
 from isaerft_sweep.trial.stop_request import at_once
 
 LOADING, ADAPTER, READING, TOKENISING = "loading the model", "loading the SAE", "reading the data", "tokenising"
@@ -23,11 +24,11 @@ class Phases:
 
     def enter(self, phase: str) -> None:
         self.now = phase
-        self.status.write(RUNNING, {"phase": phase})
+        self.status.write(TrialState.RUNNING, phase=phase)
 
     def tell(self, share: float) -> None:
         """How much of the phase is done."""
-        self.status.write(RUNNING, {"phase": f"{self.now} {100 * share:.0f} %"}, force=False)
+        self.status.write(TrialState.RUNNING, phase=f"{self.now} {100 * share:.0f} %", force=False)
 
     def prepared(self, phase: str, make: Callable[[], T]) -> T:
         """What ``make`` gives. Raises AskedToStop as soon as somebody asks for a stop."""

@@ -12,7 +12,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from isaerft_sweep.errors import TrialDiverged
 from isaerft_sweep.journal.atomic_files import write_text
-from isaerft_sweep.journal.layout import PRUNED, RUNNING, PairScores, StatusWriter, TrialFolder
+from isaerft_sweep.journal.layout import PairScores, TrialFolder
+from isaerft_sweep.journal.states import TrialState
+from isaerft_sweep.journal.status_writer import StatusWriter
 from isaerft_sweep.metrics import wandb_name
 from isaerft_sweep.specs import OrpoSpec
 from isaerft_sweep.tracking.wandb_run import Run
@@ -22,7 +24,7 @@ from isaerft_sweep.trial.stop_request import AskedToStop
 TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "total_flos", "train_loss")
 PRINTED = ("train/loss", "train/learning_rate", "eval/loss", "eval/rewards/accuracies", "eval/log_odds_chosen")
 
-Asking = Callable[[], str | None]
+Asking = Callable[[], TrialState | None]
 """Gives the state in which the trial shall end; None while nobody has asked for it."""
 
 
@@ -48,7 +50,7 @@ class Recorder(TrainerCallback):
         self.untrained: dict[str, float] = {}
         self.evaluations: list[float] = []
         """The trial's metric at each evaluation: what early stopping looks at."""
-        self.stopped: str | None = None
+        self.stopped: TrialState | None = None
         """The state in which the trial was asked to end."""
         self.patience_s = 0.0
         """How long after a request to stop an evaluation may go on: its step's checkpoint is written after it."""
@@ -88,20 +90,28 @@ class Recorder(TrainerCallback):
         self.run.log(metrics, state.global_step)
         self._remember(row)
         self._check(metrics, state.global_step)
-        facts: dict[str, Any] = {
-            "step": state.global_step,
-            "max_steps": state.max_steps,
-            "loss": self.latest.get("train/loss"),
-            "phase": TRAINING,
-        }
-        facts |= {"metric": self.latest.get(self.metric), "evaluations": self.evaluations}
-        self.status.write(RUNNING, facts, force=self.metric in metrics)
+        self.status.write(
+            TrialState.RUNNING,
+            force=self.metric in metrics,
+            step=state.global_step,
+            max_steps=state.max_steps,
+            loss=self.latest.get("train/loss"),
+            phase=TRAINING,
+            metric=self.latest.get(self.metric),
+            evaluations=tuple(self.evaluations),
+        )
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if not self._began:  # what is left is told from here on: loading and what came before tell nothing of it
             self._began = True
-            began = {"step": state.global_step, "max_steps": state.max_steps, "phase": TRAINING}
-            self.status.write(RUNNING, {**began, "trained_from": state.global_step, "trained_since": time.time()})
+            self.status.write(
+                TrialState.RUNNING,
+                step=state.global_step,
+                max_steps=state.max_steps,
+                phase=TRAINING,
+                trained_from=state.global_step,
+                trained_since=time.time(),
+            )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.status.check()
@@ -120,7 +130,7 @@ class Recorder(TrainerCallback):
         self._evaluated += 1
         batches = len(given.get("eval_dataloader") or ())
         words = f"{EVALUATING} {100 * self._evaluated / batches:.0f} %" if batches else EVALUATING
-        self.status.write(RUNNING, {"phase": words}, force=False)  # a long evaluation is not a hung worker
+        self.status.write(TrialState.RUNNING, phase=words, force=False)  # a long evaluation is not a hung worker
         self._end_evaluation(state.global_step)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -130,7 +140,7 @@ class Recorder(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._last_checkpoint_s = time.monotonic()
-        self.status.write(RUNNING, {"checkpoint": state.global_step}, force=False)
+        self.status.write(TrialState.RUNNING, checkpoint=state.global_step, force=False)
 
     def _stop_if_asked(self, control: TrainerControl) -> None:
         if asked := self.stopping() or self.folder.stop_asked():
@@ -140,7 +150,7 @@ class Recorder(TrainerCallback):
     def _end_evaluation(self, step: int) -> None:
         """Raise AskedToStop when somebody has asked for a stop and the evaluation keeps nothing, or takes too long."""
         asked = self.stopping() or self.folder.stop_asked()
-        if asked in (None, PRUNED):  # one that is stopped early keeps a checkpoint, and nobody waits for its end
+        if asked in (None, TrialState.PRUNED):  # one that is stopped early keeps a checkpoint, and nobody waits for its end
             return
         self._asked_s = self._asked_s or time.monotonic()
         if step == 0 or time.monotonic() - self._asked_s > self.patience_s:

@@ -18,17 +18,10 @@ import torch
 from isaerft_sweep.adapter.architecture import decoder_layers
 from isaerft_sweep.errors import IsaerftError, TrialDiverged
 from isaerft_sweep.journal.atomic_files import make_readable, write_json
-from isaerft_sweep.journal.layout import (
-    COMPLETED,
-    DIVERGED,
-    FAILED,
-    PRUNED,
-    RUNNING,
-    STOPPED,
-    StatusWriter,
-    Superseded,
-    TrialFolder,
-)
+from isaerft_sweep.journal.layout import TrialFolder
+from isaerft_sweep.journal.states import TrialState
+from isaerft_sweep.journal.status import TrialStatus
+from isaerft_sweep.journal.status_writer import StatusWriter, Superseded
 from isaerft_sweep.models.loading import LoadedModel, compile_layers, load, sharing_weights, without_dropout
 from isaerft_sweep.paths import cache_folder
 from isaerft_sweep.provenance import describe_environment
@@ -51,7 +44,7 @@ from isaerft_sweep.trial.trainer import attach_adapter, complete_checkpoints, ma
 
 def run_trial(
     folder: TrialFolder, attempt: int, shared: ProcessCache | None = None, stopping: dict[str, bool] | None = None
-) -> str:
+) -> TrialState:
     """Run or go on with the trial in ``folder``; returns its state, which is also in its status file.
 
     ``shared``: what earlier trials of this process have loaded. ``stopping``: set by the caller's own ``stop_requests``.
@@ -62,7 +55,7 @@ def run_trial(
     """
     spec = folder.read_spec()
     status = StatusWriter(folder, attempt)
-    status.write(RUNNING, {"step": 0})
+    status.write(TrialState.RUNNING, step=0)
     shared = shared or ProcessCache()
     try:
         with stop_requests() if stopping is None else nullcontext(stopping) as asked:
@@ -71,16 +64,16 @@ def run_trial(
         raise
     except AskedToStop:
         print("ended before the first step", flush=True)
-        return _end(status, STOPPED, _cut_off(shared, complete_checkpoints(folder.checkpoints)))
+        return _end(status, TrialState.STOPPED, **_cut_off(shared, complete_checkpoints(folder.checkpoints)))
     except IsaerftError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return _end(status, FAILED, {"message": str(error), "user_error": True})
+        return _end(status, TrialState.FAILED, message=str(error), user_error=True)
     except Exception as error:
         traceback.print_exc()
-        return _end(status, FAILED, {"message": f"{type(error).__name__}: {error}"[:2000]})
+        return _end(status, TrialState.FAILED, message=f"{type(error).__name__}: {error}"[:2000])
 
 
-def _run(folder: TrialFolder, spec: TrialSpec, status: StatusWriter, phases: Phases, shared: ProcessCache) -> str:
+def _run(folder: TrialFolder, spec: TrialSpec, status: StatusWriter, phases: Phases, shared: ProcessCache) -> TrialState:
     experiment = spec.experiment
     key = canonical_json([to_dict(experiment.model), experiment.cache])
     loaded = phases.prepared(
@@ -107,7 +100,7 @@ def _train(
     shared: ProcessCache,
     loaded: LoadedModel,
     model: peft.PeftModel,
-) -> str:
+) -> TrialState:
     started = time.monotonic()
     experiment = spec.experiment
     pairs = phases.prepared(
@@ -138,35 +131,39 @@ def _train(
             trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
             changes = [] if recorder.stopped else learned(model, trainer.eval_dataset)
     except AskedToStop:
-        recorder.stopped, cut_off = asked_state(phases.stopping, run.told) or STOPPED, True
+        recorder.stopped, cut_off = asked_state(phases.stopping, run.told) or TrialState.STOPPED, True
     except TrialDiverged as error:
         print(f"diverged: {error}", flush=True)
-        run.finish({"state": DIVERGED}, exit_code=1)
-        return _end(status, DIVERGED, {"message": str(error), **_results(recorder, started)})
+        run.finish({"state": TrialState.DIVERGED}, exit_code=1)
+        return _end(status, TrialState.DIVERGED, message=str(error), **_results(recorder, started))
     except BaseException:
-        run.finish({"state": FAILED}, exit_code=1)
+        run.finish({"state": TrialState.FAILED}, exit_code=1)
         raise
     told = (
-        "stopped early; its checkpoint is kept" if recorder.stopped == PRUNED else "asked to stop; a checkpoint was written"
+        "stopped early; its checkpoint is kept"
+        if recorder.stopped == TrialState.PRUNED
+        else "asked to stop; a checkpoint was written"
     )
     words = _cut_off(shared, checkpoints) if cut_off else {"message": told}
-    if recorder.stopped == PRUNED:
+    if recorder.stopped == TrialState.PRUNED:
         results = _results(recorder, started)
-        run.finish(summary_of(PRUNED, results), exit_code=0)
-        return _end(status, PRUNED, {**words, **results})
+        run.finish(summary_of(TrialStatus(state=TrialState.PRUNED, **results)), exit_code=0)
+        return _end(status, TrialState.PRUNED, **words, **results)
     if recorder.stopped:
-        _end(status, STOPPED, {**words, "untold": True})  # whoever asked may not wait until W&B has answered
-        run.finish({"state": STOPPED}, exit_code=1, preempted=True)
-        return _end(status, STOPPED, {**words, "untold": run.lost})
+        # first this: whoever asked may not wait until W&B has answered
+        _end(status, TrialState.STOPPED, **words, wandb_not_notified=True)
+        run.finish({"state": TrialState.STOPPED}, exit_code=1, preempted=True)
+        return _end(status, TrialState.STOPPED, **words, wandb_not_notified=run.lost)
     phases.enter(phase.SAVING)
     write_changes(folder.latents, changes)
     results = _results(recorder, started)
     results["pairs"] = pairs.facts
     results["wandb"] = {"url": run.url, "sweep_url": run.sweep_url, "offline": run.offline_folder is not None}
-    _save(folder, model, loaded, results, status)
+    final = TrialStatus(state=TrialState.COMPLETED, **results)
+    _save(folder, model, loaded, final, status)
     run.log_adapter(folder.adapter, spec.model_name)
-    state = _end(status, COMPLETED, results)
-    run.finish(summary_of(COMPLETED, results), exit_code=0)
+    state = _end(status, TrialState.COMPLETED, **results)
+    run.finish(summary_of(final), exit_code=0)
     shutil.rmtree(folder.checkpoints, ignore_errors=True)  # only now: until the status says so, a retry would need them
     return state
 
@@ -194,13 +191,13 @@ def _results(recorder: Recorder, started: float) -> dict[str, Any]:
     }
 
 
-def _end(status: StatusWriter, state: str, facts: dict[str, Any]) -> str:
-    status.write(state, {**facts, "ended": time.time()})
+def _end(status: StatusWriter, state: TrialState, **changes: Any) -> TrialState:
+    status.write(state, **changes, ended=time.time())
     return state
 
 
 def _save(
-    folder: TrialFolder, model: peft.PeftModel, loaded: LoadedModel, results: dict[str, Any], status: StatusWriter
+    folder: TrialFolder, model: peft.PeftModel, loaded: LoadedModel, results: TrialStatus, status: StatusWriter
 ) -> None:
     """Write the adapter folder aside and rename it: it is there whole or not at all."""
     aside = folder.path / f".adapter-{status.attempt}"

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from isaerft_sweep.journal.layout import PRUNED, STOPPED, TrialFolder
+from isaerft_sweep.journal.layout import TrialFolder
+from isaerft_sweep.journal.states import TrialState
 from isaerft_sweep.journal.worker_queue import STOP_AT
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
@@ -67,7 +68,7 @@ def stop_requests() -> Iterator[dict[str, bool]]:
             signal.signal(number, handler)
 
 
-def asked_state(stopping: dict[str, bool], by_wandb: bool) -> str | None:
+def asked_state(stopping: dict[str, bool], by_wandb: bool) -> TrialState | None:
     """The state in which the trial shall end; None when nobody has asked for it.
 
     wandb interrupts its process when the run is to be stopped for good, in W&B's page or by its early termination. No other
@@ -75,7 +76,7 @@ def asked_state(stopping: dict[str, bool], by_wandb: bool) -> str | None:
     """
     if not stopping["asked"]:
         return None
-    return STOPPED if stopping.get("by_signal") or not by_wandb else PRUNED
+    return TrialState.STOPPED if stopping.get("by_signal") or not by_wandb else TrialState.PRUNED
 
 
 @contextmanager
@@ -87,7 +88,7 @@ def at_once(stopping: dict[str, bool], folder: TrialFolder) -> Iterator[None]:
     """
 
     def is_asked() -> bool:
-        return stopping["asked"] or folder.stop_asked() == STOPPED
+        return stopping["asked"] or folder.stop_asked() == TrialState.STOPPED
 
     def look() -> None:
         while not over.wait(LOOK_S):

@@ -17,7 +17,9 @@ from typing import Any, TextIO, TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from isaerft_sweep.journal.layout import COMPLETED, DIVERGED, FAILED, PRUNED, STOPPED, StatusWriter, Superseded, TrialFolder
+from isaerft_sweep.journal.layout import TrialFolder
+from isaerft_sweep.journal.states import FINAL, TrialState
+from isaerft_sweep.journal.status_writer import StatusWriter, Superseded
 from isaerft_sweep.journal.worker_queue import Task, TaskProgress, WorkerFolder
 from isaerft_sweep.specs import Experiment
 from isaerft_sweep.trial.coroutine import TrialCoroutine, best_trials_per_pass, run_passes
@@ -32,7 +34,7 @@ POLL_S = 0.05
 IDLE_S = 60.0
 """A worker that is given nothing for so long ends: its controller has gone."""
 
-OVER = (COMPLETED, DIVERGED, PRUNED)
+OVER = (*FINAL, TrialState.PRUNED)
 
 T = TypeVar("T")
 
@@ -156,8 +158,7 @@ class _Worker:
     def _run(self, trial: TrialFolder, attempt: int, experiment: Experiment, seat: TrialCoroutine) -> bool:
         """Run one attempt; whether the worker should end after it."""
         try:
-            status = trial.read_status()
-            if status.get("attempt") == attempt and status.get("state") in OVER:
+            if trial.read_status().of_attempt(attempt).state in OVER:
                 return False  # a scheduler that started this worker again does not know that the trial has ended
             with logged_to(trial.log):
                 try:
@@ -170,7 +171,7 @@ class _Worker:
             return True
         # bitsandbytes never gives the paged state of large parameters back
         paged = resolve_optimizer(experiment.orpo.optimizer).startswith("paged")
-        return (paged and experiment.adapter.kind in ("linear", "mlp")) or state not in (*OVER, STOPPED)
+        return (paged and experiment.adapter.kind in ("linear", "mlp")) or state not in (*OVER, TrialState.STOPPED)
 
     def _close(self) -> None:
         """Take no further task; those that were given and have not begun go back as they came."""
@@ -184,8 +185,8 @@ class _Worker:
             if task.trial is None:
                 break
             with suppress(Superseded):
-                facts = {"message": "its worker ended before it began", "begun": False}
-                StatusWriter(TrialFolder(Path(task.trial)), task.attempt).write(STOPPED, facts)
+                writer = StatusWriter(TrialFolder(Path(task.trial)), task.attempt)
+                writer.write(TrialState.STOPPED, message="its worker ended before it began", begun=False)
             self.number, self.progress = number, self.progress.with_over(number)
         self._note(self.progress)
 
@@ -204,7 +205,7 @@ def _note_failure(trial: TrialFolder, attempt: int, error: Exception) -> None:
     traceback.print_exception(error)
     with suppress(Exception):  # then it has died without a word
         message = f"its folder could not be used: {type(error).__name__}: {error}"
-        StatusWriter(trial, attempt).write(FAILED, {"message": message[:2000]})
+        StatusWriter(trial, attempt).write(TrialState.FAILED, message=message[:2000])
 
 
 def pass_key(experiment: Experiment) -> str | None:

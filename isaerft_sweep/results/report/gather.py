@@ -11,7 +11,7 @@ import numpy as np
 
 from isaerft_sweep.errors import DataError, FolderError
 from isaerft_sweep.journal.atomic_files import read_json
-from isaerft_sweep.journal.layout import COMPLETED
+from isaerft_sweep.journal.states import TrialState
 from isaerft_sweep.results.axes import Axis, axes, by_label
 from isaerft_sweep.results.columns import Column
 from isaerft_sweep.results.confirmation import Candidate, read_confirmation
@@ -119,7 +119,7 @@ def _rows(entry: Entry, sweep: ReadSweep, untrained: Mapping[str, float]) -> lis
 
 
 def _latents(sweep: ReadSweep, labels: Mapping[int | None, Path]) -> list[SiteAcrossTrials]:
-    leaders = [e for e in sweep.entries if e.record.state == COMPLETED and e.folder][:COMPARED]
+    leaders = [e for e in sweep.entries if e.record.state == TrialState.COMPLETED and e.folder][:COMPARED]
     # by SAE too: latents of different ones have nothing to do with each other
     by_site: dict[tuple[int, int, str], list[tuple[Entry, SiteLatents]]] = {}
     for entry in leaders:

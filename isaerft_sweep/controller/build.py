@@ -1,0 +1,102 @@
+"""Makes the parts of a controller from specs: sampler, early stopping, dispatcher, state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from isaerft_sweep.controller.trial_factory import TrialFactory
+from isaerft_sweep.dispatch.base import Dispatcher
+from isaerft_sweep.errors import LaunchError
+from isaerft_sweep.journal.job_refs import WorkerTask
+from isaerft_sweep.journal.journal import Journal
+from isaerft_sweep.journal.layout import SweepFolder
+from isaerft_sweep.scheduling.early_stopping import EarlyStopping
+from isaerft_sweep.scheduling.sweep_state import SweepLimits, SweepState
+from isaerft_sweep.search.pruning import evaluations, make_pruner
+from isaerft_sweep.search.sampler import PointSource, Sampler
+from isaerft_sweep.search.sweep_file import SweepDefinition
+from isaerft_sweep.specs import Experiment, LauncherSpec
+
+
+def make_sampler(experiment: Experiment, definition: SweepDefinition) -> Sampler:
+    """The sampler of the definition's method."""
+    sweep = experiment.sweep
+    return Sampler(definition.parameters, definition.method, sweep.seed, definition.metric.sign, sweep.repeats)
+
+
+def make_early_stopping(experiment: Experiment, definition: SweepDefinition) -> EarlyStopping | None:
+    """What the sweep file's ``early_terminate`` asks for; None when it asks for nothing."""
+    number = evaluations_per_trial(experiment)
+    pruner = make_pruner(definition.early_terminate, number)
+    return EarlyStopping(pruner, definition.metric.sign, number) if pruner else None
+
+
+def evaluations_per_trial(experiment: Experiment) -> int:
+    """How often a trial is evaluated after its first step."""
+    return evaluations(experiment.orpo.eval_fraction, experiment.orpo.max_steps)
+
+
+def count_trials(definition: SweepDefinition, sampler: PointSource, existing: int) -> int:
+    """How many trials the sweep is to have: its cap, or fewer when the space has no more points."""
+    cap = definition.run_cap if definition.run_cap is not None else sampler.size
+    endless = sampler.repeats and sampler.method != "grid"
+    return max(existing, int(cap if endless else min(cap, sampler.size)))
+
+
+def make_state(
+    journal: Journal, sampler: PointSource, factory: TrialFactory, trials: int, early: EarlyStopping | None = None
+) -> SweepState:
+    """The sweep's state machine, not restored yet.
+
+    Args:
+        journal: the sweep's.
+        sampler: gives the points.
+        factory: makes the trials.
+        trials: how many there are to be.
+        early: stops poor trials early.
+    """
+    launcher, definition = factory.experiment.launcher, factory.definition
+    reached = None if definition.target is None else definition.reached_by
+    limits = SweepLimits(trials, launcher.max_retries, launcher.max_failures, reached)
+    return SweepState(journal, sampler, limits, factory.create, early)
+
+
+def make_dispatcher(launcher: LauncherSpec, folder: SweepFolder) -> Dispatcher[Any]:
+    """Where trials run: in resident workers, unless ``launcher.resident=false``."""
+    inner = make_inner_dispatcher(launcher, folder)
+    if not launcher.resident:
+        return inner
+    from isaerft_sweep.dispatch.worker_pool import ResidentDispatcher
+
+    return ResidentDispatcher(inner, folder.workers, launcher.poll_s, launcher.trials_per_job, launcher.trials_per_pass)
+
+
+def make_inner_dispatcher(launcher: LauncherSpec, folder: SweepFolder) -> Dispatcher[Any]:
+    """Where jobs run, without resident workers."""
+    if launcher.kind == "slurm":
+        from isaerft_sweep.dispatch.slurm import SlurmDispatcher
+
+        return SlurmDispatcher(launcher, folder.jobs)
+    from isaerft_sweep.dispatch.local import LocalDispatcher
+
+    return LocalDispatcher(launcher, folder.jobs)
+
+
+def check_launcher(journal: Journal, launcher: LauncherSpec) -> None:
+    """Raise LaunchError when another kind of launcher has started trials that may still run."""
+    started_by = launcher_of_jobs(journal)
+    if started_by not in (None, (launcher.kind, launcher.resident)):
+        assert started_by is not None
+        raise LaunchError(
+            f"trials of {journal.folder.path} are under way, as far as is known, which launcher={started_by[0]} "
+            f"launcher.resident={str(started_by[1]).lower()} has started: the sweep must resume with the same. Or end them "
+            f"first: isaerft-sweep cancel {journal.folder.path}."
+        )
+
+
+def launcher_of_jobs(journal: Journal) -> tuple[str, bool] | None:
+    """``launcher`` and ``launcher.resident`` of the trials that are under way; None when there are none."""
+    for record in journal.record.trials.values():
+        if record.job is not None and not record.ended:
+            return record.job.process.kind, isinstance(record.job, WorkerTask)
+    return None

@@ -1,0 +1,69 @@
+"""Runs a controller until its sweep is over or somebody asks it to stop; names what a disk does to it."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from isaerft_sweep.controller.controller_info import write_controller_info
+from isaerft_sweep.controller.live_view import LiveView
+from isaerft_sweep.controller.loop import SweepController
+from isaerft_sweep.controller.stop_signal import StopRequest
+from isaerft_sweep.controller.trial_factory import TrialFactory
+from isaerft_sweep.dispatch.base import Dispatcher
+from isaerft_sweep.errors import FolderError
+from isaerft_sweep.journal.layout import SweepFolder
+from isaerft_sweep.scheduling.sweep_state import SweepState
+from isaerft_sweep.terminal import make_console
+
+INTERRUPTED = 130
+"""Exit code after a request to stop."""
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.EFBIG)
+FILE_ERRORS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR)
+"""Of one file, which such an error names."""
+
+
+def run_controller(factory: TrialFactory, state: SweepState, dispatcher: Dispatcher[Any], trials: int) -> int:
+    """Run the sweep's trials; how urgently somebody has asked to stop, 0 when nobody has.
+
+    Args:
+        factory: makes the trials; its experiment and folder are the sweep's.
+        state: restored from the journal.
+        dispatcher: where trials run; closed at the end.
+        trials: how many the sweep is to have, for people.
+    """
+    folder, launcher = factory.folder, factory.experiment.launcher
+    agent = factory.agent_run.agent if factory.agent_run else None
+    with LiveView(make_console(), factory.definition.metric.name, trials, folder) as view:
+        stop = StopRequest(folder.cancel, agent, tell=lambda request: view.note(request.words(launcher.grace_s)))
+        with stop.heard(), write_controller_info(folder, trials, factory.overrides), closed_in_the_end(dispatcher):
+            SweepController(state, folder, dispatcher, launcher, view, lambda: stop.urgency).run()
+        return stop.urgency
+
+
+@contextmanager
+def closed_in_the_end(dispatcher: Dispatcher[Any]) -> Iterator[None]:
+    """Close the dispatcher after the block; an error of the block is raised, not one that closing meets because of it."""
+    try:
+        yield
+    except BaseException:
+        with suppress(Exception):
+            dispatcher.close()
+        raise
+    dispatcher.close()
+
+
+@contextmanager
+def disk_errors_named(folder: SweepFolder) -> Iterator[None]:
+    """Turn an error of the disk, which may come from any write, into one that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (DISK_ERRORS if error.filename is None else (*DISK_ERRORS, *FILE_ERRORS)):
+            raise
+        raise FolderError(
+            f"{error.filename or folder.path} cannot be written ({error.strerror}). Make room or repair the disk, then run "
+            "the same command again: nothing that has finished is lost."
+        ) from error

@@ -1,0 +1,50 @@
+"""Early stopping in a running sweep: keeps the trials' curves for the pruner, and which evaluations it has judged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from isaerft_sweep.search.pruning import GrowingCurves, Pruner
+
+
+class EarlyStopping:
+    """Curves come from the workers' status files, so a restarted controller has them again."""
+
+    def __init__(self, pruner: Pruner, sign: int, evaluations: int) -> None:
+        """``sign``: 1 when larger metrics are better, else -1. ``evaluations``: how many a whole trial has."""
+        self.pruner, self.sign, self.evaluations = pruner, sign, evaluations
+        self.curves = GrowingCurves()
+        self._judged: dict[int, int] = {}
+        self._new_values = False
+
+    def note(self, index: int, evaluations: Sequence[float], diverged: bool = False) -> None:
+        """Take in a trial's metric at each of its evaluations. A diverged trial is the worst from there on."""
+        values = [self.sign * float(value) for value in evaluations]
+        values = [value if math.isfinite(value) else -math.inf for value in values]
+        if diverged:
+            values += [-math.inf] * (self.evaluations - len(values))
+        if len(values) > len(self.curves.get(index, ())):
+            self.curves[index] = values
+            self._new_values = True
+
+    def stops(self, index: int, evaluations: Sequence[float]) -> bool:
+        """Whether a running trial should stop; each evaluation is judged once."""
+        self.note(index, evaluations)
+        count, judged = len(self.curves.get(index, ())), self._judged.get(index, 0)
+        if count <= judged:
+            return False
+        self._judged[index] = count
+        return self.pruner.stops(index, self.curves, judged)
+
+    def forget(self, index: int) -> None:
+        """An attempt ended before a decision about it was carried out: the next one is judged again."""
+        self._judged.pop(index, None)
+
+    def revived(self, pruned: Iterable[int]) -> int | None:
+        """The stopped trial to resume, if any; the pruner is asked only after something was evaluated."""
+        if not self._new_values:
+            return None
+        index = self.pruner.revived(pruned, self.curves)
+        self._new_values = index is not None
+        return index

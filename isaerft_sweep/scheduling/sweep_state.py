@@ -1,0 +1,261 @@
+"""Which trial runs next, what a finished attempt means, what is retried, and when a sweep is over.
+
+One state machine for the controller and for the server. It reads no files, clocks or queues. Every change is written to the
+journal before it takes effect, so a restart replays the journal, calls ``restore`` and continues with the same state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from isaerft_sweep.journal.job_refs import JobRef
+from isaerft_sweep.journal.journal import SweepRecord, TrialRecord
+from isaerft_sweep.journal.states import FINAL, TrialState
+from isaerft_sweep.scheduling.early_stopping import EarlyStopping
+from isaerft_sweep.search.sampler import Point, PointSource
+
+
+class EventLog(Protocol):
+    """The journal: what it has written is applied to ``record`` at once."""
+
+    record: SweepRecord
+
+    def write(self, event: str, **fields: Any) -> None: ...
+
+
+@dataclass(frozen=True)
+class AttemptOutcome:
+    """How an attempt ended. ``metric``: the sweep's, when it completed. ``message``: for people."""
+
+    state: TrialState
+    metric: float | None = None
+    message: str = ""
+    seconds: float = 0.0
+    can_retry: bool = True
+    """False when another attempt would end the same way, or nobody wants one."""
+    counted: bool = False
+    """Whether it counts against ``SweepLimits.max_retries``."""
+    checkpoint: int = 0
+    """The last step that a checkpoint was written after."""
+
+
+@dataclass(frozen=True)
+class SweepLimits:
+    """When a sweep ends. ``reached``: whether a metric is good enough to start no further trial; None: none is."""
+
+    trials: float
+    """How many trials there are to be; infinite when nothing limits them."""
+    max_retries: int
+    """How many counted failures a trial may have before it is given up."""
+    max_failures: float = math.inf
+    """After so many trials given up and none completed the sweep ends."""
+    reached: Callable[[float | None], bool] | None = None
+
+
+class SweepState:
+    """The trials of one sweep, each in one place: ``waiting``, ``starting``, ``active``, or ended.
+
+    Args:
+        journal: where every change goes first.
+        sampler: gives new points and learns the outcomes.
+        limits: see ``SweepLimits``.
+        name_trial: makes what a new trial needs (its folder) and returns its name and run id.
+        early: stops poor trials early and revives good ones; None: none are.
+    """
+
+    def __init__(
+        self,
+        journal: EventLog,
+        sampler: PointSource,
+        limits: SweepLimits,
+        name_trial: Callable[[int, Point], tuple[str, str]],
+        early: EarlyStopping | None = None,
+    ) -> None:
+        self.journal, self.sampler, self.limits, self.early = journal, sampler, limits, early
+        self.name_trial = name_trial
+        self.records = journal.record.trials
+        self.waiting: list[TrialRecord] = []
+        self.starting: dict[int, TrialRecord] = {}
+        """Given out by ``next_trial``, and neither dispatched nor put back yet."""
+        self.active: dict[int, TrialRecord] = {}
+        self._exhausted = False
+        self._unrecorded: Point | None = None
+        """A point that the sampler gave and the journal could not take."""
+        self._completed = self._given_up = 0
+
+    def restore(self, *, retry_given_up: bool = True, revive_pruned: bool = False) -> None:
+        """Take over the journal's trials; call it once, before anything else.
+
+        ``retry_given_up``: whoever runs the sweep again has fixed what made them fail. ``revive_pruned``: resume trials that
+        were stopped early.
+        """
+        for record in sorted(self.records.values(), key=lambda r: r.index):
+            self.sampler.restore(record.point)
+            if record.given_up and retry_given_up:
+                record.given_up, record.failures = False, 0
+            if record.ended:
+                self._settle(record)
+                if revive_pruned and record.state is TrialState.PRUNED:
+                    self.waiting.append(record)
+            elif record.job is not None:
+                self.active[record.index] = record
+            else:
+                self.waiting.append(record)
+
+    # -- what runs next
+
+    def next_trial(self) -> TrialRecord | None:
+        """The trial to start now; None when there is none. Then call ``dispatched`` or ``put_back``."""
+        if self.nothing_completes:
+            return None
+        record = self._revived() or (self.waiting.pop(0) if self.waiting else self._new_trial())
+        if record is not None:
+            self.starting[record.index] = record
+        return record
+
+    def put_back(self, records: Sequence[TrialRecord]) -> None:
+        """These could not be started now, or their jobs never heard of them: they are next again, in this order."""
+        for record in records:
+            self.starting.pop(record.index, None)
+            self.active.pop(record.index, None)
+        self.waiting[:0] = records
+
+    def dispatched(self, record: TrialRecord, attempt: int, job: JobRef, event: str = "dispatch") -> None:
+        """An attempt has been handed to a job. ``event``: the journal's, ``takeover`` after ``unassign``."""
+        self.journal.write(event, index=record.index, attempt=attempt, job=job.to_json())
+        self.starting.pop(record.index, None)
+        self.active[record.index] = record
+
+    def adopt(self, record: TrialRecord) -> None:
+        """A waiting trial turns out to have been run without this controller."""
+        self.waiting.remove(record)
+        self.active[record.index] = record
+
+    def unassign(self, record: TrialRecord) -> None:
+        """Take a trial from a job that has not started it; then call ``dispatched`` with another job."""
+        self.journal.write("takeover", index=record.index, attempt=record.attempt, job=None)
+        self.starting[record.index] = self.active.pop(record.index)
+
+    def _revived(self) -> TrialRecord | None:
+        """A trial that was stopped early and has turned out to be worth resuming."""
+        if self.early is None:
+            return None
+        taken = {*self.active, *self.starting, *(record.index for record in self.waiting)}
+        pruned = [i for i, record in self.records.items() if record.state is TrialState.PRUNED and i not in taken]
+        index = self.early.revived(pruned)
+        return None if index is None else self.records[index]
+
+    def _new_trial(self) -> TrialRecord | None:
+        if self.has_all_trials:
+            return None
+        point = self._unrecorded = self._unrecorded or self.sampler.ask()
+        if point is None:
+            self._exhausted = True
+            return None
+        index = len(self.records)
+        name, run_id = self.name_trial(index, point)
+        params, unit = dict(point.params), dict(point.unit)
+        self.journal.write("trial", index=index, name=name, run_id=run_id, params=params, unit=unit)
+        self._unrecorded = None
+        return self.records[index]
+
+    def make_all(self) -> None:
+        """Make every trial now, for jobs that run them without a controller."""
+        while (record := self._new_trial()) is not None:
+            self.waiting.append(record)
+
+    # -- what an attempt's end means
+
+    def finished(self, record: TrialRecord, outcome: AttemptOutcome) -> None:
+        """An attempt has ended: the trial has ended with it, or waits for another attempt."""
+        failures = record.failures + outcome.counted
+        resumable = outcome.state in (TrialState.FAILED, TrialState.STOPPED)
+        over_limit = outcome.counted and failures > self.limits.max_retries
+        if self.early and outcome.state is not TrialState.PRUNED:
+            self.early.forget(record.index)
+        self.journal.write(
+            "end",
+            index=record.index,
+            state=outcome.state,
+            metric=outcome.metric,
+            message=outcome.message,
+            seconds=outcome.seconds,
+            given_up=resumable and (over_limit or not outcome.can_retry),
+            counted=outcome.counted,
+            checkpoint=outcome.checkpoint,
+        )
+        self.active.pop(record.index, None)
+        self.starting.pop(record.index, None)
+        if record.ended:
+            self._settle(record)
+        else:
+            self.waiting.append(record)
+
+    def retry(self, record: TrialRecord) -> None:
+        """Give a trial that was given up another chance, with all its retries."""
+        record.given_up, record.failures = False, 0
+        self._reopen(record)
+        self.waiting.append(record)
+
+    def retry_only(self, index: int) -> None:
+        """Start no other trial than this one."""
+        self.waiting = [record for record in self.waiting if record.index == index]
+        self.change_cap(0)
+
+    def resume_attempt(self, record: TrialRecord, job: JobRef) -> None:
+        """An attempt that was taken for dead turns out to be alive: it continues, unless another has begun."""
+        was_given_up = record.given_up
+        self.dispatched(record, record.attempt, job)
+        self.waiting = [other for other in self.waiting if other is not record]
+        if was_given_up:
+            self._reopen(record)
+
+    def _reopen(self, record: TrialRecord) -> None:
+        self._given_up -= 1
+        self.sampler.pending_again(record.point)
+
+    def _settle(self, record: TrialRecord) -> None:
+        """Count a trial that has ended, and tell the sampler."""
+        if record.state in FINAL:
+            self.sampler.tell(record.point, record.metric)
+        elif record.state is not TrialState.PRUNED:  # out of memory, a lost node, a person: nothing about the point
+            self.sampler.forget(record.point)
+        # a pruned one may be revived: until then it stays pending, which counts as poor
+        self._completed += record.state is TrialState.COMPLETED
+        self._given_up += record.given_up
+
+    # -- when the sweep is over
+
+    @property
+    def nothing_completes(self) -> bool:
+        """Whether trials only fail: none has completed and as many as allowed were given up."""
+        return self._completed == 0 and self._given_up >= self.limits.max_failures
+
+    @property
+    def has_all_trials(self) -> bool:
+        """Whether every trial has been made: as many as there are to be, all points, or one has reached the target."""
+        if self._exhausted or len(self.records) >= self.limits.trials:
+            return True
+        reached = self.limits.reached
+        return reached is not None and any(reached(record.metric) for record in self.records.values())
+
+    @property
+    def nothing_to_start(self) -> bool:
+        """Whether nothing can be started now, unless an attempt that runs fails."""
+        return self.nothing_completes or (not self.waiting and self.has_all_trials)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing runs and nothing will."""
+        return not self.active and not self.starting and self.nothing_to_start
+
+    def change_cap(self, trials: float) -> None:
+        """Another number of trials for a sweep that has begun."""
+        self.limits = replace(self.limits, trials=trials)
+
+    def stop_early_with(self, early: EarlyStopping) -> None:
+        """Begin to stop poor trials early, once it is known how often a trial is evaluated."""
+        self.early = early
