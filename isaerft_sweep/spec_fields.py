@@ -114,12 +114,13 @@ def _check_bounds(key: str, value: Any, meta: Mapping[str, Any]) -> Any:
     if isinstance(value, (int, float)):
         if not math.isfinite(value):
             raise ConfigError(f"{key} must be finite but got {value}.")
-        for bound, word, bad in (
-            (meta.get("above"), "above", lambda b: value <= b),
-            (meta.get("at_least"), "at least", lambda b: value < b),
-            (meta.get("at_most"), "at most", lambda b: value > b),
+        above, at_least, at_most = (meta.get(name) for name in ("above", "at_least", "at_most"))
+        for word, bound, bad in (
+            ("above", above, above is not None and value <= above),
+            ("at least", at_least, at_least is not None and value < at_least),
+            ("at most", at_most, at_most is not None and value > at_most),
         ):
-            if bound is not None and bad(bound):
+            if bad:
                 raise ConfigError(f"{key} must be {word} {bound} but got {value}.")
     return value
 

@@ -53,7 +53,7 @@ def make_console() -> Console:
         with suppress(OSError, ValueError):
             wide, high = os.get_terminal_size(sys.stdout.fileno())
             asked = os.environ.get("COLUMNS", "")
-            made.size = int(asked) if asked.isdecimal() else wide or made.width, high or made.height  # type: ignore[assignment]
+            made.size = int(asked) if asked.isdecimal() else wide or made.width, high or made.height
     return made
 
 

@@ -23,7 +23,7 @@ def decoder_layers_name(model: nn.Module) -> str:
     count = getattr(config.get_text_config() if hasattr(config, "get_text_config") else config, "num_hidden_layers", None)
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
-            return name
+            return str(name)
     raise ModelError(
         f"the model must be decoder-only with a list of {count} layers, but {type(model).__name__} has none. "
         "ISAERFT needs a residual stream between decoder layers."

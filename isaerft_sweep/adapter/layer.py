@@ -58,7 +58,8 @@ class IsaerftLayer(nn.Module, BaseTunerLayer):
             latents = self.saes[adapter_name].encode(x.float()) if block.needs_latents else None
             if latents is not None:
                 latents = latents.to(next(block.parameters()).dtype)  # after model.to(dtype)
-            return block(latents).float() @ decoder
+            added: torch.Tensor = block(latents).float() @ decoder
+            return added
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base layer's output with the active adapters' changes; first element when it is a tuple."""

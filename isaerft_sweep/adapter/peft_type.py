@@ -16,12 +16,12 @@ NAME = "ISAERFT"
 
 def _add_member() -> None:
     member = str.__new__(PeftType, NAME)
-    member._name_, member._value_ = NAME, NAME  # type: ignore[attr-defined]
+    member._name_, member._value_ = NAME, NAME
     type.__setattr__(PeftType, NAME, member)  # EnumType.__setattr__ would refuse it
-    PeftType._member_map_[NAME] = member  # type: ignore[index]
+    PeftType._member_map_[NAME] = member
     PeftType._member_names_.append(NAME)
     PeftType._value2member_map_[NAME] = member
-    copyreg.pickle(PeftType, _reduced)  # type: ignore[arg-type]
+    copyreg.pickle(PeftType, _reduced)
 
 
 def own_member() -> Any:

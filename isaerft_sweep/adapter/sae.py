@@ -55,7 +55,8 @@ class FrozenSae:
         """Latents of x [..., d_in], without a gradient for the SAE's own weights."""
         if self.sae.W_dec.device != x.device:
             self.sae.to(x.device)
-        return self.sae.encode(x)
+        latents: torch.Tensor = self.sae.encode(x)
+        return latents
 
 
 def load_sae(site: Mapping[str, Any]) -> FrozenSae:
@@ -197,7 +198,8 @@ def _affine_decoder(sae: Any, name: str) -> torch.Tensor:
         latents = torch.rand(4, decoder.shape[0], generator=torch.Generator().manual_seed(0)).to(decoder.device)
         expected = sae.decode(latents) - sae.decode(torch.zeros_like(latents))
         if torch.allclose(latents @ decoder, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item()):
-            return decoder
+            checked: torch.Tensor = decoder
+            return checked
     raise ModelError(
         f"the SAE's decoder must be affine (one matrix and one offset for all tokens) but {name} "
         f"({sae.cfg.architecture()}, normalize_activations={sae.cfg.normalize_activations}) is not. Fold the "

@@ -105,7 +105,8 @@ def compile_layers(layers: Iterable[nn.Module]) -> None:
 def _dtype(spec: ModelSpec) -> torch.dtype:
     """``auto`` is bfloat16 on a GPU that has it, float32 elsewhere."""
     if spec.dtype != "auto":
-        return getattr(torch, spec.dtype)
+        dtype: torch.dtype = getattr(torch, spec.dtype)
+        return dtype
     return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
 
 

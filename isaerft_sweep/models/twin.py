@@ -71,6 +71,6 @@ def count_parameters(config: Any) -> float:
     """Parameters of a model of ``config``, without its memory; infinite where that cannot be told."""
     try:
         with torch.device("meta"):
-            return sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+            return float(sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters()))
     except Exception:  # a few families look at numbers while they are made
         return float("inf")

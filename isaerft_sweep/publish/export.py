@@ -56,7 +56,7 @@ def export(adapter: Path, out: Path | None, form: str | None, cache: str | None,
     nothing is left behind then.
     """
     model, tokenizer = load_model(str(adapter), cache=cache, dtype=dtype)
-    kinds = {config.kind for config in model.peft_config.values()}  # type: ignore[union-attr]
+    kinds = {config.kind for config in model.peft_config.values()}
     form = form or _fitting(model, kinds)
     if form == MERGED:
         check_mergeable(model.get_base_model(), kinds)
@@ -69,7 +69,7 @@ def export(adapter: Path, out: Path | None, form: str | None, cache: str | None,
     of_dtype = next(model.get_base_model().parameters()).dtype
     with new_folder(target) as aside:
         if form == MERGED:
-            model.merge_and_unload().save_pretrained(aside)  # type: ignore[operator]
+            model.merge_and_unload().save_pretrained(aside)
         else:
             write_standalone(model, aside)
         tokenizer.save_pretrained(aside)

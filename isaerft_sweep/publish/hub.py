@@ -66,7 +66,8 @@ def read_card(folder: Path) -> CardData:
             f"the folder {folder} must have a card, README.md, but has none. Write it: isaerft-sweep card TRIAL."
         )
     try:
-        return ModelCard.load(path).data
+        front_matter: CardData = ModelCard.load(path).data
+        return front_matter
     except Exception as error:  # YAML's and the Hub's own kinds
         raise CardError(f"the card {path} must begin with YAML that the Hub can read: {error}") from error
 

@@ -115,4 +115,4 @@ def reckon(trial: TrialFolder, status: TrialStatus, steps: int, evaluations: int
     gaps = [after - before for before, after in itertools.pairwise(trained)]
     step_s, evaluation_s = statistics.median(gaps), max(0.0, evaluated[-1] - trained[-1])
     around_s = max(0.0, status.duration_s - (trained[-1] - trained[0]) - step_s - evaluation_s)
-    return around_s + steps * step_s + evaluations * evaluation_s
+    return float(around_s + steps * step_s + evaluations * evaluation_s)

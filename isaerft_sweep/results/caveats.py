@@ -51,7 +51,7 @@ def _side(distribution: Distribution | None, value: object, u: float | None) -> 
         numbers = [c for c in choices if isinstance(c, (int, float)) and not isinstance(c, bool)]
         if len(numbers) < max(3, len(choices)):  # one of two is always at an end
             return None
-        return {min(numbers): "the smallest value", max(numbers): "the largest value"}.get(value)  # type: ignore[call-overload]
+        return "the smallest value" if value == min(numbers) else "the largest value" if value == max(numbers) else None
     if not isinstance(distribution, Numeric) or not isinstance(value, (int, float)):
         return None
     u = distribution.place(value) if u is None else u  # W&B keeps values alone

@@ -76,7 +76,8 @@ def cosines(vectors: Sequence[np.ndarray]) -> np.ndarray:
     stacked = np.stack(vectors).astype(float)
     norms = np.linalg.norm(stacked, axis=1, keepdims=True)
     unit = np.divide(stacked, norms, out=np.zeros_like(stacked), where=norms > 0)
-    return np.clip(unit @ unit.T, -1, 1)
+    cosines: np.ndarray = np.clip(unit @ unit.T, -1, 1)
+    return cosines
 
 
 @dataclass(frozen=True)

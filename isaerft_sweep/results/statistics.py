@@ -29,7 +29,8 @@ def pair_values(metric: str, scores: Mapping[str, Any], beta: float) -> np.ndarr
         return None
     if name in ("log_odds_chosen", "log_odds_ratio"):
         odds = _log_odds(chosen) - _log_odds(rejected)
-        return odds if name == "log_odds_chosen" else -np.logaddexp(0, -odds)
+        of_odds: np.ndarray = odds if name == "log_odds_chosen" else -np.logaddexp(0, -odds)
+        return of_odds
     if name == "rewards/accuracies":
         return (beta * chosen > beta * rejected).astype(float)
     values = {"logps/chosen": chosen, "logps/rejected": rejected}

@@ -207,7 +207,8 @@ def _sobol_block(dimensions: int, seed: int, block: int) -> list[list[float]]:
     engine = qmc.Sobol(dimensions, scramble=True, rng=np.random.default_rng(seed))
     if block:
         engine.fast_forward(block * BLOCK)
-    return engine.random(BLOCK).tolist()
+    rows: list[list[float]] = engine.random(BLOCK).tolist()
+    return rows
 
 
 class _Tpe:

@@ -188,7 +188,8 @@ class _Probe:
         batch = self.batch
         logits = model(batch.ids, attention_mask=batch.mask, use_cache=False).logits.float()
         table = logits[:, :-1].log_softmax(-1).gather(-1, batch.ids[:, 1:, None])[..., 0]
-        return table[batch.read]
+        read: torch.Tensor = table[batch.read]
+        return read
 
     def _stored(self, share: bool) -> StoredActivations:
         base: Any = self.adapted.get_base_model()

@@ -161,7 +161,8 @@ def own_head(model: PreTrainedModel) -> AnyHead:
         given.hidden = hidden[None]
         setattr(model, name, given)
         try:
-            return model(input_ids=ids, use_cache=False).logits[0]
+            logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits[0]
+            return logits
         finally:
             setattr(model, name, decoder)
 

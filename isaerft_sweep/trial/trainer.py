@@ -76,7 +76,7 @@ class TrialTrainer(ORPOTrainer):
             return self.train_dataset.select([row for batch in islice(order, batches) for row in batch])
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
         self.passes.backward()
         return loss
 

@@ -267,7 +267,7 @@ def logged_to(path: Path) -> Iterator[None]:
     """While the block runs, what Python prints also goes to ``path``: the worker's own log holds many trials."""
     before = sys.stdout, sys.stderr
     with path.open("a", encoding="utf-8", buffering=1) as file:
-        sys.stdout, sys.stderr = _Both(sys.stdout, file), _Both(sys.stderr, file)  # type: ignore[assignment]
+        sys.stdout, sys.stderr = _Both(sys.stdout, file), _Both(sys.stderr, file)
         try:
             yield
         finally:
