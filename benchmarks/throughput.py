@@ -72,7 +72,9 @@ def count_steps() -> list[tuple[float, int]]:
     import torch
     from transformers import Trainer
 
-    spent, original = [], Trainer.training_step
+    from isaerft_sweep.trial.train_loop import TrainLoop
+
+    spent, original, own = [], Trainer.training_step, TrainLoop._step
     on_gpu = torch.cuda.is_available()
 
     def now() -> float:
@@ -88,7 +90,14 @@ def count_steps() -> list[tuple[float, int]]:
         spent.append((now() - started, tokens))
         return loss
 
+    def timed_steps(self: Any, *args: Any) -> Any:
+        started, tokens = now(), self.recorder.tokens_seen
+        metrics = yield from own(self, *args)
+        spent.append((now() - started, self.recorder.tokens_seen - tokens))
+        return metrics
+
     Trainer.training_step = timed  # type: ignore[method-assign]
+    TrainLoop._step = timed_steps  # type: ignore[method-assign]
     return spent
 
 

@@ -23,7 +23,7 @@ class Rules(TypedDict, total=False):
     """What holds for an option beside its type.
 
     ``affects_result=False``: it cannot change a trial's result, and is left out of the trial's hash.
-    ``omit_from_hash_if_none``: it was added when hashes were in use, and is left out while it is None.
+    ``omit_from_hash_if_default``: it was added when hashes were in use, and is left out while it has its default.
     ``formerly``: its name in earlier versions, still accepted.
     """
 
@@ -32,7 +32,7 @@ class Rules(TypedDict, total=False):
     at_least: float
     at_most: float
     affects_result: bool
-    omit_from_hash_if_none: bool
+    omit_from_hash_if_default: bool
     formerly: str
 
 

@@ -106,20 +106,33 @@ class AdapterSpec:
         "Weight of the L1 penalty on bias or scale, which leaves few latents that move; null: none.",
         None,
         at_least=0,
-        omit_from_hash_if_none=True,
+        omit_from_hash_if_default=True,
     )
     top_k: int | None = option(
-        "Number of latents that a bias or scale adapter may move; null: all.", None, at_least=1, omit_from_hash_if_none=True
+        "Number of latents that a bias or scale adapter may move; null: all.",
+        None,
+        at_least=1,
+        omit_from_hash_if_default=True,
     )
     force_hook: bool = option("Take an SAE whose own config names another hook point or model.", False, affects_result=False)
 
 
 @dataclass(frozen=True)
 class OrpoSpec:
-    """ORPO (arXiv 2403.07691) and its optimiser."""
+    """The loss, ORPO (arXiv 2403.07691) or another one of preference pairs, and its optimiser."""
 
     learning_rate: float = option("Peak learning rate.", above=0)
-    beta: float = option("Weight of the odds-ratio term, λ of arXiv 2403.07691.", at_least=0)
+    beta: float = option(
+        "ORPO: weight of the odds-ratio term, λ of arXiv 2403.07691. Other losses: scale of the rewards.", at_least=0
+    )
+    loss: str = option(
+        "Loss of a pair: orpo; dpo (arXiv 2305.18290), whose reference is the model without the adapter; simpo (2405.14734);"
+        " cpo (2401.08417).",
+        "orpo",
+        choices=("orpo", "dpo", "simpo", "cpo"),
+        omit_from_hash_if_default=True,
+    )
+    gamma: float = option("SimPO's target margin between the rewards.", 0.5, at_least=0, omit_from_hash_if_default=True)
     epochs: float = option("Passes over the training pairs, unless max_steps is set.", 1.0, above=0)
     max_steps: int = option("Number of optimiser steps; -1: epochs decides.", -1, at_least=-1)
     max_length: int = option("Longest prompt with answer, tokens; longer answers are cut.", 1024, at_least=2)
@@ -392,8 +405,8 @@ def identity(experiment: Experiment) -> str:
     """12 hex digits that name what a trial computes: a hash of its model, data, adapter and ORPO settings.
 
     Left out, because they cannot change the result: fields marked ``affects_result=False``, the launcher, tracker and names;
-    and ``omit_from_hash_if_none`` fields while they are None, so that a new setting leaves the names of old trials as they
-    are.
+    and ``omit_from_hash_if_default`` fields while they have their default, so that a new setting leaves the names of old
+    trials as they are.
     """
     content = {section: _affecting_result(getattr(experiment, section)) for section in TUNABLE}
     content["model"].pop("sites")  # only the adapter's sites act
@@ -412,5 +425,7 @@ def comparable(experiment: Experiment, swept: Collection[str]) -> str:
 
 def _affecting_result(spec: Any) -> dict[str, Any]:
     acting = [f for f in dataclasses.fields(spec) if f.metadata.get("affects_result") is not False]
-    given = [f.name for f in acting if not (f.metadata.get("omit_from_hash_if_none") and getattr(spec, f.name) is None)]
+    given = [
+        f.name for f in acting if not (f.metadata.get("omit_from_hash_if_default") and getattr(spec, f.name) == f.default)
+    ]
     return {name: to_dict(getattr(spec, name)) for name in given}

@@ -23,6 +23,7 @@ from isaerft_sweep.dispatch.base import Dispatcher
 from isaerft_sweep.dispatch.job import prepare_process
 from isaerft_sweep.dispatch.local import LocalDispatcher
 from isaerft_sweep.dispatch.slurm import SlurmDispatcher
+from isaerft_sweep.journal.job_refs import job_from_json
 from isaerft_sweep.journal.worker_queue import STOP_AT
 from isaerft_sweep.specs import LauncherSpec
 
@@ -91,6 +92,11 @@ def living(pid: int) -> bool:
         return False
 
 
+def kept(refs: list[Any]) -> list[Any]:
+    """The references as another process reads them from a journal."""
+    return [job_from_json(json.loads(json.dumps(ref.to_json()))) for ref in refs]
+
+
 def test_jobs_run_beside_each_other_and_are_seen_to_end(make: Make, tmp_path: Path) -> None:
     dispatcher = make()
     refs, _ = submit(dispatcher, tmp_path, 3)
@@ -102,7 +108,7 @@ def test_jobs_run_beside_each_other_and_are_seen_to_end(make: Make, tmp_path: Pa
     assert [dispatcher.job_exit(ref).cause for ref in refs] == ["trial"] * 3
     dispatcher.cancel(refs)
     dispatcher.kill(refs)  # nothing, for they have ended
-    assert json.loads(json.dumps(refs)) == refs, "the journal can keep them"
+    assert kept(refs) == refs, "the journal can keep them"
 
 
 def test_each_job_has_a_gpu_of_its_own_and_its_share_of_cores(make: Make, tmp_path: Path) -> None:
@@ -142,7 +148,7 @@ def test_cancel_asks_and_kill_does_not(make: Make, tmp_path: Path) -> None:
 
 def test_another_dispatcher_finds_the_jobs_again(make: Make, tmp_path: Path) -> None:
     refs, _ = submit(make(), tmp_path, 2)
-    found = json.loads(json.dumps(refs))
+    found = kept(refs)
     other = make()
     assert other.alive(found) == [True, True]
     other.cancel(found)

@@ -10,22 +10,19 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY
+from helpers.plain_trl import orpo_rows
 from test_trial import OFF, Made, rows_of
 from test_trial_numbers import Collect, gradients  # noqa: F401  (a fixture)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
-from isaerft_sweep.adapter.architecture import decoder_layers
-from isaerft_sweep.adapter.sae import load_sae
 from isaerft_sweep.errors import ModelError
 from isaerft_sweep.journal.layout import TrialFolder
 from isaerft_sweep.journal.worker_queue import Task, WorkerFolder
-from isaerft_sweep.models.loading import load, without_dropout
+from isaerft_sweep.models.loading import load
 from isaerft_sweep.models.random_model import byte_tokenizer
 from isaerft_sweep.models.twin import count_parameters, small_twin
 from isaerft_sweep.spec_fields import overrides
-from isaerft_sweep.trial.data import load_pairs
 from isaerft_sweep.trial.prepare import prepare
 from isaerft_sweep.trial.runner import run_trial
 from isaerft_sweep.trial.worker import serve_trials
@@ -94,41 +91,10 @@ def options(folder: Path, width: int, *more: str) -> tuple[str, ...]:
     return (*OFF, *named, site, *less, "orpo.max_steps=2", "orpo.learning_rate=0.1", "orpo.eval_untrained=never", *more)
 
 
-def as_a_user_would(folder: TrialFolder, output: Path) -> list[dict[str, float]]:
-    """TRL's ORPOTrainer on the plain model, with a forward hook x + b @ W_dec; nothing of ours but the pairs."""
-    experiment = folder.read_spec().experiment
-    orpo, loaded = experiment.orpo, without_dropout(load(experiment.model, None))
-    pairs = load_pairs(experiment.data, loaded.tokenizer, orpo.max_length)
-    decoder = load_sae({"sae_release": "isaerft-sweep", "sae_id": experiment.adapter.sites[0].sae_id}).decoder
-    layer = decoder_layers(loaded.model)[experiment.adapter.sites[0].layer]
-    layer.register_parameter("steering", torch.nn.Parameter(torch.zeros(len(decoder))))
-
-    def hook(module: Any, _args: Any, output: Any) -> Any:
-        x = output[0] if isinstance(output, tuple) else output
-        changed = x + module.steering @ decoder
-        return (changed, *output[1:]) if isinstance(output, tuple) else changed
-
-    layer.register_forward_hook(hook)
-    seen = Collect()
-    args = ORPOConfig(
-        output_dir=str(output), learning_rate=orpo.learning_rate, beta=orpo.beta, max_length=orpo.max_length,
-        max_steps=orpo.max_steps, per_device_train_batch_size=orpo.batch_size, per_device_eval_batch_size=orpo.eval_batch_size,
-        gradient_accumulation_steps=orpo.gradient_accumulation, warmup_steps=orpo.warmup_steps, lr_scheduler_type=orpo.schedule,
-        optim="adamw_torch", weight_decay=0.0, seed=orpo.seed, logging_steps=1, eval_strategy="steps", eval_steps=orpo.max_steps,
-        save_strategy="no", report_to=[], bf16=False, gradient_checkpointing=False, use_cpu=True, disable_tqdm=True,
-        remove_unused_columns=False,
-    )  # fmt: skip
-    ORPOTrainer(
-        model=loaded.model, args=args, train_dataset=pairs.train, eval_dataset=pairs.evaluation,
-        processing_class=loaded.tokenizer, callbacks=[seen],
-    ).train()  # fmt: skip
-    return [row for row in seen.rows if "train_runtime" not in row]
-
-
 def assert_trls(folder: TrialFolder, given: list[torch.Tensor], tmp_path: Path) -> None:
     mine = list(given)
     given.clear()
-    theirs = as_a_user_would(folder, tmp_path / "trl")
+    theirs = orpo_rows(folder.read_spec().experiment, tmp_path / "trl")
     for found, expected in zip(mine, given, strict=True):
         assert float((found - expected).norm() / expected.norm()) < 1e-3
     ours = rows_of(folder)

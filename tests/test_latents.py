@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from trl.experimental.orpo import ORPOTrainer
 
+import isaerft_sweep.trial.train_loop as train_loop
 from isaerft_sweep.adapter import load_model
 from isaerft_sweep.adapter.sae import load_sae
 from isaerft_sweep.errors import ConfigError
@@ -62,15 +62,16 @@ def test_an_evaluation_does_not_depend_on_its_batches(lean: bool, trial: Made) -
 @pytest.mark.parametrize("lean", [True, False])
 def test_tokens_are_counted_also_across_a_stop(lean: bool, trial: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     counted = 0
-    original = ORPOTrainer.get_batch_loss_metrics
+    original = train_loop.pair_batch
 
-    def counting(self, model, batch, train_eval="train"):
+    def counting(rows, pad, device, read_prompt):
         nonlocal counted
-        if train_eval == "train":
-            counted += sum(int(batch[f"{side}_attention_mask"].sum()) for side in ("chosen", "rejected"))
-        return original(self, model, batch, train_eval)
+        batch = original(rows, pad, device, read_prompt)
+        if len(rows["chosen_ids"]) < 8:  # a training batch; evaluations take all eight
+            counted += sum(len(ids) for side in ("chosen", "rejected") for ids in rows[f"{side}_ids"])
+        return batch
 
-    monkeypatch.setattr(ORPOTrainer, "get_batch_loss_metrics", counting)
+    monkeypatch.setattr(train_loop, "pair_batch", counting)
     folder = trial(*OFF, f"launcher.lean_logits={lean}", "orpo.gradient_accumulation=2")
     folder.ask_to_stop()
     assert run_trial(folder, 1) == "stopped"
@@ -120,7 +121,7 @@ def held_out(folder: TrialFolder, tokenizer) -> list[list[int]]:
     experiment = folder.read_spec().experiment
     tokenize = PairTokenizer(tokenizer, experiment.orpo.max_length)
     rows = load_pairs(experiment.data, tokenizer, experiment.orpo.max_length).evaluation
-    return [tokenize(row)[f"{side}_input_ids"] for row in rows for side in ("chosen", "rejected")]
+    return [tokenize(row)[f"{side}_ids"] for row in rows for side in ("chosen", "rejected")]
 
 
 def test_l1_is_the_proximal_step(trial: Made) -> None:

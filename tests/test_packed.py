@@ -182,11 +182,11 @@ def test_an_error_in_a_pass_belongs_to_one_trial(
     passes = [0]
     make = worker._Worker._joint_model
 
-    def breaking(self: Any, seat: Any) -> Any:
+    def breaking(self: Any, running: Any) -> Any:
         passes[0] += 1
-        if passes[0] > 2 and len(self.seats) == 2 and self.seats[2].wanted is not None and self.seats[2].trains:
-            decoder_layers(self.seats[2].wanted.model)[self._site].broken = True
-        return make(self, seat)
+        if passes[0] > 2 and len(self.trials) == 2 and self.trials[2].wants_forward and self.trials[2].trains:
+            decoder_layers(self.trials[2].forward.model)[self._site].broken = True
+        return make(self, running)
 
     monkeypatch.setattr(IsaerftLayer, "changed", changed)
     monkeypatch.setattr(worker._Worker, "_joint_model", breaking)

@@ -23,8 +23,8 @@ from isaerft_sweep.journal.states import TrialState
 from isaerft_sweep.journal.status_writer import StatusWriter
 from isaerft_sweep.journal.worker_queue import Task, WorkerFolder
 from isaerft_sweep.trial import activation_cache, process_cache, runner
+from isaerft_sweep.trial.recorder import Recorder
 from isaerft_sweep.trial.runner import run_trial
-from isaerft_sweep.trial.trainer import TrialTrainer
 from isaerft_sweep.trial.worker import serve_trials
 
 Made = Callable[..., TrialFolder]
@@ -70,9 +70,8 @@ SLOW_PLACES = {
     "loading the model": (runner, "load"),
     "loading the SAE": (runner, "attach_adapter"),
     "reading the data": (runner, "load_pairs"),
-    "tokenising": (runner, "make_trainer"),
     "frozen layers": (activation_cache, "streams_of"),
-    "evaluating": (TrialTrainer, "prediction_step"),
+    "evaluating": (Recorder, "evaluating"),
 }
 
 
@@ -148,7 +147,7 @@ def test_a_long_evaluation_in_training_gets_half_the_grace(trial: Made, monkeypa
     for grace, kept in ((60, 2), (1, 1)):
         folder = trial(*options, f"launcher.grace_s={grace}", name=f"grace{grace}")
         with monkeypatch.context() as patch:
-            slow(patch, TrialTrainer, "prediction_step", 0.4)
+            slow(patch, Recorder, "evaluating", 0.4)
             state, took_s = asked_during("evaluating", folder, folder.ask_to_stop, lambda f=folder: run_trial(f, 1))
         assert state == TrialState.STOPPED and took_s < 4
         assert max(int(path.parent.name.split("-")[1]) for path in folder.checkpoints.glob("*/.complete")) == kept
@@ -171,7 +170,7 @@ def test_the_phases_in_their_order(trial: Made, tmp_path: Path, monkeypatch: pyt
     words = [facts["phase"] for facts in said if facts["phase"]]
     bare = list(dict.fromkeys(word.rstrip("0123456789 %") for word in words))
     assert bare == [
-        "loading the model", "loading the SAE", "reading the data", "tokenising", "frozen layers", "evaluating", "training", "saving",
+        "loading the model", "loading the SAE", "reading the data", "frozen layers", "evaluating", "training", "saving",
     ]  # fmt: skip
     assert "frozen layers 100 %" in words and "evaluating 100 %" in words
     began = next(facts for facts in said if "trained_since" in facts)

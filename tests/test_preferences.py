@@ -106,8 +106,14 @@ def assert_as_trl(pairs: Pairs, row: Row, tokenizer: Any = TOKENIZER) -> None:
     expected = Trl(tokenizer).read(row)
     found = pairs.train[0]
     for side in ("chosen", "rejected"):
-        for what in ("input_ids", "attention_mask", "labels"):
-            assert found[f"{side}_{what}"] == expected[f"{side}_{what}"], (side, what)
+        assert found[f"{side}_ids"] == expected[f"{side}_input_ids"], side
+        assert labels(found, side) == expected[f"{side}_labels"], side
+
+
+def labels(row: Row, side: str) -> list[int]:
+    """As TRL marks the answer: -100 where the prompt is."""
+    length = row[f"{side}_prompt_length"]
+    return [-100] * length + row[f"{side}_ids"][length:]
 
 
 @pytest.mark.parametrize(
@@ -136,9 +142,9 @@ def test_an_empty_prompt_is_no_prompt(tmp_path: Path) -> None:
     pairs = load_pairs(spec_of(tmp_path, rows, eval_size=3), TOKENIZER, MAX_LENGTH)
     assert (len(pairs.train), len(pairs.evaluation)) == (7, 3)
     for row in [*pairs.train, *pairs.evaluation]:
-        assert row["prompt"] == "" and row["chosen_input_ids"][0] == TOKENIZER.bos_token_id
-        assert TOKENIZER.decode(row["chosen_input_ids"][1:-1]) == row["chosen"]
-        assert row["chosen_labels"][1:] == row["chosen_input_ids"][1:], "all of the answer is answer"
+        assert row["prompt"] == "" and row["chosen_ids"][0] == TOKENIZER.bos_token_id
+        assert TOKENIZER.decode(row["chosen_ids"][1:-1]) == row["chosen"]
+        assert row["chosen_prompt_length"] == 1, "all of the answer is answer"
 
 
 PARTS = {
@@ -150,13 +156,13 @@ PARTS = {
 
 def test_parts_of_text_are_that_text(tmp_path: Path) -> None:
     pairs = trained_on(tmp_path, PARTS)
-    assert TOKENIZER.decode(pairs.train[0]["chosen_input_ids"][1:]) == "<|user|>one two<|end|><|assistant|>good<|end|>"
+    assert TOKENIZER.decode(pairs.train[0]["chosen_ids"][1:]) == "<|user|>one two<|end|><|assistant|>good<|end|>"
     assert_as_trl(pairs, joined(PARTS))
 
 
 def test_a_template_that_reads_parts_gets_them(tmp_path: Path) -> None:
     pairs = trained_on(tmp_path, PARTS, tokenizer=READS_PARTS)
-    assert "onetwo" in TOKENIZER.decode(pairs.train[0]["chosen_input_ids"]), "each part trimmed, as the template does"
+    assert "onetwo" in TOKENIZER.decode(pairs.train[0]["chosen_ids"]), "each part trimmed, as the template does"
     assert_as_trl(pairs, PARTS, READS_PARTS)
 
 
@@ -183,7 +189,7 @@ PICTURE = [{"type": "image", "url": "x.png"}, {"type": "text", "text": "What is 
         ({**GOOD_CHAT, "prompt": []}, "prompt must not be empty. Leave it out"),
         ({**GOOD_CHAT, "prompt": "Which?"}, "must have a prompt of messages, or answers that begin with the same"),
         ({**GOOD_CHAT, "prompt": None}, "must have a prompt of messages, or answers that begin with the same"),
-        ({**GOOD_CHAT, "prompt": [{"role": "system", "content": "s"}]}, "Invalid role in the last message: system"),
+        ({**GOOD_CHAT, "prompt": [{"role": "system", "content": "s"}]}, "must be of role user, tool or assistant but is of"),
         ({**GOOD_TEXT, "prompt": [user("a")]}, "must all be text or all be chat messages"),
         ({**GOOD_TEXT, "prompt": None}, 'prompt must be text but got null. Give an empty one as ""'),
         ({**GOOD_TEXT, "rejected": ""}, "rejected must not be empty"),
@@ -379,10 +385,10 @@ def test_the_trainer_reads_the_same(tokenizer: Any, trial: Callable[..., Any], t
     table = ORPOTrainer(
         model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
     ).train_dataset
-    names = [f"{side}_{what}" for side in ("chosen", "rejected") for what in ("input_ids", "attention_mask", "labels")]
-    assert [{name: row[name] for name in names} for row in pairs.train] == [
-        {name: row[name] for name in names} for row in table
-    ]
+    assert len(pairs.train) == len(table) == 8
+    for mine, theirs in zip(pairs.train, table, strict=True):
+        for side in ("chosen", "rejected"):
+            assert mine[f"{side}_ids"] == theirs[f"{side}_input_ids"] and labels(mine, side) == theirs[f"{side}_labels"]
 
 
 def test_many_pairs_are_tokenised_once(
@@ -392,8 +398,8 @@ def test_many_pairs_are_tokenised_once(
     monkeypatch.setattr(data, "MANY", 20)
     monkeypatch.setattr(data, "SAY_S", -1)
     tokenised: list[Row] = []
-    real = ORPOTrainer.tokenize_row
-    monkeypatch.setattr(data.PairTokenizer, "tokenize_row", lambda self, row: (tokenised.append(row), real(self, row))[1])
+    real = data.PairTokenizer.__call__
+    monkeypatch.setattr(data.PairTokenizer, "__call__", lambda self, row: (tokenised.append(row), real(self, row))[1])
     rows = [{**GOOD_CHAT, "prompt": [user(f"q{i}")]} for i in range(30)] + [{**GOOD_CHAT, "rejected": GOOD_CHAT["chosen"]}]
     spec, kept = spec_of(tmp_path, rows, eval_size=5), tmp_path / "kept"
     (tmp_path / "other").mkdir()

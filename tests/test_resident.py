@@ -18,7 +18,6 @@ import pytest
 from conftest import TINY, events, processes_of
 from helpers.waiting import wait_for
 from test_sweep import ended_states, start, statuses, stepping
-from trl.experimental.orpo import ORPOTrainer
 
 from isaerft_sweep.controller.build import make_state
 from isaerft_sweep.controller.live_view import time_left_s
@@ -36,9 +35,8 @@ from isaerft_sweep.journal.status_writer import StatusWriter
 from isaerft_sweep.journal.worker_queue import Task, TaskProgress, WorkerFolder
 from isaerft_sweep.search.sampler import FixedPoints, Point
 from isaerft_sweep.search.sweep_file import Metric, SweepDefinition
-from isaerft_sweep.trial.data import PairTokenizer
+from isaerft_sweep.trial.pair_tokenizer import PairTokenizer
 from isaerft_sweep.trial.runner import run_trial
-from isaerft_sweep.trial.trainer import TrialTrainer
 from isaerft_sweep.trial.worker import serve_trials
 
 Made = Callable[..., TrialFolder]
@@ -96,9 +94,8 @@ def test_the_model_and_the_data_are_loaded_once(trial: Made, tmp_path: Path, mon
 
     calls: Counter[str] = Counter()
     rows: list[int] = []
-    tokenise = ORPOTrainer.tokenize_row
-    for reader in (TrialTrainer, PairTokenizer):
-        monkeypatch.setattr(reader, "tokenize_row", lambda self, *a, **k: rows.append(1) or tokenise(self, *a, **k))
+    tokenise = PairTokenizer.__call__
+    monkeypatch.setattr(PairTokenizer, "__call__", lambda self, row: rows.append(1) or tokenise(self, row))
     for place, name in ((runner, "load"), (runner, "load_pairs"), (process_cache, "stored_activations")):
         original = getattr(place, name)
 
@@ -307,12 +304,13 @@ def test_a_worker_told_to_stop_within_a_step_is_given_nothing_more(
 ) -> None:
     """A trial given between the word that the last one is over and the word that the worker ends would be lost with it."""
 
-    def stopped_in_its_last_step(_trial: TrialFolder, _attempt: int, _shared: Any, stopping: dict[str, bool]) -> str:
+    def stopped_in_its_last_step(_trial: TrialFolder, _attempt: int, _shared: Any, stopping: dict[str, bool]) -> Any:
         stopping["asked"] = True
         return TrialState.STOPPED
+        yield  # a generator, as a trial is
 
     said: list[TaskProgress] = []
-    monkeypatch.setattr("isaerft_sweep.trial.worker.run_trial", stopped_in_its_last_step)
+    monkeypatch.setattr("isaerft_sweep.trial.worker.trial_steps", stopped_in_its_last_step)
     monkeypatch.setattr(WorkerFolder, "note", lambda _folder, progress: said.append(progress))
     worker = WorkerFolder(tmp_path / "worker")
     worker.claim(Task(str(trial(*OFF, name="t").path), 1))

@@ -166,7 +166,7 @@ def test_real_flags_of_a_real_array(slurm: Bed, tmp_path: Path, monkeypatch: pyt
         LauncherSpec(kind="slurm", slots=6, timeout_min=7, slurm=flags), tmp_path / "sweep s" / "jobs"
     )
     refs = dispatcher.submit_all([Note(str(tmp_path / f"mark{i}")) for i in range(6)])  # type: ignore[arg-type]
-    shown = slurm.command("scontrol", "show", "job", refs[0]["id"])
+    shown = slurm.command("scontrol", "show", "job", refs[0].id)
     for word in (
         "Account=lab",
         "QOS=normal",
@@ -206,7 +206,7 @@ def test_jobs_are_found_under_the_name_they_were_given_and_one_scancel_ends_an_a
     wait_for(lambda: moved.alive(refs) == [True, True, False, False, True, True])
     moved.kill(refs)
     wait_for(lambda: not any(moved.alive(refs)))
-    array = refs[0]["id"].split("_")[0]
+    array = refs[0].id.split("_")[0]
     assert calls.read_text().splitlines() == [f"{array}_2 {array}_3", array]
 
 

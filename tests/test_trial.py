@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -19,7 +20,6 @@ import torch
 import yaml
 from datasets import Dataset
 from helpers.waiting import wait_for
-from trl.experimental.orpo import ORPOTrainer
 
 from isaerft_sweep.adapter import load_model
 from isaerft_sweep.adapter import sae as sae_module
@@ -32,6 +32,7 @@ from isaerft_sweep.models.loading import load
 from isaerft_sweep.paths import asset
 from isaerft_sweep.spec_fields import to_dict
 from isaerft_sweep.trial.data import load_pairs
+from isaerft_sweep.trial.losses import OrpoLoss, PairLogps
 from isaerft_sweep.trial.runner import run_trial
 
 Made = Callable[..., TrialFolder]
@@ -136,12 +137,12 @@ def test_a_newer_attempt_fences_off_an_older_one(trial: Made) -> None:
 
 def test_a_nan_ends_the_trial_with_a_clear_status(trial: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = trial(*OFF)
-    original = ORPOTrainer.odds_ratio_loss
+    original, calls = OrpoLoss.pair_losses, itertools.count()
 
-    def broken(self: Any, chosen: torch.Tensor, rejected: torch.Tensor) -> Any:
-        return original(self, chosen * (math.nan if self.state.global_step >= 2 else 1.0), rejected)
+    def broken(self: OrpoLoss, logps: PairLogps) -> torch.Tensor:
+        return original(self, logps) * (math.nan if next(calls) >= 2 + 1 else 1.0)  # the untrained evaluation is one call
 
-    monkeypatch.setattr(ORPOTrainer, "odds_ratio_loss", broken)
+    monkeypatch.setattr(OrpoLoss, "pair_losses", broken)
     assert run_trial(folder, 1) == "diverged"
     status = folder.read_status()
     assert "became nan at step 3" in status.message and "smaller learning rate" in status.message
@@ -149,13 +150,8 @@ def test_a_nan_ends_the_trial_with_a_clear_status(trial: Made, monkeypatch: pyte
 
 def test_a_runaway_loss_ends_the_trial(trial: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = trial(*OFF, "orpo.max_steps=20")
-    original = ORPOTrainer.odds_ratio_loss
-
-    def growing(self: Any, chosen: torch.Tensor, rejected: torch.Tensor) -> Any:
-        losses, *rest = original(self, chosen, rejected)
-        return (losses - 2.0 ** (2 * self.state.global_step), *rest)
-
-    monkeypatch.setattr(ORPOTrainer, "odds_ratio_loss", growing)
+    original, calls = OrpoLoss.pair_losses, itertools.count()
+    monkeypatch.setattr(OrpoLoss, "pair_losses", lambda self, logps: original(self, logps) + 2.0 ** (2 * next(calls)))
     assert run_trial(folder, 1) == "diverged"
     assert "more than 10 times the first loss" in folder.read_status().message
     assert folder.read_status().step < 10

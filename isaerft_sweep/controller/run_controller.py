@@ -40,7 +40,7 @@ def run_controller(factory: TrialFactory, state: SweepState, dispatcher: Dispatc
         stop = StopRequest(folder.cancel, agent, tell=lambda request: view.note(request.words(launcher.grace_s)))
         with stop.heard(), write_controller_info(folder, trials, factory.overrides), closed_in_the_end(dispatcher):
             SweepController(state, folder, dispatcher, launcher, view, lambda: stop.urgency).run()
-        return stop.urgency
+            return stop.urgency  # before ``heard`` removes the file that may have asked
 
 
 @contextmanager

@@ -49,6 +49,14 @@ SAY_S = 20.0
 """Between two lines about how far it is."""
 
 
+@dataclass(frozen=True)
+class CachePlace:
+    """A folder of stored activations, and how large all of them together may be."""
+
+    folder: Path
+    limit_gb: float
+
+
 class NotStored(Exception):
     """Why the output is not kept: every trial computes it then."""
 
@@ -79,8 +87,8 @@ def sequence_key(tokens: Sequence[int]) -> str:
 
 
 def sequences_of(*datasets: Any) -> list[list[int]]:
-    """The different token sequences that ORPOTrainer's tokenised data sets will show the model, by length."""
-    found = {tuple(row[f"{side}_input_ids"]) for data in datasets for row in data for side in ("chosen", "rejected")}
+    """The different token sequences of tokenised pairs that the model will see, by length."""
+    found = {tuple(row[f"{side}_ids"]) for data in datasets for row in data for side in ("chosen", "rejected")}
     return [list(s) for s in sorted(found, key=lambda s: (len(s), s))]
 
 
@@ -88,17 +96,23 @@ def stored_activations(
     model: peft.PeftModel,
     spec: ModelSpec,
     sequences: list[list[int]],
-    folder: Path,
-    limit_gb: float,
+    place: CachePlace,
     share: bool,
-    tell: Callable[[float], None] = lambda _share: None,
+    report: Callable[[float], None] = lambda _share: None,
 ) -> StoredActivations:
-    """The trunk's output for ``sequences``, from ``folder`` or computed and put there.
+    """The frozen layers' output for ``sequences``, from the cache or computed and put there.
 
-    ``share``: compute what two sequences begin with once, where the model can (``why_not_shared``). ``tell`` hears after
-    every sequence which share is done. Raises NotStored when it does not fit the limit or the disk, or the folder cannot be
-    written.
+    Args:
+        model: with the adapter on it.
+        spec: the model's.
+        sequences: token ids.
+        place: where the cache is, and how large it may be.
+        share: whether to compute what two sequences begin with once, where the model can (``why_not_shared``).
+        report: called after every sequence with the share that is done.
+
+    Raises NotStored when the output does not fit the limit or the disk, or the folder cannot be written.
     """
+    folder, limit_gb = place.folder, place.limit_gb
     layers = decoder_layers(model.get_base_model())
     site = lowest_hook_point(layers)
     dtype, hidden = next(model.parameters()).dtype, model.get_input_embeddings().weight.shape[-1]
@@ -127,7 +141,7 @@ def stored_activations(
         with locked(folder / ".room"):
             _make_room(folder, limit_gb * 1e9 - needed_bytes)
             values = _reserve(aside / "values.npy", shape, _STORED[dtype], needed_bytes)
-        _compute(model.get_base_model(), layer_at_hook_point(layers, site).base_layer, sequences, share, values, tell)
+        _compute(model.get_base_model(), layer_at_hook_point(layers, site).base_layer, sequences, share, values, report)
         write_json(aside / "digest.json", {"sha256": _digest(values), "tokens": len(values)})
 
     try:

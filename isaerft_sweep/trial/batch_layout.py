@@ -9,7 +9,7 @@ that it would have alone, and a mask that hides the chosen answer from it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,6 +25,23 @@ class Batch:
     pairs: tuple[tuple[int, int], ...]
     trials: tuple[int, ...] = (0,)
     """The first sequence of each trial, in order: with another adapter the same tokens have other states."""
+
+
+class TokenLogps(NamedTuple):
+    """Of each token that a batch reads, in float32: log-probability [n] and mean of its logits [n]; of a model whose router
+    has a loss, that loss (scalar)."""
+
+    logps: torch.Tensor
+    mean_logits: torch.Tensor
+    router_loss: torch.Tensor | None = None
+
+    def detached(self, trains: bool) -> TokenLogps:
+        """The same numbers as leaves, which the trial's loss leaves its gradient in when it ``trains``."""
+        router = None if self.router_loss is None else self.router_loss.detach().requires_grad_(trains)
+        return TokenLogps(self.logps.detach().requires_grad_(trains), self.mean_logits.detach(), router)
+
+    def differentiable(self) -> list[torch.Tensor]:
+        return [self.logps] if self.router_loss is None else [self.logps, self.router_loss]
 
 
 @dataclass(frozen=True)

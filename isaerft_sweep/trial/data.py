@@ -1,4 +1,4 @@
-"""Preference pairs as TRL reads them: split by prompt, tokenised, and rid of those that cannot be trained on, which are
+"""Preference pairs for a trial: read, split by prompt, tokenised, and rid of those that cannot be trained on, which are
 counted."""
 
 from __future__ import annotations
@@ -7,7 +7,6 @@ import hashlib
 import importlib.metadata
 import json
 import random
-import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,11 +15,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import pyarrow.compute as pc
-from accelerate import PartialState
 from datasets import Dataset, Features, List, Value, concatenate_datasets, disable_progress_bars, load_dataset
 from transformers import PreTrainedTokenizerBase
-from trl.data_utils import maybe_apply_chat_template, maybe_extract_prompt
-from trl.experimental.orpo import ORPOTrainer
 
 from isaerft_sweep.errors import DataError
 from isaerft_sweep.paths import asset
@@ -28,6 +24,7 @@ from isaerft_sweep.preferences import ANSWERS, Row, Written, alike, check_row, d
 from isaerft_sweep.spec_fields import canonical_json
 from isaerft_sweep.specs import DataSpec
 from isaerft_sweep.trial.kept_tokens import Tokenised, kept_tokens
+from isaerft_sweep.trial.pair_tokenizer import TEXTS, PairTokenizer, joined, with_prompt
 
 PROMPT_FILLS = "prompt fills max_length"
 SAME_ANSWERS = "chosen and rejected are the same"
@@ -36,16 +33,14 @@ TOO_MANY = "more answers to a held-out prompt than data.eval_size has room for"
 OTHER_PROMPT = "with a text prompt that their messages do not hold: the messages count, as in TRL"
 ALSO_TRAINED = "of the held-out pairs are also trained on"
 
-TEXTS = ("prompt", *ANSWERS)
 FEATURES = Features(
     {name: Value("string") for name in TEXTS}
-    | {f"{name}_input_ids": List(Value("int32")) for name in TEXTS}
-    | {f"{name}_attention_mask": List(Value("int8")) for name in TEXTS}
-    | {f"{name}_labels": List(Value("int32")) for name in ANSWERS}
+    | {f"{name}_ids": List(Value("int32")) for name in ANSWERS}
+    | {f"{name}_prompt_length": Value("int32") for name in ANSWERS}
 )
-"""A tokenised pair, as ORPOTrainer's own ``map`` leaves it."""
+"""A tokenised pair: its texts, and for each answer the ids of prompt and answer and how many of them are the prompt's."""
 SPLITS = ("train", "evaluation")
-FORMAT = 1
+FORMAT = 2
 """Of what is kept; another one when pairs are tokenised in another way."""
 MANY = 2000
 """Pairs that are worth keeping: tokenising them takes seconds."""
@@ -105,81 +100,7 @@ def longest_sequence(pairs: Pairs) -> int:
 
 def _sequences(pairs: Pairs) -> list[Any]:
     """Columns of token sequences, as Arrow keeps them."""
-    return [data.data.column(f"{side}_input_ids") for data in (pairs.train, pairs.evaluation) for side in ANSWERS]
-
-
-class PairTokenizer:
-    """TRL's own tokenisation of a pair, without a model: what ORPOTrainer would see."""
-
-    tokenize_row = ORPOTrainer.tokenize_row
-    build_tokenized_answer = ORPOTrainer.build_tokenized_answer
-    is_encoder_decoder = False
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
-        PartialState()  # TRL warns of a prompt that fills max_length through a logger that needs it
-        self.tokenizer, self.processing_class, self.max_length = tokenizer, _Encodings(tokenizer), max_length
-        self._takes_parts: bool | None = None
-
-    def __call__(self, row: Row) -> Row:
-        """Texts, token ids, masks and labels of one row."""
-        texts = self.texts(row)
-        return {**texts, **{name: v for name, v in self.tokenize_row(texts).items() if name in FEATURES}}
-
-    def texts(self, row: Row) -> Row:
-        """Prompt and answers as text, by the chat template where they are messages."""
-        row = with_prompt(row)
-        if isinstance(row["chosen"], list) and not self.takes_parts:
-            row = {name: [_joined(m) for m in value] if name in TEXTS else value for name, value in row.items()}
-        texts = maybe_apply_chat_template(row, self.tokenizer)
-        return {name: texts[name] for name in TEXTS}
-
-    def prepare(self, texts: Sequence[Row]) -> None:
-        """Tokenise what the next rows will need in one call."""
-        self.processing_class.prepare(
-            [t for row in texts for t in (row["prompt"], *(row["prompt"] + row[a] for a in ANSWERS))]
-        )
-
-    @property
-    def takes_parts(self) -> bool:
-        """Whether the chat template reads content that is given as parts, as those of models with pictures do."""
-        if self._takes_parts is None:
-            parts = [{"type": "text", "text": "part1"}, {"type": "text", "text": "part2"}]
-            try:
-                probe = self.tokenizer.apply_chat_template(
-                    [{"role": role, "content": parts} for role in ("user", "assistant")], tokenize=False
-                )
-                self._takes_parts = len(re.findall(r"part1\s*part2", str(probe))) == 2
-            except Exception:  # a template may object in its own way
-                self._takes_parts = False
-        return self._takes_parts
-
-
-class _Encodings:
-    """Stands for a tokenizer in TRL's code: each text is tokenised once, many in one call."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer, self._known = tokenizer, dict[str, dict[str, list[int]]]()
-        self.bos_token_id, self.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-
-    def prepare(self, texts: Sequence[str]) -> None:
-        different = list(dict.fromkeys(texts))
-        try:
-            found = self._tokenizer(different, add_special_tokens=False)
-        except Exception:  # one of them is at fault: it is found when its row comes
-            self._known = {}
-            return
-        pairs = zip(different, found["input_ids"], found["attention_mask"], strict=True)
-        self._known = {text: {"input_ids": ids, "attention_mask": mask} for text, ids, mask in pairs}
-
-    def __call__(self, text: str, add_special_tokens: bool) -> Any:
-        known = self._known.get(text)
-        return self._tokenizer(text, add_special_tokens=add_special_tokens) if known is None else known
-
-
-def _joined(message: Row) -> Row:
-    """A message with its parts of text as one text, as templates that read parts write them: one behind the other."""
-    content = message["content"]
-    return message if isinstance(content, str) else {**message, "content": "".join(part["text"] for part in content)}
+    return [data.data.column(f"{side}_ids") for data in (pairs.train, pairs.evaluation) for side in ANSWERS]
 
 
 def load_pairs(
@@ -218,7 +139,7 @@ def _tokenised(splits: dict[str, list[Written]], tokenize: PairTokenizer, spec: 
         chunks = []
         for start in range(0, len(rows), CHUNK):
             usable = list(_usable(tokenize, rows[start : start + CHUNK], of_split))
-            truncated += sum(any(len(row[f"{side}_labels"]) >= tokenize.max_length for side in ANSWERS) for row in usable)
+            truncated += sum(any(len(row[f"{side}_ids"]) >= tokenize.max_length for side in ANSWERS) for row in usable)
             columns = {column: [row[column] for row in usable] for column in FEATURES}
             chunks.append(Dataset.from_dict(columns, features=FEATURES))
             done += len(rows[start : start + CHUNK])
@@ -238,7 +159,7 @@ def _key(splits: dict[str, list[Written]], tokenizer: PreTrainedTokenizerBase, m
         return None
     digest = hashlib.sha256(backend.to_str().encode())
     own = [type(tokenizer).__name__, tokenizer.chat_template, tokenizer.bos_token_id, tokenizer.eos_token_id]
-    versions = [importlib.metadata.version(name) for name in ("transformers", "tokenizers", "trl", "isaerft-sweep")]
+    versions = [importlib.metadata.version(name) for name in ("transformers", "tokenizers", "isaerft-sweep")]
     digest.update(canonical_json([own, versions, max_length, FORMAT]).encode())
     for name, rows in splits.items():
         digest.update(name.encode())
@@ -259,11 +180,6 @@ class Progress:
             print(f"{self._before}tokenised {done} of {total} pairs", file=self._stream, flush=True)
 
 
-def with_prompt(row: Row) -> Row:
-    """The row with a prompt of its own: what its answers begin with, where it has none (or a text before messages)."""
-    return {**row, **maybe_extract_prompt({name: row[name] for name in TEXTS if name in row})}
-
-
 def _usable(tokenize: PairTokenizer, rows: Sequence[Written], left_out: Counter[str]) -> Iterator[Row]:
     """Tokenised rows, without those that cannot teach a preference."""
     texts = [_tried(row, tokenize.texts) for row in rows]
@@ -274,7 +190,7 @@ def _usable(tokenize: PairTokenizer, rows: Sequence[Written], left_out: Counter[
             continue
         tokens = _tried(replace(row, row=text), tokenize)
         # the first token of a sequence is never predicted
-        if any(all(label == -100 for label in tokens[f"{side}_labels"][1:]) for side in ANSWERS):
+        if any(len(tokens[f"{side}_ids"]) <= max(1, tokens[f"{side}_prompt_length"]) for side in ANSWERS):
             left_out[PROMPT_FILLS] += 1
             continue
         yield tokens
@@ -339,7 +255,7 @@ def _with_prompts(rows: Iterable[Written], left_out: Counter[str], notes: Counte
                 continue
         found = with_prompt(row.row)
         if row.is_chat and isinstance(given, str):
-            texts = [str(_joined(message)["content"]).strip() for message in found["prompt"]]
+            texts = [str(joined(message)["content"]).strip() for message in found["prompt"]]
             notes[OTHER_PROMPT] += given.strip() not in texts
         yield replace(row, row=found)
 

@@ -43,7 +43,7 @@ class SiteChange:
 
 @torch.no_grad()
 def learned(model: peft.PeftModel, rows: Any, max_tokens: int = MAX_TOKENS) -> list[SiteChange]:
-    """What each site's block does on ORPOTrainer's tokenised held-out ``rows``.
+    """What each site's block does on the tokenised held-out ``rows``.
 
     The first token of each sequence is left out: it is an attention sink, with a residual stream unlike all others.
     With several sites, each is looked at on the stream that the untrained model has there.
@@ -64,7 +64,7 @@ def _batches(rows: Any, max_tokens: int) -> list[list[int]]:
     total = 0
     for row in rows:
         for side in ("chosen", "rejected"):
-            sequence = list(row[f"{side}_input_ids"])
+            sequence = list(row[f"{side}_ids"])
             if total + len(sequence) > max_tokens and found:
                 return found
             found.append(sequence)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import accumulate
 from typing import Any
@@ -23,23 +22,15 @@ from isaerft_sweep.adapter.architecture import decoder_layers
 from isaerft_sweep.adapter.layer import IsaerftLayer
 from isaerft_sweep.models.loading import sharing_weights
 from isaerft_sweep.trial.activation_cache import sequence_key
-from isaerft_sweep.trial.batch_layout import Batch
+from isaerft_sweep.trial.batch_layout import Batch, TokenLogps
 from isaerft_sweep.trial.frozen_prefix import stream_of
-from isaerft_sweep.trial.strategy import ForwardStrategy, make_layout, token_numbers
+from isaerft_sweep.trial.passes import ForwardPass
+from isaerft_sweep.trial.strategy import make_layout, token_numbers
 from isaerft_sweep.trial.upper_layers import Inject, stand_ins
 
 WORTHWHILE_RATIO = 0.95
 """A larger pack must take less than this share of the time per trial to be worth it."""
 LARGEST_PASS = 16
-
-
-@dataclass(frozen=True)
-class TrialBatch:
-    """One trial's part of a pass: its own model, which carries its adapter, its batch, and how it would go alone."""
-
-    model: PreTrainedModel
-    batch: Batch
-    passes: ForwardStrategy
 
 
 class MultiTrialModel:
@@ -64,12 +55,12 @@ class MultiTrialModel:
             layers[i].register_forward_hook(partial(self._add_changes, i))
         return model
 
-    def forward(self, parts: Sequence[TrialBatch]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """For every part what ``ForwardStrategy.forward`` gives."""
+    def forward(self, parts: Sequence[ForwardPass]) -> list[TokenLogps]:
+        """For every part what ``ForwardPass.run`` gives."""
         if len(parts) == 1:
-            return [parts[0].passes.forward(parts[0].model, parts[0].batch)]
+            return [parts[0].run()]
         batch = _joined([part.batch for part in parts])
-        layout = make_layout(batch, parts[0].passes.share_prompts)
+        layout = make_layout(batch, parts[0].strategy.share_prompts)
         hidden = layout.arranged(self._at_site(parts, batch), batch.mask)
         owner = torch.empty(len(layout.ids), dtype=torch.long)
         owner[layout.row[:, 0].cpu()] = torch.tensor([n for n, part in enumerate(parts) for _ in part.batch.ids])
@@ -84,15 +75,15 @@ class MultiTrialModel:
 
         logps, means = token_numbers(self._model, batch, layout, prepare)
         counts = [int(part.batch.read.sum()) for part in parts]
-        return list(zip(logps.split(counts), means.split(counts), strict=True))
+        return list(map(TokenLogps, logps.split(counts), means.split(counts)))
 
-    def _at_site(self, parts: Sequence[TrialBatch], batch: Batch) -> torch.Tensor:
+    def _at_site(self, parts: Sequence[ForwardPass], batch: Batch) -> torch.Tensor:
         """What the site's own layer gives out for all rows [row, position, hidden]: stored, or computed once a sequence."""
         keys = [sequence_key(ids[kept].tolist()) for ids, kept in zip(batch.ids.cpu(), batch.mask.cpu().bool(), strict=True)]
         first = {key: row for row, key in reversed(list(enumerate(keys)))}
         rows = sorted(first.values())
         ids, mask = batch.ids[rows], batch.mask[rows]
-        above = parts[0].passes.above
+        above = parts[0].strategy.above
         stream = above.hidden(ids, mask) if above else stream_of(self.base, decoder_layers(self.base)[self.site], ids, mask)
         place = {row: i for i, row in enumerate(rows)}
         return stream[[place[first[key]] for key in keys]]
@@ -116,7 +107,7 @@ def set_gradients_aside(model: PreTrainedModel) -> list[tuple[nn.Parameter, torc
 
 
 def measure_trials_per_pass(
-    joint: MultiTrialModel, part: TrialBatch, largest: int = LARGEST_PASS
+    joint: MultiTrialModel, part: ForwardPass, largest: int = LARGEST_PASS
 ) -> tuple[int, dict[int, float], tuple[int, str] | None]:
     """How many trials should go together on this device, and seconds per trial and step for each number tried.
 
@@ -140,10 +131,10 @@ def measure_trials_per_pass(
     return best, seconds, failed
 
 
-def _step_seconds(joint: MultiTrialModel, parts: list[TrialBatch]) -> float:
+def _step_seconds(joint: MultiTrialModel, parts: list[ForwardPass]) -> float:
     _synchronize()
     started = time.perf_counter()
-    torch.autograd.backward([logps.sum() for logps, _ in joint.forward(parts)])
+    torch.autograd.backward([numbers.logps.sum() for numbers in joint.forward(parts)])
     _synchronize()
     return time.perf_counter() - started
 

@@ -9,8 +9,9 @@ from isaerft_sweep.journal.states import TrialState
 from isaerft_sweep.journal.status_writer import StatusWriter
 from isaerft_sweep.trial.stop_request import at_once
 
-LOADING, ADAPTER, READING, TOKENISING = "loading the model", "loading the SAE", "reading the data", "tokenising"
+LOADING, ADAPTER, READING = "loading the model", "loading the SAE", "reading the data"
 FROZEN, TRAINING, EVALUATING, SAVING = "frozen layers", "training", "evaluating", "saving"
+REFERENCE = "reference log-probabilities"
 
 T = TypeVar("T")
 

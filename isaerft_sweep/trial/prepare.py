@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import isaerft_sweep.trial  # noqa: F401  (settings that must come before trl is imported)
 from isaerft_sweep.adapter.hook import check_hook
 from isaerft_sweep.adapter.sae import OWN_RELEASE, FrozenSae, check_fits, describe, load_sae
 from isaerft_sweep.errors import ConfigError, IsaerftError, ModelError, suggest
@@ -25,9 +24,10 @@ from isaerft_sweep.paths import cache_folder
 from isaerft_sweep.preferences import PROGRESS
 from isaerft_sweep.spec_fields import canonical_json, from_mapping, to_dict
 from isaerft_sweep.specs import Experiment
+from isaerft_sweep.trial.attach import adapter_config
 from isaerft_sweep.trial.data import Pairs, Progress, largest_token, load_pairs, longest_sequence
 from isaerft_sweep.trial.exact import PLAIN, exact_way
-from isaerft_sweep.trial.trainer import OPTIMIZERS, adapter_config
+from isaerft_sweep.trial.optimizers import OPTIMIZERS
 
 SMALL = 5e8
 """Parameters of a model that is loaded itself where its small twin does not tell."""
@@ -111,7 +111,7 @@ def _checked_tokenizer(experiment: Experiment, tokenizer: PreTrainedTokenizerBas
     if tokenizer.eos_token_id is None:
         name = experiment.model.tokenizer or experiment.model.name
         raise ModelError(
-            f"the tokenizer must have an end-of-sequence token, which TRL puts behind every answer, but that of '{name}' "
+            f"the tokenizer must have an end-of-sequence token, which stands behind every answer, but that of '{name}' "
             "has none. Choose another one: model.tokenizer=NAME, or set eos_token in its tokenizer_config.json."
         )
     return tokenizer

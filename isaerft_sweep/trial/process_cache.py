@@ -9,17 +9,16 @@ from pathlib import Path
 from typing import TypeVar
 
 import peft
-from transformers import PreTrainedModel
 
 from isaerft_sweep.models.loading import LoadedModel
 from isaerft_sweep.paths import cache_folder
 from isaerft_sweep.spec_fields import canonical_json, to_dict
 from isaerft_sweep.specs import Experiment
-from isaerft_sweep.trial.activation_cache import NotStored, StoredActivations, sequences_of, stored_activations
+from isaerft_sweep.trial.activation_cache import CachePlace, NotStored, StoredActivations, sequences_of, stored_activations
 from isaerft_sweep.trial.exact import Way, exact_way
 from isaerft_sweep.trial.phases import FROZEN, Phases
 from isaerft_sweep.trial.strategy import ForwardStrategy, why_not_shared
-from isaerft_sweep.trial.trainer import TrialTrainer
+from isaerft_sweep.trial.train_loop import TrainLoop
 from isaerft_sweep.trial.upper_layers import UpperLayers, only_upper_layers
 
 T = TypeVar("T")
@@ -35,10 +34,6 @@ class ProcessCache:
         """What ``make`` gives; a worker that stays keeps it for the next trial that asks with the same ``key``."""
         return make()
 
-    def bind_forward(self, base: PreTrainedModel, own: ForwardStrategy) -> ForwardStrategy:
-        """How the trial's trainer gets through the model; ``own``: how it would alone. ``base``: the model as loaded."""
-        return own
-
 
 def data_key(experiment: Experiment) -> str:
     """Equal for experiments that read the same pairs as the same tokens."""
@@ -53,11 +48,18 @@ def activations_key(experiment: Experiment) -> str:
     return canonical_json([data_key(experiment), lowest, *settings])
 
 
+def reference_key(experiment: Experiment, strategy: ForwardStrategy) -> str:
+    """Equal for experiments whose reference log-probabilities are the same numbers."""
+    orpo = experiment.orpo
+    reached = [orpo.seed, orpo.batch_size, orpo.gradient_accumulation, orpo.max_steps, orpo.epochs, orpo.eval_batch_size]
+    return canonical_json([activations_key(experiment), reached, strategy.share_prompts, strategy.lean])
+
+
 @contextmanager
 def cached_activations(
     experiment: Experiment,
     model: peft.PeftModel,
-    trainer: TrialTrainer,
+    loop: TrainLoop,
     way: Way,
     shared: ProcessCache,
     phases: Phases,
@@ -76,8 +78,9 @@ def cached_activations(
     def compute() -> StoredActivations | None:
         started = time.monotonic()
         try:
-            sequences = sequences_of(trainer.reached_rows(), trainer.eval_dataset)
-            stored = stored_activations(model, experiment.model, sequences, folder, limit_gb, way.share, phases.tell)
+            sequences = sequences_of(loop.reached_rows(), loop.pairs.evaluation)
+            place = CachePlace(folder, limit_gb)
+            stored = stored_activations(model, experiment.model, sequences, place, way.share, phases.tell)
         except NotStored as reason:
             print(f"the frozen layers are computed in every step: {reason}", flush=True)
             return None

@@ -8,7 +8,7 @@ import sys
 import time
 import traceback
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,27 +31,43 @@ from isaerft_sweep.specs import Experiment, TrialSpec
 from isaerft_sweep.tracking.wandb_run import open_run, summary_of
 from isaerft_sweep.trial import phases as phase
 from isaerft_sweep.trial.activation_cache import lowest_hook_point
-from isaerft_sweep.trial.data import load_pairs
+from isaerft_sweep.trial.attach import attach_adapter
+from isaerft_sweep.trial.checkpoints import complete_checkpoints, step_of
+from isaerft_sweep.trial.co_batching import run_alone
+from isaerft_sweep.trial.data import Pairs, load_pairs
 from isaerft_sweep.trial.latent_statistics import learned, write_changes
+from isaerft_sweep.trial.passes import Steps
 from isaerft_sweep.trial.phases import Phases
-from isaerft_sweep.trial.process_cache import ProcessCache, cached_activations, data_key, way_through
+from isaerft_sweep.trial.process_cache import ProcessCache, cached_activations, data_key, reference_key, way_through
 from isaerft_sweep.trial.recorder import Recorder
-from isaerft_sweep.trial.sparsity import sparsity_callbacks
+from isaerft_sweep.trial.reference import compute_reference
+from isaerft_sweep.trial.sparsity import make_sparsity
 from isaerft_sweep.trial.stop_request import AskedToStop, asked_state, stop_requests
 from isaerft_sweep.trial.strategy import ForwardStrategy
-from isaerft_sweep.trial.trainer import attach_adapter, complete_checkpoints, make_trainer
+from isaerft_sweep.trial.train_loop import TrainLoop
 
 
 def run_trial(
     folder: TrialFolder, attempt: int, shared: ProcessCache | None = None, stopping: dict[str, bool] | None = None
 ) -> TrialState:
-    """Run or go on with the trial in ``folder``; returns its state, which is also in its status file.
+    """Run or resume the trial in ``folder`` by itself; see ``trial_steps``."""
+    return run_alone(trial_steps(folder, attempt, shared, stopping))
 
-    ``shared``: what earlier trials of this process have loaded. ``stopping``: set by the caller's own ``stop_requests``.
 
-    ``failed`` when an error ended it (the message is in the status), ``diverged`` when the loss did, ``stopped`` when a
-    signal or the controller asked for it and a checkpoint lets it go on, ``pruned`` when the sweep has no more use for it.
-    Raises Superseded when it is not this attempt's turn any more.
+def trial_steps(
+    folder: TrialFolder, attempt: int, shared: ProcessCache | None = None, stopping: dict[str, bool] | None = None
+) -> Steps[TrialState]:
+    """One attempt, as a generator that yields the passes that it needs; returns its state, which is also in its status file.
+
+    Args:
+        folder: the trial's.
+        attempt: the attempt's number.
+        shared: what earlier trials of this process have loaded.
+        stopping: set by the caller's own ``stop_requests``; None: this one listens itself.
+
+    The state is ``failed`` when an error ended it (the message is in the status), ``diverged`` when the loss did,
+    ``stopped`` when a signal or the controller asked for it and a checkpoint lets it resume, ``pruned`` when the sweep
+    stopped it early. Raises Superseded when a newer attempt has begun.
     """
     spec = folder.read_spec()
     status = StatusWriter(folder, attempt)
@@ -59,7 +75,7 @@ def run_trial(
     shared = shared or ProcessCache()
     try:
         with stop_requests() if stopping is None else nullcontext(stopping) as asked:
-            return _run(folder, spec, status, Phases(status, asked), shared)
+            return (yield from _run(spec, Phases(status, asked), shared))
     except Superseded:
         raise
     except AskedToStop:
@@ -73,7 +89,7 @@ def run_trial(
         return _end(status, TrialState.FAILED, message=f"{type(error).__name__}: {error}"[:2000])
 
 
-def _run(folder: TrialFolder, spec: TrialSpec, status: StatusWriter, phases: Phases, shared: ProcessCache) -> TrialState:
+def _run(spec: TrialSpec, phases: Phases, shared: ProcessCache) -> Steps[TrialState]:
     experiment = spec.experiment
     key = canonical_json([to_dict(experiment.model), experiment.cache])
     loaded = phases.prepared(
@@ -89,20 +105,14 @@ def _run(folder: TrialFolder, spec: TrialSpec, status: StatusWriter, phases: Pha
     if experiment.launcher.compile:
         layers = decoder_layers(own.model)
         compile_layers(layers[lowest_hook_point(layers) :])
-    return _train(folder, spec, status, phases, shared, loaded, model)
+    return (yield from _train(spec, phases, shared, loaded, model))
 
 
 def _train(
-    folder: TrialFolder,
-    spec: TrialSpec,
-    status: StatusWriter,
-    phases: Phases,
-    shared: ProcessCache,
-    loaded: LoadedModel,
-    model: peft.PeftModel,
-) -> TrialState:
+    spec: TrialSpec, phases: Phases, shared: ProcessCache, loaded: LoadedModel, model: peft.PeftModel
+) -> Steps[TrialState]:
     started = time.monotonic()
-    experiment = spec.experiment
+    experiment, status, folder = spec.experiment, phases.status, phases.status.folder
     pairs = phases.prepared(
         phase.READING,
         lambda: shared.get("pairs", data_key(experiment), lambda: load_pairs(*_pairs_of(experiment, loaded))),
@@ -110,28 +120,15 @@ def _train(
     print(pairs.summary, flush=True)
     write_json(folder.environment, describe_environment(torch_device=_device_name()))
     run = open_run(spec, folder.path / "wandb")
-    recorder = Recorder(folder, experiment.orpo, status, run, spec.metric, lambda: asked_state(phases.stopping, run.told))
-    recorder.patience_s = experiment.launcher.grace_s / 2
+    recorder = Recorder(spec, status, run, lambda: asked_state(phases.stopping, run.told))
     checkpoints = complete_checkpoints(folder.checkpoints)
-    untrained = {"first": spec.index == 0, "always": True, "never": False}[experiment.orpo.eval_untrained]
-    eval_first = untrained and not checkpoints
-    callbacks = [*sparsity_callbacks(experiment.adapter), recorder]
-    settings = (experiment.orpo, model, loaded, pairs, folder.checkpoints, eval_first, callbacks)
     cut_off = False
     try:
-        trainer = phases.prepared(phase.TOKENISING, lambda: make_trainer(*settings))
-        way = phases.prepared(phase.FROZEN, lambda: way_through(experiment, loaded, shared))
-        trainer.lean_logits = way.lean
-        trainer.note_scores = recorder.note_scores
-        recorder.rewind(int(checkpoints[-1].name.split("-")[1]) if checkpoints else -1)
-        trainer.tokens_seen = int(recorder.latest.get("train/num_tokens", 0))
-        with cached_activations(experiment, model, trainer, way, shared, phases) as above:
-            own = ForwardStrategy(above, way.share)
-            trainer.passes = shared.bind_forward(loaded.model, own) if way.above and way.lean else own
-            trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
-            changes = [] if recorder.stopped else learned(model, trainer.eval_dataset)
+        yield from _steps(spec, phases, shared, _Loaded(model, loaded, pairs), recorder)
+        changes = [] if recorder.stopped else learned(model, pairs.evaluation)
     except AskedToStop:
-        recorder.stopped, cut_off = asked_state(phases.stopping, run.told) or TrialState.STOPPED, True
+        cut_off = True
+        recorder.cut_off(asked_state(phases.stopping, run.told) or TrialState.STOPPED)
     except TrialDiverged as error:
         print(f"diverged: {error}", flush=True)
         run.finish({"state": TrialState.DIVERGED}, exit_code=1)
@@ -139,21 +136,18 @@ def _train(
     except BaseException:
         run.finish({"state": TrialState.FAILED}, exit_code=1)
         raise
-    told = (
-        "stopped early; its checkpoint is kept"
-        if recorder.stopped == TrialState.PRUNED
-        else "asked to stop; a checkpoint was written"
-    )
-    words = _cut_off(shared, checkpoints) if cut_off else {"message": told}
-    if recorder.stopped == TrialState.PRUNED:
+    early = recorder.stopped is TrialState.PRUNED
+    message = "stopped early; its checkpoint is kept" if early else "asked to stop; a checkpoint was written"
+    fields = _cut_off(shared, checkpoints) if cut_off else {"message": message}
+    if early:
         results = _results(recorder, started)
         run.finish(summary_of(TrialStatus(state=TrialState.PRUNED, **results)), exit_code=0)
-        return _end(status, TrialState.PRUNED, **words, **results)
+        return _end(status, TrialState.PRUNED, **fields, **results)
     if recorder.stopped:
         # first this: whoever asked may not wait until W&B has answered
-        _end(status, TrialState.STOPPED, **words, wandb_not_notified=True)
+        _end(status, TrialState.STOPPED, **fields, wandb_not_notified=True)
         run.finish({"state": TrialState.STOPPED}, exit_code=1, preempted=True)
-        return _end(status, TrialState.STOPPED, **words, wandb_not_notified=run.lost)
+        return _end(status, TrialState.STOPPED, **fields, wandb_not_notified=run.lost)
     phases.enter(phase.SAVING)
     write_changes(folder.latents, changes)
     results = _results(recorder, started)
@@ -166,6 +160,42 @@ def _train(
     run.finish(summary_of(final), exit_code=0)
     shutil.rmtree(folder.checkpoints, ignore_errors=True)  # only now: until the status says so, a retry would need them
     return state
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """What a trial trains with."""
+
+    model: peft.PeftModel
+    base: LoadedModel
+    pairs: Pairs
+
+
+def _steps(spec: TrialSpec, phases: Phases, shared: ProcessCache, loaded: _Loaded, recorder: Recorder) -> Steps[None]:
+    """From tokenised pairs to the last step, or to the one after which the recorder stops."""
+    experiment, checkpoints = spec.experiment, phases.status.folder.checkpoints
+    model, orpo = loaded.model, experiment.orpo
+    pad = int(loaded.base.tokenizer.pad_token_id)
+    loop = TrainLoop(orpo, model, loaded.pairs, pad, recorder, checkpoints)
+    way = phases.prepared(phase.FROZEN, lambda: way_through(experiment, loaded.base, shared))
+    resume = next(reversed(complete_checkpoints(checkpoints)), None)
+    recorder.rewind(step_of(resume) if resume else -1)
+    untrained = {"first": spec.index == 0, "always": True, "never": False}[orpo.eval_untrained]
+    with cached_activations(experiment, model, loop, way, shared, phases) as above:
+        base = loaded.base.model if way.above and way.lean else None
+        strategy = ForwardStrategy(above, way.share, way.lean, base)
+        reference = None
+        if loop.loss.needs_reference:
+            data = [loop.reached_rows(), loaded.pairs.evaluation]
+            reference = phases.prepared(
+                phase.REFERENCE,
+                lambda: shared.get(
+                    "reference",
+                    reference_key(experiment, strategy),
+                    lambda: compute_reference(model, data, strategy, pad, orpo.eval_batch_size),
+                ),
+            )
+        yield from loop.run(strategy, reference, make_sparsity(experiment.adapter), resume, untrained and resume is None)
 
 
 def _cut_off(shared: ProcessCache, checkpoints: list[Path]) -> dict[str, Any]:

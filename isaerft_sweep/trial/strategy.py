@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
 
 from isaerft_sweep.adapter.architecture import decoder_name
-from isaerft_sweep.trial.batch_layout import Batch, Layout, one_row_per_sequence, shared_prefix_rows, unique_read_positions
+from isaerft_sweep.trial.batch_layout import (
+    Batch,
+    Layout,
+    TokenLogps,
+    one_row_per_sequence,
+    shared_prefix_rows,
+    unique_read_positions,
+)
 from isaerft_sweep.trial.frozen_prefix import CALL_TOKENS
 from isaerft_sweep.trial.head import model_head, token_logps
 from isaerft_sweep.trial.length_groups import length_groups
@@ -33,27 +41,42 @@ WINDOWS = (
 Prepare = Callable[[list[int], int], None]
 
 
+@dataclass(frozen=True)
 class ForwardStrategy:
-    """How a trainer gets through the model: here by itself; see ``trial/coroutine.py`` for many trials together."""
+    """How a batch goes through a trial's model.
 
-    def __init__(self, above: UpperLayers | None = None, share_prompts: bool = False) -> None:
-        """``above`` stands in for the frozen layers up to the site, where their output is stored."""
-        self.above, self.share_prompts = above, share_prompts
+    ``above`` stands in for the frozen layers up to the hook point, where their output is stored. ``share_prompts``: a pair's
+    two answers go behind one prompt. ``lean``: logits are computed only where the loss reads them; else the model's own
+    forward pass runs. ``base``: the model without any adapter, where other trials may share the pass.
+    """
 
-    def forward(self, model: PreTrainedModel, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """log p of each read token and the mean of its logits, both float32 [n], row by row; ``model``: the trial's own."""
+    above: UpperLayers | None = None
+    share_prompts: bool = False
+    lean: bool = True
+    base: PreTrainedModel | None = None
+
+    def forward(self, model: PreTrainedModel, batch: Batch) -> TokenLogps:
+        """The numbers of each token that is read, row by row; ``model``: the trial's own."""
+        if not self.lean:
+            return plain_logps(model, batch)
         layout = make_layout(batch, self.share_prompts)
         if self.above is None:
-            return token_numbers(model, batch, layout)
+            return TokenLogps(*token_numbers(model, batch, layout))
         above, hidden = self.above, layout.arranged(self.above.hidden(batch.ids, batch.mask), batch.mask)
 
         def prepare(rows: list[int], width: int) -> None:
             above.give(hidden[rows, :width])
 
-        return token_numbers(model, batch, layout, prepare)
+        return TokenLogps(*token_numbers(model, batch, layout, prepare))
 
-    def backward(self) -> None:
-        """Called when the gradient of the last forward pass's log-probabilities is there."""
+
+def plain_logps(model: PreTrainedModel, batch: Batch) -> TokenLogps:
+    """By the model's own forward pass, with all logits; of a model with ``output_router_logits`` its router's loss too."""
+    outputs = model(batch.ids, attention_mask=batch.mask, use_cache=False)
+    logits = outputs.logits[:, :-1].float()
+    logps = logits.log_softmax(-1).gather(-1, batch.ids[:, 1:, None])[..., 0]
+    router = outputs.aux_loss if getattr(model.config, "output_router_logits", False) else None
+    return TokenLogps(logps[batch.read], logits.mean(-1)[batch.read], router)
 
 
 def make_layout(batch: Batch, share_prompts: bool) -> Layout:

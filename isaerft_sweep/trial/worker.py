@@ -7,28 +7,26 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 import torch
-from transformers import PreTrainedModel
 
 from isaerft_sweep.journal.layout import TrialFolder
 from isaerft_sweep.journal.states import FINAL, TrialState
 from isaerft_sweep.journal.status_writer import StatusWriter, Superseded
 from isaerft_sweep.journal.worker_queue import Task, TaskProgress, WorkerFolder
 from isaerft_sweep.specs import Experiment
-from isaerft_sweep.trial.coroutine import TrialCoroutine, best_trials_per_pass, run_passes
+from isaerft_sweep.trial.co_batching import RunningTrial, best_trials_per_pass, run_passes
 from isaerft_sweep.trial.multi_trial import MultiTrialModel
+from isaerft_sweep.trial.optimizers import resolve_optimizer
+from isaerft_sweep.trial.passes import Steps
 from isaerft_sweep.trial.process_cache import ProcessCache, activations_key
-from isaerft_sweep.trial.runner import run_trial
+from isaerft_sweep.trial.runner import trial_steps
 from isaerft_sweep.trial.stop_request import stop_requests
-from isaerft_sweep.trial.strategy import ForwardStrategy
-from isaerft_sweep.trial.trainer import resolve_optimizer
 
 POLL_S = 0.05
 IDLE_S = 60.0
@@ -53,12 +51,12 @@ def serve_trials(folder: WorkerFolder, idle_s: float = IDLE_S, trials_per_pass: 
 
 
 class _Worker:
-    """The trials that run now, each in its seat, and what they share."""
+    """The trials that run now, and what they share."""
 
     def __init__(self, folder: WorkerFolder, idle_s: float, trials_per_pass: int | None, stopping: dict[str, bool]) -> None:
         self.folder, self.idle_s, self.room, self.stopping = folder, idle_s, trials_per_pass, stopping
         self.kept = WorkerCache()
-        self.seats: dict[int, TrialCoroutine] = {}
+        self.trials: dict[int, RunningTrial[bool]] = {}
         self.progress, self.number, self.count = folder.progress(), 0, 0
         self.closed = False
         self._pack: str | None = None
@@ -68,11 +66,11 @@ class _Worker:
 
     def serve(self) -> int:
         idle_since = time.monotonic()
-        while not self.closed or self.seats:
+        while not self.closed or self.trials:
             if self.stopping["asked"] and not self.closed:
                 self._close()
             self._start_waiting()
-            if self.seats:
+            if self.trials:
                 self._advance()
                 idle_since = time.monotonic()
             elif not self.closed:
@@ -84,18 +82,18 @@ class _Worker:
 
     def _start_waiting(self) -> None:
         """Begin the tasks that there is room for; one that cannot share a pass with those at hand waits for them."""
-        while not self.closed and len(self.seats) < (self.room or 1):
+        while not self.closed and len(self.trials) < (self.room or 1):
             if self._next_up is None:
                 self._next_up = self._read_next()
             if self._next_up is None:
                 return
             number, trial, attempt, experiment = self._next_up
             pack = pass_key(experiment)
-            if self.seats and (pack is None or pack != self._pack):
+            if self.trials and (pack is None or pack != self._pack):
                 return
             self.number, self._pack, self._next_up = number, pack, None
             self._site = min(site.layer for site in experiment.adapter.sites)
-            self.seats[number] = TrialCoroutine(partial(self._run, trial, attempt, experiment))
+            self.trials[number] = RunningTrial(self._run(trial, attempt, experiment))
 
     def _read_next(self) -> tuple[int, TrialFolder, int, Experiment] | None:
         """The first task that has not begun: its number, trial, attempt and what it is about. The word to end closes."""
@@ -130,11 +128,12 @@ class _Worker:
         return number
 
     def _advance(self) -> None:
-        """Let every trial go on to its next pass, then run the passes of all."""
-        for number, seat in list(self.seats.items()):
-            spoiled = seat.resume()
-            if spoiled is not None:
-                del self.seats[number], seat
+        """Let every trial continue to its next pass, then run the passes of all."""
+        for number, running in list(self.trials.items()):
+            running.advance()
+            if running.ended:
+                spoiled = running.result
+                del self.trials[number], running
                 self.count += 1
                 self.progress = self.progress.with_over(number)
                 # before the trial's end is noted: a worker that has room and is about to go must be given nothing
@@ -145,24 +144,26 @@ class _Worker:
                 gc.collect()  # a trainer and its model refer to each other
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
-        if not self.seats:
+        if not self.trials:
             self._joint = None  # the next trial may want another model: one at a time is in memory
             return
-        waiting = list(self.seats.values())
-        joint = self._joint_model(waiting[0])
-        if self.room is None and waiting[0].wanted is not None and waiting[0].trains:
-            self.room = best_trials_per_pass(joint, waiting[0])
+        waiting = list(self.trials.values())
+        joint = self._joint_model(waiting)
+        if self.room is None and waiting[0].wants_forward and waiting[0].trains and waiting[0].forward is not None:
+            # a trial that goes through the model by itself would only wait for others
+            self.room = 1 if joint is None else best_trials_per_pass(joint, waiting[0].forward)
             self.folder.note_room(self.room)
         run_passes(joint, waiting)
 
-    def _run(self, trial: TrialFolder, attempt: int, experiment: Experiment, seat: TrialCoroutine) -> bool:
-        """Run one attempt; whether the worker should end after it."""
+    def _run(self, trial: TrialFolder, attempt: int, experiment: Experiment) -> Steps[bool]:
+        """One attempt; returns whether the worker should end after it."""
         try:
             if trial.read_status().of_attempt(attempt).state in OVER:
                 return False  # a scheduler that started this worker again does not know that the trial has ended
             with logged_to(trial.log):
                 try:
-                    state = run_trial(trial, attempt, _CoroutineCache(self.kept, seat, self.count), self.stopping)
+                    shared = _CountedCache(self.kept, self.count)
+                    state = yield from trial_steps(trial, attempt, shared, self.stopping)
                 except Superseded as error:
                     print(f"ended: {error}", flush=True)
                     return True
@@ -193,10 +194,14 @@ class _Worker:
     def _note(self, progress: TaskProgress) -> None:
         self.folder.note(replace(progress, ending=self.closed))
 
-    def _joint_model(self, seat: TrialCoroutine) -> MultiTrialModel:
-        assert seat.base is not None
-        if self._joint is None or self._joint.base is not seat.base or self._joint.site != self._site:
-            self._joint = MultiTrialModel(seat.base, self._site)
+    def _joint_model(self, trials: Sequence[RunningTrial[bool]]) -> MultiTrialModel | None:
+        """The model that several trials' passes go through; None where each runs by itself."""
+        bases = [trial.forward.strategy.base for trial in trials if trial.forward is not None and trial.joinable]
+        base = bases[0] if bases else None
+        if base is None:
+            return None
+        if self._joint is None or self._joint.base is not base or self._joint.site != self._site:
+            self._joint = MultiTrialModel(base, self._site)
         return self._joint
 
 
@@ -215,18 +220,14 @@ def pass_key(experiment: Experiment) -> str | None:
     return activations_key(experiment)
 
 
-class _CoroutineCache(ProcessCache):
-    """What a trial in a seat has in common with others, and its way through the model."""
+class _CountedCache(ProcessCache):
+    """What a trial has in common with others, with how many its worker has run before."""
 
-    def __init__(self, kept: WorkerCache, seat: TrialCoroutine, served: int) -> None:
-        self.kept, self.seat, self.served = kept, seat, served
+    def __init__(self, kept: WorkerCache, served: int) -> None:
+        self.kept, self.served = kept, served
 
     def get(self, what: str, key: str, make: Callable[[], T]) -> T:
         return self.kept.get(what, key, make)
-
-    def bind_forward(self, base: PreTrainedModel, own: ForwardStrategy) -> TrialCoroutine:
-        self.seat.base, self.seat.own = base, own
-        return self.seat
 
 
 class WorkerCache(ProcessCache):

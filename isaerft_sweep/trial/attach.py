@@ -1,0 +1,30 @@
+"""Puts a fresh adapter on a model."""
+
+from __future__ import annotations
+
+import peft
+from transformers import set_seed
+
+from isaerft_sweep.adapter import IsaerftConfig
+from isaerft_sweep.models.loading import LoadedModel
+from isaerft_sweep.spec_fields import to_dict
+from isaerft_sweep.specs import AdapterSpec
+
+
+def attach_adapter(loaded: LoadedModel, spec: AdapterSpec, seed: int, revision: str | None = None) -> peft.PeftModel:
+    """The model with a fresh adapter on it; the same numbers for the same seed."""
+    set_seed(seed)
+    config = adapter_config(spec)
+    config.revision = revision
+    return peft.get_peft_model(loaded.model, config)
+
+
+def adapter_config(spec: AdapterSpec) -> IsaerftConfig:
+    """PEFT's config of an adapter. Raises ConfigError when its settings do not go together."""
+    return IsaerftConfig(
+        sites=[{k: v for k, v in to_dict(site).items() if v is not None} for site in spec.sites],
+        kind=spec.kind,
+        rank=spec.rank,
+        hidden_size=spec.hidden_size,
+        hidden_layers=spec.hidden_layers,
+    )

@@ -1,0 +1,53 @@
+"""Log-probabilities of the model without the adapter, which DPO compares with; computed once for all pairs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import peft
+import torch
+from datasets import Dataset
+
+from isaerft_sweep.trial.pair_batch import PairBatch, pair_batch
+from isaerft_sweep.trial.strategy import ForwardStrategy
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Sums over the answers' tokens by pair (``PairBatch.keys``): chosen, rejected."""
+
+    sums: dict[str, tuple[float, float]]
+
+    def of(self, batch: PairBatch, device: torch.device) -> dict[str, torch.Tensor]:
+        """The fields of ``PairLogps``, float32 [pair]."""
+        chosen, rejected = zip(*(self.sums[key] for key in batch.keys), strict=True)
+        return {
+            "reference_chosen": torch.tensor(chosen, device=device),
+            "reference_rejected": torch.tensor(rejected, device=device),
+        }
+
+
+@torch.no_grad()
+def compute_reference(
+    model: peft.PeftModel, datasets: list[Dataset], strategy: ForwardStrategy, pad: int, batch_size: int
+) -> Reference:
+    """Run all pairs of ``datasets`` through the model with its adapter off.
+
+    Args:
+        model: with the adapter on it.
+        datasets: tokenised pairs.
+        strategy: how batches go through the model.
+        pad: id of the padding token.
+        batch_size: pairs at a time.
+    """
+    base, sums, was_training = model.get_base_model(), dict[str, tuple[float, float]](), model.training
+    model.eval()
+    with model.disable_adapter():
+        for rows in datasets:
+            for start in range(0, len(rows), batch_size):
+                batch = pair_batch(rows[start : start + batch_size], pad, base.device, read_prompt=False)
+                logps = batch.pair_logps(strategy.forward(base, batch.batch).logps)
+                both = zip(logps.chosen_sum.tolist(), logps.rejected_sum.tolist(), strict=True)
+                sums.update(zip(batch.keys, both, strict=True))
+    model.train(was_training)
+    return Reference(sums)

@@ -1,0 +1,260 @@
+"""The training loop of one trial: steps, evaluations and checkpoints, as in transformers' Trainer and TRL's ORPOTrainer.
+
+The loop is a generator: it yields forward and backward passes (``passes.py``) and whoever drives it runs them. An optimiser
+step is the mean of ``gradient_accumulation`` batches, an epoch's last one of those that are left. The order of epoch e is a
+permutation by a generator with seed ``seed + e``. Evaluations count every pair the same (every token, for the NLL), whatever
+its batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import torch
+from datasets import Dataset
+
+from isaerft_sweep.journal.layout import PairScores
+from isaerft_sweep.search.pruning import steps_between
+from isaerft_sweep.specs import OrpoSpec, total_steps
+from isaerft_sweep.trial.batch_layout import TokenLogps
+from isaerft_sweep.trial.checkpoints import load_checkpoint, save_checkpoint
+from isaerft_sweep.trial.data import Pairs
+from isaerft_sweep.trial.losses import PairLogps, make_loss
+from isaerft_sweep.trial.optimizers import make_optimizer, make_schedule
+from isaerft_sweep.trial.pair_batch import PairBatch, pair_batch
+from isaerft_sweep.trial.passes import BackwardPass, ForwardPass, Steps
+from isaerft_sweep.trial.recorder import Recorder
+from isaerft_sweep.trial.reference import Reference
+from isaerft_sweep.trial.sparsity import Sparsity
+from isaerft_sweep.trial.strategy import ForwardStrategy
+
+
+@lru_cache(maxsize=4)
+def _permutation(count: int, seed: int) -> list[int]:
+    order: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    return order
+
+
+@dataclass(frozen=True)
+class Order:
+    """Which pairs each optimiser step takes."""
+
+    pairs: int
+    spec: OrpoSpec
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return math.ceil(self.pairs / self.spec.batch_size)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.batches_per_epoch / self.spec.gradient_accumulation)
+
+    def step(self, number: int) -> list[list[int]]:
+        """The batches of step ``number``, counted from 0, as numbers of pairs."""
+        epoch, place = divmod(number, self.steps_per_epoch)
+        order = _permutation(self.pairs, self.spec.seed + epoch)
+        size, first = self.spec.batch_size, place * self.spec.gradient_accumulation
+        batches = [order[i : i + size] for i in range(0, len(order), size)]
+        return batches[first : first + self.spec.gradient_accumulation]
+
+    def epochs_after(self, steps: int) -> float:
+        """Passes over the pairs after so many steps."""
+        epoch, place = divmod(steps, self.steps_per_epoch)
+        return epoch + min(1.0, place * self.spec.gradient_accumulation / self.batches_per_epoch)
+
+    def reached(self, steps: int) -> list[int]:
+        """The pairs that so many steps take, in the order in which they do."""
+        if steps >= self.steps_per_epoch:
+            return list(range(self.pairs))
+        return [pair for number in range(steps) for batch in self.step(number) for pair in batch]
+
+
+@dataclass
+class _Mean:
+    """Batches' metrics, each with a weight."""
+
+    values: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    pairs: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+
+    def add(self, metrics: dict[str, float], batch: PairBatch) -> None:
+        for name, value in metrics.items():
+            self.values[name].append(value)
+        self.pairs.append(batch.pairs)
+        self.tokens.append(batch.nll_tokens)
+
+    def over_batches(self) -> dict[str, float]:
+        return {name: float(np.mean(values)) for name, values in self.values.items()}
+
+    def over_pairs(self) -> dict[str, float]:
+        """Over pairs, and the NLL over tokens."""
+        weights = {"nll_loss": self.tokens}
+        return {name: float(np.average(v, weights=weights.get(name, self.pairs))) for name, v in self.values.items()}
+
+
+class TrainLoop:
+    """Trains one adapter.
+
+    Args:
+        spec: loss, steps and optimiser.
+        model: with the adapter on it.
+        pairs: tokenised pairs.
+        pad: id of the padding token.
+        recorder: hears of every step and decides when to write a checkpoint and when to stop.
+        checkpoints: the folder that they are written into.
+    """
+
+    def __init__(
+        self, spec: OrpoSpec, model: peft.PeftModel, pairs: Pairs, pad: int, recorder: Recorder, checkpoints: Path
+    ) -> None:
+        self.spec, self.model, self.pairs, self.pad = spec, model, pairs, pad
+        self.recorder, self.checkpoints = recorder, checkpoints
+        self.base: Any = model.get_base_model()
+        self.loss = make_loss(spec)
+        self.steps = total_steps(spec, len(pairs.train))
+        self.order = Order(len(pairs.train), spec)
+        self.optimizer = make_optimizer(spec, model, checkpoints)
+        self.schedule = make_schedule(spec, self.optimizer, self.steps)
+        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if spec.gradient_checkpointing:
+            # reentrant checkpointing would need inputs that require a gradient, down through the frozen layers
+            self.base.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def reached_rows(self) -> Dataset:
+        """The training pairs that the steps will reach: all of them from one epoch on."""
+        reached = self.order.reached(self.steps)
+        return self.pairs.train if len(reached) == len(self.pairs.train) else self.pairs.train.select(reached)
+
+    def run(
+        self,
+        strategy: ForwardStrategy,
+        reference: Reference | None,
+        sparsity: Sparsity,
+        resume: Path | None,
+        evaluate_first: bool,
+    ) -> Steps[None]:
+        """Train to the end, or until the recorder stops it.
+
+        Args:
+            strategy: how batches go through the model.
+            reference: the log-probabilities of the model without the adapter, where the loss needs them.
+            sparsity: what follows each optimiser step.
+            resume: the checkpoint to start from; None: the beginning.
+            evaluate_first: whether to evaluate the untrained model.
+        """
+        step = load_checkpoint(resume, self.model, self.optimizer, self.schedule) if resume else 0
+        if evaluate_first:
+            yield from self._evaluate(0, strategy, reference)
+        while step < self.steps and not self.recorder.stopped:
+            self.recorder.begins(step, self.steps)
+            metrics = yield from self._step(step, strategy, reference, sparsity)
+            step += 1
+            actions = self.recorder.after_step(step, self.steps)
+            self.recorder.log(_prefixed("train", metrics), step, self.steps)
+            if step % steps_between(self.spec.eval_fraction, self.steps) == 0 or step == self.steps:
+                yield from self._evaluate(step, strategy, reference)
+            if actions.save or self.recorder.stopped:
+                save_checkpoint(self.checkpoints, step, self.model, self.optimizer, self.schedule)
+                self.recorder.saved(step)
+
+    def _step(
+        self, number: int, strategy: ForwardStrategy, reference: Reference | None, sparsity: Sparsity
+    ) -> Steps[dict[str, float]]:
+        """One optimiser step; its metrics."""
+        self.model.train()
+        mean, total = _Mean(), 0.0
+        batches = self.order.step(number)
+        for pairs in batches:
+            batch = self._batch(self.pairs.train[pairs], read_prompt=self.loss.reads_prompt)
+            logps, tokens = yield from self._forward(batch, strategy, reference, trains=True)
+            loss = self._loss(logps, tokens) / len(batches)
+            loss.backward()
+            yield BackwardPass()
+            total += float(loss.detach())
+            mean.add(self._metrics(logps, tokens, batch), batch)
+            self.recorder.count_tokens(batch.tokens)
+        limit = self.spec.max_grad_norm or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.trained, limit)
+        rate = float(self.schedule.get_last_lr()[0])
+        sparsity.before_step(self.model)
+        self.optimizer.step()
+        sparsity.after_step(self.model, rate, number + 1, self.steps)
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        progress = {"num_tokens": self.recorder.tokens_seen, "epoch": self.order.epochs_after(number + 1)}
+        return {"loss": total, "grad_norm": float(norm), "learning_rate": rate, **mean.over_batches(), **progress}
+
+    def _evaluate(self, step: int, strategy: ForwardStrategy, reference: Reference | None) -> Steps[None]:
+        self.model.eval()
+        rows, size = self.pairs.evaluation, self.spec.eval_batch_size
+        mean, scores, number = _Mean(), PairScores(), math.ceil(len(rows) / size)
+        for done, start in enumerate(range(0, len(rows), size), 1):
+            batch = self._batch(rows[start : start + size], read_prompt=True)
+            logps, tokens = yield from self._forward(batch, strategy, reference, trains=False)
+            mean.add(self._metrics(logps, tokens, batch), batch)
+            scores.add(batch.keys, logps.chosen.tolist(), logps.rejected.tolist())
+            self.recorder.evaluating(step, done, number)
+        metrics = mean.over_pairs()
+        # the loss of all pairs: the mean of batches' losses would weigh tokens by their batch
+        metrics["loss"] = metrics.pop("pair_loss") + metrics.pop("router_loss", 0.0)
+        metrics["loss"] += self.loss.nll_weight * metrics["nll_loss" if self.loss.reads_prompt else "answer_nll"]
+        metrics.pop("answer_nll")
+        self.recorder.note_scores(step, scores)
+        epoch = {"train/epoch": self.order.epochs_after(step)}
+        self.recorder.log({**_prefixed("eval", metrics), **epoch}, step, self.steps)
+        self.recorder.evaluated(step, self.steps)
+
+    def _batch(self, rows: Any, read_prompt: bool) -> PairBatch:
+        return pair_batch(rows, self.pad, self.base.device, read_prompt)
+
+    def _forward(
+        self, batch: PairBatch, strategy: ForwardStrategy, reference: Reference | None, trains: bool
+    ) -> Steps[tuple[PairLogps, TokenLogps]]:
+        tokens = yield ForwardPass(self.base, batch.batch, strategy, trains)
+        assert tokens is not None
+        logps = batch.pair_logps(tokens.logps)
+        return (replace(logps, **reference.of(batch, tokens.logps.device)) if reference else logps), tokens
+
+    def _loss(self, logps: PairLogps, tokens: TokenLogps) -> torch.Tensor:
+        loss = self.loss(logps)
+        return loss if tokens.router_loss is None else loss + self._router_weight * tokens.router_loss
+
+    @property
+    def _router_weight(self) -> float:
+        return float(getattr(self.base.config, "router_aux_loss_coef", 0.0))
+
+    @torch.no_grad()
+    def _metrics(self, logps: PairLogps, tokens: TokenLogps, batch: PairBatch) -> dict[str, float]:
+        """A batch's metrics; in an evaluation also what its loss is made of."""
+        chosen, rejected = self.loss.rewards(logps)
+        values = {
+            "rewards/chosen": chosen.mean(),
+            "rewards/rejected": rejected.mean(),
+            "rewards/accuracies": (chosen > rejected).float().mean(),
+            "rewards/margins": (chosen - rejected).mean(),
+            "logps/chosen": logps.chosen.mean(),
+            "logps/rejected": logps.rejected.mean(),
+            "logits/chosen": tokens.mean_logits[: batch.chosen_reads].mean(),
+            "logits/rejected": tokens.mean_logits[batch.chosen_reads :].mean(),
+            "log_odds_ratio": torch.nn.functional.logsigmoid(logps.log_odds).mean(),
+            "log_odds_chosen": logps.log_odds.mean(),
+        }
+        if logps.nll is not None:
+            values["nll_loss"] = logps.nll
+        if not self.model.training:
+            values |= {"pair_loss": self.loss.pair_losses(logps).mean(), "answer_nll": logps.answer_nll}
+            if tokens.router_loss is not None:
+                values["router_loss"] = self._router_weight * tokens.router_loss
+        return {name: float(value) for name, value in values.items()}
+
+
+def _prefixed(prefix: str, metrics: dict[str, float]) -> dict[str, float]:
+    return {f"{prefix}/{name}": value for name, value in metrics.items()}
