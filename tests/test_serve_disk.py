@@ -534,7 +534,7 @@ def test_a_sweep_that_a_newer_version_does_not_take_is_shown_and_keeps_no_other_
     (copy / "server.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     restarted = Client(copy)
     try:
-        assert "this version does not take" in caplog.text
+        assert "this version rejects" in caplog.text
         assert restarted.beat(restarted.agent(old)) == [{"type": "exit"}]
         assert restarted.beat(restarted.agent(good))[0]["type"] == "run"
         restarted.stream(name, [{"_step": 0, "loss": 1.0}], complete=True, exitcode=0)

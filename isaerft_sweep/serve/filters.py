@@ -19,7 +19,7 @@ from isaerft_sweep.tracking.metric_names import number_at, value_at
 
 T = TypeVar("T")
 Field = Callable[[str], Any]
-"""Returns an item's value by W&B's name of the field. Raises RequestError when there is no such field."""
+"""Returns an item's value by W&B's name of the field. Raises RequestError for an unknown field."""
 PAGE_SIZE, FILES_PAGE_SIZE = 100, 2000
 """The most items, and the most files, in one response; clients request the rest page by page."""
 MAX_DEPTH = 20
@@ -47,15 +47,15 @@ FIELDS: dict[str, Callable[[ServedRun], Any]] = {
 }
 TIMES = ("created_at", "updated_at", "heartbeat_at")
 COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
-    "$eq": lambda value, wanted: bool(value == wanted or (isinstance(value, list) and wanted in value)),
-    "$ne": lambda value, wanted: not COMPARISONS["$eq"](value, wanted),
-    "$in": lambda value, wanted: any(COMPARISONS["$eq"](value, option) for option in wanted),
-    "$nin": lambda value, wanted: not COMPARISONS["$in"](value, wanted),
-    "$gt": lambda value, wanted: value is not None and value > wanted,
-    "$gte": lambda value, wanted: value is not None and value >= wanted,
-    "$lt": lambda value, wanted: value is not None and value < wanted,
-    "$lte": lambda value, wanted: value is not None and value <= wanted,
-    "$exists": lambda value, wanted: (value is not None) == bool(wanted),
+    "$eq": lambda value, operand: bool(value == operand or (isinstance(value, list) and operand in value)),
+    "$ne": lambda value, operand: not COMPARISONS["$eq"](value, operand),
+    "$in": lambda value, operand: any(COMPARISONS["$eq"](value, option) for option in operand),
+    "$nin": lambda value, operand: not COMPARISONS["$in"](value, operand),
+    "$gt": lambda value, operand: value is not None and value > operand,
+    "$gte": lambda value, operand: value is not None and value >= operand,
+    "$lt": lambda value, operand: value is not None and value < operand,
+    "$lte": lambda value, operand: value is not None and value <= operand,
+    "$exists": lambda value, operand: (value is not None) == bool(operand),
 }
 GROUPS = ("$and", "$or", "$nor")
 
@@ -97,17 +97,17 @@ def _in_config(run: ServedRun, name: str) -> Any:
     return next((value for config, path in lookups if (value := value_at(config, path)) is not None), None)
 
 
-def matches(field: Field, wanted: Any, depth: int = 0) -> bool:
+def matches(field: Field, conditions: Any, depth: int = 0) -> bool:
     """Whether an item matches a filter. Raises RequestError on an operator or field that is not supported.
 
     Args:
         field: returns the item's value of a field.
-        wanted: the filter, a mapping of field names to conditions.
+        conditions: the filter, a mapping of field names to conditions.
         depth: how deeply the filter is nested in another.
     """
-    if not isinstance(wanted, Mapping) or depth > MAX_DEPTH:
+    if not isinstance(conditions, Mapping) or depth > MAX_DEPTH:
         raise RequestError(f"a filter must be a mapping of names to conditions, nested at most {MAX_DEPTH} times.")
-    for name, condition in wanted.items():
+    for name, condition in conditions.items():
         if name in GROUPS:
             if not isinstance(condition, list):
                 raise RequestError(f"{name} must have a list of filters.")
@@ -129,17 +129,17 @@ def _holds(name: str, value: Any, condition: Any, depth: int) -> bool:
 
 
 def _operator_holds(name: str, value: Any, condition: Mapping[str, Any], operator: str, depth: int) -> bool:
-    wanted = condition[operator]
+    operand = condition[operator]
     if operator == "$not" and depth < MAX_DEPTH:
-        return not _holds(name, value, wanted, depth + 1)
+        return not _holds(name, value, operand, depth + 1)
     if operator == "$regex":
-        return _regex_matches(wanted, condition.get("$options", ""), value)
+        return _regex_matches(operand, condition.get("$options", ""), value)
     if operator not in COMPARISONS:
         raise RequestError(
             f"filters cannot have '{operator[:80]}'. Valid: {', '.join(COMPARISONS)}, $regex, $not, {', '.join(GROUPS)}."
         )
     try:
-        return COMPARISONS[operator](value, wanted)
+        return COMPARISONS[operator](value, operand)
     except TypeError:
         return False  # values of different types do not compare
 
@@ -181,21 +181,21 @@ def read_filter(filters: str | None) -> Mapping[str, Any]:
     if filters and len(filters) > MAX_FILTER:
         raise RequestError(f"filters may have at most {MAX_FILTER} characters but got {len(filters)}.")
     try:
-        wanted = json.loads(filters) if filters else {}
+        conditions = json.loads(filters) if filters else {}
     except (ValueError, RecursionError) as error:
         raise RequestError(f"filters must be JSON: {error}") from error
-    if not isinstance(wanted or {}, Mapping):
+    if not isinstance(conditions or {}, Mapping):
         raise RequestError("filters must be a mapping of names to conditions.")
-    return wanted or {}
+    return conditions or {}
 
 
 def select(runs: Sequence[ServedRun], filters: str | None, order: str | None) -> list[ServedRun]:
     """The runs that match the filter, in order. Raises RequestError when filter or order is not valid."""
-    wanted = read_filter(filters)
+    conditions = read_filter(filters)
     if order and len(order) > MAX_ORDER:
         raise RequestError(f"order may have at most {MAX_ORDER} characters but got {len(order)}.")
     query_cost.spend(len(runs) * (1 + (filters or "").count(":")) // query_cost.CHECKS_PER_UNIT)
-    selected = [run for run in runs if matches(partial(field_of, run), wanted)]
+    selected = [run for run in runs if matches(partial(field_of, run), conditions)]
     for part in reversed(_parts(order or "+created_at")):
         name = part.lstrip("+-")
         # Runs without a value come last in both directions.

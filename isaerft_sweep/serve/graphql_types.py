@@ -499,7 +499,7 @@ class RunView:
         return _counted(thinned(self.run.rows(EVENTS), samples or SAMPLES))
 
     def parquet_history(self, live_keys: list[str]) -> Any:
-        # There are no Parquet files. Clients read here from which step on they have to request rows.
+        # No history is in Parquet files. Clients read here from which step on they have to request rows.
         first = next(self.run.steps(), None)
         return {"parquetUrls": [], "liveData": [{key: first.get(key) for key in live_keys}] if first else []}
 
@@ -557,10 +557,10 @@ class RunView:
         key = [self.run.key.entity, self.run.key.project, self.run.key.name]
         return self._artifacts(lambda record: key in (record.get("users") or ()), after, first)
 
-    def _artifacts(self, wanted: Callable[[Mapping[str, Any]], bool], after: str | None, first: int | None) -> Any:
+    def _artifacts(self, selects: Callable[[Mapping[str, Any]], bool], after: str | None, first: int | None) -> Any:
         project, artifacts = (self.run.key.entity, self.run.key.project), self.caller.server.artifacts
         versions = [record for key in artifacts.collections for record in artifacts.versions(key)]
-        selected = [a for a in versions if wanted(a) and ("users" in a or (a["entity"], a["project"]) == project)]
+        selected = [a for a in versions if selects(a) and ("users" in a or (a["entity"], a["project"]) == project)]
         return page(selected, after, first, lambda record: ArtifactView(self.caller, record))
 
 
@@ -844,8 +844,8 @@ class CollectionView:
     def artifacts(
         self, after: str | None = None, first: int | None = None, order: str | None = None, filters: str | None = None
     ) -> Any:
-        wanted = read_filter(filters)
-        versions = [a for a in self._versions if matches(partial(_field_of, a), wanted)]
+        conditions = read_filter(filters)
+        versions = [a for a in self._versions if matches(partial(_field_of, a), conditions)]
         versions = versions if (order or "").startswith("+") else versions[::-1]
         listed = page(versions, after, first, lambda record: ArtifactView(self.caller, record))
         for edge in listed["edges"]:

@@ -38,7 +38,7 @@ class Server:
 
     Args:
         folder: the data folder.
-        entity: the owner of projects whose requests name none.
+        entity: the default owner of projects.
         silence_s: seconds without a sign of life after which a run has crashed.
         read_only: load the data without locking the folder or writing to it; a server may be using it.
     """
@@ -139,7 +139,7 @@ class Server:
             try:
                 sweep.update(event["config"])
             except SpaceError as error:  # an older version accepted it; new files are checked before they are written
-                log.error("sweep %s keeps its older file, since this version does not take the newer: %s", sweep.id, error)
+                log.error("sweep %s keeps its older file, since this version rejects the newer one: %s", sweep.id, error)
         sweep.apply_update(event["t"], event.get("state"), _sweep_metadata(event))
 
     def _on_agent(self, event: Mapping[str, Any]) -> None:
@@ -248,7 +248,7 @@ class Server:
     # -- runs
 
     def run_of(self, key: RunKey) -> ServedRun:
-        """The run with that key; a new one, not on disk yet, when there is none."""
+        """The run with that key; if it does not exist, a new one, which is not on disk yet."""
         run = self.runs.get(key)
         if run is None:
             checked_name("run", key.name)

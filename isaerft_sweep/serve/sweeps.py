@@ -73,7 +73,7 @@ class ServedSweep:
             self.raw = parse_config(self.config)
             self.definition = None if self.stored_only else read_definition(self.raw)
         except SpaceError as error:
-            log.error("sweep %s is only shown, since this version does not take its file: %s", self.id, error)
+            log.error("sweep %s is only shown, since this version rejects its file: %s", self.id, error)
             self.state = SweepRunState.FINISHED
 
     def _open(self, definition: SweepDefinition) -> None:
@@ -271,7 +271,7 @@ class ServedSweep:
         return self.state is SweepRunState.FINISHED and was_over and not self.is_over
 
     def nothing_left(self) -> bool:
-        """Whether there is nothing to assign now or later, unless a run crashes."""
+        """Whether no trial can be assigned now or later, unless a run crashes."""
         return self.trials.nothing_to_start
 
     def command(self, record: TrialRecord, resume: bool) -> dict[str, Any]:
