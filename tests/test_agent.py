@@ -41,7 +41,7 @@ def test_every_sweep_file_can_be_run_by_agents(file: Path, tmp_path: Path) -> No
     server = Server(tmp_path / "data", "local")
     try:
         sweep = server.create_sweep(None, "p", file.read_text(), {})
-        command = server.fleet.heartbeat(server.fleet.create_agent(sweep, "host", "me").id, {})[0]
+        command = server.registry.heartbeat(server.registry.create_agent(sweep, "host", "me").id, {})[0]
     finally:
         server.close()
     given = {key: block["value"] for key, block in command["args"].items()}

@@ -191,10 +191,10 @@ def test_a_run_that_nobody_hears_of_has_crashed_and_is_handed_out_again_three_ti
         client.begin(name, sweep)
         client.stream(name, [{"_step": attempt}], offset=attempt)
         clock(60)
-        client.server.fleet.watch()
+        client.server.registry.watch()
         assert client.run(name)["state"] == "running", "not so soon"
         clock(60)
-        client.server.fleet.watch()
+        client.server.registry.watch()
         assert client.run(name)["state"] == "crashed"
         again = client.beat(agent)
         if attempt < 2:
@@ -210,7 +210,7 @@ def test_while_its_agent_lists_it_a_silent_run_lives(client: Client, clock: Call
     for _ in range(5):
         clock(60)
         client.beat(agent, name)
-        client.server.fleet.watch()
+        client.server.registry.watch()
     assert client.run(name)["state"] == "pending"
 
 
@@ -254,7 +254,7 @@ def test_a_program_that_begins_again_without_resuming_begins_anew(client: Client
     client.begin(name, sweep)
     client.stream(name, [{"_step": 0, "a": 1}, {"_step": 1, "a": 1}])
     clock(200)
-    client.server.fleet.watch()
+    client.server.registry.watch()
     assert client.beat(agent)[0]["run_id"] == name
     client.begin(name, sweep)
     client.stream(name, [{"_step": 0, "a": 2}])
@@ -316,7 +316,7 @@ def test_a_run_that_was_stopped_early_can_be_revived_though_all_others_have_ende
         for step, loss in enumerate(curve, 1):
             answer = client.stream(name, [{"_step": step, "loss": loss}], offset=step - 1, summary={"loss": loss})
         client.stream(name, [], complete=True, exitcode=int(answer.json().get("stopped", False)))
-        client.server.fleet.watch()
+        client.server.registry.watch()
     states = [client.run(name)["state"] for name in names]
     assert states == ["finished", "killed", "killed", "finished"]
     again = client.beat(agent)[0]
@@ -351,7 +351,7 @@ def test_a_sweep_keeps_its_question(client: Client) -> None:
     larger = CONFIG.format(method="random", cap=5, more="")
     assert client.get(update, id=sweep["id"], c=larger)["upsertSweep"]["sweep"]["runCountExpected"] == 5
     answer = client.ask(update, id=sweep["id"], c=larger.replace("max: 1.0", "max: 2.0"))
-    assert "keeps its question" in answer["errors"][0]["message"]
+    assert "keeps its settings" in answer["errors"][0]["message"]
     assert client.server.sweeps[sweep["name"]].cap == 5
 
 
@@ -361,13 +361,13 @@ def test_a_sweep_whose_agents_have_left_is_finished_and_a_larger_cap_opens_it_ag
     sweep = client.sweep(cap=1)
     name = client.beat(client.agent(sweep))[0]["run_id"]  # wandb agent --count 1: it never asks again
     client.begin(name, sweep)
-    client.server.fleet.watch()
+    client.server.registry.watch()
     assert client.server.sweeps[sweep["name"]].state == "RUNNING"
     client.stream(name, [{"_step": 0}], summary={"loss": 1.0}, complete=True, exitcode=0)
-    client.server.fleet.watch()
+    client.server.registry.watch()
     assert client.server.sweeps[sweep["name"]].state == "RUNNING", "its agent may still ask"
     clock(200)
-    client.server.fleet.watch()
+    client.server.registry.watch()
     assert client.server.sweeps[sweep["name"]].state == "FINISHED"
     update = "mutation UpsertSweep($id: ID, $c: String) { upsertSweep(input: {id: $id, config: $c}) { sweep { state } } }"
     for cap, state in ((1, "FINISHED"), (2, "RUNNING")):
@@ -463,5 +463,5 @@ def test_a_single_value_is_a_dot_and_a_silent_agent_is_called_so(client: Client)
     assert page.count('"main point"') == 1
     at_sweep = f"/local/p/sweeps/{sweep['name']}"
     assert "silent" not in client.http.get(at_sweep, headers=client.headers).text
-    client.server.agents[agent].heard -= 3600  # the server was down for an hour
+    client.server.agents[agent].last_seen_wall -= 3600  # the server was down for an hour
     assert "silent" in client.http.get(at_sweep, headers=client.headers).text

@@ -18,7 +18,7 @@ def test_rows_with_a_far_off_time_are_kept_as_they_are(client: Client) -> None:
     rows = [{"_step": step, "_timestamp": at, "loss": 1.0 / (1 + step)} for step, at in enumerate(times)]
     assert client.stream(name, rows).status_code == 200
     assert client.run(name)["historyLineCount"] == 3
-    client.server.fleet.watch()
+    client.server.registry.watch()
     assert client.run(name)["state"] == "running", "who is alive is told by when it is heard of, not by what it says"
     page = client.http.get(f"/local/p/runs/{name}", headers=client.headers)
     assert page.status_code == 200 and "polyline" in page.text
@@ -38,7 +38,7 @@ def test_the_servers_clock_jumps(jump_s: float, client: Client, monkeypatch: pyt
 
     before, real = address(), time.time
     monkeypatch.setattr(time, "time", lambda: real() + jump_s)
-    client.server.fleet.watch()
+    client.server.registry.watch()
     assert client.run(name)["state"] == "running", "nobody is taken for dead"
     assert client.stream(name, [{"_step": 0, "loss": 1.0}], summary={"loss": 1.0}).status_code == 200
     old = client.http.put(before, content=b"x").status_code

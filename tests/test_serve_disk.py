@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from isaerft_sweep.errors import FolderError
-from isaerft_sweep.serve import runs as states
+from isaerft_sweep.serve import runs
 from isaerft_sweep.serve.server import Server
 
 
@@ -67,9 +67,9 @@ def test_nothing_that_was_acknowledged_is_lost_in_a_crash(
     try:
         assert facts(again) == facts(client.server)
         name = drive.sweep["name"]
-        if client.server.sweeps[name].next("a") is not None:
+        if client.server.sweeps[name].assign_trial("a") is not None:
             ours, theirs = client.server.sweeps[name].records, None
-            again.sweeps[name].next("a")
+            again.sweeps[name].assign_trial("a")
             theirs = again.sweeps[name].records
             assert [dict(r.point.params) for r in theirs.values()] == [dict(r.point.params) for r in ours.values()], (
                 "the same next point"
@@ -187,7 +187,7 @@ def lost(client: Client, clock: Callable[[float], None], cap: int = 1) -> tuple[
     client.begin(name, sweep)
     client.stream(name, [{"_step": 0, "loss": 3.0}])
     clock(200)
-    client.server.fleet.watch()
+    client.server.registry.watch()
     assert client.run(name)["state"] == "crashed"
     return sweep, agent, name
 
@@ -218,7 +218,7 @@ def test_a_run_that_was_given_up_and_comes_back_counts(client: Client, clock: Ca
         client.begin(name, sweep)
         client.stream(name, [{"_step": step, "loss": 2.0}], offset=step)
         clock(200)
-        client.server.fleet.watch()
+        client.server.registry.watch()
     record = client.server.sweeps[sweep["name"]].record_of(name)
     assert record is not None and record.given_up
     client.stream(name, [{"_step": 3, "loss": 1.0}], offset=3, summary={"loss": 1.0}, complete=True, exitcode=0)
@@ -250,7 +250,7 @@ def test_after_a_restart_an_agent_may_still_be_at_a_run_that_it_tries_again(clie
     client.stream(name, [{"_step": 0}], complete=True, exitcode=1)
     restarted = Client(shutil.copytree(client.folder, client.folder.parent / "copy"))
     try:
-        restarted.server.fleet.watch()
+        restarted.server.registry.watch()
         assert restarted.beat(other) == [], "its agent has not spoken yet"
         restarted.beat(agent, name)
         restarted.get(RESUME, n=name)
@@ -276,12 +276,12 @@ def test_the_last_words_of_a_run_that_was_cut_off_do_not_end_its_next_attempt(
         client.begin(name, sweep)
         client.beat(other, name)
     client.stream(name, [], complete=True, **last_words)  # of the old process, which was told to stop
-    client.server.fleet.watch()
+    client.server.registry.watch()
     if when != "while it runs":
         client.get(RESUME, n=name)
         client.begin(name, sweep)
     client.beat(other, name)
-    client.server.fleet.watch()
+    client.server.registry.watch()
     client.stream(name, [{"_step": 1, "loss": 1.0}], offset=1, summary={"loss": 1.0})
     assert client.run(name)["state"] == "running", "so it can be told to stop"
     assert client.beat(client.agent(sweep)) == [{"type": "exit"}], "nobody else gets it"
@@ -311,7 +311,7 @@ def test_a_run_that_was_given_up_opens_its_sweep_again_and_is_news_to_the_sample
         client.begin(name, sweep)
         client.stream(name, [{"_step": step, "loss": 2.0}], offset=step)
         clock(200)
-        client.server.fleet.watch()
+        client.server.registry.watch()
     served = client.server.sweeps[sweep["name"]]
     assert served.state == "FINISHED" and served.records[0].given_up
     told: list[float | None] = []
@@ -320,7 +320,7 @@ def test_a_run_that_was_given_up_opens_its_sweep_again_and_is_news_to_the_sample
     client.stream(name, [{"_step": 3, "loss": 1.0}], offset=3, preempting=True)
     client.stream(name, [], complete=True, exitcode=1)
     clock(200)
-    client.server.fleet.watch()
+    client.server.registry.watch()
     assert served.state == "RUNNING" and not served.records[0].given_up
     assert client.beat(client.agent(sweep))[0]["run_id"] == name, "it was preempted, and goes on"
     client.get(RESUME, n=name)
@@ -344,8 +344,8 @@ def test_a_disk_that_fills_between_a_run_s_end_and_the_sweep_s_knowledge_of_it(
     if told_again:
         client.stream(name, rows, summary={"loss": 0.5}, complete=True, exitcode=0)
     clock(200)
-    client.server.fleet.watch()
-    client.server.fleet.watch()
+    client.server.registry.watch()
+    client.server.registry.watch()
     record = client.server.sweeps[sweep["name"]].record_of(name)
     assert record is not None and (record.state, record.metric) == ("completed", 0.5)
     assert client.server.sweeps[sweep["name"]].state == "FINISHED"
@@ -388,7 +388,7 @@ def test_a_file_that_the_disk_does_not_take_is_refused_as_such(client: Client, m
 
 
 def test_a_long_history_is_read_once_for_all_its_pages(client: Client) -> None:
-    states.rows_in.cache_clear()
+    runs.rows_in.cache_clear()
     client.begin("r1")
     for start in range(0, 5000, 500):
         client.stream("r1", [{"_step": 3 * i, "loss": float(i)} for i in range(start, start + 500)], offset=start)
@@ -400,7 +400,7 @@ def test_a_long_history_is_read_once_for_all_its_pages(client: Client) -> None:
     for low in range(0, 15000, 1000):
         rows = client.get(page, low=low, high=low + 1000)["project"]["run"]["history"]
         found += [json.loads(row)["_step"] for row in rows]
-    assert found == list(range(0, 15000, 3)) and states.rows_in.cache_info().misses == 1
+    assert found == list(range(0, 15000, 3)) and runs.rows_in.cache_info().misses == 1
     client.stream("r1", [{"_step": 15000}], offset=5000)
     assert len(client.run("r1")["history"]) == 5001, "it is read again when there is more"
 
@@ -534,7 +534,7 @@ def test_a_sweep_that_a_newer_version_does_not_take_is_shown_and_keeps_no_other_
     (copy / "server.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     restarted = Client(copy)
     try:
-        assert "this version does not take" in caplog.text
+        assert "this version rejects" in caplog.text
         assert restarted.beat(restarted.agent(old)) == [{"type": "exit"}]
         assert restarted.beat(restarted.agent(good))[0]["type"] == "run"
         restarted.stream(name, [{"_step": 0, "loss": 1.0}], complete=True, exitcode=0)

@@ -64,7 +64,7 @@ def test_a_sweep_s_runs_show_everything_that_is_swept_by_its_own_name(client: Cl
         "optimizer.betas",
         "batch",
         "rows",
-        "last word",
+        "last update",
         "id",
     ]
     wanted = {
@@ -123,7 +123,7 @@ def test_no_page_is_wider_than_a_phone(tmp_path: Path, browser: Any) -> None:  #
             assert max(width) == 390, (page, width, browser.page_source[:500])
             assert "there is no run" in browser.page_source or not page.endswith("nothing")
             assert browser.execute_script(
-                "return [...document.querySelectorAll('h1, p, figure, .facts, pre, .wide')].every(e => e.getBoundingClientRect().right <= 390)"
+                "return [...document.querySelectorAll('h1, p, figure, .fields, pre, .wide')].every(e => e.getBoundingClientRect().right <= 390)"
             ), page
         assert [c["message"] for c in complaints(browser) if "404" not in c["message"]] == []
     finally:

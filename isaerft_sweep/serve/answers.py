@@ -1,4 +1,4 @@
-"""What goes out: JSON that every client can read, pages that run nothing, and one clear line for whatever fails."""
+"""Responses: JSON that every client can parse, pages without active content, and one line for every error."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from isaerft_sweep.serve.checks import RequestError, disk_refused
 from isaerft_sweep.tracking.metric_names import as_json
 
 log = logging.getLogger("isaerft.serve")
-UNFORESEEN = "the server could not answer this; its log says why."
+INTERNAL_ERROR = "the server could not answer this; its log says why."
 CLOSE = {"Connection": "close"}
 
 
 class Json(JSONResponse):
-    """JSON in ASCII: some clients read nothing else, and what was sent here need not be valid Unicode."""
+    """JSON in ASCII: some clients read nothing else, and what clients sent need not be valid Unicode."""
 
     def render(self, content: Any) -> bytes:
         try:
@@ -30,45 +30,46 @@ class Json(JSONResponse):
             return json.dumps(as_json(content), separators=(",", ":"), allow_nan=False).encode()
 
 
-def refusal(status: int, words: str, headers: dict[str, str] | None = None) -> Response:
-    """An error, in the form of GraphQL too."""
-    return Json({"error": words, "errors": [{"message": words}]}, status, headers)
+def json_error(status: int, message: str, headers: dict[str, str] | None = None) -> Response:
+    """An error response, readable by GraphQL clients and others."""
+    return Json({"error": message, "errors": [{"message": message}]}, status, headers)
 
 
 def html(text: str, status: int = 200) -> Response:
-    """A page that can do nothing but be looked at."""
+    """A page without active content."""
     policy = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
     headers = {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff"}
     return Response(text.encode("utf-8", "replace"), status, headers, "text/html")
 
 
-def failed(request: Request, error: Exception) -> Response:
-    """The answer to a request that has failed: for a browser a page, for others JSON."""
-    answer = _refused(request, error)
-    if request.method != "GET" or "text/html" not in request.headers.get("Accept", "") or not answer.body:
-        return answer
-    words = html_escape(json.loads(bytes(answer.body))["error"])
+def error_response(request: Request, error: Exception) -> Response:
+    """The response to a request that failed: a page for browsers, JSON for others."""
+    response = _json_response(request, error)
+    if request.method != "GET" or "text/html" not in request.headers.get("Accept", "") or not response.body:
+        return response
+    message = html_escape(json.loads(bytes(response.body))["error"])
     viewport = '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    head = f'<meta charset="utf-8">{viewport}<style>p {{ overflow-wrap: anywhere; }}</style><title>{words}</title>'
-    return html(f'<!doctype html><html lang="en"><head>{head}</head><body><p>{words}</p></body></html>', answer.status_code)
+    head = f'<meta charset="utf-8">{viewport}<style>p {{ overflow-wrap: anywhere; }}</style><title>{message}</title>'
+    page = f'<!doctype html><html lang="en"><head>{head}</head><body><p>{message}</p></body></html>'
+    return html(page, response.status_code)
 
 
-def _refused(request: Request, error: Exception) -> Response:
-    """One clear line. The trace goes to the log, never to the client."""
+def _json_response(request: Request, error: Exception) -> Response:
+    """One line. The traceback goes to the log, never to the client."""
     if isinstance(error, HTTPException):
-        return refusal(error.status_code, error.detail, dict(error.headers or {}))
+        return json_error(error.status_code, error.detail, dict(error.headers or {}))
     if isinstance(error, RequestError):
-        return refusal(error.status, str(error))
+        return json_error(error.status, str(error))
     if isinstance(error, ClientDisconnect):
         return Response(status_code=400)
     if disk_refused(error):
-        # acknowledged is only what is on the disk; clients try again
-        log.error("the disk does not take it: %s", error)
-        return refusal(507, f"the server's disk does not take it: {error}")
+        # Nothing was acknowledged, so clients retry.
+        log.error("the disk refused a write: %s", error)
+        return json_error(507, f"the server's disk refused the write: {error}")
     if isinstance(error, OSError):
-        return refusal(400, f"a file cannot have this name here: {error.strerror}.")
+        return json_error(400, f"a file cannot have this name here: {error.strerror}.")
     if isinstance(error, IsaerftError):
-        return refusal(400, str(error))
+        return json_error(400, str(error))
     log.error("%s %s failed: %r", request.method, request.scope["path"][:200], error, exc_info=error)
-    # clients send again what is answered with 500, which is right for rows; a query would only fail again and again
-    return refusal(200 if request.scope["path"] == "/graphql" else 500, UNFORESEEN)
+    # Clients retry after a 500. That is right for rows; a query would only fail again and again.
+    return json_error(200 if request.scope["path"] == "/graphql" else 500, INTERNAL_ERROR)

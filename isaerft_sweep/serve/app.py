@@ -1,4 +1,4 @@
-"""HTTP: who may ask, and which part of the server answers."""
+"""HTTP: routes, authentication and file transfer."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
 from isaerft_sweep.serve import graphql, pages
-from isaerft_sweep.serve.answers import CLOSE, Json, failed, html, refusal
-from isaerft_sweep.serve.bodies import json_body, limited, read_files
+from isaerft_sweep.serve.answers import CLOSE, Json, error_response, html, json_error
+from isaerft_sweep.serve.bodies import json_body, parse_files, read_limited
 from isaerft_sweep.serve.caller import Caller
 from isaerft_sweep.serve.checks import RequestError
 from isaerft_sweep.serve.keys import KeyRing
@@ -37,7 +37,7 @@ Handler = Callable[[Request], Awaitable[Response]]
 
 
 class Anything(PathConvertor):
-    """A path with whatever characters a file's name may have, line ends too."""
+    """A path with any characters that file names may have, including line ends."""
 
     regex = r"[\s\S]*"
 
@@ -46,7 +46,7 @@ register_url_convertor("anything", Anything())
 
 
 class Application:
-    """The routes over one server. ``max_upload``: of an uploaded file, bytes."""
+    """The routes of one server. ``max_upload``: largest uploaded file, in bytes."""
 
     def __init__(self, server: Server, keys: KeyRing, signer: Signer, max_upload: int) -> None:
         self.server, self.keys, self.signer, self.max_upload = server, keys, signer, max_upload
@@ -57,10 +57,10 @@ class Application:
         routes = [
             Route("/graphql", self._guarded(self.graphql), methods=["POST"]),
             Route(stream, self._guarded(self.stream), methods=["POST"]),
-            Route("/uploads/{path:anything}", self._answered(self.upload), methods=["PUT"]),
-            Route("/uploads/{path:anything}", self._answered(self.download), methods=["GET"]),
-            Route("/artifactsV2/{place:anything}", self._guarded(self.artifact_file), methods=["GET"]),
-            Route("/healthz", self._answered(self.health), methods=["GET"]),
+            Route("/uploads/{path:anything}", self._with_errors(self.upload), methods=["PUT"]),
+            Route("/uploads/{path:anything}", self._with_errors(self.download), methods=["GET"]),
+            Route("/artifactsV2/{path:anything}", self._guarded(self.artifact_file), methods=["GET"]),
+            Route("/healthz", self._with_errors(self.health), methods=["GET"]),
             Route("/", self._guarded(self.overview), methods=["GET"]),
             Route("/{entity}/{project}/sweeps/{sweep}", self._guarded(self.sweep), methods=["GET"]),
             Route("/{entity}/{project}/runs/{run}", self._guarded(self.run), methods=["GET"]),
@@ -83,35 +83,35 @@ class Application:
         while True:
             await asyncio.sleep(WATCH_S)
             try:
-                self.server.fleet.watch()
-            except Exception:  # the server must go on; what failed is tried again
+                self.server.registry.watch()
+            except Exception:  # the server must keep running; the next turn tries again
                 log.exception("looking for crashed runs failed")
 
-    # -- who may ask
+    # -- authentication and errors
 
-    def _answered(self, handler: Handler) -> Handler:
-        """The guard of every entry: whatever a request causes, it gets one clear line and the server goes on."""
+    def _with_errors(self, handler: Handler) -> Handler:
+        """Turn every exception of a handler into a response, so that no request can stop the server."""
 
-        async def answered(request: Request) -> Response:
+        async def handle(request: Request) -> Response:
             try:
                 return await handler(request)
             except Exception as error:
-                return failed(request, error)
+                return error_response(request, error)
 
-        return answered
+        return handle
 
     def _guarded(self, handler: Callable[[Request, Caller], Awaitable[Response]]) -> Handler:
         async def guarded(request: Request) -> Response:
             user = self.keys.user_of(_key_of(request))
             if user is None:
-                words = "a valid key is needed: WANDB_API_KEY, or as password"
-                return refusal(401, words, {**CHALLENGE, **CLOSE})
+                message = "a valid key is needed: WANDB_API_KEY, or as password"
+                return json_error(401, message, {**CHALLENGE, **CLOSE})
             caller = Caller(self.server, user, str(request.base_url).rstrip("/"), self.signer)
             if request.headers.get("Origin", caller.base_url) != caller.base_url:
-                return refusal(403, "another site's page may not ask in a browser's name")
+                return json_error(403, "cross-origin request refused")
             return await handler(request, caller)
 
-        return self._answered(guarded)
+        return self._with_errors(guarded)
 
     # -- W&B's protocol
 
@@ -122,62 +122,62 @@ class Application:
         operation = body.get("operationName")
         if not isinstance(query, str) or not isinstance(variables, dict) or not isinstance(operation, (str, type(None))):
             raise RequestError("a GraphQL request must have a query, and variables as an object.")
-        return Json(graphql.answer(caller, query, variables, operation or None))
+        return Json(graphql.execute(caller, query, variables, operation or None))
 
     async def stream(self, request: Request, caller: Caller) -> Response:
         body = await json_body(request)
-        place = request.path_params
-        run = self.server.find_run(place["entity"], place["project"], place["run"])
-        stopped = self.server.stream(run, read_files(body.get("files")), body)
+        params = request.path_params
+        run = self.server.find_run(params["entity"], params["project"], params["run"])
+        stopped = self.server.stream(run, parse_files(body.get("files")), body)
         return Json({"limits": {}, **({"stopped": True} if stopped else {})})
 
     # -- files
 
-    def _place(self, request: Request) -> Path:
-        """The file that a signed address names. Raises HTTPException."""
-        path = unquote(request.scope["raw_path"].decode("ascii"))  # of the file's name, % and ? and # are part
-        given = request.query_params
+    def _signed_path(self, request: Request) -> Path:
+        """The file that a signed URL names. Raises HTTPException."""
+        path = unquote(request.scope["raw_path"].decode("ascii"))  # file names may contain %, ? and #
+        params = request.query_params
         method = "PUT" if request.method == "PUT" else "GET"
-        if not self.signer.allows(method, path, given.get("until", ""), given.get("signature", "")):
-            raise HTTPException(403, "this address is not valid, or not any more.", CLOSE)
+        if not self.signer.allows(method, path, params.get("until", ""), params.get("signature", "")):
+            raise HTTPException(403, "this address is not valid or has expired.", CLOSE)
         parts = PurePosixPath(path.removeprefix("/uploads/")).parts
-        least = {"runs": 5, "artifacts": 3}.get(parts[0] if parts else "", 99)
-        if len(parts) < least or any(part == ".." or "\0" in part for part in parts):
+        min_parts = {"runs": 5, "artifacts": 3}.get(parts[0] if parts else "", 99)
+        if len(parts) < min_parts or any(part == ".." or "\0" in part for part in parts):
             raise HTTPException(400, "a file's name must be a relative path without '..'.")
         return self.server.folder.joinpath(*parts)
 
     async def upload(self, request: Request) -> Response:
-        await self._receive(request, self._place(request))
+        await self._receive(request, self._signed_path(request))
         return Response(status_code=200)
 
     async def _receive(self, request: Request, target: Path) -> None:
-        """Write the body aside, then put it in its place whole. Raises HTTPException, OSError."""
+        """Write the body to a temporary file, then move it to ``target``. Raises HTTPException, OSError."""
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, aside = tempfile.mkstemp(dir=self.server.aside)
+        handle, temporary = tempfile.mkstemp(dir=self.server.staging)
         try:
             with os.fdopen(handle, "wb") as file:
-                async for chunk in limited(request, self.max_upload):
+                async for chunk in read_limited(request, self.max_upload):
                     file.write(chunk)
                 file.flush()
                 await run_in_threadpool(os.fsync, file.fileno())
-            os.replace(aside, target)
+            os.replace(temporary, target)
         except BaseException:
-            Path(aside).unlink(missing_ok=True)
+            Path(temporary).unlink(missing_ok=True)
             raise
 
     async def download(self, request: Request) -> Response:
-        return _attachment(self._place(request))
+        return _attachment(self._signed_path(request))
 
     async def artifact_file(self, request: Request, caller: Caller) -> Response:
-        """A file of an artifact by its digest, as clients ask for it that have no signed address: …/BIRTH-ID/MD5/NAME."""
-        parts = request.path_params["place"].split("/")
+        """A file of an artifact by its digest, for clients without a signed URL: …/BIRTH-ID/MD5/NAME."""
+        parts = request.path_params["path"].split("/")
         try:
             artifact_id, digest = parts[-3], base64.b64encode(bytes.fromhex(parts[-2])).decode()
         except (IndexError, ValueError) as error:
             raise HTTPException(404, "there is no such file.") from error
         return _attachment(self.server.artifacts.by_digest(artifact_id, digest))
 
-    # -- for people
+    # -- pages
 
     async def health(self, request: Request) -> Response:
         return Response("ok", headers=CLOSE)
@@ -186,22 +186,22 @@ class Application:
         return html(pages.overview(caller))
 
     async def project(self, request: Request, caller: Caller) -> Response:
-        place = request.path_params
-        return html(pages.project(caller, caller.server.project(place["entity"], place["project"])))
+        params = request.path_params
+        return html(pages.project(caller, caller.server.project(params["entity"], params["project"])))
 
     async def sweep(self, request: Request, caller: Caller) -> Response:
-        place = request.path_params
-        return html(pages.sweep(caller, caller.server.find_sweep(place["entity"], place["project"], place["sweep"])))
+        params = request.path_params
+        return html(pages.sweep(caller, caller.server.find_sweep(params["entity"], params["project"], params["sweep"])))
 
     async def run(self, request: Request, caller: Caller) -> Response:
-        place = request.path_params
-        return html(pages.run(caller, caller.server.find_run(place["entity"], place["project"], place["run"])))
+        params = request.path_params
+        return html(pages.run(caller, caller.server.find_run(params["entity"], params["project"], params["run"])))
 
 
 def _attachment(path: Path | None) -> Response:
     if path is None or not path.is_file():
         raise HTTPException(404, "there is no such file.")
-    # never shown in this server's name: it may be anybody's HTML
+    # Never displayed inline: the file may be HTML with scripts.
     headers = {"Content-Disposition": "attachment", "X-Content-Type-Options": "nosniff"}
     return FileResponse(path, media_type="application/octet-stream", headers=headers)
 
@@ -217,4 +217,4 @@ def _key_of(request: Request) -> str:
 
 
 async def _not_routed(request: Request, error: Exception) -> Response:
-    return failed(request, error)
+    return error_response(request, error)

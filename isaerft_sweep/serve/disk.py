@@ -1,4 +1,4 @@
-"""The server's folder: for its own user alone, whoever has made it."""
+"""The server's data folder, which only its own user can access."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from pathlib import Path
 
 from isaerft_sweep.errors import FolderError
 
-OURS = ("server.jsonl", ".lock", "server.log", "keys.jsonl")
+SERVER_FILES = ("server.jsonl", ".lock", "server.log", "keys.jsonl")
 
 
-def made_folder(folder: Path) -> None:
-    """Make the folder, or close it to others if it is the server's already. Raises FolderError."""
+def prepare_folder(folder: Path) -> None:
+    """Create the folder; one that is empty or a server's already is closed to other users. Raises FolderError."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if any((folder / name).exists() for name in OURS) or not any(folder.iterdir()):
-            with suppress(PermissionError):  # another's, which lets us write: theirs to close
+        if any((folder / name).exists() for name in SERVER_FILES) or not any(folder.iterdir()):
+            with suppress(PermissionError):  # it belongs to another user
                 folder.chmod(0o700)
     except OSError as error:
         raise FolderError(
@@ -25,11 +25,11 @@ def made_folder(folder: Path) -> None:
 
 
 def write_secret(path: Path, text: str) -> None:
-    """Replace ``path`` by ``text``, which nobody else could read at any moment."""
-    aside = path.with_name(f".{path.name}.new")
-    aside.unlink(missing_ok=True)
-    with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
+    """Replace the file; at no moment can another user read it."""
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.unlink(missing_ok=True)
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(aside, path)
+    os.replace(temporary, path)

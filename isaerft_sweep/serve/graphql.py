@@ -1,4 +1,4 @@
-"""GraphQL: W&B's operations on the server's objects. The schema is ``assets/wandb.graphql``; what it lacks is an error."""
+"""GraphQL: W&B's operations. The schema is ``assets/wandb.graphql``; fields that it lacks are errors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from graphql import (
 from isaerft_sweep.errors import IsaerftError
 from isaerft_sweep.paths import asset
 from isaerft_sweep.serve import artifact_changes, query_cost
-from isaerft_sweep.serve.answers import UNFORESEEN
+from isaerft_sweep.serve.answers import INTERNAL_ERROR
 from isaerft_sweep.serve.caller import Caller, global_id, parse_id
 from isaerft_sweep.serve.checks import RequestError, disk_refused, json_object
 from isaerft_sweep.serve.graphql_types import (
@@ -48,21 +48,21 @@ from isaerft_sweep.serve.runs import RunKey
 log = logging.getLogger("isaerft.serve")
 MAX_TOKENS = 2000
 MAX_QUERY = 50_000
-"""Letters; wandb's longest query has a tenth of it. What is large comes in variables."""
+"""Characters. wandb's longest query has a tenth of that; large values belong into variables."""
 MAX_ITEMS = 200_000
-"""Of the variables, all lists and objects together."""
+"""Number of values in the variables, at all levels."""
 MAX_FILES = 1000
 
 
 @lru_cache(maxsize=1)
 def schema() -> GraphQLSchema:
-    """The schema, read once."""
+    """The schema; cached."""
     return build_schema(asset("wandb.graphql").read_text(encoding="utf-8"))
 
 
 @lru_cache(maxsize=256)
 def checked(query: str) -> DocumentNode | tuple[GraphQLError, ...]:
-    """The parsed query, or what is wrong with it. Clients send the same few over and over."""
+    """The parsed query, or its errors. Cached: clients repeat the same few queries."""
     try:
         document = parse(query, max_tokens=MAX_TOKENS)
     except GraphQLError as error:
@@ -72,13 +72,22 @@ def checked(query: str) -> DocumentNode | tuple[GraphQLError, ...]:
     return tuple(validate(schema(), document, max_errors=5)) or document
 
 
-def answer(caller: Caller, query: str, variables: Mapping[str, Any], operation: str | None) -> dict[str, Any]:
-    """The response to one GraphQL request, errors included. Raises RequestError when HTTP itself should say no."""
+def execute(caller: Caller, query: str, variables: Mapping[str, Any], operation: str | None) -> dict[str, Any]:
+    """The response to one GraphQL request, errors included. Raises RequestError for errors that need an HTTP status.
+
+    Args:
+        caller: who sent the request.
+        query: the GraphQL document.
+        variables: the values of its variables.
+        operation: the operation of the document to execute; None when it has only one.
+    """
     if len(query) > MAX_QUERY:
-        raise RequestError(f"a query may have at most {MAX_QUERY} letters but got {len(query)}: put values into variables.")
+        raise RequestError(
+            f"a query may have at most {MAX_QUERY} characters but got {len(query)}: put values into variables."
+        )
     document = checked(query)
     if isinstance(document, tuple):
-        log.warning("GraphQL: %s: %s", _name(query), "; ".join(error.message for error in document)[:500])
+        log.warning("GraphQL: %s: %s", _operation_name(query), "; ".join(error.message for error in document)[:500])
         return {"data": None, "errors": [error.formatted for error in document]}
     items = itertools.count()
     values = without_nulls(variables, items)
@@ -97,9 +106,9 @@ def answer(caller: Caller, query: str, variables: Mapping[str, Any], operation: 
 
 
 def without_nulls(value: Any, items: Iterator[int]) -> Any:
-    """Newer clients send every field that they know, null where it does not matter; this schema may not know it.
+    """Drop nulls: newer clients send null for fields that they do not use, which this schema may lack.
 
-    ``items`` counts what there is. Raises RequestError when it is too much.
+    ``items`` counts the values. Raises RequestError when there are too many.
     """
     if next(items) > MAX_ITEMS:
         raise RequestError(f"variables may have at most {MAX_ITEMS} values: send them in several requests.")
@@ -116,10 +125,10 @@ def _response(result: ExecutionResult, document: DocumentNode) -> dict[str, Any]
         if cause is not None and disk_refused(cause):
             raise cause
         if isinstance(cause, RequestError) and cause.status == 404 and _is_heartbeat(document):
-            raise cause  # the agent takes this alone for a sweep that is gone
+            raise cause  # with status 404 the agent concludes that its sweep no longer exists
         if cause is not None and not isinstance(cause, (IsaerftError, GraphQLError)):
             log.error("GraphQL: an operation failed", exc_info=cause)
-            error.message = UNFORESEEN
+            error.message = INTERNAL_ERROR
         else:
             log.warning("GraphQL: %s", error.message[:500])
     return {"data": result.data, "errors": [error.formatted for error in result.errors]}
@@ -131,9 +140,9 @@ def _is_heartbeat(document: DocumentNode) -> bool:
     )
 
 
-def _name(query: str) -> str:
-    found = re.search(r"(query|mutation|subscription)\s+(\w{1,80})", query)
-    return found[2] if found else "a query without a name"
+def _operation_name(query: str) -> str:
+    match = re.search(r"(query|mutation|subscription)\s+(\w{1,80})", query)
+    return match[2] if match else "a query without a name"
 
 
 @lru_cache(maxsize=1024)
@@ -143,18 +152,18 @@ def snake(name: str) -> str:
 
 
 def counted(resolver: Callable[..., Any], source: Any, info: Any, **args: Any) -> Any:
-    """Every field has its price, those of the schema's own description too."""
+    """Middleware that counts the cost of each field, including introspection."""
     query_cost.spend(query_cost.FIELD)
     return resolver(source, info, **args)
 
 
 def resolve(source: Any, info: Any, **args: Any) -> Any:
-    """A field's value: of a mapping by its own name, of a view by its name in snake case."""
+    """The value of a field: in a mapping by its name, in a view by its name in snake case."""
     if isinstance(source, Mapping):
         return source.get(info.field_name)
     value = getattr(source, snake(info.field_name), None)
     if callable(value):
-        return value(**{snake(name): given for name, given in args.items()})
+        return value(**{snake(name): argument for name, argument in args.items()})
     return value
 
 
@@ -201,21 +210,21 @@ class Root:
     # -- sweeps and agents
 
     def upsert_sweep(self, input: dict[str, Any]) -> Any:
-        server, given = self.caller.server, dict(input)
-        facts = {k: given[k] for k in ("description", "displayName") if given.get(k)}
+        server = self.caller.server
+        metadata = {k: input[k] for k in ("description", "displayName") if input.get(k)}
         warnings = []
-        if given.get("priorRunsFilters") not in (None, "", "{}", "null"):
+        if input.get("priorRunsFilters") not in (None, "", "{}", "null"):
             warnings.append("Prior runs are not taken into account by this server.")
-        if given.get("controller") not in (None, "", "{}", "null"):
-            raise RequestError("this server samples itself: leave --controller out.")
-        if given.get("id"):
-            name, project, entity = parse_id("Sweep", given["id"])
+        if input.get("controller") not in (None, "", "{}", "null"):
+            raise RequestError("this server has its own sampler: leave --controller out.")
+        if input.get("id"):
+            name, project, entity = parse_id("Sweep", input["id"])
             sweep = server.find_sweep(entity, project, name)
-            server.update_sweep(sweep, given.get("config"), given.get("state"), facts)
-        elif not given.get("config"):
+            server.update_sweep(sweep, input.get("config"), input.get("state"), metadata)
+        elif not input.get("config"):
             raise RequestError("a new sweep must have a config.")
         else:
-            sweep = server.create_sweep(given.get("entityName"), given.get("projectName"), given["config"], facts)
+            sweep = server.create_sweep(input.get("entityName"), input.get("projectName"), input["config"], metadata)
         return {"sweep": SweepView(self.caller, sweep), "configValidationWarnings": warnings}
 
     def import_sweep(self, input: dict[str, Any]) -> Any:
@@ -225,39 +234,39 @@ class Root:
     def create_agent(self, input: dict[str, Any]) -> Any:
         server = self.caller.server
         sweep = server.find_sweep(input.get("entityName"), input.get("projectName"), input["sweep"])
-        return {"agent": AgentView(self.caller, server.fleet.create_agent(sweep, input["host"], self.caller.user))}
+        return {"agent": AgentView(self.caller, server.registry.create_agent(sweep, input["host"], self.caller.user))}
 
     def agent_heartbeat(self, input: dict[str, Any]) -> Any:
-        told = json_object("runState", input.get("runState"))
-        commands = self.caller.server.fleet.heartbeat(input["id"], told)
+        run_states = json_object("runState", input.get("runState"))
+        commands = self.caller.server.registry.heartbeat(input["id"], run_states)
         agent = self.caller.server.agents[input["id"]]
         return {"agent": AgentView(self.caller, agent), "commands": json.dumps(commands)}
 
     # -- runs
 
     def upsert_bucket(self, input: dict[str, Any]) -> Any:
-        given = {name: value for name, value in input.items() if value is not None}
+        fields = {name: value for name, value in input.items() if value is not None}
         for name in ("config", "summaryMetrics"):
-            if name in given:
-                json_object(name, given[name])
-        given.pop("debug", None), given.pop("clientMutationId", None)
-        project, entity, state = given.pop("modelName", None), given.pop("entityName", None), given.pop("state", None)
-        name, storage_id = given.pop("name", None), given.pop("id", None)
+            if name in fields:
+                json_object(name, fields[name])
+        fields.pop("debug", None), fields.pop("clientMutationId", None)
+        project, entity, state = fields.pop("modelName", None), fields.pop("entityName", None), fields.pop("state", None)
+        name, storage_id = fields.pop("name", None), fields.pop("id", None)
         if name is None:
             if storage_id is None:
                 raise RequestError("a run must be named by its name or its id.")
             name, project, entity = parse_id("Run", storage_id)
         server = self.caller.server
         key = RunKey(entity or server.entity, project or "uncategorized", name)
-        run, inserted = server.upsert_run(key, given, from_run=storage_id is None or input.get("name") is not None)
+        run, inserted = server.upsert_run(key, fields, from_run=storage_id is None or input.get("name") is not None)
         if state == "pending":
-            log.info("run %s: its client calls it pending; it is %s", name, run.state)
+            log.info("run %s: its client sent the state pending; its state is %s", name, run.state)
         return {"bucket": RunView(self.caller, run), "inserted": inserted, "serverSettings": {"serverMessages": []}}
 
     def upsert_model(self, input: dict[str, Any]) -> Any:
         server = self.caller.server
         before = len(server.projects)
-        view = ProjectView(self.caller, server.make_project(input.get("entityName"), input["name"]))
+        view = ProjectView(self.caller, server.ensure_project(input.get("entityName"), input["name"]))
         return {"project": view, "model": view, "inserted": len(server.projects) > before}
 
     def stop_run(self, input: dict[str, Any]) -> Any:
@@ -269,7 +278,7 @@ class Root:
         server = self.caller.server
         run = server.find_run(input["entityName"], input["projectName"], input["runName"])
         if len(input["files"]) > MAX_FILES:
-            raise RequestError(f"at most {MAX_FILES} files can be asked for at once but got {len(input['files'])}.")
+            raise RequestError(f"at most {MAX_FILES} files can be requested at once but got {len(input['files'])}.")
         folder = server.files_of(run)
         files = [FileView(self.caller, run, name, folder / name.lstrip("/")) for name in input["files"]]
         key = run.key
@@ -281,32 +290,32 @@ class Root:
     # -- artifacts
 
     def artifact(self, id: str) -> ArtifactView | None:
-        known = self.caller.server.artifacts.get(id)
-        return ArtifactView(self.caller, known) if known else None
+        artifact = self.caller.server.artifacts.get(id)
+        return ArtifactView(self.caller, artifact) if artifact else None
 
     def artifact_collection(self, id: str) -> CollectionView | None:
         key = parse_id("ArtifactCollection", id)
-        known = len(key) == 3 and (key[0], key[1], key[2]) in self.caller.server.artifacts.collections
-        return CollectionView(self.caller, (key[0], key[1], key[2])) if known else None
+        exists = len(key) == 3 and (key[0], key[1], key[2]) in self.caller.server.artifacts.collections
+        return CollectionView(self.caller, (key[0], key[1], key[2])) if exists else None
 
     def create_artifact(self, input: dict[str, Any]) -> Any:
         return {"artifact": ArtifactView(self.caller, artifact_changes.create(self.caller, input))}
 
     def create_artifact_manifest(self, input: dict[str, Any]) -> Any:
-        known = artifact_changes.new_manifest(self.caller, input["artifactID"], input["digest"])
-        return {"artifactManifest": manifest_view(self.caller, known)}
+        artifact = artifact_changes.new_manifest(self.caller, input["artifactID"], input["digest"])
+        return {"artifactManifest": manifest_view(self.caller, artifact)}
 
     def update_artifact_manifest(self, input: dict[str, Any]) -> Any:
-        known = artifact_changes.new_manifest(self.caller, input["artifactManifestID"], input.get("digest"))
-        return {"artifactManifest": manifest_view(self.caller, known)}
+        artifact = artifact_changes.new_manifest(self.caller, input["artifactManifestID"], input.get("digest"))
+        return {"artifactManifest": manifest_view(self.caller, artifact)}
 
     def create_artifact_files(self, input: dict[str, Any]) -> Any:
-        """Addresses to upload an artifact's files to."""
+        """URLs for the upload of an artifact's files."""
         specs = input["artifactFiles"]
         for artifact_id in {spec["artifactID"] for spec in specs}:
             artifact_changes.find(self.caller, artifact_id)
-        made = [ArtifactFileView(self.caller, spec["artifactID"], spec["name"], {"digest": spec["md5"]}) for spec in specs]
-        return {"files": {"edges": [{"node": file} for file in made]}}
+        files = [ArtifactFileView(self.caller, spec["artifactID"], spec["name"], {"digest": spec["md5"]}) for spec in specs]
+        return {"files": {"edges": [{"node": file} for file in files]}}
 
     def commit_artifact(self, input: dict[str, Any]) -> Any:
         return {"artifact": ArtifactView(self.caller, artifact_changes.commit(self.caller, input))}

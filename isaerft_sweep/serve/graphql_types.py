@@ -1,4 +1,4 @@
-"""The types of the GraphQL schema that hold data: one class per type, one attribute or method per field, in snake case."""
+"""The GraphQL types that hold data: one class per type, one attribute or method per field, in snake case."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from isaerft_sweep.serve import artifact_changes, artifacts, query_cost
-from isaerft_sweep.serve import runs as states
 from isaerft_sweep.serve.agent_registry import ServedAgent
 from isaerft_sweep.serve.artifacts import MANIFEST, Collection, collection_of
 from isaerft_sweep.serve.caller import Caller, global_id, stamp, thinned
 from isaerft_sweep.serve.checks import RequestError, json_object, whole_number
-from isaerft_sweep.serve.filters import FILES, matches, page, read_filter, select, snake
+from isaerft_sweep.serve.filters import FILES_PAGE_SIZE, matches, page, read_filter, select, snake
+from isaerft_sweep.serve.run_state import AgentState, RunState
 from isaerft_sweep.serve.runs import EVENTS, HISTORY, OUTPUT, RunKey, ServedRun
 from isaerft_sweep.serve.sweeps import ServedSweep
 from isaerft_sweep.tracking.metric_names import is_number, value_at
@@ -27,7 +27,7 @@ from isaerft_sweep.tracking.metric_names import is_number, value_at
 
 @dataclass(frozen=True)
 class UserView:
-    """Who asks."""
+    """The user who sent the request."""
 
     name: str
     entity: str
@@ -114,21 +114,21 @@ class ProjectView:
         return RunView(self.caller, run) if run is not None else None
 
     def bucket(self, name: str, missing_ok: bool = False) -> RunView | None:
-        """What a client asks before it goes on with a run."""
-        found = self.run(name)
-        if found is not None:
-            found.run.resuming, found.run.begun_anew = True, False
+        """The run that a client wants to resume."""
+        view = self.run(name)
+        if view is not None:
+            view.run.request_resume()
         elif not missing_ok:
             raise RequestError(f"there is no run {'/'.join(self.key)}/{name} on this server.", 404)
-        return found if found is not None and found.run.created else None
+        return view if view is not None and view.run.created else None
 
     def artifact(self, name: str, enable_tracking: bool = False) -> ArtifactView | None:
-        known = named(self.caller, self.key, name)
-        return ArtifactView(self.caller, known) if known else None
+        record = named(self.caller, self.key, name)
+        return ArtifactView(self.caller, record) if record else None
 
     def artifact_collection_membership(self, name: str) -> MembershipView | None:
-        known = named(self.caller, self.key, name)
-        return MembershipView(self.caller, known) if known else None
+        record = named(self.caller, self.key, name)
+        return MembershipView(self.caller, record) if record else None
 
     def artifact_collection(self, name: str) -> CollectionView | None:
         return next((view for view in collections(self.caller, self.key) if view.name == name), None)
@@ -154,12 +154,12 @@ class ProjectView:
 
     def sweeps(self, after: str | None = None, first: int | None = None, filters: str | None = None) -> Any:
         if read_filter(filters):
-            raise RequestError("sweeps cannot be filtered by this server: leave filters out.")
+            raise RequestError("this server cannot filter sweeps: leave filters out.")
         return page(self._sweeps(), after, first, lambda sweep: SweepView(self.caller, sweep))
 
     def sweep(self, sweep_name: str) -> SweepView | None:
-        found = next((s for s in self._sweeps() if s.id == sweep_name), None)
-        return SweepView(self.caller, found) if found else None
+        served = next((s for s in self._sweeps() if s.id == sweep_name), None)
+        return SweepView(self.caller, served) if served else None
 
 
 def entity_view(name: str) -> Any:
@@ -191,11 +191,11 @@ class SweepView:
 
     @property
     def display_name(self) -> Any:
-        return self.sweep.facts.get("displayName") or self.sweep.raw.get("name")
+        return self.sweep.metadata.get("displayName") or self.sweep.raw.get("name")
 
     @property
     def description(self) -> Any:
-        return self.sweep.facts.get("description") or self.sweep.raw.get("description")
+        return self.sweep.metadata.get("description") or self.sweep.raw.get("description")
 
     @property
     def method(self) -> str:
@@ -212,9 +212,9 @@ class SweepView:
     @property
     def best_loss(self) -> float | None:
         sweep = self.sweep
-        values = [run.summary_value(sweep.metric, sweep.goal) for run in self._runs() if run.state == states.FINISHED]
-        found = [value for value in values if value is not None]
-        return (max if sweep.goal == "maximize" else min)(found) if found else None
+        values = [run.summary_value(sweep.metric, sweep.goal) for run in self._runs() if run.state is RunState.FINISHED]
+        losses = [value for value in values if value is not None]
+        return (max if sweep.goal == "maximize" else min)(losses) if losses else None
 
     @property
     def created_at(self) -> str:
@@ -226,8 +226,8 @@ class SweepView:
 
     @property
     def heartbeat_at(self) -> str | None:
-        heard = [agent.heard for agent in self._agents()]
-        return stamp(max(heard)) if heard else None
+        times = [agent.last_seen_wall for agent in self._agents()]
+        return stamp(max(times)) if times else None
 
     def _runs(self) -> list[ServedRun]:
         return list(self.caller.server.runs_of(self.sweep))
@@ -258,8 +258,8 @@ class SweepView:
         return {"edges": [{"node": AgentView(self.caller, agent)} for agent in self._agents()]}
 
     def agent(self, agent_name: str) -> AgentView | None:
-        found = next((agent for agent in self._agents() if agent.id == agent_name), None)
-        return AgentView(self.caller, found) if found else None
+        agent = next((agent for agent in self._agents() if agent.id == agent_name), None)
+        return AgentView(self.caller, agent) if agent else None
 
 
 @dataclass(frozen=True)
@@ -282,9 +282,11 @@ class AgentView:
         return self.agent.host
 
     @property
-    def state(self) -> str:
-        silent = time.monotonic() - self.agent.heard_at > AGENT_SILENCE_S
-        return "FINISHED" if self.agent.gone else "CRASHED" if silent else "RUNNING"
+    def state(self) -> AgentState:
+        if self.agent.dismissed:
+            return AgentState.FINISHED
+        silent = time.monotonic() - self.agent.last_seen_monotonic > AGENT_SILENCE_S
+        return AgentState.CRASHED if silent else AgentState.RUNNING
 
     @property
     def total_runs(self) -> int:
@@ -296,7 +298,7 @@ class AgentView:
 
     @property
     def heartbeat_at(self) -> str:
-        return stamp(self.agent.heard)
+        return stamp(self.agent.last_seen_wall)
 
     def _runs(self) -> list[ServedRun]:
         return [run for run in self.caller.server.runs.values() if run.agent == self.agent.id]
@@ -313,16 +315,14 @@ class AgentView:
 
 
 SAMPLES = 500
-FEW = 20
-"""Keys of a history that cost nothing more than reading it."""
-
-
+FREE_KEYS = 20
+"""How many keys of a history cost nothing more than reading it."""
 MISSING = object()
 
 
 @dataclass(frozen=True)
 class HistorySpec:
-    """What ``sampledHistory`` is asked for: rows from step ``low`` to below ``high`` that have all ``keys``."""
+    """A spec of ``sampledHistory``: at most ``samples`` rows with ``low`` <= step < ``high`` that have all ``keys``."""
 
     keys: tuple[str, ...]
     low: float
@@ -331,10 +331,10 @@ class HistorySpec:
 
     @classmethod
     def read(cls, text: str) -> HistorySpec:
-        """Raises RequestError.
+        """Parse a spec. Raises RequestError.
 
-        ``maxStep`` belongs to what is asked for, as on W&B's server, but for clients that ask for as many samples as there
-        are steps below it: up to wandb 0.27 they take it for the first step of the next page.
+        ``maxStep`` is inclusive, as on W&B's server, except when the client requests no more samples than there are steps
+        below it: wandb up to 0.27 uses it as the first step of the next page.
         """
         spec = json_object("a spec of sampledHistory", text)
         keys, samples = spec.get("keys") or [], whole_number("samples", spec.get("samples"))
@@ -369,23 +369,23 @@ class RunView:
 
     @property
     def display_name(self) -> str:
-        return str(self.run.facts.get("displayName") or self.run.key.name)
+        return str(self.run.metadata.get("displayName") or self.run.key.name)
 
     @property
     def group(self) -> Any:
-        return self.run.facts.get("groupName")
+        return self.run.metadata.get("groupName")
 
     def __getattr__(self, name: str) -> Any:
-        """Facts that are shown as the client has told them."""
-        told = {"description": "description", "notes": "notes", "group_name": "groupName", "job_type": "jobType",
-                "commit": "commit", "host": "host"}  # fmt: skip
-        if name in told:
-            return self.run.facts.get(told[name])
+        """Fields that are returned as the client sent them."""
+        fields = {"description": "description", "notes": "notes", "group_name": "groupName", "job_type": "jobType",
+                  "commit": "commit", "host": "host"}  # fmt: skip
+        if name in fields:
+            return self.run.metadata.get(fields[name])
         raise AttributeError(name)
 
     @property
     def tags(self) -> list[str]:
-        return list(self.run.facts.get("tags") or [])
+        return list(self.run.metadata.get("tags") or [])
 
     @property
     def state(self) -> str:
@@ -403,7 +403,7 @@ class RunView:
 
     @property
     def failed(self) -> bool:
-        return self.run.state in (states.FAILED, states.CRASHED)
+        return self.run.state in (RunState.FAILED, RunState.CRASHED)
 
     @property
     def running(self) -> bool:
@@ -427,12 +427,13 @@ class RunView:
 
     @property
     def heartbeat_at(self) -> str:
-        # the run's own word, which is not written to the disk each time
-        return stamp(max(self.run.updated, time.time() - (time.monotonic() - self.run.heard) if self.run.active else 0.0))
+        # Heartbeats are not written to disk, so ``updated`` may be older than the last one.
+        silent_s = time.monotonic() - self.run.last_seen_monotonic
+        return stamp(max(self.run.updated, time.time() - silent_s if self.run.active else 0.0))
 
     def _lines(self, name: str) -> int:
-        # a client counts on from here: one that has begun the run anew from 0
-        return 0 if self.run.begun_anew else self.run.lines[name]
+        # The client continues to count from here, so a restarted one has to start at 0.
+        return 0 if self.run.restart_pending else self.run.line_counts[name]
 
     @property
     def history_line_count(self) -> int:
@@ -448,11 +449,11 @@ class RunView:
 
     @property
     def history_tail(self) -> str:
-        return json.dumps([self.run.last.get(HISTORY, "{}")])  # wandb 0.18 cannot take an empty list
+        return json.dumps([self.run.last_rows.get(HISTORY, "{}")])  # wandb 0.18 cannot take an empty list
 
     @property
     def events_tail(self) -> str:
-        return json.dumps([self.run.last.get(EVENTS, "{}")])
+        return json.dumps([self.run.last_rows.get(EVENTS, "{}")])
 
     def wandb_config(self, keys: list[str] | None = None) -> str:
         inner = self.run.config_values().get("_wandb") or {}
@@ -460,9 +461,9 @@ class RunView:
 
     @property
     def history_keys(self) -> Any:
-        query_cost.spend_reading(self.run.lines[HISTORY] - self.run.counted)
-        last = json.loads(self.run.last[HISTORY]) if HISTORY in self.run.last else {}
-        step = float(last["_step"]) if is_number(last.get("_step")) else self.run.lines[HISTORY] - 1.0
+        query_cost.spend_reading(self.run.line_counts[HISTORY] - self.run.names_counted)
+        last = json.loads(self.run.last_rows[HISTORY]) if HISTORY in self.run.last_rows else {}
+        step = float(last["_step"]) if is_number(last.get("_step")) else self.run.line_counts[HISTORY] - 1.0
         kinds = {
             name: {"typeCounts": [{"type": kind, "count": count} for kind, count in counts.items()]}
             for name, counts in self.run.logged_names().items()
@@ -470,35 +471,35 @@ class RunView:
         return {"lastStep": int(step), "keys": kinds, "sets": []}
 
     def sampled_history(self, specs: list[str]) -> list[Any]:
-        found = []
+        samples = []
         for text in specs:
-            found.append(self._sampled(HistorySpec.read(text)))
-            query_cost.spend(len(found[-1]) * query_cost.ROW)
-        return found
+            samples.append(self._sampled(HistorySpec.read(text)))
+            query_cost.spend(len(samples[-1]) * query_cost.ROW)
+        return samples
 
     def _sampled(self, spec: HistorySpec) -> list[Any]:
-        query_cost.spend_reading(self.run.lines[HISTORY])
+        query_cost.spend_reading(self.run.line_counts[HISTORY])
         rows = list(self.run.steps(spec.low, spec.high))
-        query_cost.spend(query_cost.FIELD + len(rows) * max(0, len(spec.keys) - FEW) // query_cost.LOOKS)
+        query_cost.spend(query_cost.FIELD + len(rows) * max(0, len(spec.keys) - FREE_KEYS) // query_cost.CHECKS_PER_UNIT)
         if spec.keys:
-            wanted = ({key: value_at(row, key, MISSING) for key in spec.keys} for row in rows)
-            rows = [row for row in wanted if MISSING not in row.values()]
+            selected = ({key: value_at(row, key, MISSING) for key in spec.keys} for row in rows)
+            rows = [row for row in selected if MISSING not in row.values()]
         return thinned(rows, spec.samples)
 
     def history(self, min_step: Any = None, max_step: Any = None, samples: int | None = None) -> list[str]:
-        query_cost.spend_reading(self.run.lines[HISTORY])
+        query_cost.spend_reading(self.run.line_counts[HISTORY])
         if min_step is None and max_step is None:
-            return _sent(thinned(self.run.rows(), samples or SAMPLES))
+            return _counted(thinned(self.run.rows(), samples or SAMPLES))
         low, high = whole_number("minStep", min_step), whole_number("maxStep", max_step)
-        inside = self.run.steps(low or 0, math.inf if high is None else high)
-        return _sent([json.dumps(row) for row in itertools.islice(inside, samples or None)])
+        rows = self.run.steps(low or 0, math.inf if high is None else high)
+        return _counted([json.dumps(row) for row in itertools.islice(rows, samples or None)])
 
     def events(self, samples: int | None = None) -> list[str]:
-        query_cost.spend_reading(self.run.lines[EVENTS])
-        return _sent(thinned(self.run.rows(EVENTS), samples or SAMPLES))
+        query_cost.spend_reading(self.run.line_counts[EVENTS])
+        return _counted(thinned(self.run.rows(EVENTS), samples or SAMPLES))
 
     def parquet_history(self, live_keys: list[str]) -> Any:
-        # nothing has been put into files; clients look up here from which step on they have to ask for rows
+        # No history is in Parquet files. Clients read here from which step on they have to request rows.
         first = next(self.run.steps(), None)
         return {"parquetUrls": [], "liveData": [{key: first.get(key) for key in live_keys}] if first else []}
 
@@ -520,8 +521,8 @@ class RunView:
 
     @property
     def sweep(self) -> SweepView | None:
-        found = self.caller.server.sweeps.get(self.run.sweep)
-        return SweepView(self.caller, found) if found else None
+        served = self.caller.server.sweeps.get(self.run.sweep)
+        return SweepView(self.caller, served) if served else None
 
     def _paths(self) -> list[Path]:
         folder = self.caller.server.files_of(self.run)
@@ -539,33 +540,33 @@ class RunView:
         pattern: str | None = None,
     ) -> Any:
         folder = self.caller.server.files_of(self.run)
-        found = [(path.relative_to(folder).as_posix(), path) for path in self._paths()]
+        files = [(path.relative_to(folder).as_posix(), path) for path in self._paths()]
         if names:
             wanted = set(names)
-            found = [(name, path) for name, path in found if name in wanted]
+            files = [(name, path) for name, path in files if name in wanted]
         if pattern:
-            found = [(name, path) for name, path in found if _like(name, pattern)]
-        return page(found, after, first, lambda one: FileView(self.caller, self.run, *one), FILES)
+            files = [(name, path) for name, path in files if _like(name, pattern)]
+        return page(files, after, first, lambda file: FileView(self.caller, self.run, *file), FILES_PAGE_SIZE)
 
     def output_artifacts(self, after: str | None = None, first: int | None = None) -> Any:
-        """Those that the run has logged."""
-        return self._artifacts(lambda known: known.get("run") == self.run.key.name, after, first)
+        """The artifacts that the run has logged."""
+        return self._artifacts(lambda record: record.get("run") == self.run.key.name, after, first)
 
     def input_artifacts(self, after: str | None = None, first: int | None = None) -> Any:
-        """Those that the run has used."""
+        """The artifacts that the run has used."""
         key = [self.run.key.entity, self.run.key.project, self.run.key.name]
-        return self._artifacts(lambda known: key in (known.get("users") or ()), after, first)
+        return self._artifacts(lambda record: key in (record.get("users") or ()), after, first)
 
-    def _artifacts(self, wanted: Callable[[Mapping[str, Any]], bool], after: str | None, first: int | None) -> Any:
-        place, artifacts = (self.run.key.entity, self.run.key.project), self.caller.server.artifacts
-        versions = [known for key in artifacts.collections for known in artifacts.versions(key)]
-        used = [a for a in versions if wanted(a) and ("users" in a or (a["entity"], a["project"]) == place)]
-        return page(used, after, first, lambda known: ArtifactView(self.caller, known))
+    def _artifacts(self, selects: Callable[[Mapping[str, Any]], bool], after: str | None, first: int | None) -> Any:
+        project, artifacts = (self.run.key.entity, self.run.key.project), self.caller.server.artifacts
+        versions = [record for key in artifacts.collections for record in artifacts.versions(key)]
+        selected = [a for a in versions if selects(a) and ("users" in a or (a["entity"], a["project"]) == project)]
+        return page(selected, after, first, lambda record: ArtifactView(self.caller, record))
 
 
 @dataclass(frozen=True)
 class FileView:
-    """An uploaded file, or one that will be."""
+    """A file of a run, uploaded or to be uploaded."""
 
     caller: Caller
     run: ServedRun
@@ -606,76 +607,77 @@ class FileView:
         return f"/uploads/{self.path.relative_to(self.caller.server.folder).as_posix()}"
 
 
-def _sent(rows: list[str]) -> list[str]:
+def _counted(rows: list[str]) -> list[str]:
+    """``rows``, after counting their cost."""
     query_cost.spend(len(rows) * query_cost.ROW)
     return rows
 
 
 def _like(name: str, pattern: str) -> bool:
-    """SQL's LIKE with % alone."""
+    """SQL's LIKE, with % as the only wildcard."""
     parts = pattern.split("%")
     if not name.startswith(parts[0]) or not name.endswith(parts[-1]):
         return False
     at = len(parts[0])
     for part in parts[1:-1]:
-        found = name.find(part, at)
-        if found < 0:
+        index = name.find(part, at)
+        if index < 0:
             return False
-        at = found + len(part)
+        at = index + len(part)
     return len(parts) > 1 or name == pattern
 
 
 @dataclass(frozen=True)
 class ArtifactView:
-    """A version."""
+    """A version of an artifact. ``record``: its stored fields."""
 
     caller: Caller
-    known: Mapping[str, Any]
+    record: Mapping[str, Any]
     typename = "Artifact"
     ttl_duration_seconds = -2
-    """W&B's "as the collection says", which here says nothing: artifacts stay."""
+    """W&B's code for "as the collection says". This server never deletes artifacts."""
     ttl_is_inherited = True
     commit_hash = None
 
     def __getattr__(self, name: str) -> Any:
-        """Facts that are shown as the client has told them."""
-        told = {"state": "state", "digest": "digest", "metadata": "metadata", "description": "description",
-                "digest_algorithm": "digestAlgorithm", "history_step": "historyStep"}  # fmt: skip
-        if name in told:
-            return self.known.get(told[name])
+        """Fields that are returned as the client sent them."""
+        fields = {"state": "state", "digest": "digest", "metadata": "metadata", "description": "description",
+                  "digest_algorithm": "digestAlgorithm", "history_step": "historyStep"}  # fmt: skip
+        if name in fields:
+            return self.record.get(fields[name])
         raise AttributeError(name)
 
     @property
     def id(self) -> str:
-        return str(self.known["id"])
+        return str(self.record["id"])
 
     @property
     def created_at(self) -> str:
-        return stamp(self.known["created"])
+        return stamp(self.record["created"])
 
     @property
     def updated_at(self) -> str:
-        return stamp(self.known["updated"])
+        return stamp(self.record["updated"])
 
     @property
     def version_index(self) -> int | None:
-        return self.caller.server.artifacts.version_of(self.known)
+        return self.caller.server.artifacts.version_of(self.record)
 
     @property
     def artifact_type(self) -> TypeView:
-        return TypeView(self.caller, collection_of(self.known)[:2], self.known["type"])
+        return TypeView(self.caller, collection_of(self.record)[:2], self.record["type"])
 
     @property
     def artifact_sequence(self) -> CollectionView:
-        return CollectionView(self.caller, collection_of(self.known))
+        return CollectionView(self.caller, collection_of(self.record))
 
     @property
     def tags(self) -> list[Any]:
-        return [{"id": global_id("Tag", tag), "name": tag} for tag in self.known.get("tags") or ()]
+        return [{"id": global_id("Tag", tag), "name": tag} for tag in self.record.get("tags") or ()]
 
     @property
     def aliases(self) -> list[Any]:
-        names = self.known["aliases"] if self.known["state"] == artifacts.COMMITTED else ()
+        names = self.record["aliases"] if self.record["state"] == artifacts.COMMITTED else ()
         return [
             {"id": global_id("Alias", self.id, a), "alias": a, "artifactCollection": self.artifact_sequence} for a in names
         ]
@@ -694,36 +696,36 @@ class ArtifactView:
 
     @property
     def current_manifest(self) -> Any:
-        return manifest_view(self.caller, self.known)
+        return manifest_view(self.caller, self.record)
 
     def files(self, names: list[str] | None = None, after: str | None = None, first: int | None = None) -> Any:
         wanted = set(names or ())
         entries = [(n, e) for n, e in self._manifest.items() if not e.get("ref") and (not wanted or n in wanted)]
-        return page(entries, after, first, lambda one: ArtifactFileView(self.caller, self.id, *one), FILES)
+        return page(entries, after, first, lambda file: ArtifactFileView(self.caller, self.id, *file), FILES_PAGE_SIZE)
 
     def files_by_manifest_entries(self, entries: list[dict[str, Any]] | None = None, **_how: Any) -> Any:
-        found = [ArtifactFileView(self.caller, self.id, entry["name"], entry) for entry in entries or ()]
-        return page(found, None, None, lambda view: view, most=len(found))
+        files = [ArtifactFileView(self.caller, self.id, entry["name"], entry) for entry in entries or ()]
+        return page(files, None, None, lambda view: view, max_size=len(files))
 
     @property
     def artifact_memberships(self) -> Any:
-        return {"edges": [{"node": MembershipView(self.caller, self.known)}]}
+        return {"edges": [{"node": MembershipView(self.caller, self.record)}]}
 
     @property
     def created_by(self) -> RunView | None:
-        entity, project, _ = collection_of(self.known)
-        run = self.caller.server.runs.get(RunKey(entity, project, self.known.get("run") or ""))
+        entity, project, _ = collection_of(self.record)
+        run = self.caller.server.runs.get(RunKey(entity, project, self.record.get("run") or ""))
         return RunView(self.caller, run) if run else None
 
     @property
     def used_by(self) -> Any:
-        runs = (self.caller.server.runs.get(RunKey(*user)) for user in self.known.get("users") or ())
+        runs = (self.caller.server.runs.get(RunKey(*user)) for user in self.record.get("users") or ())
         return {"edges": [{"node": RunView(self.caller, run)} for run in runs if run]}
 
 
 @dataclass(frozen=True)
 class ArtifactFileView:
-    """A file of an artifact; ``entry`` is its manifest's."""
+    """A file of an artifact; ``entry`` is its entry in the manifest."""
 
     caller: Caller
     artifact_id: str
@@ -769,7 +771,7 @@ class ArtifactFileView:
 
     @property
     def upload_url(self) -> str:
-        return self._address(self.caller.server.artifacts.place(self.artifact_id, self.name), "PUT")
+        return self._address(self.caller.server.artifacts.upload_path(self.artifact_id, self.name), "PUT")
 
     upload_headers: Sequence[str] = ()
 
@@ -781,16 +783,16 @@ class ArtifactFileView:
         return self.caller.file_url(f"/uploads/{path.relative_to(self.caller.server.folder).as_posix()}", method)
 
 
-def manifest_view(caller: Caller, known: Mapping[str, Any]) -> Any:
-    """The manifest and where it is uploaded to and downloaded from."""
-    path, headers = f"/uploads/artifacts/{known['id']}/{MANIFEST}", list[str]()
+def manifest_view(caller: Caller, record: Mapping[str, Any]) -> Any:
+    """The manifest, with its URLs for upload and download."""
+    path, headers = f"/uploads/artifacts/{record['id']}/{MANIFEST}", list[str]()
     urls = {"uploadUrl": caller.file_url(path, "PUT"), "directUrl": caller.file_url(path, "GET"), "uploadHeaders": headers}
-    return {"id": known["id"], "file": {"id": f"{known['id']}/{MANIFEST}", "name": MANIFEST, **urls}}
+    return {"id": record["id"], "file": {"id": f"{record['id']}/{MANIFEST}", "name": MANIFEST, **urls}}
 
 
 @dataclass(frozen=True)
 class CollectionView:
-    """The versions of one name: W&B's sequence. Its portfolios, which link other projects' versions, are not here."""
+    """The versions of one name, W&B's sequence. W&B's portfolios (links to other projects) are not supported."""
 
     caller: Caller
     key: Collection
@@ -836,31 +838,31 @@ class CollectionView:
         return ArtifactView(self.caller, self._versions[-1]) if self._versions else None
 
     def aliases(self, after: str | None = None, first: int | None = None) -> Any:
-        found = [alias for known in self._versions for alias in ArtifactView(self.caller, known).aliases]
-        return page(found, after, first, lambda alias: alias)
+        aliases = [alias for record in self._versions for alias in ArtifactView(self.caller, record).aliases]
+        return page(aliases, after, first, lambda alias: alias)
 
     def artifacts(
         self, after: str | None = None, first: int | None = None, order: str | None = None, filters: str | None = None
     ) -> Any:
-        wanted = read_filter(filters)
-        found = [a for a in self._versions if matches(partial(_field_of, a), wanted)]
-        found = found if (order or "").startswith("+") else found[::-1]
-        listed = page(found, after, first, lambda known: ArtifactView(self.caller, known))
+        conditions = read_filter(filters)
+        versions = [a for a in self._versions if matches(partial(_field_of, a), conditions)]
+        versions = versions if (order or "").startswith("+") else versions[::-1]
+        listed = page(versions, after, first, lambda record: ArtifactView(self.caller, record))
         for edge in listed["edges"]:
             edge["version"] = f"v{edge['node'].version_index}"
         return listed
 
     def artifact_membership(self, alias_name: str) -> MembershipView | None:
-        known = self.caller.server.artifacts.named(self.key, alias_name)
-        return MembershipView(self.caller, known) if known else None
+        record = self.caller.server.artifacts.named(self.key, alias_name)
+        return MembershipView(self.caller, record) if record else None
 
 
-def _field_of(known: Mapping[str, Any], name: str) -> Any:
-    """What versions can be filtered by."""
+def _field_of(record: Mapping[str, Any], name: str) -> Any:
+    """A version's value for a filter. Raises RequestError when versions cannot be filtered by that field."""
     fields = {"state": "state", "tags": "tags", "digest": "digest", "created_at": "created", "updated_at": "updated"}
     if snake(name) not in fields:
         raise RequestError(f"artifacts cannot be filtered by '{name[:200]}'. Valid: {', '.join(fields)}.")
-    return known.get(fields[snake(name)])
+    return record.get(fields[snake(name)])
 
 
 @dataclass(frozen=True)
@@ -868,7 +870,7 @@ class MembershipView:
     """A version in its collection."""
 
     caller: Caller
-    known: Mapping[str, Any]
+    record: Mapping[str, Any]
 
     def __getattr__(self, name: str) -> Any:
         if name in ("version_index", "created_at", "aliases", "files"):
@@ -877,11 +879,11 @@ class MembershipView:
 
     @property
     def id(self) -> str:
-        return global_id("ArtifactMembership", self.known["id"])
+        return global_id("ArtifactMembership", self.record["id"])
 
     @property
     def artifact(self) -> ArtifactView:
-        return ArtifactView(self.caller, self.known)
+        return ArtifactView(self.caller, self.record)
 
     @property
     def artifact_collection(self) -> CollectionView:
@@ -890,7 +892,7 @@ class MembershipView:
 
 @dataclass(frozen=True)
 class TypeView:
-    """The collections of one type in a project."""
+    """A type of artifacts in a project, with its collections."""
 
     caller: Caller
     project: tuple[str, str]
@@ -914,8 +916,8 @@ class TypeView:
     artifact_sequence = artifact_collection
 
     def artifact(self, name: str) -> ArtifactView | None:
-        known = named(self.caller, self.project, name)
-        return ArtifactView(self.caller, known) if known and known["type"] == self.name else None
+        record = named(self.caller, self.project, name)
+        return ArtifactView(self.caller, record) if record and record["type"] == self.name else None
 
     def artifact_collections(
         self, after: str | None = None, first: int | None = None, filters: str | None = None, order: str | None = None
@@ -925,23 +927,23 @@ class TypeView:
 
 
 def collections(caller: Caller, project: tuple[str, str]) -> list[CollectionView]:
-    """A project's, by age."""
+    """The collections of a project, oldest first."""
     return [CollectionView(caller, key) for key in caller.server.artifacts.collections if key[:2] == project]
 
 
 def types(caller: Caller, project: tuple[str, str]) -> list[TypeView]:
-    """The types of which a project has artifacts."""
+    """The types of a project's artifacts."""
     names = dict.fromkeys(view.default_artifact_type.name for view in collections(caller, project))
     return [TypeView(caller, project, name) for name in names]
 
 
 def named(caller: Caller, project: tuple[str, str], name: str) -> dict[str, Any] | None:
-    """The version that ``NAME``, ``NAME:v3`` or ``NAME:ALIAS`` means in a project."""
+    """The version that ``NAME``, ``NAME:v3`` or ``NAME:ALIAS`` refers to in a project."""
     collection, alias = artifacts.split_name(name)
     return caller.server.artifacts.named((*project, collection), alias)
 
 
 def refuse_filters(filters: str | None) -> None:
-    """Raise RequestError rather than list what was not asked for."""
+    """Raise RequestError when there are filters, rather than ignore them."""
     if read_filter(filters):
-        raise RequestError("collections cannot be filtered by this server: leave filters out.")
+        raise RequestError("this server cannot filter collections: leave filters out.")

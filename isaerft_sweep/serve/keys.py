@@ -1,7 +1,7 @@
 """Access keys: random, shown once, kept as hashes.
 
-A key has 40 letters and digits, 238 bits of chance. That is why a plain SHA-256 is enough at rest: slow hashes protect what
-people can think of, and this one is looked up for every request.
+A key has 40 random letters and digits, 238 bits of entropy. That is why a plain SHA-256 is enough: slow hashes protect
+passwords that people choose, and this hash is computed for every request.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from isaerft_sweep.errors import FolderError
 from isaerft_sweep.journal.append_log import AppendLog, whole_lines
 
 LENGTH = 40
-"""What every version of wandb takes for a key."""
+"""Every version of wandb accepts keys of this length."""
 ALPHABET = string.ascii_letters + string.digits
 
 
 class KeyRing:
-    """The keys in ``path``, by user. Several processes may read it; one at a time adds to it."""
+    """The keys in ``path``, with their users. Several processes may read the file; only one at a time may write it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -46,22 +46,22 @@ class KeyRing:
         return set(self._users.values())
 
     def add(self, user: str) -> str:
-        """A new key for ``user``. Nobody can read it again later."""
+        """Create a key for ``user``. It cannot be read again later."""
         key = "".join(secrets.choice(ALPHABET) for _ in range(LENGTH))
         self._write({"user": user, "sha256": _digest(key), "created": f"{time.time():.0f}"})
         return key
 
     def revoke(self, user: str) -> None:
-        """Make all of the user's keys invalid."""
+        """Make all keys of the user invalid."""
         self._write({"user": user, "revoked": "yes"})
 
     def user_of(self, key: str) -> str | None:
-        """Whose key that is; None when it is nobody's."""
+        """The user whose key that is; None when the key is not valid."""
         return self._users.get(_digest(key))
 
     def _write(self, event: dict[str, str]) -> None:
         os.close(os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o600))
-        self.path.chmod(0o600)  # one of an older version
+        self.path.chmod(0o600)  # an older version created it with other permissions
         log = AppendLog(self.path, self._length)
         try:
             log.append(event)

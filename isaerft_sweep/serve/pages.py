@@ -1,4 +1,4 @@
-"""The read-only pages for people: projects, sweeps, runs and their curves. Plain HTML and SVG, no script, no network."""
+"""The read-only web pages of projects, sweeps and runs. Plain HTML and SVG, without scripts or external resources."""
 
 from __future__ import annotations
 
@@ -13,20 +13,22 @@ from typing import Any
 import jinja2
 
 from isaerft_sweep.paths import asset
-from isaerft_sweep.serve import runs as states
 from isaerft_sweep.serve.caller import Caller, stamp, thinned
 from isaerft_sweep.serve.filters import select
 from isaerft_sweep.serve.graphql_types import AGENT_SILENCE_S, AgentView
-from isaerft_sweep.serve.runs import ServedRun
+from isaerft_sweep.serve.run_state import AgentState
+from isaerft_sweep.serve.runs import HISTORY, ServedRun
 from isaerft_sweep.serve.sweeps import ServedSweep
 from isaerft_sweep.tracking.metric_names import flat, is_number
 
-SHOWN = 200
-POINTS = 300
-DRAWN = 20_000
-"""Rows of a long history that a page looks at, evenly spread."""
-CHARTS = 12
-LINES = 50
+MAX_TABLE_ROWS = 200
+MAX_POINTS = 300
+"""Of one line in a chart."""
+MAX_HISTORY_ROWS = 20_000
+"""Rows that a page reads of a long history, evenly spaced."""
+MAX_CHARTS = 12
+MAX_LINES = 50
+"""In the chart of a sweep."""
 REFRESH_S = 15
 
 
@@ -47,7 +49,7 @@ def _template() -> jinja2.Template:
 
 
 def _render(**content: Any) -> str:
-    empty = {"facts": (), "charts": (), "tables": (), "text": None, "trail": (), "refresh": REFRESH_S}
+    empty = {"fields": (), "charts": (), "tables": (), "text": None, "trail": (), "refresh": REFRESH_S}
     return _template().render({**empty, **content})
 
 
@@ -60,7 +62,7 @@ def overview(caller: Caller) -> str:
     ]
     tables = [
         _sweep_table(caller, sweeps),
-        {"name": "Projects", "header": ("project", "since"), "rows": projects, "empty": "None yet.", "more": 0},
+        {"name": "Projects", "header": ("project", "created"), "rows": projects, "empty": "None yet.", "more": 0},
     ]
     return _render(title="isaerft-sweep serve", tables=tables)
 
@@ -74,102 +76,114 @@ def project(caller: Caller, key: tuple[str, str]) -> str:
     return _render(title="/".join(key), trail=_trail(), tables=tables)
 
 
-def sweep(caller: Caller, found: ServedSweep) -> str:
-    """A sweep: its runs, the best first, its agents and the metric's curves."""
-    sign = "-" if found.goal == "maximize" else "+"
-    metric = found.metric
-    runs = select(list(caller.server.runs_of(found)), None, f"{sign}summary_metrics.{metric}" if metric else "+created_at")
-    facts = [
-        ("state", found.state),
-        ("method", str(found.raw.get("method", ""))),
-        ("metric", f"{metric}, {found.goal}" if metric else "none"),
-        ("runs", f"{len(runs)}" + ("" if found.definition is None or found.cap == math.inf else f" of {found.cap:g}")),
-        ("since", stamp(found.created)),
+def sweep(caller: Caller, served: ServedSweep) -> str:
+    """A sweep: its runs, best first, its agents and the metric's curves."""
+    sign = "-" if served.goal == "maximize" else "+"
+    metric = served.metric
+    runs = select(list(caller.server.runs_of(served)), None, f"{sign}summary_metrics.{metric}" if metric else "+created_at")
+    fields = [
+        ("state", served.state),
+        ("method", str(served.raw.get("method", ""))),
+        ("metric", f"{metric}, {served.goal}" if metric else "none"),
+        ("runs", f"{len(runs)}" + ("" if served.definition is None or served.cap == math.inf else f" of {served.cap:g}")),
+        ("created", stamp(served.created)),
     ]
-    curves = [(run, [(i + 1.0, value) for i, value in enumerate(run.curve)]) for run in runs[:LINES]]
+    curves = [(run, [(i + 1.0, value) for i, value in enumerate(run.curve)]) for run in runs[:MAX_LINES]]
     lines = [(_name(run), points) for run, points in curves if points]
     charts = [chart(metric, lines[::-1], unit="evaluation")] if lines else []
-    agents = [AgentView(caller, agent) for agent in caller.server.agents.values() if agent.sweep == found.id]
+    agents = [AgentView(caller, agent) for agent in caller.server.agents.values() if agent.sweep == served.id]
     rows = [
-        [Cell(a.host), Cell(_agent_state(a), state=True), Cell(f"{a.total_runs}", number=True), Cell(ago(a.agent.heard))]
-        for a in agents
+        [
+            Cell(view.host),
+            Cell(_agent_state(view), state=True),
+            Cell(f"{view.total_runs}", number=True),
+            Cell(ago(view.agent.last_seen_wall)),
+        ]
+        for view in agents
     ]
-    table: dict[str, Any] = {"name": "Agents", "header": ("host", "state", "runs", "heard"), "rows": rows[-SHOWN:]}
-    table |= {"empty": "No agent has come yet.", "more": max(0, len(rows) - SHOWN)}
+    table: dict[str, Any] = {
+        "name": "Agents",
+        "header": ("host", "state", "runs", "last seen"),
+        "rows": rows[-MAX_TABLE_ROWS:],
+    }
+    table |= {"empty": "No agents yet.", "more": max(0, len(rows) - MAX_TABLE_ROWS)}
     return _render(
-        title=f"sweep {found.id}",
-        trail=_trail((f"{found.entity}/{found.project}", f"/{found.entity}/{found.project}")),
-        facts=facts,
+        title=f"sweep {served.id}",
+        trail=_trail((f"{served.entity}/{served.project}", f"/{served.entity}/{served.project}")),
+        fields=fields,
         charts=charts,
-        tables=[_run_table(runs, found), table],
-        text=("Sweep file", found.config),
+        tables=[_run_table(runs, served), table],
+        text=("Sweep file", served.config),
     )
 
 
-def run(caller: Caller, found: ServedRun) -> str:
-    """A run: what it is, its curves, its config and its last output."""
-    key = found.key
+def run(caller: Caller, served: ServedRun) -> str:
+    """A run: its fields, curves, summary and config."""
+    key = served.key
     trail = [(f"{key.entity}/{key.project}", f"/{key.entity}/{key.project}")]
-    if found.sweep in caller.server.sweeps:
-        trail.append((f"sweep {found.sweep}", f"/{key.entity}/{key.project}/sweeps/{found.sweep}"))
-    facts = [
+    if served.sweep in caller.server.sweeps:
+        trail.append((f"sweep {served.sweep}", f"/{key.entity}/{key.project}/sweeps/{served.sweep}"))
+    fields = [
         ("id", key.name),
-        ("state", found.state + (f", told to stop by the {found.stop}" if found.stop else "")),
-        ("host", str(found.facts.get("host") or "")),
-        ("tags", ", ".join(found.facts.get("tags") or [])),
-        ("since", stamp(found.created)),
-        ("last word", ago(found.updated)),
-        ("rows", f"{found.lines[states.HISTORY]}"),
+        ("state", served.state + (f", stop requested by the {served.stop}" if served.stop else "")),
+        ("host", str(served.metadata.get("host") or "")),
+        ("tags", ", ".join(served.metadata.get("tags") or [])),
+        ("created", stamp(served.created)),
+        ("last update", ago(served.updated)),
+        ("rows", f"{served.line_counts[HISTORY]}"),
     ]
-    summary = {name: value for name, value in sorted(flat(json.loads(found.summary))) if not name.startswith("_")}
+    summary = {name: value for name, value in sorted(flat(json.loads(served.summary))) if not name.startswith("_")}
     rows = [[Cell(name), Cell(show(value), number=True)] for name, value in summary.items()]
     table = {"name": "Summary", "header": ("name", "value"), "rows": rows, "empty": "Nothing yet.", "more": 0}
-    values = {name: value for name, value in found.config_values().items() if name != "_wandb"}
+    values = {name: value for name, value in served.config_values().items() if name != "_wandb"}
     return _render(
-        title=_name(found),
+        title=_name(served),
         trail=_trail(*trail),
-        facts=facts,
-        charts=run_charts(found),
+        fields=fields,
+        charts=run_charts(served),
         tables=[table],
         text=("Config", json.dumps(values, indent=1, sort_keys=True)),
-        refresh=REFRESH_S if found.active else 0,
+        refresh=REFRESH_S if served.active else 0,
     )
 
 
-def run_charts(found: ServedRun) -> list[dict[str, Any]]:
-    """A curve for each of the run's metrics, the sweep's own first, then evaluations; single values last."""
+def run_charts(served: ServedRun) -> list[dict[str, Any]]:
+    """A chart for each of the run's metrics: the sweep's metric first, then evaluations, single values last."""
     points: dict[str, list[tuple[float, float]]] = {}
-    for row in found.steps(most=DRAWN):
+    for row in served.steps(most=MAX_HISTORY_ROWS):
         for name, value in flat(row):
             if not name.startswith("_") and is_number(value):
                 points.setdefault(name, []).append((float(row["_step"]), float(value)))
 
-    def place(name: str) -> tuple[bool, bool, bool, str]:
-        return name != found.metric, len(points[name]) == 1, not name.startswith("eval/"), name
+    def rank(name: str) -> tuple[bool, bool, bool, str]:
+        return name != served.metric, len(points[name]) == 1, not name.startswith("eval/"), name
 
-    names = sorted(points, key=place)
-    return [chart(name, [(name, points[name])]) for name in names[:CHARTS]]
+    names = sorted(points, key=rank)
+    return [chart(name, [(name, points[name])]) for name in names[:MAX_CHARTS]]
 
 
 def chart(name: str, lines: Sequence[tuple[str, list[tuple[float, float]]]], unit: str = "step") -> dict[str, Any]:
-    """Lines over steps as SVG's points, scaled to the frame; the last line stands out. One value alone is a dot."""
-    lines = [(words, [p for p in points if math.isfinite(p[1])]) for words, points in lines]
-    everything = [point for _, points in lines for point in points] or [(0.0, 0.0)]
-    left, right = min(x for x, _ in everything), max(x for x, _ in everything)
-    low, high = min(y for _, y in everything), max(y for _, y in everything)
+    """Lines over steps as SVG points, scaled to the frame. The last line is highlighted; a line of one point is a dot.
 
-    def place(x: float, y: float) -> str:
+    ``lines``: name and (x, y) points of each.
+    """
+    lines = [(label, [p for p in points if math.isfinite(p[1])]) for label, points in lines]
+    all_points = [point for _, points in lines for point in points] or [(0.0, 0.0)]
+    left, right = min(x for x, _ in all_points), max(x for x, _ in all_points)
+    low, high = min(y for _, y in all_points), max(y for _, y in all_points)
+
+    def position(x: float, y: float) -> str:
         across = 60 + 352 * ((x - left) / (right - left) if right > left else 0.5)
         down = 150 - 142 * ((y - low) / (high - low) if high > low else 0.5)
         return f"{across:.1f},{down:.1f}"
 
     drawn = [
         {
-            "name": words,
+            "name": label,
             "kind": ("other" if i < len(lines) - 1 else "main") + (" point" if len(points) == 1 else ""),
-            "points": " ".join(place(x, y) for x, y in thinned(points, POINTS) * (2 if len(points) == 1 else 1)),
+            "points": " ".join(position(x, y) for x, y in thinned(points, MAX_POINTS) * (2 if len(points) == 1 else 1)),
         }
-        for i, (words, points) in enumerate(lines)
+        for i, (label, points) in enumerate(lines)
     ]
     ends = {"first": f"{left:g}" if left < right else "", "last": f"{unit} {right:g}"}
     return {"name": name, "low": f"{low:.4g}", "high": f"{high:.4g}", "lines": drawn, **ends}
@@ -177,43 +191,43 @@ def chart(name: str, lines: Sequence[tuple[str, list[tuple[float, float]]]], uni
 
 def _sweep_table(caller: Caller, sweeps: Sequence[ServedSweep]) -> dict[str, Any]:
     rows = []
-    for found in sweeps[:SHOWN]:
-        runs = list(caller.server.runs_of(found))
+    for served in sweeps[:MAX_TABLE_ROWS]:
+        runs = list(caller.server.runs_of(served))
         best = (
-            select(runs, None, f"{'-' if found.goal == 'maximize' else '+'}summary_metrics.{found.metric}")
-            if found.metric
+            select(runs, None, f"{'-' if served.goal == 'maximize' else '+'}summary_metrics.{served.metric}")
+            if served.metric
             else []
         )
-        value = best[0].summary_value(found.metric, found.goal) if best else None
+        value = best[0].summary_value(served.metric, served.goal) if best else None
         rows.append(
             [
-                Cell(str(found.raw.get("name") or found.id), f"/{found.entity}/{found.project}/sweeps/{found.id}"),
-                Cell(f"{found.entity}/{found.project}", f"/{found.entity}/{found.project}"),
-                Cell(found.state, state=True),
+                Cell(str(served.raw.get("name") or served.id), f"/{served.entity}/{served.project}/sweeps/{served.id}"),
+                Cell(f"{served.entity}/{served.project}", f"/{served.entity}/{served.project}"),
+                Cell(served.state, state=True),
                 Cell(f"{sum(run.active for run in runs)} of {len(runs)}", number=True),
-                Cell(found.metric),
+                Cell(served.metric),
                 Cell("" if value is None else f"{value:.4g}", number=True),
-                Cell(stamp(found.created)),
+                Cell(stamp(served.created)),
             ]
         )
-    header = ("sweep", "project", "state", "running", "metric", "best", "since")
-    empty = "None yet: `wandb sweep FILE.yaml` makes one."
-    return {"name": "Sweeps", "header": header, "rows": rows, "empty": empty, "more": max(0, len(sweeps) - SHOWN)}
+    header = ("sweep", "project", "state", "running", "metric", "best", "created")
+    empty = "None yet: `wandb sweep FILE.yaml` creates one."
+    return {"name": "Sweeps", "header": header, "rows": rows, "empty": empty, "more": max(0, len(sweeps) - MAX_TABLE_ROWS)}
 
 
 def _run_table(runs: Sequence[ServedRun], sweep: ServedSweep | None) -> dict[str, Any]:
-    """Runs; those of one sweep with what it varies, which tells them apart."""
+    """A table of runs; with a sweep, it shows the swept parameters."""
     swept, metric = (sweep.swept, sweep.metric) if sweep else ([], "")
     rows = []
-    for found in runs[:SHOWN]:
-        value = found.summary_value(metric, sweep.goal) if sweep and metric else None
-        link = f"/{found.key.entity}/{found.key.project}/runs/{found.key.name}"
-        cells = [Cell(_name(found), link), Cell(found.state, state=True)]
+    for served in runs[:MAX_TABLE_ROWS]:
+        value = served.summary_value(metric, sweep.goal) if sweep and metric else None
+        link = f"/{served.key.entity}/{served.key.project}/runs/{served.key.name}"
+        cells = [Cell(_name(served), link), Cell(served.state, state=True)]
         cells += [Cell("" if value is None else f"{value:.4g}", number=True)] if metric else []
-        point = sweep.point_of(found) if sweep else {}
+        point = sweep.point_of(served) if sweep else {}
         cells += [Cell(show(point[key]) if key in point else "", number=is_number(point.get(key))) for key in swept]
-        cells += [] if sweep else [_sweep_cell(found)]
-        cells += [Cell(f"{found.lines[states.HISTORY]}", number=True), Cell(ago(found.updated)), Cell(found.key.name)]
+        cells += [] if sweep else [_sweep_cell(served)]
+        cells += [Cell(f"{served.line_counts[HISTORY]}", number=True), Cell(ago(served.updated)), Cell(served.key.name)]
         rows.append(cells)
     header = (
         "run",
@@ -222,25 +236,26 @@ def _run_table(runs: Sequence[ServedRun], sweep: ServedSweep | None) -> dict[str
         *swept,
         *(() if sweep else ("sweep",)),
         "rows",
-        "last word",
+        "last update",
         "id",
     )
-    return {"name": "Runs", "header": header, "rows": rows, "empty": "None yet.", "more": max(0, len(runs) - SHOWN)}
+    return {"name": "Runs", "header": header, "rows": rows, "empty": "None yet.", "more": max(0, len(runs) - MAX_TABLE_ROWS)}
 
 
-def _sweep_cell(found: ServedRun) -> Cell:
-    link = f"/{found.key.entity}/{found.key.project}/sweeps/{found.sweep}" if found.sweep else ""
-    return Cell(found.sweep, link)
+def _sweep_cell(served: ServedRun) -> Cell:
+    link = f"/{served.key.entity}/{served.key.project}/sweeps/{served.sweep}" if served.sweep else ""
+    return Cell(served.sweep, link)
 
 
 def _agent_state(view: AgentView) -> str:
-    """`wandb agent --count N` leaves without a word, so one that is silent need not have crashed, as W&B calls it."""
-    silent = time.time() - view.agent.heard > AGENT_SILENCE_S
-    return "silent" if view.state == "CRASHED" or (view.state == "RUNNING" and silent) else view.state
+    """W&B's state, but "silent" for crashed: `wandb agent --count N` sends nothing when it exits."""
+    silent = time.time() - view.agent.last_seen_wall > AGENT_SILENCE_S
+    crashed = view.state is AgentState.CRASHED or (view.state is AgentState.RUNNING and silent)
+    return "silent" if crashed else view.state
 
 
-def _name(found: ServedRun) -> str:
-    return str(found.facts.get("displayName") or found.key.name)
+def _name(served: ServedRun) -> str:
+    return str(served.metadata.get("displayName") or served.key.name)
 
 
 def _trail(*steps: tuple[str, str]) -> Iterable[tuple[str, str]]:
@@ -248,14 +263,14 @@ def _trail(*steps: tuple[str, str]) -> Iterable[tuple[str, str]]:
 
 
 def show(value: Any) -> str:
-    """A value of the summary or the config, short."""
+    """A value of the summary or the config, shortened."""
     return f"{value:.6g}" if is_number(value) else value[:120] if isinstance(value, str) else json.dumps(value)[:120]
 
 
 def ago(seconds: float) -> str:
-    """How long ago a time was, for people."""
+    """How long ago a time was, as text. ``seconds``: since the epoch."""
     passed = max(0.0, time.time() - seconds)
-    for size, word in ((86400, "days"), (3600, "h"), (60, "min")):
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
         if passed >= size:
-            return f"{passed / size:.0f} {word} ago"
+            return f"{passed / size:.0f} {unit} ago"
     return f"{passed:.0f} s ago"

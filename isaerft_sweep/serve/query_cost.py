@@ -1,4 +1,4 @@
-"""What one query may cost: the server has one thread, and agents' heartbeats wait for it."""
+"""A limit on the cost of a query: the server has one thread, so agents' heartbeats wait while a query runs."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from contextvars import ContextVar
 from isaerft_sweep.serve.checks import RequestError
 
 LIMIT = 200_000
-"""Units that a query may use up, a few µs each: about a second."""
+"""Units per query, of a few µs each: about a second."""
 FIELD, ROW = 4, 1
-"""Of a field that is answered, of a row that is sent."""
+"""Units for each field in the response, and for each row in it."""
 PER_VALUE = 12
-"""Units more for every value that is sent along, up to twice the limit: many files at once are answered one by one."""
-LOOKS, READ_ROWS = 2, 8
-"""Runs that are looked at for a filter, and rows of a history that are read, for one unit."""
+"""Additional units for each value in the variables, up to twice the limit: requests for many files at once need them."""
+CHECKS_PER_UNIT, READS_PER_UNIT = 2, 8
+"""How many runs a filter checks, and how many rows of a history are read, for one unit."""
 
 _left: ContextVar[int | None] = ContextVar("left", default=None)
 
 
 class TooCostly(BaseException):
-    """Ends a query at once: an Exception would only make one of its fields null, and the others would go on."""
+    """Ends a query at once. An Exception would make only one of its fields null, and the others would still be computed."""
 
 
 @contextmanager
 def limited(values: int = 0) -> Iterator[None]:
-    """Within it ``spend`` counts. Raises RequestError when the query asks for too much. ``values``: how many it brings."""
+    """Enforce the limit within the block. Raises RequestError above it. ``values``: how many the query's variables have."""
     token = _left.set(LIMIT + min(PER_VALUE * values, 2 * LIMIT))
     try:
         yield
     except TooCostly as error:
         raise RequestError(
-            "this query asks for too much at once: it would keep agents waiting. Ask for fewer runs (first, after), fewer "
+            "this query asks for too much at once: it would keep agents waiting. Request fewer runs (first, after), fewer "
             "rows (samples, minStep and maxStep) or leave out lists within lists."
         ) from error
     finally:
@@ -40,7 +40,7 @@ def limited(values: int = 0) -> Iterator[None]:
 
 
 def spend(units: int) -> None:
-    """Use up a part of what the query may cost; outside of one nothing is counted."""
+    """Count units against the query's limit; outside a query, do nothing."""
     left = _left.get()
     if left is None:
         return
@@ -50,5 +50,5 @@ def spend(units: int) -> None:
 
 
 def spend_reading(rows: int) -> None:
-    """A history is read. One alone is never too much."""
-    spend(min(rows // READ_ROWS, LIMIT // 10))
+    """Count the reading of a history of ``rows`` rows. A single one never exceeds the limit."""
+    spend(min(rows // READS_PER_UNIT, LIMIT // 10))

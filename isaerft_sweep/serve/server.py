@@ -1,4 +1,4 @@
-"""All that the server knows, and what it does with it. One thread; every change is on the disk before it is answered.
+"""The server's data and the operations on it. It uses one thread; every change is on disk before it is acknowledged.
 
 On disk: ``server.jsonl`` (projects, sweeps, agents, artifacts), ``runs/ENTITY/PROJECT/ID.jsonl`` with the run's uploaded
 files in the folder of the same name, ``sweeps/ID/journal.jsonl`` (the embedded controller's journal).
@@ -19,23 +19,29 @@ from isaerft_sweep.errors import FolderError, SpaceError
 from isaerft_sweep.journal.append_log import AppendLog, whole_lines
 from isaerft_sweep.journal.job_refs import AgentJob
 from isaerft_sweep.journal.layout import SweepFolder
-from isaerft_sweep.serve import runs as states
-from isaerft_sweep.serve import sweeps
 from isaerft_sweep.serve.agent_registry import AgentRegistry, ServedAgent
 from isaerft_sweep.serve.artifacts import Artifacts
 from isaerft_sweep.serve.checks import RequestError, checked_name
-from isaerft_sweep.serve.disk import made_folder
-from isaerft_sweep.serve.runs import RunKey, ServedRun
+from isaerft_sweep.serve.disk import prepare_folder
+from isaerft_sweep.serve.run_state import RunState, SweepRunState
+from isaerft_sweep.serve.runs import HISTORY, RunKey, ServedRun, next_state
 from isaerft_sweep.serve.sweep_config import parse_config, read_definition
 from isaerft_sweep.serve.sweeps import ServedSweep
 
 log = logging.getLogger("isaerft.serve")
 SILENCE_S = 90.0
-"""A run that nobody has heard of for so long has crashed: three times the interval of wandb's own sign of life."""
+"""A run has crashed after so long without a sign of life: three times the interval of wandb's heartbeats."""
 
 
 class Server:
-    """``silence_s``: after how long a run that nobody hears of has crashed."""
+    """All projects, sweeps, agents, runs and artifacts of one data folder.
+
+    Args:
+        folder: the data folder.
+        entity: the default owner of projects.
+        silence_s: seconds without a sign of life after which a run has crashed.
+        read_only: load the data without locking the folder or writing to it; a server may be using it.
+    """
 
     def __init__(self, folder: Path, entity: str, silence_s: float = SILENCE_S, read_only: bool = False) -> None:
         self.folder, self.entity, self.silence_s = folder, entity, silence_s
@@ -44,24 +50,24 @@ class Server:
         self.sweeps: dict[str, ServedSweep] = {}
         self.agents: dict[str, ServedAgent] = {}
         self.artifacts = Artifacts(folder / "artifacts")
-        self.aside = folder / ".aside"
-        """Where files are written until they are whole."""
+        self.staging = folder / ".aside"
+        """Where uploads are written until they are complete."""
         self._read_only = read_only
-        self.fleet = AgentRegistry(self)
+        self.registry = AgentRegistry(self)
         if not read_only:
             self._lock()
         self._load(read_only)
 
-    # -- what is on the disk
+    # -- data on disk
 
     def _lock(self) -> None:
         try:
-            made_folder(self.folder)
+            prepare_folder(self.folder)
             self._handle = (self.folder / ".lock").open("a", encoding="utf-8")
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.aside.mkdir(exist_ok=True)
-            for left in self.aside.iterdir():  # by a server that was killed
-                left.unlink()
+            self.staging.mkdir(exist_ok=True)
+            for leftover in self.staging.iterdir():  # of a server that was killed
+                leftover.unlink()
         except BlockingIOError as error:
             raise FolderError(
                 f"{self.folder} is in use by another server. Stop it, or choose another: --data PATH."
@@ -89,21 +95,21 @@ class Server:
     def _load_runs(self) -> None:
         for path in sorted(p for p in (self.folder / "runs").glob("*/*/*.jsonl") if p.is_file()):
             key = RunKey(path.parent.parent.name, path.parent.name, path.name.removesuffix(".jsonl"))
-            run = ServedRun(key, path, heard=time.monotonic())
+            run = ServedRun(key, path, last_seen_monotonic=time.monotonic())
             run.load(lambda sweep: self.sweeps[sweep].metric if sweep in self.sweeps else "")
             self.runs[key] = run
             self.projects.setdefault((key.entity, key.project), run.created)
 
     def _reconcile(self, sweep: ServedSweep) -> None:
-        """After a kill between two writes: the journal is told what the runs' own logs say."""
+        """Bring journal and run logs in line, in case the server was killed between two writes. The run logs decide."""
         if sweep.definition is None:
             return
         for record in list(sweep.records.values()):
             run = self.runs.get(RunKey(sweep.entity, sweep.project, record.run_id))
             if isinstance(record.job, AgentJob) and (run is None or run.attempt < record.attempt):
-                self.fleet.begin_attempt(sweep, record, record.job.agent)
+                self.registry.begin_attempt(sweep, record, record.job.agent)
             elif record.job is not None and run is not None and not run.active:
-                self.fleet.unsettled.add(run.key)
+                self.registry.finalize_later(run)
             if run is not None:
                 sweep.restore_curve(run)
 
@@ -120,31 +126,29 @@ class Server:
 
     def _on_sweep(self, event: Mapping[str, Any]) -> None:
         folder = SweepFolder(self.folder / "sweeps" / event["id"])
-        kept = event["imported"] or self._read_only  # the journal is another process's
-        sweep = ServedSweep(folder, event["entity"], event["project"], event["id"], event["config"], kept)
-        sweep.created = sweep.updated = event["t"]
-        sweep.facts = {k: event[k] for k in ("description", "displayName") if event.get(k)}
+        stored_only = event["imported"] or self._read_only  # another process may be writing the journal
+        sweep = ServedSweep(
+            folder, event["entity"], event["project"], event["id"], event["config"], event["t"], stored_only=stored_only
+        )
+        sweep.apply_update(event["t"], None, _sweep_metadata(event))
         self.sweeps[sweep.id] = sweep
 
     def _on_sweep_update(self, event: Mapping[str, Any]) -> None:
         sweep = self.sweeps[event["id"]]
-        sweep.updated = event["t"]
         if event.get("config"):
             try:
                 sweep.update(event["config"])
-            except SpaceError as error:  # an older version has taken it; a new one is checked before it is written
-                log.error("sweep %s keeps its older file, since this version does not take the newer: %s", sweep.id, error)
-        sweep.state = event.get("state") or sweep.state
-        sweep.facts.update({k: event[k] for k in ("description", "displayName") if event.get(k)})
+            except SpaceError as error:  # an older version accepted it; new files are checked before they are written
+                log.error("sweep %s keeps its older file, since this version rejects the newer one: %s", sweep.id, error)
+        sweep.apply_update(event["t"], event.get("state"), _sweep_metadata(event))
 
     def _on_agent(self, event: Mapping[str, Any]) -> None:
-        agent = ServedAgent(event["id"], event["sweep"], event["host"], event["user"], event["t"])
-        agent.heard = event["t"]
-        agent.heard_at = time.monotonic()
+        created = event["t"]
+        agent = ServedAgent(event["id"], event["sweep"], event["host"], event["user"], created, created, time.monotonic())
         self.agents[agent.id] = agent
 
     def _on_artifact(self, event: Mapping[str, Any]) -> None:
-        self.artifacts.note(event["id"], event["facts"], event["t"])
+        self.artifacts.apply(event["id"], event["facts"], event["t"])
 
     def close(self) -> None:
         self._log.close()
@@ -155,68 +159,88 @@ class Server:
     # -- projects and sweeps
 
     def project(self, entity: str | None, name: str | None) -> tuple[str, str]:
-        """The project's key. Raises RequestError when there is none of that name."""
+        """The key of an existing project. Raises RequestError when there is no such project."""
         key = (entity or self.entity, name or "uncategorized")
         if key not in self.projects:
             raise RequestError(f"there is no project {key[0]}/{key[1]} on this server.", 404)
         return key
 
-    def make_project(self, entity: str | None, name: str | None) -> tuple[str, str]:
-        """The project's key, made if it is new. Raises RequestError on a name that cannot be one."""
+    def ensure_project(self, entity: str | None, name: str | None) -> tuple[str, str]:
+        """The key of a project, which is created if needed. Raises RequestError when a name is not valid."""
         key = (checked_name("entity", entity or self.entity), checked_name("project", name or "uncategorized"))
         if key not in self.projects:
             self.write(event="project", entity=key[0], name=key[1])
         return key
 
-    def create_sweep(self, entity: str | None, project: str | None, config: str, facts: Mapping[str, Any]) -> ServedSweep:
-        """A new sweep. Raises SpaceError when its config is not valid, RequestError on a bad name."""
+    def create_sweep(self, entity: str | None, project: str | None, config: str, metadata: Mapping[str, Any]) -> ServedSweep:
+        """Create a sweep. Raises SpaceError when its config is not valid, RequestError when a name is not.
+
+        Args:
+            entity: the owner of the project; None: the server's default.
+            project: the project; None: ``uncategorized``.
+            config: the text of the sweep file.
+            metadata: ``description`` and ``displayName``, as far as they are set.
+        """
         raw = parse_config(config)
         read_definition(raw)
-        key = self.make_project(entity, project)
+        key = self.ensure_project(entity, project)
         sweep_id = new_sweep_id()
-        self.write(event="sweep", id=sweep_id, entity=key[0], project=key[1], config=config, imported=False, **facts)
+        self.write(event="sweep", id=sweep_id, entity=key[0], project=key[1], config=config, imported=False, **metadata)
         return self.sweeps[sweep_id]
 
     def import_sweep(self, entity: str, project: str, sweep_id: str, config: str) -> ServedSweep:
-        """A sweep of another place, whose runs will be uploaded here."""
+        """Create a sweep that another controller or server runs, and whose runs are uploaded here.
+
+        Args:
+            entity: the owner of the project.
+            project: the project.
+            sweep_id: the id of the sweep, which stays the same.
+            config: the text of the sweep file.
+        """
         if sweep_id in self.sweeps:
             return self.find_sweep(entity, project, sweep_id)
         parse_config(config)
         checked_name("sweep", sweep_id)
-        key = self.make_project(entity, project)
+        key = self.ensure_project(entity, project)
         self.write(event="sweep", id=sweep_id, entity=key[0], project=key[1], config=config, imported=True)
         sweep = self.sweeps[sweep_id]
         for run in self.runs_of(sweep):
-            run.metric = sweep.metric
+            run.use_metric(sweep.metric)
         return sweep
 
-    def update_sweep(self, sweep: ServedSweep, config: str | None, state: str | None, facts: Mapping[str, Any]) -> None:
-        """Change a sweep's state, cap or words."""
-        known = (sweeps.RUNNING, sweeps.PAUSED, sweeps.FINISHED, sweeps.CANCELED)
-        if state is not None and state not in known:
-            raise RequestError(f"a sweep's state must be one of {', '.join(known)} but got '{state}'.")
+    def update_sweep(self, sweep: ServedSweep, config: str | None, state: str | None, metadata: Mapping[str, Any]) -> None:
+        """Change a sweep. Raises SpaceError when its config cannot change so, RequestError when the state is not valid.
+
+        Args:
+            sweep: the sweep to change.
+            config: the text of the new sweep file; None keeps the current one.
+            state: the new state; None keeps the current one, or reopens the sweep when its new cap allows more runs.
+            metadata: the fields that change, of ``description`` and ``displayName``.
+        """
+        if state is not None and state not in list(SweepRunState):
+            raise RequestError(f"a sweep's state must be one of {', '.join(SweepRunState)} but got '{state}'.")
         if config is not None:
             before = sweep.config
-            was_over = sweep.over
+            was_over = sweep.is_over
             sweep.update(config)
-            if state is None and sweep.opens_again(was_over):
-                state = sweeps.RUNNING
+            if state is None and sweep.reopens(was_over):
+                state = SweepRunState.RUNNING
             sweep.update(before)
-        self.write(event="sweep_update", id=sweep.id, config=config, state=state, **facts)
-        if state == sweeps.CANCELED:
+        self.write(event="sweep_update", id=sweep.id, config=config, state=state, **metadata)
+        if state == SweepRunState.CANCELED:
             for run in self.runs_of(sweep):
                 if run.active and not run.stop:
                     run.write(set={"stop": "cancel"})
 
     def find_sweep(self, entity: str | None, project: str | None, sweep_id: str) -> ServedSweep:
-        """Raises RequestError when there is none of that id in the project."""
+        """Look up a sweep. Raises RequestError when the project has no sweep with that id."""
         sweep = self.sweeps.get(sweep_id)
         if sweep is None or (project and sweep.project != project) or (entity and sweep.entity != entity):
             raise RequestError(f"there is no sweep {entity or self.entity}/{project}/{sweep_id} on this server.", 404)
         return sweep
 
     def runs_of(self, sweep: ServedSweep) -> Iterator[ServedRun]:
-        """The sweep's runs, by age."""
+        """The sweep's runs, oldest first."""
         for run in list(self.runs.values()):
             if run.sweep == sweep.id and (run.key.entity, run.key.project) == (sweep.entity, sweep.project):
                 yield run
@@ -224,87 +248,95 @@ class Server:
     # -- runs
 
     def run_of(self, key: RunKey) -> ServedRun:
+        """The run with that key; if it does not exist, a new one, which is not on disk yet."""
         run = self.runs.get(key)
         if run is None:
             checked_name("run", key.name)
             path = self.folder / "runs" / key.entity / key.project / f"{key.name}.jsonl"
-            run = self.runs[key] = ServedRun(key, path, heard=time.monotonic())
+            run = self.runs[key] = ServedRun(key, path, last_seen_monotonic=time.monotonic())
         return run
 
-    def upsert_run(self, key: RunKey, facts: Mapping[str, Any], from_run: bool = True) -> tuple[ServedRun, bool]:
-        """Make or change a run; whether it is new. A run that had ended begins again when its client asked for it first.
+    def upsert_run(self, key: RunKey, fields: Mapping[str, Any], from_run: bool = True) -> tuple[ServedRun, bool]:
+        """Create or change a run; also returns whether it is new. An ended run resumes when its client queried it before.
 
-        ``from_run``: whether the run's own process says so, not somebody who edits it.
+        ``fields``: of ``upsertBucket``. ``from_run``: whether the run's own process sent them, not a user who edits the run.
         """
-        self.make_project(key.entity, key.project)
+        self.ensure_project(key.entity, key.project)
         inserted = key not in self.runs
         run = self.run_of(key)
-        sweep = self.sweeps.get(str(facts.get("sweep") or run.sweep))
+        sweep = self.sweeps.get(str(fields.get("sweep") or run.sweep))
         if inserted and sweep is not None:
-            run.metric = sweep.metric
-        given = {name: value for name, value in facts.items() if value is not None and run.facts.get(name) != value}
-        event: dict[str, Any] = {"facts": given} if given or inserted else {}
-        # a process names its host or program when it begins, and never again; one that goes on has asked for the run first
-        anew = from_run and not run.resuming and not inserted and bool({"host", "jobProgram"} & facts.keys())
-        begins = (from_run and (run.resuming or run.state == states.PENDING)) or anew
-        if inserted or (begins and run.state != states.RUNNING):
-            event["set"] = {"state": states.RUNNING, "exitcode": None}
-        run.begun_anew = not run.resuming and (begins or run.begun_anew)
-        run.resuming = run.resuming and not from_run
-        if begins and run.state == states.CRASHED:
-            self.fleet.revive(run)
+            run.use_metric(sweep.metric)
+        changed = {name: value for name, value in fields.items() if value is not None and run.metadata.get(name) != value}
+        event: dict[str, Any] = {"facts": changed} if changed or inserted else {}
+        # A process sends its host or program only when it starts. One that resumes has queried the run before.
+        restarts = from_run and not run.resume_pending and not inserted and bool({"host", "jobProgram"} & fields.keys())
+        starts = (from_run and (run.resume_pending or run.state is RunState.PENDING)) or restarts
+        if inserted or (starts and run.state is not RunState.RUNNING):
+            event["set"] = {"state": RunState.RUNNING, "exitcode": None}
+        run.upserted(starts, from_run)
+        if starts and run.state is RunState.CRASHED:
+            self.registry.revive(run)
         if event:
             run.write(**event)
-        run.heard = time.monotonic()
+        run.seen(time.monotonic())
         return run, inserted
 
     def find_run(self, entity: str | None, project: str | None, name: str) -> ServedRun:
-        """Raises RequestError when there is none of that id."""
+        """Look up a run. Raises RequestError when the project has no run with that id."""
         run = self.runs.get(RunKey(entity or self.entity, project or "uncategorized", name))
         if run is None:
             raise RequestError(f"there is no run {entity or self.entity}/{project}/{name} on this server.", 404)
         return run
 
     def stream(self, run: ServedRun, files: Mapping[str, tuple[int, list[str]]], ending: Mapping[str, Any]) -> bool:
-        """Take in what a run streams; whether it should stop.
+        """Store what a run streams; returns whether the run should stop.
 
-        ``ending``: of ``preempting``, ``complete`` and ``exitcode`` what the client sent.
+        Args:
+            run: the run that sent the request.
+            files: offset and lines by stream.
+            ending: ``preempting``, ``complete`` and ``exitcode``, as far as the client sent them.
         """
-        run.heard = time.monotonic()
+        run.seen(time.monotonic())
         if run.overwritten_by(files):
             run.write(set={"anew": True})
-        run.begun_anew = run.begun_anew and not any(name in files for name in states.STREAMS)
+        run.streamed(files)
         fresh = {name: (offset, run.new_rows(name, offset, rows)) for name, (offset, rows) in files.items()}
         event: dict[str, Any] = {"files": {name: part for name, part in fresh.items() if part[1]}}
         if ending.get("complete") and event["files"]:
-            run.write(**event)  # the summary says how it ended
+            run.write(**event)  # ``next_state`` reads the summary
             event["files"] = {}
-        values = states.next_state(run, ending, run.key in self.fleet.unsettled)
-        if values and run.state == states.CRASHED:
-            self.fleet.revive(run)
+        values = next_state(run, ending, self.registry.may_be_retried(run))
+        if values and run.state is RunState.CRASHED:
+            self.registry.revive(run)
         if values:
             event["set"] = values
         if event["files"] or values:
             run.write(**event)
         if not run.active:
-            self.fleet.finalize(run)
+            self.registry.finalize(run)
             return False
-        if states.HISTORY in files:  # be it only again: the disk may have been full
-            self.fleet.judge(run)
+        if HISTORY in files:  # also when the rows are stored already: the disk may have been full then
+            self.registry.check_early_stop(run)
         return bool(run.stop)
 
     def stop_run(self, run: ServedRun) -> None:
-        """Somebody wants the run to end."""
+        """A user requests that the run stops."""
         if run.active and not run.stop:
             run.write(set={"stop": "user"})
 
     def files_of(self, run: ServedRun) -> Path:
-        """The folder of the run's uploaded files. No run's log may have its name."""
+        """The folder of the run's uploaded files. Its name never equals that of a run's log."""
         folder = run.path.with_suffix("")
         return folder if folder.suffix != ".jsonl" else folder.with_name(f"{folder.name}+files")
 
     # -- artifacts
 
-    def note_artifact(self, artifact_id: str, **facts: Any) -> dict[str, Any]:
-        self.write(event="artifact", id=artifact_id, facts=facts)
+    def write_artifact(self, artifact_id: str, **fields: Any) -> dict[str, Any]:
+        """Set fields of an artifact, which is created if needed; returns all its fields."""
+        self.write(event="artifact", id=artifact_id, facts=fields)
         return self.artifacts[artifact_id]
+
+
+def _sweep_metadata(event: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: event[name] for name in ("description", "displayName") if event.get(name)}

@@ -1,4 +1,4 @@
-"""Addresses that hold their own permission: wandb uploads files without its key."""
+"""Signed URLs, which need no key: wandb uploads files without it."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ SECRET_BYTES = 32
 
 
 class Signer:
-    """The secret lies in ``path``, so that addresses stay valid over a restart."""
+    """Signs and checks URLs. The secret is stored in ``path``, so that URLs stay valid after a restart."""
 
     def __init__(self, path: Path) -> None:
         secret = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-        if len(secret) < 2 * SECRET_BYTES:  # a torn one would be anybody's guess
+        if len(secret) < 2 * SECRET_BYTES:  # one that was written only in part could be guessed
             secret = secrets.token_hex(SECRET_BYTES)
             write_secret(path, secret)
         self._secret = secret.encode()
 
     def sign(self, method: str, path: str) -> str:
-        """The query string of an address for ``method`` on ``path``."""
+        """The query string of a signed URL for ``method`` on ``path``."""
         until = int(time.time()) + VALID_S
         return f"until={until}&signature={self._signature(method, path, until)}"
 
     def allows(self, method: str, path: str, until: str, signature: str) -> bool:
-        """Whether the address is one of ours and not too old."""
+        """Whether the signature is valid and has not expired. ``until``: seconds since the epoch, as in the URL."""
         if not until.isdecimal() or len(until) > 12 or int(until) < time.time():
             return False
         return hmac.compare_digest(self._signature(method, path, int(until)).encode(), signature.encode("utf-8", "replace"))

@@ -1,4 +1,4 @@
-"""What a sweep's config says: parsed, checked, and in the shapes that agents and pruner need."""
+"""Reads a sweep's config: parses it, checks it, and converts it for agents and the pruner."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from isaerft_sweep.specs import Experiment
 from isaerft_sweep.tracking.metric_names import is_number
 
 PROGRAMS = ("isaerft_sweep.launch", "isaerft_sweep/launch.py", "isaerft-launch")
-"""What starts a trial of this package, in a sweep file's command."""
+"""Names in a sweep file's command that start a trial of this package."""
 EVALUATIONS = 1000
-"""How many evaluations a run has when its config does not tell."""
+"""The number of evaluations of a run whose config does not say it."""
 
 
 def parse_config(config: str) -> dict[str, Any]:
-    """A sweep file's YAML. Raises SpaceError."""
+    """Parse the YAML of a sweep file. Raises SpaceError."""
     raw = parse_yaml(config)
     if not isinstance(raw, Mapping):
         raise SpaceError("a sweep's config must be a mapping with method, metric and parameters.")
@@ -30,7 +30,7 @@ def parse_config(config: str) -> dict[str, Any]:
 
 
 def read_definition(raw: Mapping[str, Any]) -> SweepDefinition:
-    """The checked config: for our own trials as ``launch`` reads it, W&B's rules for other programs. Raises SpaceError."""
+    """Check the config: for this package's trials as ``launch`` does, else by W&B's rules. Raises SpaceError."""
     try:
         definition = read_sweep(raw, ours=is_ours(raw))
         return check_definition(definition, _experiment(_arguments(raw))) if is_ours(raw) else definition
@@ -41,10 +41,10 @@ def read_definition(raw: Mapping[str, Any]) -> SweepDefinition:
 
 
 def _arguments(raw: Mapping[str, Any]) -> tuple[str, ...]:
-    """What the command gives to ``launch`` beside the sampled values: what an agent's machine fills in is not known here."""
-    words = [str(word) for word in raw.get("command") or ()]
-    place = next((i for i, word in enumerate(words) if word == "${program}" or any(name in word for name in PROGRAMS)), -1)
-    return tuple(word for word in words[place + 1 :] if place >= 0 and "${" not in word and not word.startswith("-"))
+    """The overrides in the command of ``launch``, without macros such as ``${args}``, which only the agent can expand."""
+    parts = [str(part) for part in raw.get("command") or ()]
+    start = next((i for i, part in enumerate(parts) if part == "${program}" or any(name in part for name in PROGRAMS)), -1)
+    return tuple(part for part in parts[start + 1 :] if start >= 0 and "${" not in part and not part.startswith("-"))
 
 
 @lru_cache(maxsize=256)
@@ -60,17 +60,17 @@ def is_ours(raw: Mapping[str, Any]) -> bool:
 
 
 def nested(params: Mapping[str, Any], blocks: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flat values in the shape of the sweep file's ``parameters``."""
-    found: dict[str, Any] = {}
+    """Nest flat values like the sweep file's ``parameters`` (``blocks``). ``prefix``: the dotted name of ``blocks``."""
+    values: dict[str, Any] = {}
     for name, block in blocks.items():
         key = f"{prefix}.{name}" if prefix else str(name)
         inner = block.get("parameters") if isinstance(block, Mapping) else None
-        found[str(name)] = nested(params, inner, key) if inner else params[key]
-    return found
+        values[str(name)] = nested(params, inner, key) if inner else params[key]
+    return values
 
 
 def evaluations_of(config: Mapping[str, Any]) -> int:
-    """How often a run with this config is evaluated after its first step."""
+    """The number of evaluations, after the one at step 0, of a run with this config."""
     orpo = config.get("orpo")
     if not isinstance(orpo, Mapping):
         return EVALUATIONS

@@ -1,4 +1,4 @@
-"""One sweep on the server: the embedded controller's journal, sampler and early stopping, asked by agents' heartbeats."""
+"""One sweep on the server: the embedded controller's journal, sampler and early stopping, driven by agents' heartbeats."""
 
 from __future__ import annotations
 
@@ -20,27 +20,46 @@ from isaerft_sweep.scheduling.sweep_state import AttemptOutcome, SweepLimits, Sw
 from isaerft_sweep.search.pruning import make_pruner
 from isaerft_sweep.search.sampler import Point, Sampler
 from isaerft_sweep.search.sweep_file import SweepDefinition
-from isaerft_sweep.serve import runs as states
+from isaerft_sweep.serve.run_state import RunState, SweepRunState
 from isaerft_sweep.serve.runs import ServedRun
 from isaerft_sweep.serve.sweep_config import evaluations_of, is_ours, nested, parse_config, read_definition
 from isaerft_sweep.spec_fields import canonical_json
 from isaerft_sweep.tracking.metric_names import parameter_names, value_at
 
 log = logging.getLogger("isaerft.serve")
-RUNNING, PAUSED, FINISHED, CANCELED = "RUNNING", "PAUSED", "FINISHED", "CANCELED"
 MAX_RETRIES = 2
-"""How often a run that has died without a word is handed out again."""
+"""How often a run that crashed is assigned again."""
 
 
 class ServedSweep:
-    """``state`` is W&B's; ``imported`` is a sweep of another place, whose runs are only kept here."""
+    """A sweep with its trials.
 
-    def __init__(self, folder: SweepFolder, entity: str, project: str, sweep_id: str, config: str, imported: bool) -> None:
+    Args:
+        folder: holds the sweep's journal.
+        entity: the owner of the project.
+        project: the project that the sweep belongs to.
+        sweep_id: W&B's id of the sweep.
+        config: the text of the sweep file.
+        created: when the sweep was created, in seconds since the epoch.
+        stored_only: whether the server only stores and shows the sweep and never assigns runs of it.
+    """
+
+    def __init__(
+        self,
+        folder: SweepFolder,
+        entity: str,
+        project: str,
+        sweep_id: str,
+        config: str,
+        created: float,
+        *,
+        stored_only: bool,
+    ) -> None:
         self.folder, self.entity, self.project, self.id, self.config = folder, entity, project, sweep_id, config
-        self.imported = imported
-        self.state = FINISHED if imported else RUNNING
-        self.facts: dict[str, Any] = {}
-        self.created = self.updated = time.time()
+        self.stored_only = stored_only
+        self.state = SweepRunState.FINISHED if stored_only else SweepRunState.RUNNING
+        self.metadata: dict[str, Any] = {}
+        self.created = self.updated = created
         self.raw: dict[str, Any] = {}
         self.definition: SweepDefinition | None = None
         self._read()
@@ -49,13 +68,13 @@ class ServedSweep:
             self._open(self.definition)
 
     def _read(self) -> None:
-        """Take in the file. A new one has been checked; one that this version does not take must not stop the others."""
+        """Read the sweep file. New files are validated before; one that this version rejects must not block other sweeps."""
         try:
             self.raw = parse_config(self.config)
-            self.definition = None if self.imported else read_definition(self.raw)
+            self.definition = None if self.stored_only else read_definition(self.raw)
         except SpaceError as error:
-            log.error("sweep %s is only shown, since this version does not take its file: %s", self.id, error)
-            self.state = FINISHED
+            log.error("sweep %s is only shown, since this version rejects its file: %s", self.id, error)
+            self.state = SweepRunState.FINISHED
 
     def _open(self, definition: SweepDefinition) -> None:
         self.journal = Journal(self.folder)
@@ -77,81 +96,97 @@ class ServedSweep:
         if self.definition is not None:
             self.journal.close()
 
+    # -- settings
+
     @property
     def metric(self) -> str:
-        """The metric that the sweep is about; empty when it names none."""
+        """The name of the metric to optimize; empty when the sweep file names none."""
         if self.definition is not None:
             return self.definition.metric.name
-        return str(self._asked_metric.get("name", ""))
+        return str(self._metric_config.get("name", ""))
 
     @property
     def goal(self) -> str:
-        return str(self._asked_metric.get("goal", "minimize"))
+        return str(self._metric_config.get("goal", "minimize"))
 
     @property
-    def _asked_metric(self) -> Mapping[str, Any]:
-        asked = self.raw.get("metric")
-        return asked if isinstance(asked, Mapping) else {}
+    def _metric_config(self) -> Mapping[str, Any]:
+        config = self.raw.get("metric")
+        return config if isinstance(config, Mapping) else {}
 
     @property
     def swept(self) -> list[str]:
-        """The dotted names of the parameters that it varies, in the file's order."""
+        """The dotted names of the parameters that vary, in the file's order."""
         blocks = self.raw.get("parameters")
         return parameter_names(blocks, constants=False) if isinstance(blocks, Mapping) else []
 
     def point_of(self, run: ServedRun) -> dict[str, Any]:
-        """What a run of this sweep has been given, by dotted name: what was handed out, else what its config says."""
+        """The swept values of a run, by dotted name: from the journal, or from the run's config when it is not in there."""
         record = self.record_of(run.key.name)
-        values = record.point.params if record is not None else run.config_values()
-        found = {key: value_at(values, key) for key in self.swept}
-        return {key: value for key, value in found.items() if value is not None}
+        params = record.point.params if record is not None else run.config_values()
+        values = {key: value_at(params, key) for key in self.swept}
+        return {key: value for key, value in values.items() if value is not None}
 
     @property
     def cap(self) -> float:
-        """How many runs there are to be; infinite when neither the file nor the space says."""
+        """The number of runs of the whole sweep; infinite when neither the file nor the search space limits it."""
         return self.trials.limits.trials
 
     def _cap(self, definition: SweepDefinition) -> float:
         return min(math.inf if definition.run_cap is None else definition.run_cap, self.sampler.size)
 
     def update(self, config: str) -> None:
-        """Another file for the same sweep. Raises SpaceError when it asks something else but for ``run_cap``."""
+        """Replace the sweep file. Raises SpaceError when more than ``run_cap``, name and description differs."""
         raw = parse_config(config)
         old, new = ({k: v for k, v in c.items() if k not in ("run_cap", "name", "description")} for c in (self.raw, raw))
-        if not self.imported and canonical_json(old) != canonical_json(new):
+        if not self.stored_only and canonical_json(old) != canonical_json(new):
             raise SpaceError(
-                "a sweep that has begun keeps its question: only run_cap, name and description can be changed. Start "
-                "another sweep for another space."
+                "a sweep that has started keeps its settings: only run_cap, name and description can be changed. Start "
+                "another sweep for another search space."
             )
         definition = read_definition(raw) if self.definition is not None else None
         self.config, self.raw, self.definition = config, raw, definition
         if definition is not None:
             self.trials.change_cap(self._cap(definition))
 
+    def apply_update(self, time_s: float, state: str | None, metadata: Mapping[str, Any]) -> None:
+        """Apply an update that is on disk.
+
+        Args:
+            time_s: when it was written, in seconds since the epoch.
+            state: the new state; None keeps the current one.
+            metadata: the fields that change.
+        """
+        self.updated = time_s
+        self.state = SweepRunState(state) if state else self.state
+        self.metadata.update(metadata)
+
+    # -- trials
+
     def record_of(self, name: str) -> TrialRecord | None:
         return next((r for r in self.records.values() if r.run_id == name), None) if self.definition else None
 
-    def next(self, agent: str) -> TrialRecord | None:
-        """The run that an idle agent is to do, noted as given to it; None when there is none now."""
+    def assign_trial(self, agent: str) -> TrialRecord | None:
+        """Assign the next trial to an idle agent, in the journal; None when nothing can be started now."""
         record = self.trials.next_trial()
         if record is None:
             return None
         try:
             self.trials.dispatched(record, record.attempt + 1, AgentJob(agent))
-        except Exception:  # a disk that is full must not lose it
+        except Exception:  # such as a full disk: the trial must not be lost
             self.trials.put_back([record])
             raise
         self._started_s[record.index] = time.monotonic()
         return record
 
     def _finish(self, record: TrialRecord, outcome: AttemptOutcome) -> None:
-        """An attempt has ended; whether the run is handed out again ``SweepState`` says."""
+        """Record the end of an attempt. ``SweepState`` decides whether the trial is retried."""
         seconds = time.monotonic() - self._started_s.get(record.index, time.monotonic())
         self.trials.finished(record, replace(outcome, seconds=round(seconds, 3)))
         self._started_s.pop(record.index, None)
 
     def finalize(self, run: ServedRun) -> None:
-        """Take in that a run of this sweep has come to an end in W&B's sense."""
+        """Record that a run of this sweep has ended in W&B's sense. Does nothing when that is recorded already."""
         record = self.record_of(run.key.name)
         if record is None or record.job is None or run.active:
             return
@@ -161,8 +196,8 @@ class ServedSweep:
         self._finish(record, outcome)
 
     def _outcome(self, run: ServedRun) -> AttemptOutcome:
-        """What the end of a run means for its trial."""
-        if run.state == states.FINISHED:
+        """The outcome of the trial's attempt, from the state of its ended run."""
+        if run.state is RunState.FINISHED:
             value = run.summary_value(self.metric, self.goal)
             message = "" if value is not None else f"it logged no finite {self.metric}"
             return AttemptOutcome(TrialState.COMPLETED, value, message)
@@ -170,26 +205,28 @@ class ServedSweep:
             return AttemptOutcome(TrialState.PRUNED, message="stopped early; its checkpoint is kept")
         if run.stop:
             return AttemptOutcome(TrialState.STOPPED, message=f"stopped by the {run.stop}", can_retry=False)
-        if run.state == states.PREEMPTED:
+        if run.state is RunState.PREEMPTED:
             return AttemptOutcome(TrialState.STOPPED, message="preempted: it will resume")
-        if run.state == states.CRASHED:
-            message = "neither the run nor its agent has been heard of"
+        if run.state is RunState.CRASHED:
+            message = "no sign of life from the run or its agent"
             return AttemptOutcome(TrialState.FAILED, message=message, counted=True)
         message = f"ended with code {run.exitcode}"
-        if run.said_state == TrialState.DIVERGED:
+        if run.reported_trial_state == TrialState.DIVERGED:
             return AttemptOutcome(TrialState.DIVERGED, message=message)
         return AttemptOutcome(TrialState.FAILED, message=message, can_retry=False, counted=True)
 
     def revive(self, run: ServedRun) -> None:
-        """A run that was taken for dead speaks: unless it has been handed out again, its attempt goes on."""
+        """A crashed run turns out to be alive: its attempt continues, unless the run has been assigned again."""
         record = self.record_of(run.key.name)
         if record is None or record.job is not None or record.state != TrialState.FAILED:
             return
         self.trials.resume_attempt(record, AgentJob(run.agent))
         self._started_s[record.index] = time.monotonic()
 
+    # -- early stopping
+
     def should_stop(self, run: ServedRun) -> bool:
-        """Whether the pruner has had enough of the run; each evaluation is judged once."""
+        """Whether the pruner stops the run. It decides once per evaluation."""
         record = self.record_of(run.key.name)
         if record is None or record.job is None or not run.active or run.stop:
             return False
@@ -197,14 +234,14 @@ class ServedSweep:
         early = self.trials.early
         return early is not None and early.stops(record.index, run.curve)
 
-    def judge_again(self, run: ServedRun) -> None:
-        """The decision to stop the run could not be kept."""
+    def repeat_stop_decision(self, run: ServedRun) -> None:
+        """Let the pruner decide again: its decision to stop the run could not be written."""
         record = self.record_of(run.key.name)
         if record is not None and self.trials.early is not None:
             self.trials.early.forget(record.index)
 
     def _note_curve(self, record: TrialRecord, run: ServedRun, diverged: bool = False) -> None:
-        """What the pruner should know of a run; how often a run is evaluated is known from the first one's config."""
+        """Give the pruner the run's curve. The first run's config says how often each run is evaluated."""
         assert self.definition is not None
         if self.definition.early_terminate is None:
             return
@@ -217,26 +254,31 @@ class ServedSweep:
         self.trials.early.note(record.index, run.curve, diverged)
 
     def restore_curve(self, run: ServedRun) -> None:
-        """After a restart: what the pruner knew of a run. It is judged again at its next evaluation."""
+        """Give the pruner the run's curve after a restart. It decides again at the next evaluation."""
         record = self.record_of(run.key.name)
         if record is not None and run.curve:
             self._note_curve(record, run, record.state is TrialState.DIVERGED)
 
+    # -- when the sweep is over
+
     @property
-    def over(self) -> bool:
-        """Whether every run that there is to be has ended."""
+    def is_over(self) -> bool:
+        """Whether all runs have ended and none will start."""
         return self.definition is None or self.trials.is_over
 
-    def opens_again(self, was_over: bool) -> bool:
-        """Whether it had finished by itself, not by somebody's stop, and has something to do now."""
-        return self.state == FINISHED and was_over and not self.over
+    def reopens(self, was_over: bool) -> bool:
+        """Whether a sweep that finished by itself, not because a user stopped it, has trials to run again."""
+        return self.state is SweepRunState.FINISHED and was_over and not self.is_over
 
     def nothing_left(self) -> bool:
-        """Whether there is nothing to hand out, nor will be unless a run dies."""
+        """Whether no trial can be assigned now or later, unless a run crashes."""
         return self.trials.nothing_to_start
 
     def command(self, record: TrialRecord, resume: bool) -> dict[str, Any]:
-        """What an agent is told to start: our trials with flat dotted names, as Hydra wants, others with nested ones."""
+        """The command that starts the trial on an agent.
+
+        This package's trials get flat dotted names, as Hydra expects them; other programs get nested mappings.
+        """
         params = record.point.params if is_ours(self.raw) else nested(record.point.params, self.raw["parameters"])
         return {
             "type": "resume" if resume else "run",

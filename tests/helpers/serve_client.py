@@ -93,10 +93,10 @@ def facts(server: Server) -> Any:
             run.attempt,
             run.config,
             run.summary,
-            run.lines,
+            run.line_counts,
             run.curve,
             run.rows(),
-            run.facts,
+            run.metadata,
         )
         for run in server.runs.values()
         if run.created
