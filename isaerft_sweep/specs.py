@@ -229,7 +229,7 @@ class LauncherSpec:
     scratch: str | None = option(
         "Folder of the activation cache, best on a local disk of the node; null: the cache folder.", None
     )
-    lean_logits: bool = option("Compute logits only where the loss reads them. false: TRL's own forward pass.", True)
+    lean_logits: bool = option("Compute logits only where the loss reads them. false: the model's own forward pass.", True)
     share_prompts: bool = option("Compute a pair's prompt once for both answers.", True)
     compile: bool = option("torch.compile the layers from the hook point up; costs a minute or more at the start.", False)
     slurm: Mapping[str, Any] = field(

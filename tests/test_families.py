@@ -164,7 +164,7 @@ def test_the_routers_loss_is_trls(
     assert "output_router_logits=true" in capsys.readouterr().out
     mine, ours = list(given_gradients), rows_of(one)
     given_gradients.clear()
-    theirs = as_a_user_would(one, tmp_path / "trl")
+    theirs = orpo_rows(one.read_spec().experiment, tmp_path / "trl")
     for found, expected in zip(mine, given_gradients, strict=True):
         assert float((found - expected).norm() / expected.norm()) < 1e-3
     for row, plain in zip(ours, theirs, strict=True):

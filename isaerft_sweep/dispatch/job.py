@@ -51,7 +51,7 @@ def ending_clearly(folder: Path) -> Iterator[None]:
 def importing() -> Iterator[None]:
     """Import in this block what the process needs for good, and keep the garbage collector off it.
 
-    A million objects come with torch, transformers and trl, and none of them ever becomes garbage. Looking through them
+    A million objects come with torch and transformers, and none of them ever becomes garbage. Looking through them
     costs a second while they are imported, and a third of a second twice a trial, as transformers and accelerate ask for.
     """
     gc.disable()

@@ -85,7 +85,7 @@ def sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
 def without_dropout(loaded: LoadedModel) -> LoadedModel:
     """The same model with no dropout left, for training.
 
-    TRL's ORPO switches it off too, but reaches only modules: attention's, and all of OPT's, is a number of a layer, Falcon's
+    TRL's trainers switch it off too, but reach only modules: attention's, and all of OPT's, is a number of a layer, Falcon's
     one of the config. What is stored for all trials, or computed for some together, could not hold each one's draws.
     """
     model = loaded.model

@@ -19,7 +19,16 @@ from isaerft_sweep.journal.status import TrialStatus
 from isaerft_sweep.metrics import depends_on_beta
 from isaerft_sweep.paths import asset
 from isaerft_sweep.results.card_data import front_matter, is_repository
-from isaerft_sweep.results.card_words import ALONE, BLOCKS, CITATIONS, FRAMEWORKS, WITH_ADAPTER, WITH_OWN_CODE, quick_start
+from isaerft_sweep.results.card_words import (
+    ALONE,
+    BLOCKS,
+    FRAMEWORKS,
+    WITH_ADAPTER,
+    WITH_OWN_CODE,
+    citations,
+    method,
+    quick_start,
+)
 from isaerft_sweep.results.latents import read_latents
 from isaerft_sweep.results.reading import ReadSweep
 from isaerft_sweep.results.standing import Standing, standings
@@ -86,7 +95,8 @@ def card_fields(trial: TrialFolder, results: TrialStatus, adapter: Path, standin
         "learned": _learned(trial),
         "evaluation": _evaluation(spec, results, standing),
         "framework_versions": _versions(environment.get("packages", {})),
-        "citations": CITATIONS,
+        "citations": citations(orpo.loss),
+        "method": method(orpo.loss),
     }
 
 

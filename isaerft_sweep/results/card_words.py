@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 FRAMEWORKS = {
     "trl": "TRL",
@@ -38,18 +39,82 @@ WITH_ADAPTER = {
 }
 ALONE = {"needs": "", "imports": "from transformers import pipeline", "model": 'model="."'}
 WITH_OWN_CODE = {**ALONE, "model": 'model=".", trust_remote_code=True'}
-CITATIONS = """\
-Cite ORPO as:
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Where a method comes from; ``key``: of its BibTeX entry."""
+
+    method: str
+    title: str
+    arxiv: str
+    key: str
+    authors: str
+    year: int
+
+
+METHODS = {
+    "orpo": Paper(
+        "ORPO",
+        "ORPO: Monolithic Preference Optimization without Reference Model",
+        "2403.07691",
+        "hong2024orpo",
+        "Jiwoo Hong and Noah Lee and James Thorne",
+        2024,
+    ),
+    "dpo": Paper(
+        "DPO",
+        "Direct Preference Optimization: Your Language Model is Secretly a Reward Model",
+        "2305.18290",
+        "rafailov2023dpo",
+        "Rafael Rafailov and Archit Sharma and Eric Mitchell and Stefano Ermon and Christopher D. Manning and Chelsea Finn",
+        2023,
+    ),
+    "simpo": Paper(
+        "SimPO",
+        "SimPO: Simple Preference Optimization with a Reference-Free Reward",
+        "2405.14734",
+        "meng2024simpo",
+        "Yu Meng and Mengzhou Xia and Danqi Chen",
+        2024,
+    ),
+    "cpo": Paper(
+        "CPO",
+        "Contrastive Preference Optimization: Pushing the Boundaries of LLM Performance in Machine Translation",
+        "2401.08417",
+        "xu2024cpo",
+        "Haoran Xu and Amr Sharaf and Yunmo Chen and Weiting Tan and Lingfeng Shen and Benjamin Van Durme and Kenton Murray and Young Jin Kim",
+        2024,
+    ),
+}
+"""By ``orpo.loss``."""
+
+
+def method(loss: str) -> str:
+    """The method of an ``orpo.loss``, with its paper."""
+    paper = METHODS[loss]
+    return f"{paper.method}, a method introduced in [{paper.title}](https://huggingface.co/papers/{paper.arxiv})"
+
+
+def citations(loss: str) -> str:
+    """BibTeX of the method and of TRL."""
+    paper = METHODS[loss]
+    return f"""\
+Cite {paper.method} as:
 
 ```bibtex
-@article{hong2024orpo,
-    title        = {{ORPO: Monolithic Preference Optimization without Reference Model}},
-    author       = {Jiwoo Hong and Noah Lee and James Thorne},
-    year         = 2024,
-    eprint       = {arXiv:2403.07691}
-}
+@article{{{paper.key},
+    title        = {{{{{paper.title}}}}},
+    author       = {{{paper.authors}}},
+    year         = {paper.year},
+    eprint       = {{arXiv:{paper.arxiv}}}
+}}
 ```
 
+{TRL}"""
+
+
+TRL = """\
 Cite TRL as:
 
 ```bibtex

@@ -3,10 +3,10 @@
 Kept as one memory-mapped file per (model, site, data), named by a hash of all of it, made by whoever comes first and
 shared by every worker of the node. Training and evaluation then run only the layers above the site: in the model, the
 layers below pass their input through, and the site's own layer hands out the stored output for the batch at hand, so
-that TRL's and transformers' code stay as they are.
+that transformers' code stays as it is.
 
-Values are stored in the model's own dtype. They are computed in other batches than TRL would form, so they may differ
-in the last bits; positions of padding are zeros, which no loss reads (but TRL's ``logits/…`` means include them).
+Values are stored in the model's own dtype. They are computed in other batches than the trial's, so they may differ
+in the last bits; positions of padding are zeros, which no loss reads.
 """
 
 from __future__ import annotations

@@ -240,7 +240,7 @@ def _read(spec: DataSpec, left_out: Counter[str], notes: Counter[str]) -> tuple[
 
 
 def _with_prompts(rows: Iterable[Written], left_out: Counter[str], notes: Counter[str]) -> Iterator[Written]:
-    """The rows, each with a prompt of its own, where TRL finds one."""
+    """The rows, each with a prompt of its own, where there is one."""
     for row in rows:
         chosen, rejected = (row.row[name] for name in ANSWERS)
         given = row.row.get("prompt")

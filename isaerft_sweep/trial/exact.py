@@ -43,7 +43,7 @@ Numbers = tuple[torch.Tensor, torch.Tensor]
 @dataclass(frozen=True)
 class Way:
     """``above``: stored output stands in for the layers up to the site; ``share``: a pair lies behind one prompt (lean
-    only); ``lean``: logits only where the loss reads them, in place of TRL's own forward pass."""
+    only); ``lean``: logits only where the loss reads them, in place of the model's own forward pass."""
 
     above: bool = False
     share: bool = False
@@ -184,7 +184,7 @@ class _Probe:
         return logps.detach().float(), torch.cat([gradient.flatten().float() for gradient in gradients])
 
     def _logps(self, model: Any) -> torch.Tensor:
-        """log p of the read tokens by the model's own forward pass, as TRL calls it."""
+        """log p of the read tokens by the model's own forward pass."""
         batch = self.batch
         logits = model(batch.ids, attention_mask=batch.mask, use_cache=False).logits.float()
         table = logits[:, :-1].log_softmax(-1).gather(-1, batch.ids[:, 1:, None])[..., 0]

@@ -110,7 +110,7 @@ def way_through(experiment: Experiment, loaded: LoadedModel, shared: ProcessCach
         lost = {
             "the frozen layers are computed in every step": wanted.above and not way.above,
             "every answer is computed with a prompt of its own": wanted.share and not way.share,
-            "TRL's own forward pass runs": wanted.lean and not way.lean,
+            "the model's own forward pass runs, with all logits": wanted.lean and not way.lean,
         }
         for words in (words for words, is_lost in lost.items() if is_lost):
             print(f"{words}: {reason}", flush=True)

@@ -100,8 +100,8 @@ def token_numbers(
 def read_states(model: PreTrainedModel, batch: Batch, layout: Layout, prepare: Prepare | None = None) -> torch.Tensor:
     """Hidden states [n, hidden] of the positions that are read, sequence by sequence.
 
-    Rows of near length run together, each group padded to its own longest: TRL pads all to the longest of the batch, at the
-    end, and what a sequence computes does not depend on it.
+    Rows of near length run together, each group padded to its own longest. Padding is at the end, and what a
+    sequence computes does not depend on it.
     """
     decoder = getattr(model, decoder_name(model))
     config, dtype = model.config.get_text_config(), next(model.parameters()).dtype
