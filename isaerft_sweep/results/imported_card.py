@@ -10,7 +10,7 @@ import yaml
 
 from isaerft_sweep import naming
 from isaerft_sweep.results.card import count_parameters, sites_table
-from isaerft_sweep.results.card_words import BLOCKS, CITATIONS, WITH_ADAPTER, quick_start
+from isaerft_sweep.results.card_words import BLOCKS, WITH_ADAPTER, citations, quick_start
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def imported_card(folder: Path, source: str, base: str, kind: str, card: Publish
         f"[{base}](https://huggingface.co/{base}), imported by isaerft-sweep from the format of the published project.\n\n"
         f"{_told(card)}## Quick start\n\n{quick_start(WITH_ADAPTER)}\n\n## Adapter\n\nKind `{kind}`: the latents f become "
         f"{BLOCKS[kind]}; the SAE's reconstruction error is kept. {count_parameters(folder):,} parameters.\n\n"
-        f"{sites_table(folder)}\n\n## Citations\n\n{CITATIONS}\n"
+        f"{sites_table(folder)}\n\n## Citations\n\n{citations('orpo')}\n"
     )
 
 
