@@ -68,7 +68,7 @@ class Trial:
         return trial_of(self._entry).path
 
     def history(self) -> list[dict[str, Any]]:
-        """What the trial logged: a dict a row, with ``step``, ``time`` (seconds since the epoch) and metrics."""
+        """What the trial logged: one dict per row, with ``step``, ``time`` (seconds since the epoch) and metrics."""
         from isaerft_sweep.results.reading import trial_of
 
         return trial_of(self._entry).read_metrics()
@@ -92,7 +92,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep's results, as they were when it was loaded."""
+    """A sweep's results at the time it was loaded."""
 
     _read: ReadSweep
 
@@ -113,7 +113,7 @@ class Sweep:
 
     @property
     def trials(self) -> list[Trial]:
-        """All trials: completed ones from best to worst, then the others in the order of their creation."""
+        """All trials: completed ones from best to worst, then the others in creation order."""
         return [Trial(entry) for entry in self._read.entries]
 
     def best(self) -> Trial:
@@ -121,8 +121,8 @@ class Sweep:
         return Trial(self._read.best())
 
     def to_dataframe(self) -> pandas.DataFrame:
-        """A row a trial, indexed by name: rank, state, params, metrics, the metric's 95 % interval over held-out pairs, the
-        probability of being the best, and seconds of device time."""
+        """One row per trial, indexed by name: rank, state, params, metrics, the metric's 95 % interval over held-out pairs,
+        the probability of being the best, and seconds of device time."""
         import pandas
 
         rows = [
@@ -144,7 +144,7 @@ class Sweep:
 
 
 def load_sweep(source: str | Path, metric: str | None = None) -> Sweep:
-    """The sweep in a folder (``outputs/NAME``) or in W&B (``wandb:ENTITY/PROJECT/ID``), also while it runs.
+    """Load a sweep from a folder (``outputs/NAME``) or W&B (``wandb:ENTITY/PROJECT/ID``), also while it runs.
 
     ``metric``: rank by this metric instead of the sweep's own. Raises FolderError when there is no sweep, SpaceError when
     no trial logs that metric.

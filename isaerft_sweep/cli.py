@@ -1,4 +1,4 @@
-"""The commands beside ``launch``: look at a sweep, take its best trial, try an adapter."""
+"""Commands for sweeps and adapters: inspect a sweep, use its best trial, try an adapter."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; its exit code: see ``guarded``."""
+    """Run one command and return its exit code; see ``guarded``."""
 
     def run() -> int | None:
         args = _parser().parse_args(argv)
-        found: int | None = args.run(args)
-        return found
+        exit_code: int | None = args.run(args)
+        return exit_code
 
     return guarded(run)
 
@@ -55,10 +55,10 @@ def _parser() -> argparse.ArgumentParser:
     _metric_argument(confirm)
     confirm.add_argument("--top", type=int, default=3, help="how many leaders (default 3)")
     confirm.add_argument("--seeds", type=int, default=3, help="how many new seeds each (default 3)")
-    confirm.add_argument("--set", action="append", default=[], metavar="launcher.slots=2", help="may be given several times")
+    confirm.add_argument("--set", action="append", default=[], metavar="launcher.slots=2", help="repeatable")
     confirm.set_defaults(run=_confirm)
 
-    card = commands.add_parser("card", help="write a trial's model card anew, from a template of your own if you like")
+    card = commands.add_parser("card", help="rewrite a trial's model card, if you like from your own template")
     card.add_argument("trial", type=Path, nargs="?", help="the folder of a finished trial, or of a sweep (its best trial)")
     card.add_argument("--template", type=Path, help="a Jinja template; start from the one that --fields prints")
     card.add_argument("--fields", action="store_true", help="print the template in use instead")
@@ -74,9 +74,11 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="[LAYER=]FILE",
-        help="of the SAE's latents: .json or .csv",
+        help="labels of the SAE's latents: .json or .csv",
     )
-    report.add_argument("--generate", action="store_true", help="load the model: answers of untrained, best and worst")
+    report.add_argument(
+        "--generate", action="store_true", help="load the model and show answers of untrained, best and worst"
+    )
     _prompt_arguments(report)
     report.set_defaults(run=_report)
 
@@ -84,10 +86,10 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("folder", type=Path, help="a trial's folder, its adapter, or a sweep's folder (its best trial)")
     form = export.add_mutually_exclusive_group()
     form.add_argument("--merged", dest="form", action="store_const", const="merged", help="plain weights, where exact")
-    form.add_argument("--standalone", dest="form", action="store_const", const="standalone", help="with code of its own")
+    form.add_argument("--standalone", dest="form", action="store_const", const="standalone", help="with custom model code")
     export.add_argument("--out", type=Path, help="the folder to make (default: beside the adapter)")
-    export.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights")
-    export.add_argument("--cache", default=None, help="where converted models are kept")
+    export.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="dtype of the weights")
+    export.add_argument("--cache", default=None, help="the folder of converted models")
     _metric_argument(export)
     export.set_defaults(run=_export)
 
@@ -95,14 +97,14 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument("folder", type=Path, help="a trial's folder, a sweep's (its best trial), or an exported model")
     push.add_argument("--repo", help="ORG/NAME (default: the card's model name, under the token's owner)")
     push.add_argument("--private", action="store_true")
-    push.add_argument("--dry-run", action="store_true", help="check, and say what would be uploaded")
+    push.add_argument("--dry-run", action="store_true", help="check, and list what would be uploaded")
     _metric_argument(push)
     push.set_defaults(run=_push)
 
     importer = commands.add_parser("import", help="read an adapter folder of the published project")
     importer.add_argument("folder", type=Path, help="with adapter_config.json, blocks_manifest.json and blocks_*.pt")
     importer.add_argument("--out", type=Path, help="the folder to make (default: imported/NAME)")
-    importer.add_argument("--base", help="the base model, ORG/NAME, where the folder's name does not tell")
+    importer.add_argument("--base", help="the base model, ORG/NAME, if the folder's name does not contain it")
     importer.set_defaults(run=_import)
 
     add_serve_commands(commands)
@@ -112,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
         "folder", type=Path, help="a trial's folder, its adapter folder, or a sweep's folder (its best trial)"
     )
     _prompt_arguments(generate)
-    generate.add_argument("--cache", default=None, help="where converted models are kept")
+    generate.add_argument("--cache", default=None, help="the folder of converted models")
     _metric_argument(generate)
     generate.set_defaults(run=_generate)
     return parser
@@ -124,11 +126,11 @@ def _sweep_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _metric_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--metric", help="rank by this one, not the sweep's own (eval/log_odds_chosen, ...)")
+    parser.add_argument("--metric", help="rank by this metric instead of the sweep's own (eval/log_odds_chosen, ...)")
 
 
 def _prompt_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--prompt", action="append", help="to be answered; may be given several times")
+    parser.add_argument("--prompt", action="append", help="a prompt to answer; repeatable")
     parser.add_argument("--max-new-tokens", type=at_least_one, default=60)
 
 
@@ -170,14 +172,14 @@ def _card(args: argparse.Namespace) -> None:
         print((args.template or asset(TEMPLATE)).read_text(encoding="utf-8"), end="")
         return
     if args.trial is None:
-        raise FolderError("a trial's folder must be given, or --fields.")
+        raise FolderError("`card` needs a trial's folder, or --fields.")
     trial, standing = find_trial(args.trial, args.metric)
     refresh_card(trial, standing, args.template)
     print(trial.card)
 
 
 def _read(args: argparse.Namespace) -> ReadSweep:
-    """The sweep that a command was given: a folder, or one of W&B."""
+    """The sweep that the command names: a folder or one in W&B."""
     return load_sweep(args.sweep, args.metric)._read
 
 
@@ -199,10 +201,10 @@ def _export(args: argparse.Namespace) -> None:
     from isaerft_sweep.results.finding import find_adapter
 
     _quiet()
-    made = export(find_adapter(args.folder, args.metric), args.out, args.form, args.cache, args.dtype)
-    print(made.folder)
-    print(f"{made.form}; its logits differ from the adapter's by at most {made.difference:.1e} of the largest one")
-    print(f"of what the adapter changes {made.lost:.1e} is lost in rounding")
+    exported = export(find_adapter(args.folder, args.metric), args.out, args.form, args.cache, args.dtype)
+    print(exported.folder)
+    print(f"{exported.form}; its logits differ from the adapter's by at most {exported.difference:.1e} of the largest one")
+    print(f"of what the adapter changes {exported.lost:.1e} is lost in rounding")
 
 
 def _push(args: argparse.Namespace) -> None:
@@ -217,9 +219,9 @@ def _push(args: argparse.Namespace) -> None:
 def _import(args: argparse.Namespace) -> None:
     from isaerft_sweep.publish.legacy import import_folder
 
-    made = import_folder(args.folder, args.out, args.base)
-    print(made.folder)
-    print(f"{made.kind} at layer {', '.join(map(str, made.layers))} of {made.base}{made.told}")
+    imported = import_folder(args.folder, args.out, args.base)
+    print(imported.folder)
+    print(f"{imported.kind} at layer {', '.join(map(str, imported.layers))} of {imported.base}{imported.summary}")
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -236,12 +238,12 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _quiet() -> None:
-    """No progress bars, and no warnings that a reader of the result cannot act on."""
+    """Hide progress bars, and warnings that the user cannot act on."""
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
     disable_progress_bar()
     set_verbosity_error()
-    # PEFT asks transformers by an old name whether checkpointing is on
+    # PEFT queries gradient checkpointing through a deprecated name of transformers
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     warnings.filterwarnings("ignore", category=UserWarning, module="sae_lens|peft")
 

@@ -1,4 +1,4 @@
-"""The commands around W&B: a server of one's own, and handing runs on to another."""
+"""The commands around W&B: run your own server, and upload runs to another one."""
 
 from __future__ import annotations
 
@@ -11,18 +11,24 @@ from isaerft_sweep.cli_types import above_zero, at_least_one
 
 
 def add_serve_commands(commands: Any) -> None:
-    """Add their parsers to those of ``isaerft-sweep``."""
-    serve = commands.add_parser("serve", help="a W&B backend of your own: wandb sweep and wandb agent without a network")
+    """Add the parsers of ``serve`` and ``sync``."""
+    serve = commands.add_parser("serve", help="run your own W&B backend: wandb sweep and wandb agent without internet")
     serve.add_argument("--data", type=Path, default=Path("isaerft-serve"), help="the folder that keeps everything")
     serve.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: this machine alone)")
     serve.add_argument("--port", type=int, default=8090)
     serve.add_argument("--entity", default="local", help="the name that projects belong to (default local)")
     serve.add_argument("--certificate", type=Path, help="a PEM file, for https")
     serve.add_argument("--private-key", type=Path, help="the certificate's key, where it is not in the same file")
-    serve.add_argument("--new-key", action="store_true", help="make and show another access key")
-    serve.add_argument("--revoke", metavar="USER", help="make a user's keys invalid (the server must be down), and leave")
-    serve.add_argument("--crash-after", type=above_zero, default=90.0, metavar="SECONDS", help="silence that means death")
-    serve.add_argument("--max-upload-mb", type=at_least_one, default=1024, help="of one uploaded file")
+    serve.add_argument("--new-key", action="store_true", help="make and print another access key")
+    serve.add_argument("--revoke", metavar="USER", help="revoke a user's keys (while the server is down), then exit")
+    serve.add_argument(
+        "--crash-after",
+        type=above_zero,
+        default=90.0,
+        metavar="SECONDS",
+        help="a run without a heartbeat for so long has crashed",
+    )
+    serve.add_argument("--max-upload-mb", type=at_least_one, default=1024, help="size limit of one uploaded file")
     serve.set_defaults(run=_serve)
 
     sync = commands.add_parser("sync", help="upload runs to a W&B server, with their sweep and run ids")
@@ -30,7 +36,7 @@ def add_serve_commands(commands: Any) -> None:
     sync.add_argument(
         "--to", metavar="URL", help="the server (default: WANDB_BASE_URL, else W&B's cloud); key: WANDB_API_KEY"
     )
-    sync.add_argument("--sweep", help="of a data folder only this sweep's runs")
+    sync.add_argument("--sweep", help="only this sweep's runs of a data folder")
     sync.add_argument("--entity")
     sync.add_argument("--project", help="default: the runs' own")
     sync.set_defaults(run=_sync)
@@ -66,6 +72,6 @@ def _sync(args: argparse.Namespace) -> int:
     if not uploads:
         raise upload.nothing_to_upload(args.source)
     outcome = upload.upload(uploads, configs, target, print)
-    there = f", {len(outcome.there)} there already" if outcome.there else ""
-    print(f"{len(outcome.uploaded)} of {len(uploads)} runs uploaded{there}")
+    already = f", {len(outcome.present)} there already" if outcome.present else ""
+    print(f"{len(outcome.uploaded)} of {len(uploads)} runs uploaded{already}")
     return 1 if outcome.failed else 0

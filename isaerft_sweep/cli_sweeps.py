@@ -1,4 +1,4 @@
-"""The commands around a running sweep: plan it, check the place, leave it, come back to it, end it."""
+"""The commands around a running sweep: plan it, check the site, leave it, attach to it, cancel it."""
 
 from __future__ import annotations
 
@@ -10,43 +10,47 @@ from isaerft_sweep.terminal import make_console
 
 
 def add_sweep_commands(commands: Any) -> None:
-    """Add their parsers to those of ``isaerft-sweep``."""
-    status = commands.add_parser("status", help="how far a sweep is, who runs it, what is under way")
+    """Add the parsers of ``status``, ``logs``, ``plan`` and the others."""
+    status = commands.add_parser("status", help="a sweep's progress, its controller, and the trials that run")
     status.add_argument("sweep", type=Path, help="the sweep's folder, outputs/NAME; or outputs, for all sweeps in it")
-    status.add_argument("--json", action="store_true", help="all of it, for programs")
+    status.add_argument("--json", action="store_true", help="everything as JSON, for programs")
     status.set_defaults(run=_status)
 
-    logs = commands.add_parser("logs", help="what a trial has printed, its whole trace when it failed")
+    logs = commands.add_parser("logs", help="a trial's output, with the whole traceback when it failed")
     logs.add_argument("sweep", type=Path, help="the sweep's folder, outputs/NAME")
-    logs.add_argument("trial", help="its number as tables have it, its name or its run id")
-    logs.add_argument("-f", "--follow", action="store_true", help="go on until the trial has ended")
+    logs.add_argument("trial", help="its number as in the tables, its name or its run id")
+    logs.add_argument("-f", "--follow", action="store_true", help="follow until the trial has ended")
     logs.set_defaults(run=_logs)
 
-    retry = commands.add_parser("retry", help="run a trial that failed again, and no other")
+    retry = commands.add_parser("retry", help="run one failed trial again")
     retry.add_argument("sweep", type=Path, help="the sweep's folder, outputs/NAME")
-    retry.add_argument("trial", help="its number as tables have it, its name or its run id")
+    retry.add_argument("trial", help="its number as in the tables, its name or its run id")
     retry.set_defaults(run=_retry)
 
-    attach = commands.add_parser("attach", help="follow a sweep; go on with it when no controller runs it")
+    attach = commands.add_parser("attach", help="follow a sweep; resume it when no controller runs it")
     attach.add_argument("sweep", type=Path, help="the sweep's folder, outputs/NAME")
-    attach.add_argument("--here", action="store_true", help="train on this machine, if need be, without asking")
+    attach.add_argument(
+        "--here", action="store_true", help="train on this machine without asking, if the sweep needs a controller"
+    )
     attach.set_defaults(run=_attach)
 
-    cancel = commands.add_parser("cancel", help="end a sweep's controller, trials and jobs; what is finished stays")
+    cancel = commands.add_parser("cancel", help="end a sweep's controller, trials and jobs; finished trials stay")
     cancel.add_argument("sweep", type=Path, help="the sweep's folder, outputs/NAME")
     cancel.add_argument("--now", action="store_true", help="kill, without time for a checkpoint")
     cancel.set_defaults(run=_cancel)
 
-    plan = commands.add_parser("plan", help="what a sweep would be: trials, space, time, jobs; submits nothing")
+    plan = commands.add_parser("plan", help="preview a sweep: trials, space, time, jobs; submits nothing")
     _override_arguments(plan)
     plan.add_argument(
-        "--calibrate", action="store_true", help="run a few steps of one trial, through the launcher, for the time"
+        "--calibrate", action="store_true", help="run a few steps of one trial through the launcher to estimate the time"
     )
     plan.set_defaults(run=_plan)
 
-    doctor = commands.add_parser("doctor", help="check that the site is ready, on a compute node too, with remedies")
+    doctor = commands.add_parser("doctor", help="check that the site is ready, also on a compute node, and suggest fixes")
     _override_arguments(doctor)
-    doctor.add_argument("--wait", type=float, default=600, metavar="SECONDS", help="for the job to run (default 600)")
+    doctor.add_argument(
+        "--wait", type=float, default=600, metavar="SECONDS", help="how long to wait for the job (default 600)"
+    )
     doctor.set_defaults(run=_doctor)
 
     fetch = commands.add_parser("fetch", help="fill the cache on the login node: compute nodes need no internet")
@@ -57,7 +61,7 @@ def add_sweep_commands(commands: Any) -> None:
     _override_arguments(make)
     make.set_defaults(run=_make)
 
-    trial = commands.add_parser("trial", help="run one trial that was made: what slurm/trials.sbatch does")
+    trial = commands.add_parser("trial", help="run one trial that `make` wrote, as slurm/trials.sbatch does")
     trial.add_argument("sweep", type=Path, help="the sweep's folder, outputs/NAME")
     trial.add_argument("index", type=int, help="the trial's number, from 0")
     trial.set_defaults(run=_trial)
@@ -118,9 +122,9 @@ def _fetch(args: argparse.Namespace) -> None:
     from isaerft_sweep.config.compose import compose
     from isaerft_sweep.readiness.fetch import fetch
 
-    facts = fetch(compose(args.overrides))
-    print("\n".join([facts["model"], *facts["saes"], facts["data"]]))
-    print("All of it is in the cache. For jobs without internet: export HF_HUB_OFFLINE=1 before you launch.")
+    resources = fetch(compose(args.overrides))
+    print("\n".join([resources["model"], *resources["saes"], resources["data"]]))
+    print("Everything is in the cache. For jobs without internet: export HF_HUB_OFFLINE=1 before you launch.")
 
 
 def _make(args: argparse.Namespace) -> None:
@@ -132,7 +136,7 @@ def _make(args: argparse.Namespace) -> None:
     folder, trials = create_static_trials(compose(args.overrides), args.overrides)
     template = short_path(shipped("slurm") / "trials.sbatch")
     print(f"{trials} trials are made. Run them:\n  sbatch --array=0-{trials - 1}%8 {template} {folder}")
-    print(f"then see to what is left, and rank them:\n  isaerft-sweep attach {folder}")
+    print(f"then finish what is left, and rank them:\n  isaerft-sweep attach {folder}")
 
 
 def _trial(args: argparse.Namespace) -> int:

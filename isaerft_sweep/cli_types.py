@@ -1,4 +1,4 @@
-"""What the commands' options take."""
+"""Parsers of option values for argparse."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def at_least_one(text: str) -> int:
-    """A whole number from 1 on."""
+    """A whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1 but got '{text}'")
     return int(text)
@@ -17,12 +17,12 @@ def at_least_one(text: str) -> int:
 def above_zero(text: str) -> float:
     """A finite number above 0."""
     try:
-        found = float(text)
+        value = float(text)
     except ValueError:
-        found = 0.0
-    if not 0 < found < math.inf:
+        value = 0.0
+    if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"must be a number above 0 but got '{text}'")
-    return found
+    return value
 
 
 def labels(text: str) -> tuple[int | None, Path]:

@@ -1,4 +1,4 @@
-"""The end of every command: one clear line, and an exit code that tells, whatever has happened."""
+"""How every command ends: one clear line and a meaningful exit code, whatever happened."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from isaerft_sweep.paths import cache_folder
 from isaerft_sweep.terminal import speak_any_encoding
 
 UNEXPECTED, WRONG, INTERRUPTED = 1, 2, 130
-NOBODY_READS = 141
-"""What a shell says of a command that the pipe's other end has left (128 + SIGPIPE)."""
+BROKEN_PIPE = 141
+"""What a shell reports for a command whose pipe lost its reader (128 + SIGPIPE)."""
 
 
 def guarded(run: Callable[[], int | None], interrupted: str = "Stopped.") -> int:
-    """The exit code of ``run``: 2 after an error that the user can mend, 130 after Ctrl-C, 1 after any other one.
+    """The exit code of ``run``: 2 after an error that the user can fix, 130 after Ctrl-C, 1 after any other one.
 
-    ``interrupted``: what is said after Ctrl-C. The trace of an error that nobody has foreseen goes to a file.
+    ``interrupted``: the message after Ctrl-C. The traceback of an unexpected error goes to a file.
     """
     speak_any_encoding()
     try:
         code = run() or 0
-        sys.stdout.flush()  # here, where it can still be told of
+        sys.stdout.flush()  # here, while an error can still be reported
         return code
     except KeyboardInterrupt:
         _say(interrupted)
@@ -37,35 +37,35 @@ def guarded(run: Callable[[], int | None], interrupted: str = "Stopped.") -> int
         _say(f"error: {error}")
         return WRONG
     except BrokenPipeError:
-        _leave_the_pipe()
-        return NOBODY_READS
+        _discard_output()
+        return BROKEN_PIPE
     except Exception as error:
         _say(f"error: {unexpected(error)}")
         return UNEXPECTED
 
 
 def unexpected(error: BaseException, folder: Path | None = None) -> str:
-    """One line about an error that nobody has foreseen, with the file that has its trace, in ``folder`` if that can be."""
-    first = next(iter(str(error).strip().splitlines()), "")
-    words = f"{type(error).__name__}: {first}" if first else type(error).__name__
-    kept = keep_trace("".join(traceback.format_exception(error)), folder)
-    return f"{words}. This should not happen; the whole trace is in {kept}" if kept else f"{words}."
+    """One line about an unexpected error, with the file that has its traceback: in ``folder`` if it can be written."""
+    first_line = next(iter(str(error).strip().splitlines()), "")
+    summary = f"{type(error).__name__}: {first_line}" if first_line else type(error).__name__
+    trace_file = keep_trace("".join(traceback.format_exception(error)), folder)
+    return f"{summary}. This should not happen; the whole trace is in {trace_file}" if trace_file else f"{summary}."
 
 
 def of_process(done: subprocess.CompletedProcess[str]) -> str:
-    """One line about a process of ours that has failed, with the file that has all that it said."""
-    last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "it said nothing")
-    how = f"was killed by signal {-done.returncode}" if done.returncode < 0 else f"ended with code {done.returncode}"
-    kept = keep_trace(done.stderr or done.stdout)
-    return f"{how}: {last.strip()}" + (f" The whole trace is in {kept}" if kept else "")
+    """One line about a subprocess that failed, with the file that has its whole output."""
+    last_line = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no output")
+    outcome = f"was killed by signal {-done.returncode}" if done.returncode < 0 else f"ended with code {done.returncode}"
+    trace_file = keep_trace(done.stderr or done.stdout)
+    return f"{outcome}: {last_line.strip()}" + (f" The whole trace is in {trace_file}" if trace_file else "")
 
 
-def keep_trace(text: str, wanted: Path | None = None) -> Path | None:
-    """Write a trace to a file of its own, in the folder ``wanted`` if that can be; None after it could only be printed."""
+def keep_trace(text: str, preferred: Path | None = None) -> Path | None:
+    """Write a traceback to a new file, in the folder ``preferred`` if possible; None when it could only be printed."""
     name = f"error-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
     content = f"{' '.join(sys.argv)}\n\n{text}"
     for folder in (
-        *([wanted] if wanted and wanted.is_dir() else []),
+        *([preferred] if preferred and preferred.is_dir() else []),
         cache_folder() / "errors",
         Path(tempfile.gettempdir()),
     ):
@@ -85,14 +85,14 @@ def _say(text: str) -> None:
     try:
         print(text, file=sys.stderr, flush=True)
     except OSError:
-        _leave_the_pipe()
+        _discard_output()
 
 
-def _leave_the_pipe() -> None:
-    """Python writes what is left when it ends, and would complain that nobody reads it."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
+def _discard_output() -> None:
+    """Send what is still buffered to /dev/null: Python flushes it at exit, which would raise again."""
+    devnull = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except OSError:
-            os.dup2(nowhere, stream.fileno())
+            os.dup2(devnull, stream.fileno())

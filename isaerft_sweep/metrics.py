@@ -24,24 +24,24 @@ METRICS = (
     "train/epoch",
     "train/num_tokens",
 )
-"""Every name that a sweep's ``metric`` may have."""
+"""The names that a sweep's ``metric`` may have."""
 
 LESS_IS_BETTER = ("loss", "nll_loss", "rewards/rejected", "logps/rejected", "grad_norm")
 
 CONTAINS_BETA = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins")
-"""Metrics that contain beta itself: reward = beta · mean log-probability, loss = NLL + beta · odds-ratio term."""
+"""Metrics that contain beta: reward = beta · mean log-probability, loss = NLL + beta · odds-ratio term."""
 
 
 def depends_on_beta(name: str) -> bool:
-    """Whether a larger beta alone changes the metric, so that it cannot rank trials of different beta."""
+    """Whether beta alone changes the metric, so that it cannot rank trials of different beta."""
     return name.partition("/")[2] in CONTAINS_BETA
 
 
 def effect_of_beta(name: str, goal: str) -> str:
-    """In words, which beta the ranking by a metric that contains beta favours, whatever the model does.
+    """Which beta a ranking by a metric that contains beta favours, whatever the model does; as text.
 
     A reward is beta times a mean log-probability, which is below 0; the loss is the NLL plus beta times −log σ(log odds
-    ratio), which is above 0. So all but the margin grow or shrink with beta in one direction.
+    ratio), which is above 0. So each of them except the margin changes with beta in one direction.
     """
     kind = name.partition("/")[2]
     if kind == "rewards/margins":

@@ -1,4 +1,4 @@
-"""Where the files that ship with the package are, from a checkout or from an installed wheel; and the cache."""
+"""Paths of the files that ship with the package, in a checkout or an installed wheel, and of the cache."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ def folder(name: str) -> Path:
 
 
 def asset(*parts: str) -> Path:
-    """A file or folder of the package's own data."""
+    """A file or folder in the package's assets."""
     return PACKAGE.joinpath("assets", *parts)
 
 
-def cache_folder(given: str | None = None) -> Path:
-    """Where converted models and made SAEs are kept: ``cache=…``, else $ISAERFT_CACHE, else the user's cache folder."""
-    chosen = given or os.environ.get("ISAERFT_CACHE")
+def cache_folder(configured: str | None = None) -> Path:
+    """The folder of converted models and made SAEs: ``cache=…``, else $ISAERFT_CACHE, else the user's cache folder."""
+    chosen = configured or os.environ.get("ISAERFT_CACHE")
     if chosen:
         return Path(chosen).expanduser()
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"

@@ -1,4 +1,4 @@
-"""What a result was made with: versions, machine, git commit."""
+"""What produced a result: versions, machine, git commit."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ def describe_environment(**more: Any) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of the packages that matter; the ones that are not installed are left out."""
-    found = {}
+    """Versions of those ``PACKAGES`` that are installed."""
+    installed = {}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def git_commit(folder: Path | None = None) -> str | None:
     """The commit of the working tree (``+changes`` when it has any), or None outside of one."""
-    where = folder or Path(__file__).resolve().parent
+    checkout = folder or Path(__file__).resolve().parent
 
     def git(*args: str) -> str | None:
         try:
-            done = subprocess.run(["git", *args], cwd=where, capture_output=True, text=True, timeout=10, check=False)
+            done = subprocess.run(["git", *args], cwd=checkout, capture_output=True, text=True, timeout=10, check=False)
         except (OSError, subprocess.TimeoutExpired):
             return None
         return done.stdout.strip() if done.returncode == 0 else None

@@ -1,4 +1,4 @@
-"""What is printed, on any terminal: one that knows no Unicode, one that cannot move its cursor, a pipe."""
+"""Output that works everywhere: on a terminal without Unicode, on one that cannot move its cursor, in a pipe."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ PLAIN = {
 
 
 def speak_any_encoding() -> None:
-    """Let standard output and error take every character: one that the terminal has not is written as near as it can be.
+    """Let standard output and error take every character: the nearest ASCII replaces one that the terminal lacks.
 
-    Bytes in a file's name that are no text are written as Python writes them.
+    Bytes of a file name that are not valid text are written as Python escapes them.
     """
     codecs.register_error("isaerft-plain", _plain)
     for stream in (sys.stdout, sys.stderr):
@@ -40,23 +40,23 @@ def _plain(error: UnicodeError) -> tuple[str, int]:
 def _as_ascii(character: str) -> str:
     if "\ud800" <= character <= "\udfff":
         return f"\\x{ord(character) & 0xFF:02x}"
-    near = unicodedata.normalize("NFKD", character).encode("ascii", "ignore").decode()
-    return PLAIN.get(character) or near or "?"
+    ascii_part = unicodedata.normalize("NFKD", character).encode("ascii", "ignore").decode()
+    return PLAIN.get(character) or ascii_part or "?"
 
 
 def make_console() -> Console:
-    """Rich's console on standard output. Lines are not broken, which is the terminal's own work, and text stays as it is."""
+    """Rich's console on standard output. The terminal wraps lines; rich interprets no markup."""
     from rich.console import Console
 
-    made = Console(soft_wrap=True, markup=False, emoji=False)
-    if made.is_dumb_terminal:  # rich takes every one for 80 columns wide
+    console = Console(soft_wrap=True, markup=False, emoji=False)
+    if console.is_dumb_terminal:  # rich assumes 80 columns for these
         with suppress(OSError, ValueError):
-            wide, high = os.get_terminal_size(sys.stdout.fileno())
-            asked = os.environ.get("COLUMNS", "")
-            made.size = int(asked) if asked.isdecimal() else wide or made.width, high or made.height
-    return made
+            width, height = os.get_terminal_size(sys.stdout.fileno())
+            columns = os.environ.get("COLUMNS", "")
+            console.size = int(columns) if columns.isdecimal() else width or console.width, height or console.height
+    return console
 
 
-def is_live(made: Console) -> bool:
-    """Whether what was printed can be replaced."""
-    return made.is_terminal and not made.is_dumb_terminal
+def is_live(console: Console) -> bool:
+    """Whether printed lines can be redrawn."""
+    return console.is_terminal and not console.is_dumb_terminal

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isaerft_sweep.results.columns import TAKEN, columns_for, labels
+from isaerft_sweep.results.columns import RESERVED_NAMES, columns_for, labels
 from isaerft_sweep.search.sweep_file import read_sweep
 
 
@@ -90,4 +90,4 @@ def test_a_name_says_which_parameter_it_is() -> None:
         "orpo.beta": "beta",
         "adapter.rank": "adapter.rank",
     }
-    assert not set(labels(["orpo.beta", "adapter.kind", "orpo.warmup_steps"]).values()) & set(TAKEN)
+    assert not set(labels(["orpo.beta", "adapter.kind", "orpo.warmup_steps"]).values()) & set(RESERVED_NAMES)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from isaerft_sweep.journal.journal import Journal, SweepRecord
 from isaerft_sweep.journal.layout import SweepFolder
 from isaerft_sweep.readiness.calibrate import from_earlier_sweeps
-from isaerft_sweep.readiness.plan import gpu_count, time_words
+from isaerft_sweep.readiness.plan import gpu_count, time_text
 from isaerft_sweep.results.cost import device_seconds
 from isaerft_sweep.spec_fields import to_dict
 
@@ -66,7 +66,7 @@ def test_a_plan_learns_from_earlier_sweeps(experiment: Any, tmp_path: Path) -> N
     assert found is not None and found.seconds == 60 and found.device_s == pytest.approx(20, rel=0.01), "three went together"
     assert "median of 3 trials of earlier" in found.source
     assert from_earlier_sweeps(experiment(*TINY, f"output={tmp_path}", "sweep=demo", "orpo.max_steps=9"), []) is None
-    words = time_words(found, 30, 3, 2)
+    words = time_text(found, 30, 3, 2)
     assert "0.333 GPU-hours together, about 10 min with 3 at a time" in words, words
 
 

@@ -248,7 +248,7 @@ def test_ctrl_c_in_attach(sweep: Path, tmp_path: Path) -> None:
 
 
 def test_exit_codes_are_told_apart() -> None:
-    assert len({0, guard.UNEXPECTED, guard.WRONG, guard.INTERRUPTED, guard.NOBODY_READS}) == 5
+    assert len({0, guard.UNEXPECTED, guard.WRONG, guard.INTERRUPTED, guard.BROKEN_PIPE}) == 5
 
 
 def test_brackets_and_colons_in_a_message_are_printed_as_they_are(

@@ -73,7 +73,7 @@ def test_report(
     assert "3 completed, 1 failed" in text and "train/loss" in text and "log_uniform_values from 1e-06 to 5e-05" in text
     assert "HistoryPage" in wandb_api.asked, "the curves are W&B's"
     assert main(["report", "wandb:e/p/abcd1234", "--generate"]) == 2
-    assert "only be made of a sweep in a folder" in capsys.readouterr().err
+    assert "answers need a sweep in a folder" in capsys.readouterr().err
 
 
 def test_trials_keep_their_numbers_however_they_were_uploaded(wandb_api: StandInWandb) -> None:
@@ -108,4 +108,4 @@ def test_w_and_b_that_does_not_answer(monkeypatch: pytest.MonkeyPatch, capsys: p
     monkeypatch.setenv("WANDB_HTTP_TIMEOUT", "2")
     assert main(["leaderboard", "wandb:e/p/abcd1234"]) == 2
     said = capsys.readouterr().err
-    assert "could not be read from http://127.0.0.1:9" in said and "give the sweep's folder instead" in said
+    assert "could not be read from http://127.0.0.1:9" in said and "use the sweep's folder instead" in said

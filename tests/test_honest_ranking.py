@@ -294,7 +294,7 @@ def test_a_broken_file_of_a_trial_is_named(tmp_path: Path) -> None:
     text = shown(folder)
     assert text.count("unreadable") == 2 and "Trial 3: status.json or evaluation.json in" in text and "run-tiny-2" in text
     assert [e.record.index for e in read_sweep_folder(folder.path).entries if e.rank] == [4, 1, 0], "the others are ranked"
-    assert "is not a valid sweep file any more" in text
+    assert "is no longer a valid sweep file" in text
 
 
 def test_a_metric_that_nobody_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

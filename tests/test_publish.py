@@ -336,7 +336,7 @@ def test_the_card_is_valid_by_the_hubs_own_checks(trained: Any) -> None:
 
 def test_a_card_of_ones_own_template(trained: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = trained()
-    assert main(["card"]) == 2 and "must be given" in capsys.readouterr().err
+    assert main(["card"]) == 2 and "needs a trial's folder" in capsys.readouterr().err
     assert main(["card", "--fields"]) == 0
     template = tmp_path / "mine.jinja"
     template.write_text(capsys.readouterr().out.replace("# Model Card for", "# Lab notes on"))

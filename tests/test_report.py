@@ -106,7 +106,7 @@ def test_every_parameter_is_drawn_on_the_scale_it_was_searched_on(tmp_path: Path
     }
     assert axis("orpo.beta", sweep).ticks == (0.05, 0.1, 0.15, 0.2)
     assert axis("orpo.learning_rate", sweep).on_scale(1e-3) == pytest.approx(-3)
-    assert axis("orpo.schedule", sweep).place("linear") == 1.0
+    assert axis("orpo.schedule", sweep).coordinate("linear") == 1.0
 
 
 @pytest.mark.parametrize("goal", ["maximize", "minimize"])

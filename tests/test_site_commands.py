@@ -55,7 +55,7 @@ def test_the_axis_shows_every_trial() -> None:
 def test_what_doctor_thinks_of_preemption_and_clocks() -> None:
     assert preemption({"PreemptType": "preempt/none"}, 0).state == "good"
     held = preemption({"PreemptType": "preempt/partition_prio", "PreemptMode": "SUSPEND,GANG"}, 0)
-    assert held.state == "good" and "held still" in held.words
+    assert held.state == "good" and "suspended" in held.words
     short = preemption({"PreemptType": "preempt/qos", "PreemptMode": "REQUEUE"}, 0)
     assert short.state == "warning" and "orpo.checkpoint_every_min" in short.remedy
     assert preemption({"PreemptType": "preempt/qos", "PreemptMode": "REQUEUE"}, 60).state == "good"
@@ -136,11 +136,11 @@ def test_doctor_looks_from_a_compute_node(slurm: Bed, tmp_path: Path) -> None:
     done = cli("doctor", *TINY, "launcher=slurm", "launcher.slurm.gpus_per_node=0", f"output={tmp_path / 'outputs'}")
     said = done.stdout
     assert done.returncode == 0, said + done.stderr
-    for words in ("SLURM: bed, version", "SIGTERM and 20 s to end in", "sacct: answers", "file lock: held by the command", "model, SAE, data: in the cache",
+    for words in ("SLURM: bed, version", "SIGTERM and 20 s to exit", "sacct: answers", "file lock: held by the command", "model, SAE, data: in the cache",
                   "clocks: 0.", "0 bad"):  # fmt: skip
         assert words in said, (words, said)
     fake = cli("doctor", *TINY, "launcher=slurm", f"output={tmp_path / 'outputs'}")
-    assert fake.returncode == 1 and "the job was given GPU 0, but torch" in fake.stdout, "a GPU that is a twin of /dev/null"
+    assert fake.returncode == 1 and "the job has GPU 0, but torch" in fake.stdout, "a GPU that is a twin of /dev/null"
     missing = cli(
         "doctor", *TINY, "model=gemma-2-2b", "launcher=slurm", "launcher.slurm.gpus_per_node=0", f"output={tmp_path}"
     )

@@ -192,7 +192,7 @@ def test_a_deleted_folder_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert entry.rank is None and entry.state == "deleted"
     assert main(["leaderboard", str(tmp_path / "s")]) == 0
     said = capsys.readouterr().out
-    assert f"Trial 2: its folder {gone} is not there any more" in said and "deleted" in said
+    assert f"Trial 2: its folder {gone} is missing" in said and "deleted" in said
 
 
 def test_logs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -108,7 +108,7 @@ def test_served_runs_go_to_another_server_with_their_ids(serving: Serving, targe
     assert again.returncode == 0, again.stderr
     assert read_sweep(target, path)["runs"][name]["steps"] == list(range(5)), "uploaded twice, there once"
     unknown = sync(target, str(tmp_path / "target"))
-    assert unknown.returncode == 2 and "no run in it that waits" in unknown.stderr
+    assert unknown.returncode == 2 and "no run in it is left" in unknown.stderr
 
 
 def test_an_offline_sweep_of_the_embedded_controller_goes_to_a_server(target: Serving, tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_an_offline_sweep_of_the_embedded_controller_goes_to_a_server(target: Se
     board = target.run(str(BIN / "isaerft-sweep"), "leaderboard", f"wandb:local/orpo-isaerft-sweep/{sweep_id}")
     assert board.returncode == 0 and "eval/log_odds_chosen, maximize" in board.stdout, board.stderr
     again = sync(target, str(folder))
-    assert again.returncode == 2 and "waits for an upload" in again.stderr, "they are marked as uploaded"
+    assert again.returncode == 2 and "left to upload" in again.stderr, "they are marked as uploaded"
 
 
 def test_uploads_wait_for_a_server_that_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,7 +178,7 @@ def test_a_wrong_key_and_no_key(
     assert main(["sync", str(tmp_path)]) == 2
     assert "must be in WANDB_API_KEY" in capsys.readouterr().err
     with pytest.raises(SyncError, match="does not take the key"):
-        upload._ask(upload.Target(target.address, "k" * 40), "query Viewer { viewer { entity } }", {})
+        upload._query(upload.Target(target.address, "k" * 40), "query Viewer { viewer { entity } }", {})
 
 
 @pytest.mark.usefixtures("paced")

@@ -1,4 +1,4 @@
-"""A trained adapter as a model folder that plain transformers loads, checked before it is handed over."""
+"""Exports a trained adapter as a model folder that plain transformers loads, and checks its logits."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ from isaerft_sweep.results.card import exported_card
 
 MERGED, STANDALONE = "merged", "standalone"
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
-"""Largest difference between logits of adapter and export, over the largest logit: roundings, some layers apart."""
-LOST = 0.5
-"""How much of what the adapter changes may be lost, over all logits in the root mean square. Without the adapter it is 1."""
+"""Largest allowed difference between the logits of adapter and export, relative to the largest logit: rounding."""
+MAX_LOST = 0.5
+"""Largest allowed share of the adapter's effect that the export lacks (RMS over all logits); 1 is a model without it."""
 TEXTS = ("The quick brown fox jumps over the lazy dog.", "My parcel has not arrived yet. What can I do?", "1 2 3")
 
 
 @dataclass(frozen=True)
 class Exported:
-    """``difference``: the largest between the logits of the adapter and of the export, over the largest logit.
+    """A written export.
 
-    ``lost``: the share of the adapter's own change of the logits that the export lacks (root mean square).
+    ``difference``: largest difference between the logits of adapter and export, relative to the largest logit.
+    ``lost``: the share of the adapter's effect on the logits that the export lacks (root mean square).
     """
 
     folder: Path
@@ -45,43 +46,43 @@ def export(adapter: Path, out: Path | None, form: str | None, cache: str | None,
 
     Args:
         adapter: a folder with an adapter.
-        out: the folder to make; None: beside the adapter, ``export-FORM``, with the adapter's name before it where that is
-            not a trial's: many may lie in one folder.
-        form: ``merged`` (plain weights, where that is exact), ``standalone`` (with code of its own), or None: merged
+        out: the folder to create; None: ``export-FORM`` beside the adapter, or ``ADAPTER-export-FORM`` for an adapter
+            outside a trial, since one folder may hold several.
+        form: ``merged`` (plain weights, where that is exact), ``standalone`` (with custom model code), or None: merged
             where it is exact, else standalone.
-        cache: where converted models are kept.
+        cache: the folder of converted models.
         dtype: of the weights; None: as the trial loads them on this machine.
 
-    Raises ModelError when the form is not possible or the logits differ, FolderError when ``out`` cannot be written;
-    nothing is left behind then.
+    Raises ModelError when the form is not possible or the logits differ, FolderError when ``out`` cannot be written.
+    It leaves no files behind then.
     """
     model, tokenizer = load_model(str(adapter), cache=cache, dtype=dtype)
     kinds = {config.kind for config in model.peft_config.values()}
-    form = form or _fitting(model, kinds)
+    form = form or _best_form(model, kinds)
     if form == MERGED:
         check_mergeable(model.get_base_model(), kinds)
-    own = adapter.resolve().name
-    name = f"export-{form}" if own == "adapter" else f"{own}-export-{form}"
+    adapter_name = adapter.resolve().name
+    name = f"export-{form}" if adapter_name == "adapter" else f"{adapter_name}-export-{form}"
     target = (out or adapter.absolute().parent / name).expanduser().absolute()
     expected = _logits(model, tokenizer)
     with model.disable_adapter():
         without = _logits(model, tokenizer)
-    of_dtype = next(model.get_base_model().parameters()).dtype
-    with new_folder(target) as aside:
+    base_dtype = next(model.get_base_model().parameters()).dtype
+    with new_folder(target) as staging:
         if form == MERGED:
-            model.merge_and_unload().save_pretrained(aside)
+            model.merge_and_unload().save_pretrained(staging)
         else:
-            write_standalone(model, aside)
-        tokenizer.save_pretrained(aside)
+            write_standalone(model, staging)
+        tokenizer.save_pretrained(staging)
         card = adapter / "README.md"
         if card.is_file():
-            write_text(aside / card.name, exported_card(card.read_text(encoding="utf-8"), form == STANDALONE))
-        del model  # one at a time is in memory
-        difference, lost = _compare(aside, form, tokenizer, expected, without, of_dtype)
+            write_text(staging / card.name, exported_card(card.read_text(encoding="utf-8"), form == STANDALONE))
+        del model  # memory holds one model at a time
+        difference, lost = _compare(staging, form, tokenizer, expected, without, base_dtype)
     return Exported(target, form, difference, lost)
 
 
-def _fitting(model: peft.PeftModel, kinds: set[str]) -> str:
+def _best_form(model: peft.PeftModel, kinds: set[str]) -> str:
     try:
         check_mergeable(model.get_base_model(), kinds)
     except ModelError:
@@ -93,23 +94,24 @@ def _fitting(model: peft.PeftModel, kinds: set[str]) -> str:
 def _logits(model: Any, tokenizer: Any) -> torch.Tensor:
     """Logits of all positions of ``TEXTS`` [positions, vocabulary], float32."""
     inputs = [tokenizer(text, return_tensors="pt").to(model.device) for text in TEXTS]
-    found = [model.eval()(input_ids=i["input_ids"], attention_mask=i["attention_mask"]).logits[0] for i in inputs]
-    return torch.cat(found).float().cpu()
+    rows = [model.eval()(input_ids=i["input_ids"], attention_mask=i["attention_mask"]).logits[0] for i in inputs]
+    return torch.cat(rows).float().cpu()
 
 
 def _compare(
     folder: Path, form: str, tokenizer: Any, expected: torch.Tensor, without: torch.Tensor, dtype: torch.dtype
 ) -> tuple[float, float]:
-    """The export's difference and what it has lost; raises ModelError when either is too much.
+    """``difference`` and ``lost`` of ``Exported``; raises ModelError when either is too large.
 
-    The second catches an adapter whose whole effect is as small as the roundings that the first allows.
+    ``lost`` catches an adapter whose whole effect is as small as the rounding that ``difference`` allows.
+    ``expected``, ``without``: logits [positions, vocabulary] with and without the adapter.
     """
-    again = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=form == STANDALONE)
-    found = _logits(again.to(device()), tokenizer)
-    difference = ((found - expected).abs().max() / expected.abs().max()).item()
+    exported = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=form == STANDALONE)
+    actual = _logits(exported.to(device()), tokenizer)
+    difference = ((actual - expected).abs().max() / expected.abs().max()).item()
     effect = (expected - without).norm().item()
-    lost = (found - expected).norm().item() / effect if effect else 0.0
-    if not (difference <= TOLERANCE[dtype] and lost <= LOST):
+    lost = (actual - expected).norm().item() / effect if effect else 0.0
+    if not (difference <= TOLERANCE[dtype] and lost <= MAX_LOST):
         raise ModelError(
             f"the export must give the adapter's logits but they differ by {difference:.2g} of the largest one (at most "
             f"{TOLERANCE[dtype]:g} is rounding), and {lost:.0%} of what the adapter changes is lost. Nothing was kept. Try "

@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Upload:
-    """What is to be uploaded. ``files``: size in bytes by name. ``url``: None until it has been."""
+    """One upload. ``files``: size in bytes by name. ``url``: None before the upload."""
 
     repository: str
     files: dict[str, int]
@@ -28,7 +28,7 @@ class Upload:
     url: str | None = None
 
     def as_text(self) -> str:
-        """For people."""
+        """Target, tags and files as lines of text."""
         where = f"uploaded to {self.url}" if self.url else f"dry run: nothing was uploaded to {self.repository}"
         lines = [f"{size / 1e6:9.2f} MB  {name}" for name, size in self.files.items()]
         visible = "private" if self.private else "public"
@@ -39,12 +39,12 @@ def push(folder: Path, repository: str | None = None, private: bool = False, dry
     """Upload ``folder``, an adapter or an exported model with its card.
 
     Args:
-        folder: with ``README.md`` and ``adapter_config.json`` or ``config.json``.
+        folder: has ``README.md`` and ``adapter_config.json`` or ``config.json``.
         repository: ``ORG/NAME``; None: the card's model name, under the owner of the token.
-        private: whether a repository that is made now is private.
-        dry_run: only check and tell; needs no token and no network.
+        private: whether to create the repository as private.
+        dry_run: only check and report; needs no token and no network.
 
-    Raises CardError, FolderError or PushError; what can be known before is raised before anything is uploaded.
+    Raises CardError, FolderError or PushError; every check that can run before the upload does.
     """
     card = read_card(folder)
     check_loadable_elsewhere(folder)
@@ -68,26 +68,26 @@ def read_card(folder: Path) -> CardData:
     try:
         front_matter: CardData = ModelCard.load(path).data
         return front_matter
-    except Exception as error:  # YAML's and the Hub's own kinds
+    except Exception as error:  # YAML and the Hub have no common base class
         raise CardError(f"the card {path} must begin with YAML that the Hub can read: {error}") from error
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any] | None:
-    """``adapter_config.json``, checked as far as it is read here; None when there is none."""
+    """``adapter_config.json`` with its ``sites`` checked; None when the file is missing."""
     path = folder / "adapter_config.json"
     try:
-        found = read_json(path)
+        config = read_json(path)
     except ValueError as error:
         raise FolderError(f"{path} must be JSON but is not: {error}.") from error
-    if found is None:
+    if config is None:
         return None
-    if not isinstance(found, dict) or not all(isinstance(site, dict) for site in found.get("sites") or []):
-        raise FolderError(f"{path} must be an object with a list of sites but holds {str(found)[:80]!r}.")
-    return found
+    if not isinstance(config, dict) or not all(isinstance(site, dict) for site in config.get("sites") or []):
+        raise FolderError(f"{path} must be an object with a list of sites but holds {str(config)[:80]!r}.")
+    return config
 
 
 def check_loadable_elsewhere(folder: Path) -> None:
-    """Raise FolderError unless others can load ``folder``: it must name no folder of this machine."""
+    """Raise FolderError unless other machines can load ``folder``: it must not refer to local folders."""
     adapter = read_adapter_config(folder)
     if adapter is None:
         if not (folder / "config.json").is_file():
@@ -96,14 +96,14 @@ def check_loadable_elsewhere(folder: Path) -> None:
     base = str(adapter.get("base_model_name_or_path") or "")
     if not is_repository(base):
         raise FolderError(
-            f"the adapter's base model must be a name on the Hub but is '{base}': nobody else could load it. Put the name "
-            f"into {folder / 'adapter_config.json'}, or publish the whole model: isaerft-sweep export."
+            f"the adapter's base model must be a name on the Hub but is '{base}': no other machine could load it. Put the "
+            f"name into {folder / 'adapter_config.json'}, or publish the whole model: isaerft-sweep export."
         )
     local = [site["sae_path"] for site in adapter.get("sites") or [] if site.get("sae_path")]
     if local:
         raise FolderError(
             f"the adapter's SAE must be one that sae_lens can find by release and id but is the folder '{local[0]}' of this "
-            "machine: nobody else could load it. Publish the whole model: isaerft-sweep export, then push its folder."
+            "machine: no other machine could load it. Publish the whole model: isaerft-sweep export, then push its folder."
         )
 
 
@@ -115,22 +115,24 @@ def _upload(folder: Path, upload: Upload) -> Upload:
         raise PushError("pushing needs a token of the Hub but there is none. Log in: `hf auth login`, or set HF_TOKEN.")
     disable_progress_bars()
     api = HfApi(library_name="isaerft-sweep")
-    made = _asked(api.endpoint, lambda: api.create_repo(upload.repository, private=upload.private, exist_ok=True))
-    private = bool(_asked(api.endpoint, lambda: api.repo_info(made.repo_id)).private)
+    created = _call_hub(api.endpoint, lambda: api.create_repo(upload.repository, private=upload.private, exist_ok=True))
+    private = bool(_call_hub(api.endpoint, lambda: api.repo_info(created.repo_id)).private)
     if upload.private and not private:
-        raise PushError(f"{made.repo_id} is there already and public. Nothing was uploaded. Choose another name: --repo.")
+        raise PushError(f"{created.repo_id} is there already and public. Nothing was uploaded. Choose another name: --repo.")
     message = "Upload by isaerft-sweep"
-    done = _asked(api.endpoint, lambda: api.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message=message))
-    return replace(upload, repository=made.repo_id, private=private, url=str(getattr(done, "repo_url", made)))
+    commit = _call_hub(
+        api.endpoint, lambda: api.upload_folder(repo_id=created.repo_id, folder_path=folder, commit_message=message)
+    )
+    return replace(upload, repository=created.repo_id, private=private, url=str(getattr(commit, "repo_url", created)))
 
 
-def _asked(endpoint: str, ask: Callable[[], T]) -> T:
-    """What the Hub answers. Its client raises many kinds of error; all of them become one that says what to do."""
+def _call_hub(endpoint: str, request: Callable[[], T]) -> T:
+    """The Hub's answer. Its client raises many kinds of error; each becomes a PushError that says what to do."""
     try:
-        return ask()
+        return request()
     except Exception as error:
         reason = (str(error) or repr(error)).splitlines()[0]
         raise PushError(
             f"the Hub at {endpoint} did not take it: {reason} Check the network, that the token may write there, and the "
-            "name (--repo ORG/NAME). The same command goes on: what is there already is not sent again."
+            "name (--repo ORG/NAME). The same command resumes: files that are there are not sent again."
         ) from error

@@ -1,7 +1,7 @@
 """Reads the published project's adapter folders (see ``docs/reference.md``) into this package's format.
 
 Such a folder has ``adapter_config.json`` with ``target_hooks``, ``blocks_manifest.json`` and for each site one
-``blocks_N_hook_resid_post.pt``. Those are pickles: they are read as tensors alone, and one that carries code is refused.
+``blocks_N_hook_resid_post.pt``. Those are pickles: only their tensors are read, and one that carries code is refused.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ BASES = {
     "gemma-2-9b": "google/gemma-2-9b",
     "pythia-70m-deduped": "EleutherAI/pythia-70m-deduped",
 }
-"""Base models that the published runs' names stand for."""
+"""Base models by their short names in the published runs."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -48,7 +48,7 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Imported:
-    """``name``: what the folder's name says, or None when it is not a run's name."""
+    """An imported adapter. ``name``: the parsed name of the source folder, None when that is not a run's name."""
 
     folder: Path
     base: str
@@ -58,8 +58,8 @@ class Imported:
     card: PublishedCard
 
     @property
-    def told(self) -> str:
-        """What name and card tell of the run: the card has every digit."""
+    def summary(self) -> str:
+        """Learning rate, beta, start and W&B run as far as known; from the card's tags rather than the rounded name."""
         card = self.card
         if card.learning_rate is None or card.beta is None:
             return ""
@@ -72,8 +72,8 @@ class Imported:
 def import_folder(source: Path, out: Path | None, base: str | None) -> Imported:
     """Write the adapter in ``source`` as ``out`` (None: ``imported/<its name>`` in the current folder).
 
-    ``base``: the base model, for a folder whose name does not tell. Raises FolderError when the folder is not one of the
-    published project's, or a block in it is not what its config says; nothing is executed or written then.
+    ``base``: the base model; None: the one that the folder names. Raises FolderError when the published project did not
+    write the folder, or a block in it contradicts its config; nothing is executed or written then.
     """
     config = _json(source, "adapter_config.json")
     hooks, names = config.get("target_hooks"), _json(source, "blocks_manifest.json").get("block_names")
@@ -95,7 +95,7 @@ def import_folder(source: Path, out: Path | None, base: str | None) -> Imported:
         base or str(config.get("base_model_name_or_path") or "") or card.base or (BASES.get(named.model) if named else None)
     )
     if not base:
-        raise FolderError(f"{source} does not tell its base model. Give it: --base ORG/NAME, for example google/gemma-2-2b.")
+        raise FolderError(f"{source} does not name its base model. Give it: --base ORG/NAME, for example google/gemma-2-2b.")
     adapter = IsaerftConfig(sites=sites, kind=kind, base_model_name_or_path=base, inference_mode=True, **settings)
     target = (out or Path("imported") / source.resolve().name).expanduser().absolute()
     tensors = {
@@ -109,43 +109,43 @@ def import_folder(source: Path, out: Path | None, base: str | None) -> Imported:
 
 def _json(source: Path, name: str) -> dict[str, Any]:
     try:
-        found = json.loads((source / name).read_text(encoding="utf-8"))
+        content = json.loads((source / name).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise FolderError(
             f"'{source}' must be a folder of the published project, with adapter_config.json, blocks_manifest.json and "
             f"blocks_*.pt, but {name} cannot be read: {error}."
         ) from error
-    if not isinstance(found, dict):
-        raise FolderError(f"{source / name} must hold a JSON object but holds {str(found)[:80]!r}.")
-    return found
+    if not isinstance(content, dict):
+        raise FolderError(f"{source / name} must hold a JSON object but holds {str(content)[:80]!r}.")
+    return content
 
 
 def _layer(source: Path, name: Any) -> int:
-    found = SITE.match(str(name))
-    if found is None:
+    match = SITE.match(str(name))
+    if match is None:
         raise FolderError(
             f"{source}: a block must be named blocks_N_hook_resid_post (the output of decoder layer N) but got {name!r}."
         )
-    return int(found[1])
+    return int(match[1])
 
 
 def _site(source: Path, layer: int, hook: Any) -> dict[str, Any]:
-    """The site of one hook. The published project took patterns too and found several SAEs; a folder does not say which."""
+    """The site of one hook. Patterns are refused: the published project resolved them to SAEs that the folder omits."""
     if not isinstance(hook, list) or len(hook) != 2 or not all(isinstance(part, str) and part for part in hook):
         raise FolderError(f"{source}: each of target_hooks must be [release, sae_id] but one is {hook!r}.")
     if set("".join(hook)) & set("*|()[]?+^$\\"):
         raise FolderError(f"{source}: target_hooks must name one SAE but hold the pattern {hook!r}. Put its name there.")
-    named = re.search(r"(?:layer_|blocks\.)(\d+)(?!\d)", hook[1])
-    if named and int(named[1]) != layer:
+    layer_match = re.search(r"(?:layer_|blocks\.)(\d+)(?!\d)", hook[1])
+    if layer_match and int(layer_match[1]) != layer:
         raise FolderError(
             f"{source}: the block of layer {layer} must have an SAE of that layer but target_hooks, in the order of "
-            f"block_names, give it {hook[1]!r}. Mend the order in adapter_config.json."
+            f"block_names, give it {hook[1]!r}. Fix the order in adapter_config.json."
         )
     return {"layer": layer, "sae_release": hook[0], "sae_id": hook[1]}
 
 
 def _block(source: Path, name: str, config: Mapping[str, Any]) -> tuple[str, dict[str, Any], Tensors]:
-    """Kind, settings and tensors of one block, in this package's terms."""
+    """Kind, settings and tensors of one block in this package's format."""
     state = _state(source / f"{name}.pt")
     depth = config.get("depth")
     if config.get("ia3"):
@@ -160,14 +160,14 @@ def _block(source: Path, name: str, config: Mapping[str, Any]) -> tuple[str, dic
 def _state(path: Path) -> Tensors:
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Detected pickle protocol")  # a foreign file, which is refused below
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")  # such a file is refused below
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        # not torch's own words, which recommend to load it all the same
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        # torch's own message recommends weights_only=False, so this one leaves it out
+        forbidden_global = re.search(r"GLOBAL ([\w.]+)", str(error))
         raise FolderError(
-            f"{path} must hold tensors alone but holds something else, perhaps code; it was not loaded. "
-            + (f"It asks for {found[1]}." if found else "It is not a file of torch.save.")
+            f"{path} must hold only tensors but holds something else, perhaps code; it was not loaded. "
+            + (f"It imports {forbidden_global[1]}." if forbidden_global else "It is not a file of torch.save.")
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError) as error:
         reason = (str(error) or "the file is cut short").splitlines()[0]
@@ -175,15 +175,15 @@ def _state(path: Path) -> Tensors:
     tensors = isinstance(state, dict) and all(isinstance(t, torch.Tensor) for t in state.values())
     if not tensors or not state:
         raise FolderError(f"{path} must be a state dict (names to tensors) but is {type(state).__name__}.")
-    bad = [key for key, value in state.items() if not torch.isfinite(value.float()).all()]
-    if bad:
-        raise FolderError(f"{path} must hold finite numbers but {bad[0]} has NaN or infinity.")
+    non_finite = [key for key, value in state.items() if not torch.isfinite(value.float()).all()]
+    if non_finite:
+        raise FolderError(f"{path} must hold finite numbers but {non_finite[0]} has NaN or infinity.")
     return {str(key): value.float() for key, value in state.items()}
 
 
 def _renamed(source: Path, name: str, state: Tensors, names: Mapping[str, str]) -> Tensors:
-    wanted = dict.fromkeys(names, 1)
-    if {key: tensor.dim() for key, tensor in state.items()} != wanted:
+    expected = dict.fromkeys(names, 1)
+    if {key: tensor.dim() for key, tensor in state.items()} != expected:
         shapes = {key: list(tensor.shape) for key, tensor in state.items()}
         raise FolderError(
             f"{source / name}.pt must hold one vector named {', '.join(names)}, as its config says, but holds {shapes}."
@@ -192,13 +192,13 @@ def _renamed(source: Path, name: str, state: Tensors, names: Mapping[str, str]) 
 
 
 def _feed_forward(source: Path, name: str, state: Tensors, depth: int) -> tuple[str, dict[str, Any], Tensors]:
-    """Linear maps with ReLU between, but none before the last one: there two maps are one of low rank.
+    """The block from linear maps with ReLU between all but the last two, which form one map of rank hidden size.
 
-    W₂(W₁x + c₁) + c₂ = W₂W₁x + (W₂c₁ + c₂), a map of rank = the hidden size.
+    W₂(W₁x + c₁) + c₂ = W₂W₁x + (W₂c₁ + c₂).
     """
-    places = [2 * i if i < depth else max(0, 2 * depth - 1) for i in range(depth + 1)]
+    indices = [2 * i if i < depth else max(0, 2 * depth - 1) for i in range(depth + 1)]
     try:
-        maps = [(state.pop(f"sequential.{i}.weight"), state.pop(f"sequential.{i}.bias")) for i in places]
+        maps = [(state.pop(f"sequential.{i}.weight"), state.pop(f"sequential.{i}.bias")) for i in indices]
     except KeyError as error:
         raise FolderError(f"{source / name}.pt lacks {error}, which depth={depth} needs.") from error
     if state:
@@ -220,7 +220,7 @@ def _feed_forward(source: Path, name: str, state: Tensors, depth: int) -> tuple[
 
 
 def _check_shapes(source: Path, name: str, maps: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Raise FolderError unless each map takes what the one before gives, and the last gives what the first takes."""
+    """Raise FolderError unless the widths of consecutive maps agree and the last output is as wide as the first input."""
     shapes = [(list(weight.shape), list(bias.shape)) for weight, bias in maps]
     fits = all(len(weight) == 2 and bias == weight[:1] for weight, bias in shapes)
     if fits:
@@ -244,55 +244,57 @@ def _name(source: Path) -> ParsedName | None:
 
 
 def _layers_name(base: str) -> str:
-    """Where the decoder layers of ``base`` are, from its name alone: the weights are not needed for an import."""
+    """Module path of the decoder layers, guessed from the name ``base``: an import does not need the weights."""
     return "gpt_neox.layers" if re.search("pythia|neox", base.lower()) else "model.layers"
 
 
 def read_published_card(source: Path, named: ParsedName | None) -> PublishedCard:
-    """What ``source`` and the card in it tell of the run. Raises FolderError when they tell of different runs."""
-    front: Any = {}
+    """The run's settings from the card in ``source``. Raises FolderError when card and name describe different runs."""
+    fields: Any = {}
     text = ""
     with suppress(OSError, UnicodeDecodeError):
         text = (source / "README.md").read_text(encoding="utf-8")
-    found = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
-    if found:
+    front_matter = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
+    if front_matter:
         with suppress(yaml.YAMLError):
-            front = yaml.safe_load(found[1]) or {}
-    front = front if isinstance(front, dict) else {}
-    tags = tuple(str(tag) for tag in front.get("tags") or () if isinstance(tag, (str, int, float)))
-    run = re.search(r"https?://[^\s()\"']+/runs/[\w-]+", text)
+            fields = yaml.safe_load(front_matter[1]) or {}
+    fields = fields if isinstance(fields, dict) else {}
+    tags = tuple(str(tag) for tag in fields.get("tags") or () if isinstance(tag, (str, int, float)))
+    run_url = re.search(r"https?://[^\s()\"']+/runs/[\w-]+", text)
     card = PublishedCard(
         named=named,
         learning_rate=_number(tags, "lr_") or (named.learning_rate if named else None),
         beta=_number(tags, "beta_") if _number(tags, "beta_") is not None else (named.beta if named else None),
         tags=tags,
-        base=str(front.get("base_model") or "") or None,
-        wandb=run[0] if run else None,
+        base=str(fields.get("base_model") or "") or None,
+        wandb=run_url[0] if run_url else None,
     )
     if named and card.learning_rate is not None and f"{card.learning_rate:.1e}" != f"{named.learning_rate:.1e}":
         raise FolderError(
             f"{source / 'README.md'} must be the card of this run but its tag says learning rate {card.learning_rate!r}, "
-            f"and the folder's name {named.learning_rate:.1e}. Take the other run's card away."
+            f"and the folder's name {named.learning_rate:.1e}. Remove that card."
         )
     return card
 
 
-def _number(tags: Sequence[str], beginning: str) -> float | None:
+def _number(tags: Sequence[str], prefix: str) -> float | None:
     for tag in tags:
         with suppress(ValueError):
-            if tag.startswith(beginning):
-                return float(tag[len(beginning) :])
+            if tag.startswith(prefix):
+                return float(tag[len(prefix) :])
     return None
 
 
 def _write(source: Path, target: Path, adapter: IsaerftConfig, tensors: Tensors, card: PublishedCard) -> None:
-    with new_folder(target) as aside:
-        adapter.save_pretrained(str(aside))
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, aside / "adapter_model.safetensors")
+    with new_folder(target) as staging:
+        adapter.save_pretrained(str(staging))
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, staging / "adapter_model.safetensors")
         for name in TOKENIZER_FILES:
             if (source / name).is_file():
-                shutil.copyfile(source / name, aside / name)
+                shutil.copyfile(source / name, staging / name)
         name = source.resolve().name
-        if card.facts:
-            write_json(aside / "imported.json", {"from": name, **card.facts})
-        write_text(aside / "README.md", imported_card(aside, name, str(adapter.base_model_name_or_path), adapter.kind, card))
+        if card.metadata:
+            write_json(staging / "imported.json", {"from": name, **card.metadata})
+        write_text(
+            staging / "README.md", imported_card(staging, name, str(adapter.base_model_name_or_path), adapter.kind, card)
+        )

@@ -1,4 +1,4 @@
-"""A model folder that carries its ISAERFT blocks in code of its own: transformers loads it, without this package."""
+"""Writes a model folder with custom code for its ISAERFT blocks: transformers loads it without this package."""
 
 from __future__ import annotations
 
@@ -21,38 +21,38 @@ from isaerft_sweep.paths import asset
 MODULE = "modeling_isaerft"
 TEMPLATE = f"{MODULE}.py.jinja"
 ENCODERS = ("standard", "topk", "jumprelu")
-"""Architectures of SAEs whose encoder the module has."""
+"""SAE architectures whose encoder the generated module implements."""
 
 Tensors = dict[str, torch.Tensor]
 
 
 def write_standalone(model: peft.PeftModel, folder: Path) -> None:
-    """Write the base model's weights, the blocks' and the code that joins them into ``folder``.
+    """Write the weights of base model and blocks, and the code that joins them, into ``folder``.
 
-    Raises ModelError when a block needs an SAE whose encoder the code does not have.
+    Raises ModelError when a block needs an SAE whose encoder the code does not implement.
     """
     base = model.get_base_model()
     layers_name = decoder_layers_name(base)
-    sites, kept = [], nn.ModuleDict()
+    sites, site_weights = [], nn.ModuleDict()
     for index, layer in enumerate(decoder_layers(base)):
         if isinstance(layer, IsaerftLayer):
-            facts, tensors = _site(layer)
+            site_config, tensors = _site(layer)
             shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
-            sites.append({"layer": index, **facts, "tensors": shapes})
-            # copies: safetensors refuses tensors that share their memory
+            sites.append({"layer": index, **site_config, "tensors": shapes})
+            # copies: safetensors refuses tensors that share memory
             frozen = {name: nn.Parameter(t.detach().float().clone(), requires_grad=False) for name, t in tensors.items()}
-            kept[str(index)] = nn.ParameterDict(frozen)
-    plain: Any = model.unload()
-    plain.isaerft = kept  # its weights are saved beside the model's, under the names that the module gives them
-    # under the names of today's code: transformers renames old ones by a model's type, and this one's is its own
-    plain.save_pretrained(folder, save_original_format=False)
-    names = {"model_class": type(plain).__name__, "config_class": type(plain.config).__name__}
+            site_weights[str(index)] = nn.ParameterDict(frozen)
+    unloaded: Any = model.unload()
+    unloaded.isaerft = site_weights  # saved with the model's weights, under the names that the generated module uses
+    # current parameter names: transformers renames legacy ones by model type, and this export has its own type
+    unloaded.save_pretrained(folder, save_original_format=False)
+    names = {"model_class": type(unloaded).__name__, "config_class": type(unloaded.config).__name__}
     code = jinja2.Template(asset(TEMPLATE).read_text(encoding="utf-8"), keep_trailing_newline=True)
-    write_text(folder / f"{MODULE}.py", code.render(model_type=plain.config.model_type, **names))
+    write_text(folder / f"{MODULE}.py", code.render(model_type=unloaded.config.model_type, **names))
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config |= {
-        # a type of its own: without the code, loading must fail and not leave the blocks out silently
-        "model_type": f"isaerft_{plain.config.model_type}",
+        # its own type: without the custom code, loading must fail instead of silently dropping the blocks
+        "model_type": f"isaerft_{unloaded.config.model_type}",
         "architectures": [f"Isaerft{names['model_class']}"],
         "auto_map": {
             "AutoConfig": f"{MODULE}.Isaerft{names['config_class']}",
@@ -64,17 +64,17 @@ def write_standalone(model: peft.PeftModel, folder: Path) -> None:
 
 
 def _site(layer: IsaerftLayer) -> tuple[dict[str, Any], Tensors]:
-    """One site's block and, where it reads latents, its SAE: what the module needs to know, and its tensors."""
+    """One site's config and tensors: of the block and, where that reads latents, of the SAE."""
     name = layer.active_adapters[0]
     block, decoder = layer.isaerft_block[name], layer.decoder(name)
     if isinstance(block, BiasBlock):
         return {"kind": "bias"}, {"vector": block().float() @ decoder}
-    facts, tensors = _encoder(layer.saes[name].sae)
+    encoder, tensors = _encoder(layer.saes[name].sae)
     tensors["W_dec"] = decoder
     if isinstance(block, ScaleBlock):
-        return {"kind": "scale", **facts}, {**tensors, "scale": block.scale}
+        return {"kind": "scale", **encoder}, {**tensors, "scale": block.scale}
     assert isinstance(block, FeedForwardBlock)
-    return {"kind": "feed_forward", "maps": block.maps, **facts}, {**tensors, **dict(block.named_parameters())}
+    return {"kind": "feed_forward", "maps": block.maps, **encoder}, {**tensors, **dict(block.named_parameters())}
 
 
 def _encoder(sae: Any) -> tuple[dict[str, Any], Tensors]:

@@ -1,1 +1,1 @@
-"""Before a sweep: is the place ready, is everything there, what will it take?"""
+"""Checks before a sweep: the site, the downloads, the expected time."""

@@ -1,4 +1,4 @@
-"""How long a trial takes: from trials of earlier sweeps that computed the same, or from a short one run for the purpose."""
+"""Estimates a trial's time from earlier sweeps with the same settings, or from a short calibration trial."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from isaerft_sweep.spec_fields import from_mapping
 from isaerft_sweep.specs import Experiment, comparable
 
 STEPS = 8
-"""Of a calibration: the first ones are slower and are left out."""
+"""Steps of a calibration trial. The first ones are slower and do not count."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds of one trial, and of them its share of the device, and where they were learned, for people."""
+    """Seconds of one trial, its share of device time, and a description of the source."""
 
     seconds: float
     device_s: float
@@ -42,7 +42,7 @@ class Estimate:
 
 
 def from_earlier_sweeps(experiment: Experiment, swept: Collection[str]) -> Estimate | None:
-    """The median time of completed trials with the same settings but for the swept ones; None without any."""
+    """The median time of completed trials whose settings differ only in the swept ones; None without any."""
     seconds: list[float] = []
     shares: list[float] = []
     names = []
@@ -56,13 +56,13 @@ def from_earlier_sweeps(experiment: Experiment, swept: Collection[str]) -> Estim
             record = SweepRecord()
             replay(journal, record)
         except (OSError, yaml.YAMLError, IsaerftError, TypeError, AttributeError):
-            continue  # another version's, or not whole: there is nothing to learn from it
-        found = [trial for trial in record.trials.values() if trial.state == TrialState.COMPLETED and trial.seconds > 0]
-        if found:
+            continue  # written by another version, or incomplete
+        completed = [trial for trial in record.trials.values() if trial.state == TrialState.COMPLETED and trial.seconds > 0]
+        if completed:
             names.append(folder.path.name)
-            seconds += [trial.seconds for trial in found]
+            seconds += [trial.seconds for trial in completed]
             shared = device_seconds(record.trials.values(), earlier.launcher.trials_per_gpu)
-            shares += [shared[trial.index] for trial in found]
+            shares += [shared[trial.index] for trial in completed]
     if not seconds:
         return None
     return Estimate(
@@ -71,14 +71,20 @@ def from_earlier_sweeps(experiment: Experiment, swept: Collection[str]) -> Estim
 
 
 def calibrate(experiment: Experiment, definition: SweepDefinition, point: Point, steps: int) -> Estimate:
-    """Run ``STEPS`` steps of one trial through the launcher, and reckon what ``steps`` steps take.
+    """Run ``STEPS`` steps of one trial through the launcher, and extrapolate to a whole trial.
 
-    Raises LaunchError when it does not complete.
+    Args:
+        experiment: the composed config.
+        definition: the sweep.
+        point: the params of the trial to run.
+        steps: optimiser steps of a whole trial.
+
+    Raises LaunchError when the calibration trial does not complete.
     """
     output = Path(experiment.output).expanduser().absolute()
     output.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=output, prefix=".calibration-"))
-    folder = SweepFolder(aside / "calibration")  # one deeper, so that the trial's name is reserved in there too
+    temporary = Path(tempfile.mkdtemp(dir=output, prefix=".calibration-"))
+    folder = SweepFolder(temporary / "calibration")  # one level deeper, so that the trial's name is reserved inside it too
     orpo = dataclasses.replace(experiment.orpo, max_steps=min(STEPS, steps), eval_untrained="never", eval_fraction=1.0)
     tracker = dataclasses.replace(experiment.tracker, mode="disabled")
     short = dataclasses.replace(experiment, orpo=orpo, tracker=tracker)
@@ -102,17 +108,24 @@ def calibrate(experiment: Experiment, definition: SweepDefinition, point: Point,
         alone_s = reckon(trial, status, steps, evaluations_per_trial(experiment))
         return Estimate(alone_s, alone_s, f"{orpo.max_steps} steps, run just now by itself")
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def reckon(trial: TrialFolder, status: TrialStatus, steps: int, evaluations: int) -> float:
-    """Seconds of a whole trial from a short one: start and end as they were, so many steps and evaluations."""
+    """Seconds of a whole trial, extrapolated from a short one.
+
+    Args:
+        trial: the folder of the short trial.
+        status: its final status; start-up and shutdown take the same time in a whole trial.
+        steps: optimiser steps of a whole trial.
+        evaluations: evaluations of a whole trial.
+    """
     rows = trial.read_metrics()
     trained = [row["time"] for row in rows if "train/loss" in row]
     evaluated = [row["time"] for row in rows if any(key.startswith("eval/") for key in row)]
     if len(trained) < 2 or not evaluated:
-        raise ConfigError("a calibration needs trials of at least two steps. Give a larger orpo.max_steps, or leave it out.")
+        raise ConfigError("a calibration needs trials of at least two steps. Set a larger orpo.max_steps, or remove it.")
     gaps = [after - before for before, after in itertools.pairwise(trained)]
     step_s, evaluation_s = statistics.median(gaps), max(0.0, evaluated[-1] - trained[-1])
-    around_s = max(0.0, status.duration_s - (trained[-1] - trained[0]) - step_s - evaluation_s)
-    return float(around_s + steps * step_s + evaluations * evaluation_s)
+    overhead_s = max(0.0, status.duration_s - (trained[-1] - trained[0]) - step_s - evaluation_s)
+    return float(overhead_s + steps * step_s + evaluations * evaluation_s)

@@ -1,4 +1,4 @@
-"""``isaerft-sweep doctor``: is this place ready for a sweep? Each finding that is not good comes with its remedy."""
+"""``isaerft-sweep doctor``: checks whether the site is ready for a sweep. Every finding that is not good has a remedy."""
 
 from __future__ import annotations
 
@@ -25,36 +25,38 @@ from isaerft_sweep.spec_fields import canonical_json, to_dict
 from isaerft_sweep.specs import Experiment
 
 MARKS = {GOOD: ("ok     ", "green"), WARNING: ("warning", "yellow"), BAD: ("BAD    ", "red")}
-"""What a line begins with, and its colour."""
+"""The prefix of a line by state, and its colour."""
 SKEW_S = 30.0
 SHORT_GRACE_S = 15
 
 
 def diagnose(console: Console, experiment: Experiment, wait_s: float) -> int:
-    """Print all findings; 1 when one of them is bad."""
+    """Print all findings; returns exit code 1 when one is bad."""
     findings = []
     if experiment.launcher.kind == "slurm":
         findings += show(console, site_findings(experiment))
-    if not any(found.state == BAD for found in findings):
-        console.print(f"waiting for a job of launcher={experiment.launcher.kind} to look at the place itself", style="dim")
+    if not any(finding.state == BAD for finding in findings):
+        console.print(
+            f"waiting for a job of launcher={experiment.launcher.kind} to check the machine where trials run", style="dim"
+        )
         findings += show(console, job_findings(experiment, wait_s))
-    bad = sum(found.state == BAD for found in findings)
+    bad = sum(finding.state == BAD for finding in findings)
     console.print(f"{len(findings)} things checked, {bad} bad.")
     return 1 if bad else 0
 
 
 def show(console: Console, findings: list[Finding]) -> list[Finding]:
-    """Print findings as they come."""
-    for found in findings:
-        console.print(Text.assemble(MARKS[found.state], "  ", (found.what, "bold"), ": "), end="")
-        console.print(found.words, soft_wrap=True, markup=False, highlight=False)
-        if found.state != GOOD and found.remedy:
-            console.print(f"         {found.remedy}", soft_wrap=True, markup=False, highlight=False)
+    """Print ``findings`` and return them."""
+    for finding in findings:
+        console.print(Text.assemble(MARKS[finding.state], "  ", (finding.what, "bold"), ": "), end="")
+        console.print(finding.words, soft_wrap=True, markup=False, highlight=False)
+        if finding.state != GOOD and finding.remedy:
+            console.print(f"         {finding.remedy}", soft_wrap=True, markup=False, highlight=False)
     return findings
 
 
 def site_findings(experiment: Experiment) -> list[Finding]:
-    """What the cluster says of itself."""
+    """Findings from the cluster's configuration."""
     try:
         cluster = cluster_of(experiment.launcher)
         site = read_cluster(cluster)
@@ -64,14 +66,14 @@ def site_findings(experiment: Experiment) -> list[Finding]:
     name, version = settings.get("ClusterName", "?"), settings.get("SLURM_VERSION", "?")
     findings = [Finding("SLURM", GOOD, f"{name}, version {version}; partitions {', '.join(site.partitions)}")]
     try:
-        asked = sbatch_parameters(experiment.launcher, site, "doctor")
+        requested = sbatch_parameters(experiment.launcher, site, "doctor")
     except LaunchError as error:
         return [*findings, Finding("launcher.slurm", BAD, str(error))]
-    words = ", ".join(
-        f"{key} {asked[key]}" for key in ("time", "gpus_per_node", "gres", "cpus_per_task", "mem") if key in asked
+    text = ", ".join(
+        f"{key} {requested[key]}" for key in ("time", "gpus_per_node", "gres", "cpus_per_task", "mem") if key in requested
     )
-    findings.append(Finding("launcher.slurm", GOOD, f"{words} (time in minutes)"))
-    findings.append(preemption(settings, grace_s(str(asked.get("partition") or site.default_partition), cluster)))
+    findings.append(Finding("launcher.slurm", GOOD, f"{text} (time in minutes)"))
+    findings.append(preemption(settings, grace_s(str(requested.get("partition") or site.default_partition), cluster)))
     findings.append(requeue(settings))
     findings.append(arrays(site, experiment))
     findings.append(accounting(settings))
@@ -84,57 +86,55 @@ def preemption(settings: Mapping[str, str], grace: int) -> Finding:
     if kind in ("(null)", "preempt/none") or mode == "OFF":
         return Finding("preemption", GOOD, "off")
     if mode.startswith("SUSPEND"):
-        return Finding(
-            "preemption", GOOD, f"{kind}, {mode}: a job is held still and goes on, which costs it nothing but time"
-        )
-    words = f"{kind}, {mode}: a job gets SIGTERM and {grace} s to end in"
+        return Finding("preemption", GOOD, f"{kind}, {mode}: a job is suspended and resumes, which costs only time")
+    text = f"{kind}, {mode}: a job gets SIGTERM and {grace} s to exit"
     if grace >= SHORT_GRACE_S:
-        return Finding("preemption", GOOD, words)
+        return Finding("preemption", GOOD, text)
     remedy = (
-        "What a preempted trial has done since its last checkpoint is done again. Write them more often "
+        "A preempted trial repeats the steps since its last checkpoint. Write checkpoints more often "
         "(orpo.checkpoint_every_min=1), or use a partition or qos that is not preempted."
     )
-    return Finding("preemption", WARNING, words, remedy)
+    return Finding("preemption", WARNING, text, remedy)
 
 
 def grace_s(partition: str, cluster: str | None = None) -> int:
-    """The partition's GraceTime."""
+    """The partition's GraceTime in seconds; 0 when unknown."""
     try:
-        text = run_slurm_command("scontrol", "--oneliner", "show", "partition", partition.split(",")[0], cluster=cluster)
+        output = run_slurm_command("scontrol", "--oneliner", "show", "partition", partition.split(",")[0], cluster=cluster)
     except LaunchError:
         return 0
-    return next((int(word.split("=")[1]) for word in text.split() if word.startswith("GraceTime=")), 0)
+    return next((int(setting.split("=")[1]) for setting in output.split() if setting.startswith("GraceTime=")), 0)
 
 
 def requeue(settings: Mapping[str, str]) -> Finding:
-    """Who starts an interrupted trial again."""
-    site = "on" if settings.get("JobRequeue") == "1" else "off"
-    words = (
-        f"not needed (JobRequeue is {site}): the controller starts an interrupted trial again, in a new job; "
-        f"a cancelled job has {settings.get('KillWait', '30 sec')} to end in"
+    """How an interrupted trial restarts."""
+    state = "on" if settings.get("JobRequeue") == "1" else "off"
+    text = (
+        f"not needed (JobRequeue is {state}): the controller restarts an interrupted trial in a new job; "
+        f"a cancelled job has {settings.get('KillWait', '30 sec')} to exit"
     )
-    return Finding("requeue", GOOD, words)
+    return Finding("requeue", GOOD, text)
 
 
 def arrays(site: SlurmCluster, experiment: Experiment) -> Finding:
-    """Whether the workers fit into arrays."""
+    """How the workers fit into job arrays."""
     slots, size = experiment.launcher.slots or 1, site.array_size
     split = f", so {slots} workers are {-(-slots // size)} arrays" if slots > size else ""
     return Finding("arrays", GOOD, f"of at most {size} jobs{split}; MaxJobCount {site.settings.get('MaxJobCount', '?')}")
 
 
 def accounting(settings: Mapping[str, str]) -> Finding:
-    """sacct, the second opinion."""
+    """Whether sacct answers: it tells how a job ended when squeue no longer does."""
     try:
         run_slurm_command("sacct", "--noheader", "-X", "-S", "now-1minutes")
     except LaunchError:
-        words = "none: how a job ended is known for MinJobAge " + settings.get("MinJobAge", "?")
-        return Finding("sacct", WARNING, words, "Nothing is lost by it: outcomes are read from the trials' own folders.")
+        text = "none: how a job ended is known for MinJobAge " + settings.get("MinJobAge", "?")
+        return Finding("sacct", WARNING, text, "Harmless: outcomes are read from the trials' folders.")
     return Finding("sacct", GOOD, "answers")
 
 
 def job_findings(experiment: Experiment, wait_s: float) -> list[Finding]:
-    """What a job of the launcher finds where it runs, and the time between the two machines' clocks."""
+    """Findings of a job of the launcher where it runs, and the skew between the two machines' clocks."""
     output = Path(experiment.output).expanduser().absolute()
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -148,38 +148,38 @@ def job_findings(experiment: Experiment, wait_s: float) -> list[Finding]:
     try:
         with (folder.path / LOCKED).open("a", encoding="utf-8") as handle:
             fcntl.flock(handle, fcntl.LOCK_EX)
-            return _ask_job(experiment, folder, ahead_s, wait_s)
+            return _run_probe(experiment, folder, ahead_s, wait_s)
     finally:
         shutil.rmtree(folder.path, ignore_errors=True)
 
 
-def _ask_job(experiment: Experiment, folder: SweepFolder, ahead_s: float, wait_s: float) -> list[Finding]:
+def _run_probe(experiment: Experiment, folder: SweepFolder, ahead_s: float, wait_s: float) -> list[Finding]:
     dispatcher = make_inner_dispatcher(experiment.launcher, folder)
-    # dispatchers take any call of this form; their own are named for people
+    # dispatchers accept any such callable; their type hint is the usual one
     probe = cast(Job, ProbeJob(str(folder.path), canonical_json(to_dict(experiment)), dispatcher.threads))
     job = dispatcher.submit(probe)
-    end = time.monotonic() + wait_s
+    deadline = time.monotonic() + wait_s
     try:
         while dispatcher.alive([job])[0]:
-            if time.monotonic() > end:
-                words = f"it has not run within {wait_s:g} s"
-                return [Finding("job", BAD, words, "See why it waits: squeue --me. Or wait longer: --wait SECONDS.")]
+            if time.monotonic() > deadline:
+                text = f"it has not run within {wait_s:g} s"
+                return [Finding("job", BAD, text, "Check why it waits: squeue --me. Or wait longer: --wait SECONDS.")]
             time.sleep(min(1.0, experiment.launcher.poll_s))
     finally:
         dispatcher.kill([job])
     answer = read_json(folder.path / ANSWER)
     if answer is None:
-        words = f"it ended without an answer. {dispatcher.job_exit(job).words}\n{dispatcher.log_tail(job, 20)}"
-        return [Finding("job", BAD, words, "It needs the same Python environment and output folder as this machine.")]
-    findings = [Finding(**found) for found in answer["findings"]]
+        text = f"it ended without an answer. {dispatcher.job_exit(job).words}\n{dispatcher.log_tail(job, 20)}"
+        return [Finding("job", BAD, text, "It needs the same Python environment and output folder as this machine.")]
+    findings = [Finding(**finding) for finding in answer["findings"]]
     return [*findings, clocks(answer["ahead_of_disk_s"] - ahead_s)]
 
 
 def clocks(skew_s: float) -> Finding:
-    """The controller judges by its own clock whether a worker is silent."""
-    words = f"{abs(skew_s):.1f} s between this machine's and the job's"
+    """Whether the clocks agree: the controller compares heartbeats with its own clock."""
+    text = f"{abs(skew_s):.1f} s between this machine's and the job's"
     if abs(skew_s) < SKEW_S:
-        return Finding("clocks", GOOD, words)
+        return Finding("clocks", GOOD, text)
     return Finding(
-        "clocks", BAD, words, "Ask for the nodes' time to be set (chrony); until then a larger launcher.heartbeat_s."
+        "clocks", BAD, text, "Have the nodes' clocks synchronised (chrony); until then increase launcher.heartbeat_s."
     )

@@ -15,42 +15,42 @@ from isaerft_sweep.specs import Experiment, ModelSpec
 
 OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-"""Of a model's repository: no weights in other formats, which nothing here reads."""
+"""Files of a model's repository. This package does not read weights in other formats."""
 
 
 def fetch(experiment: Experiment) -> Mapping[str, Any]:
-    """Download model, tokenizer, SAEs and data, then check that a trial finds them offline; facts about them.
+    """Download model, tokenizer, SAEs and data, check that a trial finds them offline, and return their descriptions.
 
-    Raises ModelError when something cannot be had.
+    Raises ModelError when a download fails.
     """
-    on = [name for name in OFFLINE if os.environ.get(name, "0") not in ("", "0")]
-    if on:
+    flags = [name for name in OFFLINE if os.environ.get(name, "0") not in ("", "0")]
+    if flags:
         raise ConfigError(
-            f"{on[0]} must not be set while files are fetched. Run again with: env -u {on[0]} isaerft-sweep fetch …"
+            f"{flags[0]} must not be set while files are fetched. Run again with: env -u {flags[0]} isaerft-sweep fetch …"
         )
-    wanted = variants(experiment, to_definition(experiment.sweep, experiment))
-    for name, revision in dict.fromkeys(one for variant in wanted for one in repositories(variant.model)):
+    experiments = variants(experiment, to_definition(experiment.sweep, experiment))
+    for name, revision in dict.fromkeys(repo for variant in experiments for repo in repositories(variant.model)):
         download(name, revision)
-    check_trial_needs(*wanted)
+    check_trial_needs(*experiments)
     with offline():
-        return check_trial_needs(*wanted)
+        return check_trial_needs(*experiments)
 
 
 def repositories(model: ModelSpec) -> list[tuple[str, str | None]]:
-    """The Hub's repositories that a model comes from; none for a local folder or one that is made on the spot."""
+    """The Hub repositories of a model as (name, revision); empty for a local folder or a generated model."""
     if model.source != "hub" or Path(model.name).expanduser().is_dir():
         return []
-    own: list[tuple[str, str | None]] = [(model.name, model.revision)]
-    return own + ([(model.tokenizer, None)] if model.tokenizer and not Path(model.tokenizer).is_dir() else [])
+    repos: list[tuple[str, str | None]] = [(model.name, model.revision)]
+    return repos + ([(model.tokenizer, None)] if model.tokenizer and not Path(model.tokenizer).is_dir() else [])
 
 
 def download(name: str, revision: str | None) -> None:
-    """A model's files into the Hub's cache."""
+    """Download a model's files into the Hub's cache."""
     from huggingface_hub import snapshot_download
 
     try:
         snapshot_download(name, revision=revision, allow_patterns=FILES)
-    except Exception as error:  # httpx's and the Hub's own errors have no base in common
+    except Exception as error:  # errors of httpx and the Hub have no common base class
         raise ModelError(
             f"model.name must be a repository of the Hub that you may read, but '{name}' could not be fetched: "
             f"{str(error).splitlines()[0]} Check the name, your access (hf auth login) and the network."
@@ -59,7 +59,7 @@ def download(name: str, revision: str | None) -> None:
 
 @contextmanager
 def offline() -> Iterator[None]:
-    """Processes that are started in this block do not ask the network."""
+    """Subprocesses started in this block use only the cache."""
     os.environ.update(dict.fromkeys(OFFLINE, "1"))
     try:
         yield

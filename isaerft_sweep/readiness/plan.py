@@ -1,4 +1,4 @@
-"""``isaerft-sweep plan``: what a command would do, before anything is submitted."""
+"""``isaerft-sweep plan``: previews a sweep without submitting it."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from isaerft_sweep.search.sampler import STARTUP, Point
 from isaerft_sweep.specs import Experiment, total_steps
 
 WIDTH = 32
-"""Characters of a parameter's axis."""
+"""Width of a parameter's axis in characters."""
 
 
 def plan(console: Console, experiment: Experiment, calibrating: bool) -> None:
-    """Print trials, space, time and layout; submits nothing but a calibration. Raises IsaerftError as the sweep would."""
+    """Print trials, space, time and layout; submits only a calibration. Raises IsaerftError as the sweep would."""
     definition = to_definition(experiment.sweep, experiment)
     sampler = make_sampler(experiment, definition)
     trials = count_trials(definition, sampler, 0)
@@ -41,19 +41,19 @@ def plan(console: Console, experiment: Experiment, calibrating: bool) -> None:
     points = [point for point in (sampler.ask() for _ in range(min(known, 1000))) if point is not None]
     console.print(space_table(definition.parameters, points))
     if known < trials:
-        console.print(f"The first {known} trials are known; the {trials - known} after them depend on results.", style="dim")
+        console.print(f"The first {known} trials are fixed; the {trials - known} after them depend on results.", style="dim")
     lines, workers, gpus = layout(experiment, trials)
     console.print("\n".join(lines), soft_wrap=True, highlight=False)
     estimate = from_earlier_sweeps(experiment, list(definition.parameters))
     if calibrating:
         steps = total_steps(experiment.orpo, int(known_trial_needs(experiment)["pairs"]))
         estimate = calibrate(experiment, definition, points[0], steps)
-    most = "at most " if definition.early_terminate or (calibrating and experiment.launcher.trials_per_pass != 1) else ""
-    console.print(time_words(estimate, trials, workers, gpus, most), soft_wrap=True, highlight=False)
+    bound = "at most " if definition.early_terminate or (calibrating and experiment.launcher.trials_per_pass != 1) else ""
+    console.print(time_text(estimate, trials, workers, gpus, bound), soft_wrap=True, highlight=False)
 
 
 def space_table(space: Mapping[str, Distribution], points: Sequence[Point]) -> Table:
-    """One line per parameter: the trials on its own scale, or how many there are of each value."""
+    """One row per parameter: the distribution of trials on its scale, or the count of each value."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("parameter", "scale", "from", "trials on that scale", "to"):
         table.add_column(name, no_wrap=name != "trials on that scale")
@@ -67,27 +67,27 @@ def space_table(space: Mapping[str, Distribution], points: Sequence[Point]) -> T
                 name, f"{len(d.values)} values", "", ", ".join(f"{show(v)}: {counts[show(v)]}" for v in d.values), ""
             )
         else:
-            places = [point.unit[key] for point in points if key in point.unit]
+            positions = [point.unit[key] for point in points if key in point.unit]
             kind = "log" if d.family in LOG_FAMILIES else d.family
-            table.add_row(name, kind, show(d.at(0.0)), axis(places), show(d.at(1.0)))
+            table.add_row(name, kind, show(d.at(0.0)), axis(positions), show(d.at(1.0)))
     return table
 
 
 def show(value: object) -> str:
-    """A value in three digits."""
+    """A value with three significant digits."""
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def axis(places: Sequence[float]) -> str:
-    """How many trials are at each place of the unit interval: ``·`` none, ``1`` to ``9``, ``+`` more."""
+def axis(positions: Sequence[float]) -> str:
+    """A histogram of positions in the unit interval: ``·`` none, ``1`` to ``9``, ``+`` more."""
     counts = [0] * WIDTH
-    for place in places:
-        counts[min(WIDTH - 1, int(place * WIDTH))] += 1
+    for position in positions:
+        counts[min(WIDTH - 1, int(position * WIDTH))] += 1
     return "".join("·" if count == 0 else str(count) if count < 10 else "+" for count in counts)
 
 
 def layout(experiment: Experiment, trials: int) -> tuple[list[str], int, int]:
-    """What will be submitted, in words; how many trials run at a time, and on how many GPUs each."""
+    """Lines that describe the jobs; the number of trials that run at once; GPUs per job."""
     launcher = experiment.launcher
     kind = "workers, each for many trials" if launcher.resident else "jobs, one per trial"
     if launcher.trials_per_job:
@@ -101,37 +101,45 @@ def layout(experiment: Experiment, trials: int) -> tuple[list[str], int, int]:
         where = f"{len(devices)} GPUs" if devices else "the processor"
         return [f"layout      {workers} {kind}, on {where} of this machine"], workers * together, min(1, len(devices))
     site = read_cluster(cluster_of(launcher))
-    asked = sbatch_parameters(launcher, site, "plan")
+    requested = sbatch_parameters(launcher, site, "plan")
     workers = min(-(-trials // together), launcher.slots or 1)
     sizes = [min(site.array_size, workers - start) for start in range(0, workers, site.array_size)]
-    at_once = int(asked.get("array_parallelism") or workers)
-    shown = ", ".join(f"--array=0-{size - 1}%{max(1, min(size, at_once // len(sizes)))}" for size in sizes[:3])
-    shown += f" and {len(sizes) - 3} more" if len(sizes) > 3 else ""
-    partition = asked.get("partition") or site.default_partition
-    words = [f"{key} {asked[key]}" for key in ("gpus_per_node", "gres", "cpus_per_task", "mem") if key in asked]
-    works = duration(working_s(asked["time"], launcher.grace_s))
+    at_once = int(requested.get("array_parallelism") or workers)
+    array_flags = ", ".join(f"--array=0-{size - 1}%{max(1, min(size, at_once // len(sizes)))}" for size in sizes[:3])
+    array_flags += f" and {len(sizes) - 3} more" if len(sizes) > 3 else ""
+    partition = requested.get("partition") or site.default_partition
+    resources = [f"{key} {requested[key]}" for key in ("gpus_per_node", "gres", "cpus_per_task", "mem") if key in requested]
+    working_time = duration(working_s(requested["time"], launcher.grace_s))
     lines = [
-        f"layout      {workers} {kind}: {shown}",
-        f"each job    partition {partition}, {', '.join(words)}, {asked['time']} min, of which it works {works} before "
-        "it makes room for the next one",
+        f"layout      {workers} {kind}: {array_flags}",
+        f"each job    partition {partition}, {', '.join(resources)}, {requested['time']} min, of which it trains for "
+        f"{working_time} before the next job takes over",
     ]
-    return lines, min(workers, at_once) * together, gpu_count(asked)
+    return lines, min(workers, at_once) * together, gpu_count(requested)
 
 
-def gpu_count(asked: Mapping[str, Any]) -> int:
-    """GPUs of one job."""
-    given = {**asked.get("additional_parameters", {}), **asked}
+def gpu_count(requested: Mapping[str, Any]) -> int:
+    """GPUs of one job, from its sbatch parameters."""
+    parameters = {**requested.get("additional_parameters", {}), **requested}
     for key in ("gpus_per_node", "gpus_per_task", "gpus"):
-        if given.get(key) is not None:
-            number = str(given[key]).rpartition(":")[2]
+        if parameters.get(key) is not None:
+            number = str(parameters[key]).rpartition(":")[2]
             return int(number) if number.isdecimal() else 1
-    return parse_gres(str(given.get("gres", ""))).get("gpu", 0)
+    return parse_gres(str(parameters.get("gres", ""))).get("gpu", 0)
 
 
-def time_words(estimate: Estimate | None, trials: int, workers: int, gpus: int, most: str = "") -> str:
-    """Predicted time and GPU-hours; ``most``: a word for an estimate that is a bound."""
+def time_text(estimate: Estimate | None, trials: int, workers: int, gpus: int, prefix: str = "") -> str:
+    """Predicted time and GPU-hours as text.
+
+    Args:
+        estimate: of one trial; None: unknown.
+        trials: how many.
+        workers: trials that run at once.
+        gpus: per job; 0: on the CPU.
+        prefix: of an estimate that is an upper bound.
+    """
     if estimate is None:
-        return "time        not known yet: --calibrate runs a few steps of one trial through the launcher and reckons"
+        return "time        not known yet: --calibrate runs a few steps of one trial through the launcher to estimate it"
     if not math.isfinite(estimate.seconds):
         raise ConfigError("a trial's time must be finite: the calibration's clock was set while it ran. Try again.")
     total_s = trials * estimate.device_s
@@ -139,6 +147,6 @@ def time_words(estimate: Estimate | None, trials: int, workers: int, gpus: int, 
     hours = total_s * max(1, gpus) / 3600
     wall = duration(math.ceil(trials / workers) * estimate.seconds)
     return (
-        f"time        {duration(estimate.seconds)} a trial ({estimate.source}): {most}{hours:.3g} {unit} together, "
+        f"time        {duration(estimate.seconds)} a trial ({estimate.source}): {prefix}{hours:.3g} {unit} together, "
         f"about {wall} with {workers} at a time, without waiting in the queue"
     )

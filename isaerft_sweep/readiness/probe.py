@@ -1,4 +1,4 @@
-"""What ``doctor`` looks at where trials run: a job of the same launcher answers it."""
+"""The checks of ``doctor`` on the machine where trials run: a job of the same launcher runs them."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from isaerft_sweep.specs import Experiment
 
 GOOD, WARNING, BAD = "good", "warning", "bad"
 MADE_BEFORE, LOCKED, ANSWER = "made-before", "locked", "answer.json"
-"""Files in the probe's folder: written by the command, locked by it, and what the job found."""
+"""Files in the probe's folder: one that the command writes, one that it locks, and the job's findings."""
 CONNECT_S = 10.0
 BY_PROXY = (407, 502, 503, 504)
-"""What a proxy answers that does not let one through, or does not get through itself."""
+"""Status codes of a proxy that refuses the request or cannot reach the server."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One checked thing; ``remedy`` says what to do when it is not good."""
+    """The result of one check; ``remedy``: what to do when it is not good."""
 
     what: str
     state: str
@@ -46,7 +46,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class ProbeJob:
-    """A picklable call, as those in ``dispatch/job.py``; ``experiment`` is JSON."""
+    """A picklable callable like those in ``dispatch/job.py``; ``experiment`` is JSON."""
 
     folder: str
     experiment: str
@@ -61,7 +61,7 @@ class ProbeJob:
 
 
 def examine(folder: Path, experiment: Experiment) -> None:
-    """Check all that can only be known here, and write the findings into ``folder``."""
+    """Run every check of this machine and write the findings into ``folder``."""
     findings = [
         Finding("job", GOOD, f"ran on {socket.gethostname()} with Python {platform.python_version()} ({sys.executable})"),
         gpus(),
@@ -70,33 +70,33 @@ def examine(folder: Path, experiment: Experiment) -> None:
         needs(experiment),
         wandb_server(experiment),
     ]
-    own = folder / "clock"
-    own.touch()
-    skew_s = time.time() - own.stat().st_mtime
-    write_json(folder / ANSWER, {"findings": [asdict(found) for found in findings], "ahead_of_disk_s": skew_s})
+    clock_file = folder / "clock"
+    clock_file.touch()
+    skew_s = time.time() - clock_file.stat().st_mtime
+    write_json(folder / ANSWER, {"findings": [asdict(finding) for finding in findings], "ahead_of_disk_s": skew_s})
 
 
 def gpus() -> Finding:
-    """What torch sees, and whether that is what the job was given."""
+    """The GPUs that torch sees, and whether it misses those allocated to the job."""
     import torch
 
     if torch.cuda.is_available():
         names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
         bf16 = "bfloat16" if torch.cuda.is_bf16_supported() else "no bfloat16"
         return Finding("GPU", GOOD, f"{names}; CUDA {torch.version.cuda}, {bf16}, torch {torch.__version__}")
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if given and given != "NoDevFiles":
-        words = f"the job was given GPU {given}, but torch {torch.__version__} (CUDA {torch.version.cuda}) sees none"
+    allocated = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if allocated and allocated != "NoDevFiles":
+        text = f"the job has GPU {allocated}, but torch {torch.__version__} (CUDA {torch.version.cuda}) sees none"
         remedy = "Install a CUDA build of torch that the driver supports, or load CUDA in launcher.slurm.setup."
-        return Finding("GPU", BAD, words, remedy)
-    return Finding("GPU", WARNING, "none: trials run on the processor", "Ask for one: launcher.slurm.gpus_per_node=1.")
+        return Finding("GPU", BAD, text, remedy)
+    return Finding("GPU", WARNING, "none: trials run on the CPU", "Request one: launcher.slurm.gpus_per_node=1.")
 
 
 def shared_folder(folder: Path) -> list[Finding]:
-    """Whether the output folder is the same one here, with renames, exclusive links and locks that hold between machines."""
+    """Whether the output folder is shared, with renames, exclusive links and locks that work between machines."""
     if not (folder / MADE_BEFORE).is_file():
         remedy = "Choose a folder that all nodes share: output=PATH."
-        return [Finding("shared folder", BAD, f"{folder} has not the file that was written before the job", remedy)]
+        return [Finding("shared folder", BAD, f"{folder} lacks the file that was written before the job", remedy)]
 
     def rename() -> bool:
         (folder / "aside").write_text("x", encoding="utf-8")
@@ -120,60 +120,71 @@ def shared_folder(folder: Path) -> list[Finding]:
         return False
 
     return [
-        tried("rename", rename, "files are replaced in one step", "Choose another disk: output=PATH."),
-        tried("exclusive link", link, "a task is given out once", "Choose a disk with hard links: output=PATH."),
-        tried(
+        run_check("rename", rename, "files are replaced atomically", "Choose another disk: output=PATH."),
+        run_check("exclusive link", link, "each task goes to one worker", "Choose a disk with hard links: output=PATH."),
+        run_check(
             "file lock", lock, "held by the command, seen by the job",
-            "Run one controller per sweep and never two, or ask for the disk to be mounted with locks (NFS: not `nolock`).",
+            "Never run two controllers of one sweep, or have the disk mounted with locks (NFS: not `nolock`).",
         ),
     ]  # fmt: skip
 
 
-def tried(what: str, check: Callable[[], bool], words: str, remedy: str) -> Finding:
-    """A finding from a check that may raise."""
+def run_check(what: str, check: Callable[[], bool], words: str, remedy: str) -> Finding:
+    """Run a check that may raise OSError.
+
+    Args:
+        what: the checked thing.
+        check: returns whether it works.
+        words: the finding's text when it works.
+        remedy: what to do when it does not.
+    """
     try:
-        works, reason = check(), "it does not hold"
+        works, reason = check(), "it does not work"
     except OSError as error:
         works, reason = False, str(error)
     return Finding(what, GOOD, words) if works else Finding(what, BAD, reason, remedy)
 
 
 def scratch(experiment: Experiment) -> Finding:
-    """Room for the frozen layers' output."""
+    """Disk space for the activation cache."""
     launcher = experiment.launcher
-    place = Path(launcher.scratch).expanduser() if launcher.scratch else cache_folder(experiment.cache)
+    scratch_folder = Path(launcher.scratch).expanduser() if launcher.scratch else cache_folder(experiment.cache)
     try:
-        place.mkdir(parents=True, exist_ok=True)
-        free_gb = shutil.disk_usage(place).free / 1e9
+        scratch_folder.mkdir(parents=True, exist_ok=True)
+        free_gb = shutil.disk_usage(scratch_folder).free / 1e9
     except OSError as error:
-        return Finding("scratch", BAD, f"{place}: {error}", "Choose another: launcher.scratch=PATH, best a local disk.")
-    words = f"{place}: {free_gb:.0f} GB free, launcher.activation_cache_gb={launcher.activation_cache_gb:g}"
+        return Finding(
+            "scratch", BAD, f"{scratch_folder}: {error}", "Choose another: launcher.scratch=PATH, best a local disk."
+        )
+    text = f"{scratch_folder}: {free_gb:.0f} GB free, launcher.activation_cache_gb={launcher.activation_cache_gb:g}"
     if free_gb < launcher.activation_cache_gb:
-        return Finding("scratch", WARNING, words, "Choose a disk with more room: launcher.scratch=PATH.")
-    return Finding("scratch", GOOD, words)
+        return Finding("scratch", WARNING, text, "Choose a disk with more room: launcher.scratch=PATH.")
+    return Finding("scratch", GOOD, text)
 
 
 def needs(experiment: Experiment) -> Finding:
-    """Whether model, SAE and data are there without the internet."""
+    """Whether model, SAE and data are available offline."""
     os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
     try:
-        facts = check_trial_needs(*variants(experiment, to_definition(experiment.sweep, experiment)))
+        resources = check_trial_needs(*variants(experiment, to_definition(experiment.sweep, experiment)))
     except IsaerftError as error:
         remedy = "On the login node, with the same overrides: isaerft-sweep fetch …"
         return Finding("model, SAE, data", BAD, str(error), remedy)
-    return Finding("model, SAE, data", GOOD, f"in the cache: {facts['model']}; {', '.join(facts['saes'])}; {facts['data']}")
+    return Finding(
+        "model, SAE, data", GOOD, f"in the cache: {resources['model']}; {', '.join(resources['saes'])}; {resources['data']}"
+    )
 
 
 def wandb_server(experiment: Experiment) -> Finding:
-    """Whether W&B can be reached, where trials would talk to it."""
+    """Whether the trials' machine can reach W&B, if they need it."""
     if experiment.tracker.mode != "wandb":
         return Finding("W&B", GOOD, f"not needed: tracker={experiment.tracker.mode}")
     address = os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
     try:
-        # through the proxy that the environment names, as W&B's own client
+        # through the proxy in the environment, as W&B's client
         build_opener().open(address, timeout=CONNECT_S).close()
     except (OSError, ValueError, HTTPException) as error:
-        # any answer of the server will do, but not a proxy's that it has none
+        # any HTTP status of the server will do, but not a proxy's error
         if not isinstance(error, HTTPError) or error.code in BY_PROXY:
             remedy = (
                 "Name the site's proxy, if it has one, in launcher.slurm.setup (export HTTPS_PROXY=…). Or use "

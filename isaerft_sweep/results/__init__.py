@@ -1,1 +1,1 @@
-"""What a sweep leaves: leaderboard and model cards."""
+"""A sweep's results: leaderboard, report and model cards."""

@@ -1,6 +1,6 @@
-"""The model card of a trial: all that the published run's card holds, and what is needed to trust and load it.
+"""The model card of a trial: the content of the published run's card, and what you need to trust and load the model.
 
-Written from the trial's folder alone: by the worker when the trial ends, and again when the sweep knows its rank.
+Only the trial's folder is read. The worker writes the card when the trial ends; the sweep rewrites it with the rank.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from isaerft_sweep.journal.status import TrialStatus
 from isaerft_sweep.metrics import depends_on_beta
 from isaerft_sweep.paths import asset
 from isaerft_sweep.results.card_data import front_matter, is_repository
-from isaerft_sweep.results.card_words import (
+from isaerft_sweep.results.card_text import (
     ALONE,
     BLOCKS,
     FRAMEWORKS,
@@ -36,8 +36,8 @@ from isaerft_sweep.specs import TrialSpec
 
 TEMPLATE = "card.md.jinja"
 BADGE = "https://raw.githubusercontent.com/wandb/assets/main/wandb-github-badge-28.svg"
-SHOWN = ("eval/log_odds_chosen", "eval/rewards/accuracies", "eval/rewards/margins", "eval/nll_loss", "eval/loss")
-LATENTS = 10
+SHOWN_METRICS = ("eval/log_odds_chosen", "eval/rewards/accuracies", "eval/rewards/margins", "eval/nll_loss", "eval/loss")
+MAX_LATENTS = 10
 
 
 def make_card(
@@ -51,18 +51,21 @@ def make_card(
 
     Args:
         trial: the trial's folder.
-        results: its status at the end.
+        results: its final status.
         adapter: the folder with the adapter's config and weights.
-        standing: the trial's place in its sweep, when that is known.
-        template: a Jinja template of one's own; None: the one that ships with the package.
+        standing: the trial's rank in its sweep, if known.
+        template: a custom Jinja template; None: the one that ships with the package.
 
-    Raises CardError when the template cannot be read or asks for a field that there is not.
+    Raises CardError when the template cannot be read or uses an unknown field.
     """
     return render(template or asset(TEMPLATE), card_fields(trial, results, adapter, standing))
 
 
 def card_fields(trial: TrialFolder, results: TrialStatus, adapter: Path, standing: Standing | None) -> dict[str, str]:
-    """Every field that a template may use, as text."""
+    """Every field that a template may use, as text.
+
+    Args: as of ``make_card``.
+    """
     spec = trial.read_spec()
     orpo, model, data = spec.experiment.orpo, spec.experiment.model, spec.experiment.data
     environment = read_json(trial.environment) or {}
@@ -101,7 +104,7 @@ def card_fields(trial: TrialFolder, results: TrialStatus, adapter: Path, standin
 
 
 def render(template: Path, fields: Mapping[str, str]) -> str:
-    """Fill a template. Raises CardError that names the template, the field and the valid ones."""
+    """Fill a template. Raises CardError with the template, the field and the valid fields."""
     import jinja2
 
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
@@ -111,53 +114,53 @@ def render(template: Path, fields: Mapping[str, str]) -> str:
         raise CardError(f"the card template {template} cannot be read: {error}.") from error
     except jinja2.UndefinedError as error:
         raise CardError(
-            f"the card template {template} asks for a field that there is not: {error.message}. Fields: {', '.join(sorted(fields))}."
+            f"the card template {template} uses an unknown field: {error.message}. Fields: {', '.join(sorted(fields))}."
         ) from error
     except jinja2.TemplateError as error:
         raise CardError(f"the card template {template} is not a valid Jinja template: {error}.") from error
-    except Exception as error:  # an expression in the template: any kind
+    except Exception as error:  # an expression in the template can raise anything
         raise CardError(
             f"the card template {template} cannot be filled: {type(error).__name__}: {error}. Every field is text."
         ) from error
 
 
 def exported_card(card: str, own_code: bool) -> str:
-    """An adapter's card for the model folder that was made of it: its quick start and library are transformers alone.
+    """The card of an export, from its adapter's card: quick start and library become plain transformers.
 
-    ``own_code``: whether loading it needs ``trust_remote_code``.
+    ``own_code``: whether loading the export needs ``trust_remote_code``.
     """
-    changed = card.replace("\nlibrary_name: peft\n", "\nlibrary_name: transformers\n", 1)
-    start = changed.find("## Quick start")
-    if start < 0:  # a template without one
-        return changed
-    end = changed.find("\n## ", start + 1)
-    words = quick_start(WITH_OWN_CODE if own_code else ALONE)
-    return f"{changed[:start]}## Quick start\n\n{words}\n{changed[end:] if end > 0 else ''}"
+    text = card.replace("\nlibrary_name: peft\n", "\nlibrary_name: transformers\n", 1)
+    start = text.find("## Quick start")
+    if start < 0:  # a custom template without a quick start
+        return text
+    end = text.find("\n## ", start + 1)
+    replacement = quick_start(WITH_OWN_CODE if own_code else ALONE)
+    return f"{text[:start]}## Quick start\n\n{replacement}\n{text[end:] if end > 0 else ''}"
 
 
 def write_card(trial: TrialFolder, adapter: Path, text: str) -> None:
-    """Write the card into the trial's folder and its adapter's."""
+    """Write the card into the folders of the trial and its adapter."""
     for path in (trial.card, adapter / "README.md"):
         write_text(path, text)
     write_text(trial.card_digest, _digest(text))
 
 
 def refresh_card(trial: TrialFolder, standing: Standing | None = None, template: Path | None = None) -> None:
-    """Write the card of a completed trial anew; one made with a template of one's own is not written over later."""
+    """Rewrite the card of a completed trial. A card from a custom template is never overwritten later."""
     write_card(trial, trial.adapter, make_card(trial, trial.read_status(), trial.adapter, standing, template))
     if template:
         trial.card_digest.unlink()
 
 
 def refresh_cards(sweep: ReadSweep) -> None:
-    """Write every completed trial's card anew, with its place in the sweep; cards that people have changed are kept."""
+    """Rewrite every completed trial's card with its rank in the sweep; cards that a user edited are kept."""
     for entry, standing in standings(sweep):
-        if entry.folder and entry.folder.adapter.is_dir() and _is_ours(entry.folder):
+        if entry.folder and entry.folder.adapter.is_dir() and _is_unedited(entry.folder):
             refresh_card(entry.folder, standing)
 
 
-def _is_ours(trial: TrialFolder) -> bool:
-    """Whether both cards are as this package wrote them."""
+def _is_unedited(trial: TrialFolder) -> bool:
+    """Whether both cards are unchanged since this package wrote them."""
     try:
         cards = {_digest(path.read_text(encoding="utf-8")) for path in (trial.card, trial.adapter / "README.md")}
         return cards == {trial.card_digest.read_text(encoding="utf-8")}
@@ -187,23 +190,23 @@ def _length(spec: TrialSpec) -> str:
     return f"{orpo.max_steps} steps" if orpo.max_steps > 0 else f"{orpo.epochs:g} epochs"
 
 
-def _pairs(facts: Mapping[str, Any]) -> str:
-    """How many pairs were trained on, held out, left out and cut."""
-    if not facts:
+def _pairs(counts: Mapping[str, Any]) -> str:
+    """How many pairs were trained on, held out, left out and truncated; ``counts`` is the status's ``pairs``."""
+    if not counts:
         return "not recorded"
-    left_out = [f"{count} left out ({reason})" for reason, count in facts["left_out"].items() if count]
-    notes = [f"{count} {note}" for note, count in facts["notes"].items() if count]
-    counts = [f"{facts['trained']} trained on", f"{facts['held_out']} held out", *(left_out or ["none left out"])]
-    return ", ".join([*counts, f"{facts['cut']} cut at the length limit", *notes])
+    left_out = [f"{count} left out ({reason})" for reason, count in counts["left_out"].items() if count]
+    notes = [f"{count} {note}" for note, count in counts["notes"].items() if count]
+    parts = [f"{counts['trained']} trained on", f"{counts['held_out']} held out", *(left_out or ["none left out"])]
+    return ", ".join([*parts, f"{counts['cut']} cut at the length limit", *notes])
 
 
 def _sweep(spec: TrialSpec, standing: Standing | None) -> str:
-    said = f"Trial {spec.index + 1} of the sweep `{spec.sweep_name}` (`{spec.sweep_id}`), ranked by `{spec.metric}` ({spec.goal})."
-    return f"{said}\n\n{standing.as_markdown()}" if standing else said
+    sentence = f"Trial {spec.index + 1} of the sweep `{spec.sweep_name}` (`{spec.sweep_id}`), ranked by `{spec.metric}` ({spec.goal})."
+    return f"{sentence}\n\n{standing.as_markdown()}" if standing else sentence
 
 
 def count_parameters(adapter: Path) -> int:
-    """Numbers in the adapter's weights, from the header of the safetensors file: 8 bytes of length, then JSON."""
+    """The adapter's number of parameters, from the safetensors header: 8 bytes of length, then JSON."""
     path = adapter / "adapter_model.safetensors"
     try:
         with path.open("rb") as file:
@@ -234,19 +237,19 @@ def sites_table(adapter: Path) -> str:
     return "| site | SAE release | SAE id | fingerprint |\n| --- | --- | --- | --- |\n" + "\n".join(lines)
 
 
-def _fingerprint(digits: str | None) -> str:
-    return f"`{digits}`" if digits else "not read yet"
+def _fingerprint(fingerprint: str | None) -> str:
+    return f"`{fingerprint}`" if fingerprint else "not read yet"
 
 
 def _learned(trial: TrialFolder) -> str:
     parts = []
     for site in read_latents(trial.latents):
         lines = []
-        for latent in site.top(LATENTS):
+        for latent in site.top(MAX_LATENTS):
             link = site.link(latent)
-            shown = f"[{latent}]({link})" if link else str(latent)
+            name = f"[{latent}]({link})" if link else str(latent)
             lines.append(
-                f"| {shown} | {site.moved[latent]:+.4f} | {site.share[latent]:.1%} | {site.before[latent]:.1%} | {site.after[latent]:.1%} |"
+                f"| {name} | {site.moved[latent]:+.4f} | {site.share[latent]:.1%} | {site.before[latent]:.1%} | {site.after[latent]:.1%} |"
             )
         moved = int((site.moved != 0).sum())
         parts.append(
@@ -261,7 +264,7 @@ def _learned(trial: TrialFolder) -> str:
 def _evaluation(spec: TrialSpec, results: TrialStatus, standing: Standing | None) -> str:
     metrics = results.metrics
     untrained = results.untrained or (standing.untrained if standing else {})
-    names = [spec.metric, *(name for name in SHOWN if name != spec.metric)]
+    names = [spec.metric, *(name for name in SHOWN_METRICS if name != spec.metric)]
     lines = [
         f"| {name}{' ¹' if depends_on_beta(name) else ''} | {_number(untrained.get(name))} | {_number(metrics[name])} |"
         for name in names
@@ -278,5 +281,5 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
 
-def _versions(found: Mapping[str, str]) -> str:
-    return "\n".join(f"- {label}: {found[name]}" for name, label in FRAMEWORKS.items() if name in found)
+def _versions(packages: Mapping[str, str]) -> str:
+    return "\n".join(f"- {label}: {packages[name]}" for name, label in FRAMEWORKS.items() if name in packages)

@@ -15,13 +15,13 @@ EVALUATED = {
     "eval/rewards/accuracies": "Accuracy of preferring the chosen answer",
     "eval/nll_loss": "NLL of prompt and chosen answer",
 }
-"""What goes into ``model-index``: metrics that can be compared between runs of different beta."""
+"""Metrics in ``model-index``: those that can be compared between runs of different beta."""
 
 
 def front_matter(spec: TrialSpec, metrics: Mapping[str, float]) -> str:
-    """YAML as the published run's card has it, and ``license``, ``datasets``, ``pipeline_tag`` and ``model-index``.
+    """The YAML of the published run's card, plus ``license``, ``datasets``, ``pipeline_tag`` and ``model-index``.
 
-    What is not a name on the Hub (a local folder) is left out: the Hub refuses a card that names one.
+    Local folders are left out: the Hub refuses a card whose model or data set is not on the Hub.
     """
     from huggingface_hub import EvalResult
     from huggingface_hub.repocard_data import eval_results_to_model_index
@@ -60,12 +60,12 @@ def front_matter(spec: TrialSpec, metrics: Mapping[str, float]) -> str:
 
 
 def is_repository(name: str) -> bool:
-    """Whether ``name`` can be a repository on the Hub, and is not a folder of this machine."""
+    """Whether ``name`` can be a repository on the Hub and is not a local folder."""
     return is_name(name) and not Path(name).exists()
 
 
 def is_name(name: str) -> bool:
-    """Whether the Hub takes ``name`` for a repository: ``NAME`` or ``ORG/NAME``."""
+    """Whether ``name`` is a valid repository name on the Hub: ``NAME`` or ``ORG/NAME``."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 

@@ -1,4 +1,4 @@
-"""What a reader must know before believing a ranking."""
+"""Why a ranking may mislead."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from isaerft_sweep.search.distributions import Constant, Distribution, Numeric
 from isaerft_sweep.search.sampler import Point
 
 EDGE = 0.05
-"""A place this near to 0 or 1 on the unit interval is on the edge of the space."""
+"""A point this close to 0 or 1 on the unit interval is on the edge of the space."""
 BETA_FREE = "eval/log_odds_chosen"
 
 
 def dependence(metric: str, swept: Iterable[str], goal: str = "maximize") -> list[str]:
     """Why ``metric`` cannot be compared between trials of different values of ``swept`` parameters; empty when it can."""
-    swept, said = set(swept), []
+    swept, reasons = set(swept), []
     if depends_on_beta(metric) and "orpo.beta" in swept:
-        said.append(
+        reasons.append(
             f"{metric} contains beta itself, and beta was swept: by its formula this ranking ({goal}) favours "
             f"{effect_of_beta(metric, goal)}. "
             f"{BETA_FREE} and eval/rewards/accuracies do not; --metric {BETA_FREE} ranks by it."
@@ -25,22 +25,22 @@ def dependence(metric: str, swept: Iterable[str], goal: str = "maximize") -> lis
     sections = {key.split(".")[0] for key in swept}
     changed = [key for key in sorted(swept) if key.startswith("data.") or key == "orpo.max_length"]
     if metric.startswith("eval/") and changed:
-        said.append(f"{', '.join(changed)} was swept, so trials were evaluated on different text.")
+        reasons.append(f"{', '.join(changed)} was swept, so trials were evaluated on different text.")
     if "model" in sections:
-        said.append("The model was swept: log-probabilities of different models and tokenizers cannot be compared.")
-    return said
+        reasons.append("The model was swept: log-probabilities of different models and tokenizers cannot be compared.")
+    return reasons
 
 
 def edges(space: Mapping[str, Distribution], point: Point) -> list[str]:
-    """In words, where ``point`` lies on the edge of the space, so that a better one may lie beyond."""
-    said = []
+    """One sentence for each parameter of ``point`` on the edge of the space: a better value may lie beyond."""
+    warnings = []
     for key, value in point.params.items():
         side = _side(space.get(key), value, point.unit.get(key))
         if side:
-            said.append(
+            warnings.append(
                 f"The best trial's {key} = {value:.4g} is {side} of the space: a better one may lie beyond. Widen it."
             )
-    return said
+    return warnings
 
 
 def _side(distribution: Distribution | None, value: object, u: float | None) -> str | None:
@@ -49,10 +49,10 @@ def _side(distribution: Distribution | None, value: object, u: float | None) -> 
     choices = distribution.choices
     if choices is not None:
         numbers = [c for c in choices if isinstance(c, (int, float)) and not isinstance(c, bool)]
-        if len(numbers) < max(3, len(choices)):  # one of two is always at an end
+        if len(numbers) < max(3, len(choices)):  # one of two values is always at an end
             return None
         return "the smallest value" if value == min(numbers) else "the largest value" if value == max(numbers) else None
     if not isinstance(distribution, Numeric) or not isinstance(value, (int, float)):
         return None
-    u = distribution.place(value) if u is None else u  # W&B keeps values alone
+    u = distribution.place(value) if u is None else u  # W&B stores only values
     return "at the lower end" if u <= EDGE else "at the upper end" if u >= 1 - EDGE else None

@@ -1,6 +1,6 @@
-"""The columns of what is swept: the same ones, under the same names, in every table and figure.
+"""The columns of swept parameters: the same columns with the same names in every table and figure.
 
-A value has as many digits, and a text or a list as much of it, as tells the column's values apart.
+Numbers, strings and lists are shortened as far as the column's values stay distinct.
 """
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ from typing import Any
 from isaerft_sweep.search.distributions import Distribution
 from isaerft_sweep.spec_fields import canonical_json
 
-FIRST = ("orpo.learning_rate", "orpo.beta")
-SHORT = {"orpo.learning_rate": "lr"}
-TAKEN = (
+FIRST_KEYS = ("orpo.learning_rate", "orpo.beta")
+SHORT_NAMES = {"orpo.learning_rate": "lr"}
+RESERVED_NAMES = (
     "#", "95 %", "best", "first run", "job", "loss", "mean", "node", "rank", "rank then", "seeds", "state", "step", "time",
     "time left", "trial",
 )  # fmt: skip
-"""Other columns of the tables."""
-FEW = 20
-"""Up to so many different numbers are shown with all the digits that tell them apart."""
-TEXT = 24
-"""Characters of a text that are shown, where they tell it from the others."""
+"""Names of other columns in the tables."""
+MAX_EXACT_NUMBERS = 20
+"""Up to this many different numbers are shown with enough digits to be distinct."""
+MAX_CHARACTERS = 24
+"""Characters shown of a string, if they make it distinct."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """One swept parameter. ``values``: what it has in the trials; they decide how one is shown."""
+    """One swept parameter. ``values``: those of all trials; they decide the format."""
 
     key: str
     name: str
     values: tuple[Any, ...] = ()
 
     def show(self, params: Mapping[str, Any]) -> str:
-        """A trial's value; empty when it has none."""
+        """A trial's value as text; empty when the trial has none."""
         if self.key not in params:
             return ""
         value = params[self.key]
@@ -53,58 +53,58 @@ class Column:
         if isinstance(value, int):
             return str(value)
         different = {float(v) for v in self.values if is_number(v)}
-        most = 17 if len(different) <= FEW else 5
-        scientific = self.key in SHORT
-        for digits in range(2 if scientific else 3, most + 1):
+        max_digits = 17 if len(different) <= MAX_EXACT_NUMBERS else 5
+        scientific = self.key in SHORT_NAMES
+        for digits in range(2 if scientific else 3, max_digits + 1):
             if len({_float(v, digits, scientific) for v in different}) == len(different):
                 break
         return _float(value, digits, scientific)
 
     def _text(self, value: str) -> str:
-        """The whole of a short text; the end of a long one, where that is enough."""
+        """A short string whole; of a long one the shortest end that is distinct."""
         texts = {
             v if isinstance(v, str) else self._parts(v) for v in self.values if isinstance(v, (str, Mapping, list, tuple))
         }
-        if len(value) <= TEXT:
+        if len(value) <= MAX_CHARACTERS:
             return value
-        length = TEXT
+        length = MAX_CHARACTERS
         while length < len(value) and len({t[-length:] for t in texts}) < len(texts):
             length += 1
         return value if length >= len(value) else f"…{value[-length:]}"
 
     def _parts(self, value: Any) -> str:
-        """What is not the same in all of the column's lists or mappings: ``layer 20``."""
+        """The leaves that differ between the column's lists or mappings: ``layer 20``."""
         leaves = [dict(_leaves(v)) for v in self.values if isinstance(v, (Mapping, list, tuple))]
         own = dict(_leaves(value))
         differing = [
-            path for path in own if any(canonical_json(one.get(path)) != canonical_json(own[path]) for one in leaves)
+            path for path in own if any(canonical_json(other.get(path)) != canonical_json(own[path]) for other in leaves)
         ]
         shown = differing or list(own)
         return ", ".join(f"{_last(path)} {_plain(own[path])}".strip() for path in shown)
 
 
 def columns_for(points: Iterable[Mapping[str, Any]], space: Mapping[str, Distribution] | None = None) -> list[Column]:
-    """What is searched in ``space``, and what has more than one value in ``points``: learning rate and beta first.
+    """Columns of the parameters that ``space`` searches or that vary in ``points``, learning rate and beta first.
 
-    All of the points where the space is not known.
+    Without a space every parameter of the points gets a column.
     """
     points, space = list(points), space or {}
-    found: dict[str, dict[str, Any]] = {key: {} for key in space}
+    values_by_key: dict[str, dict[str, Any]] = {key: {} for key in space}
     for point in points:
         for key, value in point.items():
-            found.setdefault(key, {})[canonical_json(value)] = value
+            values_by_key.setdefault(key, {})[canonical_json(value)] = value
     searched = {key for key, distribution in space.items() if distribution.choices is None or len(distribution.choices) > 1}
-    keys = [key for key, values in found.items() if key in searched or len(values) > 1 or not space]
+    keys = [key for key, values in values_by_key.items() if key in searched or len(values) > 1 or not space]
     names = labels(keys)
-    return [Column(key, names[key], tuple(found[key].values())) for key in names]
+    return [Column(key, names[key], tuple(values_by_key[key].values())) for key in names]
 
 
 def labels(keys: Sequence[str]) -> dict[str, str]:
-    """A short name for each key, in the order of the columns: the key itself where the short name says too little."""
-    ordered = sorted(keys, key=lambda key: FIRST.index(key) if key in FIRST else len(FIRST))
-    short = {key: SHORT.get(key, key.partition(".")[2] or key) for key in ordered}
+    """A short name for each key, in column order; the full key when the short name is ambiguous or taken."""
+    ordered = sorted(keys, key=lambda key: FIRST_KEYS.index(key) if key in FIRST_KEYS else len(FIRST_KEYS))
+    short = {key: SHORT_NAMES.get(key, key.partition(".")[2] or key) for key in ordered}
     count = Counter(short.values())
-    return {key: key if count[name] > 1 or name in TAKEN else name for key, name in short.items()}
+    return {key: key if count[name] > 1 or name in RESERVED_NAMES else name for key, name in short.items()}
 
 
 def is_number(value: Any) -> bool:
@@ -122,13 +122,13 @@ def _float(value: float, digits: int, scientific: bool) -> str:
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """The scalars in a list or mapping, by their place."""
+    """The scalars in a list or mapping, with their paths."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield from _leaves(inner, f"{path}.{key}")
     elif isinstance(value, (list, tuple)):
-        for place, inner in enumerate(value):
-            yield from _leaves(inner, f"{path}.{place}")
+        for index, inner in enumerate(value):
+            yield from _leaves(inner, f"{path}.{index}")
     else:
         yield path, value
 

@@ -1,4 +1,4 @@
-"""The leaders of a sweep with new seeds: which of them is the best, and how sure that is."""
+"""The leaders of a sweep rerun with new seeds: which one is best, and with what probability."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ SUFFIX = "-confirm"
 
 @dataclass
 class Candidate:
-    """A leader of the first sweep and what came of it with new seeds.
+    """A leader of the first sweep and its results with new seeds.
 
-    ``values``: the metric by seed; the first run is not among them, since it was picked for its luck too.
+    ``values``: the metric by seed, without the first run: being the leader biases that one.
+    ``pairs``: by seed, the metric of each held-out pair by name.
     ``probability_best``: None until every candidate has the same number of seeds, at least two.
     """
 
@@ -42,54 +43,54 @@ class Candidate:
 
 
 def confirm_folder(sweep: SweepFolder) -> SweepFolder:
-    """Where the leaders of ``sweep`` are run again."""
+    """The folder of the sweep that reruns the leaders of ``sweep``."""
     return SweepFolder(sweep.path.with_name(f"{sweep.path.name}{SUFFIX}"))
 
 
 def first_sweep(again: SweepFolder) -> SweepFolder | None:
-    """The sweep whose leaders ``again`` runs, None when it is a sweep of its own."""
+    """The sweep whose leaders ``again`` reruns; None when ``again`` is no confirmation."""
     first = SweepFolder(again.path.with_name(again.path.name.removesuffix(SUFFIX)))
     if first.path == again.path or not first.journal.is_file():
         return None
-    asked, records = SweepRecord(), SweepRecord()
-    replay(first.journal, asked)
-    replay(again.journal, records)
-    return first if records.fingerprint == confirmation_fingerprint(asked.fingerprint) else None
+    original, rerun = SweepRecord(), SweepRecord()
+    replay(first.journal, original)
+    replay(again.journal, rerun)
+    return first if rerun.fingerprint == confirmation_fingerprint(original.fingerprint) else None
 
 
-def confirmation_fingerprint(question: str) -> str:
-    """What the second sweep asks, made of what the first one asks."""
-    return hashlib.sha256(f"confirm {question}".encode()).hexdigest()[:12]
+def confirmation_fingerprint(fingerprint: str) -> str:
+    """The fingerprint of the confirmation of the sweep with ``fingerprint``."""
+    return hashlib.sha256(f"confirm {fingerprint}".encode()).hexdigest()[:12]
 
 
 def read_confirmation(sweep: ReadSweep) -> list[Candidate]:
-    """The candidates that were run again, best mean first; empty when none was."""
+    """The rerun candidates, best mean first; empty without a confirmation."""
     if sweep.folder is None or not confirm_folder(sweep.folder).journal.is_file():
         return []
     again = read_sweep_folder(confirm_folder(sweep.folder).path, sweep.metric.name)
     if again.fingerprint != confirmation_fingerprint(sweep.fingerprint):
-        return []  # another sweep that happens to have this name
-    found: dict[str, Candidate] = {}
+        return []  # an unrelated sweep with this name
+    by_key: dict[str, Candidate] = {}
     by_point = {without_seed(entry.params): entry for entry in reversed(sweep.entries) if entry.rank}
     for entry in again.entries:
         key, value = without_seed(entry.params), entry.value(sweep.metric.name)
         if entry.rank is None or key not in by_point or value is None:
             continue
-        candidate = found.setdefault(key, Candidate(by_point[key], {}, {}))
+        candidate = by_key.setdefault(key, Candidate(by_point[key], {}, {}))
         seed = int(entry.params[SEED])
         candidate.values[seed] = value
         scored = entry.pair_values(sweep.metric.name, sweep.beta)
         if scored:
             candidate.pairs[seed] = dict(zip(*scored, strict=True))
-    candidates = sorted(found.values(), key=lambda c: -sweep.metric.sign * (c.mean or 0.0))
+    candidates = sorted(by_key.values(), key=lambda c: -sweep.metric.sign * (c.mean or 0.0))
     _compare(candidates, sweep.metric.sign)
     return candidates
 
 
 def _compare(candidates: list[Candidate], sign: int) -> None:
-    """Fill in the probabilities: pairs and seeds are drawn again; seeds alone for a metric without values per pair.
+    """Set the probabilities by resampling pairs and seeds; only seeds for a metric without values per pair.
 
-    One seed tells nothing of how much the seed matters.
+    With one seed per candidate nothing is set, since the variance over seeds is unknown then.
     """
     if len(candidates) < 2 or len({len(c.values) for c in candidates}) != 1 or len(candidates[0].values) < 2:
         return
@@ -106,7 +107,7 @@ def _compare(candidates: list[Candidate], sign: int) -> None:
 
 
 def table(sweep: ReadSweep, candidates: list[Candidate]) -> Table:
-    """The candidates for a terminal."""
+    """The candidates as a table for a terminal."""
     name = short_name(sweep.metric.name)
     title = f"Leaders with new seeds: {sweep.metric.name}, {sweep.metric.goal}"
     shown = Table(title=title, title_justify="left", title_style="bold", box=None)
@@ -138,13 +139,13 @@ def table(sweep: ReadSweep, candidates: list[Candidate]) -> Table:
 
 
 def summary(candidates: list[Candidate]) -> str:
-    """One sentence for people."""
+    """The result in one sentence."""
     best = candidates[0]
     seeds = "1 new seed" if len(best.values) == 1 else f"{len(best.values)} new seeds"
-    said = f"With {seeds} trial {best.first.record.index + 1} has the best mean"
+    sentence = f"With {seeds} trial {best.first.record.index + 1} has the best mean"
     if best.probability_best is not None:
         share = show_probability(best.probability_best)
-        said += f"; it comes out first in {share} of the cases when seeds and pairs are drawn again"
+        sentence += f"; it comes out first in {share} of resamples of seeds and pairs"
     elif len(candidates) > 1 and len(best.values) < 2:
-        said += "; how sure that is takes two or more: --seeds"
-    return said + ". The first run is not counted: it was picked for its luck too."
+        sentence += "; its probability of being best needs two or more: --seeds"
+    return sentence + ". The first run is not counted: being the leader biases it."

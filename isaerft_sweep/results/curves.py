@@ -1,4 +1,4 @@
-"""Learning curves, thinned so that nothing that stands out is lost."""
+"""Learning curves, downsampled without losing peaks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ POINTS = 200
 
 @dataclass(frozen=True)
 class Curve:
-    """One metric of one trial over its steps. ``total``: points before thinning."""
+    """One metric of one trial: ``steps`` and ``values`` [points]. ``total``: points before thinning."""
 
     steps: np.ndarray
     values: np.ndarray
@@ -23,33 +23,32 @@ class Curve:
 
 
 def curves_of(rows: Iterable[Mapping[str, Any]], names: Sequence[str], points: int = POINTS) -> dict[str, Curve]:
-    """The curves of ``names`` in a trial's rows; a metric that it never logged is left out.
+    """The curves of the metrics ``names`` in a trial's rows; metrics without a row are left out.
 
-    Values that are not finite are left out too: they end a trial, and its message says so.
+    So are values that are not finite: they end a trial, whose message reports them.
     """
-    found: dict[str, tuple[list[int], list[float]]] = {name: ([], []) for name in names}
+    series: dict[str, tuple[list[int], list[float]]] = {name: ([], []) for name in names}
     for row in rows:
-        for name, (steps, values) in found.items():
+        for name, (steps, values) in series.items():
             value = row.get(name)
             if value is not None:
                 steps.append(row["step"])
                 values.append(value)
-    return {name: _curve(*pair, points) for name, pair in found.items() if pair[0]}
+    return {name: _curve(*pair, points) for name, pair in series.items() if pair[0]}
 
 
 def _curve(steps: Sequence[int], values: Sequence[float], points: int) -> Curve:
-    at, height = np.asarray(steps, dtype=np.int32), np.asarray(values, dtype=np.float32)
-    whole = np.isfinite(height)
-    at, height = at[whole], height[whole]
-    kept = thinned(height, points)
-    return Curve(at[kept], height[kept], len(steps))
+    x, y = np.asarray(steps, dtype=np.int32), np.asarray(values, dtype=np.float32)
+    finite = np.isfinite(y)
+    x, y = x[finite], y[finite]
+    kept = thinned(y, points)
+    return Curve(x[kept], y[kept], len(steps))
 
 
 def thinned(values: np.ndarray, points: int) -> np.ndarray:
-    """Places of at most ``points`` of ``values`` that keep a line's shape: the lowest and highest of each stretch.
+    """Indices of at most ``points`` (4 or more) of ``values`` [n] that keep a line's shape: the extremes of each interval.
 
-    (As M4 of Jugel et al. 2014.) First and last are always kept, so peaks and ends are where they were; ``points`` must
-    be 4 or more.
+    As M4 of Jugel et al. 2014. The first and the last point are always kept, so peaks and ends stay in place.
     """
     if len(values) <= points:
         return np.arange(len(values))

@@ -1,4 +1,4 @@
-"""From the folder that a user gives to the trial or adapter that is meant."""
+"""Resolves a folder from the command line to the trial or adapter in it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from isaerft_sweep.results.standing import Standing, standings
 
 
 def find_trial(folder: Path, metric: str | None = None) -> tuple[TrialFolder, Standing | None]:
-    """The completed trial in ``folder`` (or its adapter's folder, or a sweep's: its best trial), and its place in its sweep.
+    """The completed trial in ``folder``, with its standing in its sweep.
 
-    ``metric``: what a sweep's best trial is best by, None for the sweep's own. Raises FolderError when there is none.
+    ``folder`` is a trial's, its adapter's, or a sweep's (its best trial). ``metric``: ranks a sweep's trials; None: the
+    sweep's own. Raises FolderError when ``folder`` has no completed trial.
     """
     path = folder.expanduser().absolute()
     if is_sweep(path):
@@ -35,7 +36,7 @@ def find_trial(folder: Path, metric: str | None = None) -> tuple[TrialFolder, St
 
 
 def _standing(trial: TrialFolder) -> Standing | None:
-    """The trial's place in the sweep around it; None when it was taken out of its sweep's folder."""
+    """The trial's standing in the sweep that contains it; None when it was moved out of its sweep's folder."""
     sweep = trial.path.parent.parent
     if not is_sweep(sweep):
         return None
@@ -44,11 +45,11 @@ def _standing(trial: TrialFolder) -> Standing | None:
 
 
 def _best(sweep: Path, metric: str | None) -> TrialFolder:
-    """A sweep's best trial; what it is best by, and why that may mislead, is said on standard error."""
-    found = read_sweep_folder(sweep, metric)
-    trial = trial_of(found.best())
-    print(f"the best trial by {found.metric.name} (--metric: by another): {trial.path}", file=sys.stderr)
-    for text in dependence(found.metric.name, found.swept, found.metric.goal):
+    """A sweep's best trial; prints the metric, and why its ranking may mislead, to standard error."""
+    ranked = read_sweep_folder(sweep, metric)
+    trial = trial_of(ranked.best())
+    print(f"the best trial by {ranked.metric.name} (--metric: by another): {trial.path}", file=sys.stderr)
+    for text in dependence(ranked.metric.name, ranked.swept, ranked.metric.goal):
         print(text, file=sys.stderr)
     return trial
 
@@ -56,7 +57,7 @@ def _best(sweep: Path, metric: str | None) -> TrialFolder:
 def find_adapter(folder: Path, metric: str | None = None) -> Path:
     """The adapter of a trial or of a sweep's best trial by ``metric``, or the folder itself.
 
-    Raises FolderError when there is none.
+    Raises FolderError when there is no adapter.
     """
     if (folder / "adapter_config.json").is_file():
         return folder

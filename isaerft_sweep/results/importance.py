@@ -1,4 +1,4 @@
-"""How much each swept parameter decides, by Optuna."""
+"""Parameter importances by Optuna."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from isaerft_sweep.results.reading import ReadSweep
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
-LEAST = 6
-"""Completed trials below which nothing can be said."""
+MIN_TRIALS = 6
+"""Importances need at least this many completed trials."""
 
 
 @dataclass(frozen=True)
 class Importance:
-    """Each parameter's share, which sum to 1: what tells the best ``good`` of ``trials`` from the rest."""
+    """Each parameter's share (sum 1) in what separates the best ``good`` of ``trials`` from the rest."""
 
     shares: dict[str, float]
     good: int
@@ -26,24 +26,24 @@ class Importance:
 
 
 def importance(sweep: ReadSweep) -> Importance | None:
-    """PED-ANOVA (Watanabe et al. 2023, arXiv 2304.10255) of the completed trials; None when there is too little to tell."""
-    found = axes(sweep)
-    ranked = [entry for entry in sweep.entries if entry.rank and all(a.key in entry.params for a in found)]
-    if len(found) < 2 or len(ranked) < LEAST:
+    """PED-ANOVA (Watanabe et al. 2023, arXiv 2304.10255) of the completed trials; None with too few trials or parameters."""
+    swept = axes(sweep)
+    ranked = [entry for entry in sweep.entries if entry.rank and all(a.key in entry.params for a in swept)]
+    if len(swept) < 2 or len(ranked) < MIN_TRIALS:
         return None
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    # a tenth of the trials, and at least five, are the good ones; never more than half
+    # the good ones are a tenth of the trials, at least five, at most half
     quantile = min(0.5, max(0.1, 5 / len(ranked)))
-    spaces = {axis.key: _distribution(axis, [entry.params[axis.key] for entry in ranked]) for axis in found}
+    spaces = {axis.key: _distribution(axis, [entry.params[axis.key] for entry in ranked]) for axis in swept}
     study = optuna.create_study(direction=sweep.metric.goal, sampler=optuna.samplers.RandomSampler(seed=0))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Optuna calls parts of this experimental; the numbers are checked in the tests
+        warnings.simplefilter("ignore")  # parts are experimental in Optuna; the tests check the numbers
         study.add_trials(
             [
                 optuna.trial.create_trial(
-                    params={axis.key: _native(axis, entry.params[axis.key]) for axis in found},
+                    params={axis.key: _native(axis, entry.params[axis.key]) for axis in swept},
                     distributions=spaces,
                     value=entry.value(sweep.metric.name),
                 )
@@ -59,7 +59,7 @@ def _distribution(axis: Axis, values: list[Any]) -> BaseDistribution:
     from optuna.distributions import CategoricalDistribution, FloatDistribution
 
     choices = axis.values or axis.ticks
-    if choices:  # listed numbers too: a density over three values would find importance where there is none
+    if choices:  # listed numbers too: a density over three values reports importance where none exists
         return CategoricalDistribution(tuple(range(len(choices))))
     return FloatDistribution(float(min(values)), float(max(values)), log=axis.kind == "log")
 

@@ -1,4 +1,4 @@
-"""The card of an adapter that was imported: what its folder and its name tell."""
+"""The card of an imported adapter, from its folder and its name."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import yaml
 
 from isaerft_sweep import naming
 from isaerft_sweep.results.card import count_parameters, sites_table
-from isaerft_sweep.results.card_words import BLOCKS, WITH_ADAPTER, citations, quick_start
+from isaerft_sweep.results.card_text import BLOCKS, WITH_ADAPTER, citations, quick_start
 
 
 @dataclass(frozen=True)
 class PublishedCard:
-    """What a published folder tells of its run: its name (``named``), and the card in it, which has every digit.
+    """A published run as its folder describes it: by its name (``named``, two digits) and its card (every digit).
 
-    ``wandb``: the address of the run in W&B.
+    ``wandb``: the URL of the run in W&B.
     """
 
     named: naming.ParsedName | None = None
@@ -28,9 +28,9 @@ class PublishedCard:
     wandb: str | None = None
 
     @property
-    def facts(self) -> dict[str, Any]:
-        """For ``imported.json``: what is known."""
-        known: dict[str, Any] = {
+    def metadata(self) -> dict[str, Any]:
+        """The content of ``imported.json``: every value that is known."""
+        fields: dict[str, Any] = {
             "model": self.named.model if self.named else None,
             "learning_rate": self.learning_rate,
             "beta": self.beta,
@@ -38,11 +38,19 @@ class PublishedCard:
             "wandb": self.wandb,
             "tags": list(self.tags) or None,
         }
-        return {key: value for key, value in known.items() if value is not None}
+        return {key: value for key, value in fields.items() if value is not None}
 
 
 def imported_card(folder: Path, source: str, base: str, kind: str, card: PublishedCard) -> str:
-    """The text for the adapter in ``folder``, which was called ``source`` and trained on ``base``."""
+    """The text of the card.
+
+    Args:
+        folder: has the adapter.
+        source: the adapter's original name.
+        base: the base model.
+        kind: the adapter's kind.
+        card: the published run.
+    """
     tags: tuple[str, ...] = card.tags or ("generated_from_trainer", "isaerft")
     if not card.tags and card.learning_rate is not None and card.beta is not None:
         tags = naming.tags(card.learning_rate, card.beta)
@@ -57,21 +65,21 @@ def imported_card(folder: Path, source: str, base: str, kind: str, card: Publish
     return (
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# Model Card for {source}\n\nAn ISAERFT adapter for "
         f"[{base}](https://huggingface.co/{base}), imported by isaerft-sweep from the format of the published project.\n\n"
-        f"{_told(card)}## Quick start\n\n{quick_start(WITH_ADAPTER)}\n\n## Adapter\n\nKind `{kind}`: the latents f become "
-        f"{BLOCKS[kind]}; the SAE's reconstruction error is kept. {count_parameters(folder):,} parameters.\n\n"
-        f"{sites_table(folder)}\n\n## Citations\n\n{citations('orpo')}\n"
+        f"{_run_description(card)}## Quick start\n\n{quick_start(WITH_ADAPTER)}\n\n## Adapter\n\nKind `{kind}`: the "
+        f"latents f become {BLOCKS[kind]}; the SAE's reconstruction error is kept. {count_parameters(folder):,} "
+        f"parameters.\n\n{sites_table(folder)}\n\n## Citations\n\n{citations('orpo')}\n"
     )
 
 
-def _told(card: PublishedCard) -> str:
-    """Learning rate, beta, start and W&B run, and which of card and name they are from."""
-    words = []
-    exact = any(tag.startswith("lr_") for tag in card.tags)
+def _run_description(card: PublishedCard) -> str:
+    """Learning rate, beta, start and W&B run, and whether card or name is their source."""
+    paragraphs = []
+    from_card = any(tag.startswith("lr_") for tag in card.tags)
     if card.learning_rate is not None:
-        rate = f"{card.learning_rate!r}" if exact else f"{card.learning_rate:.1e} (two digits)"
+        rate = f"{card.learning_rate!r}" if from_card else f"{card.learning_rate:.1e} (two digits)"
         beta = f", beta {card.beta!r}" if card.beta is not None else ""
         started = f", started {card.named.started:%Y-%m-%d %H:%M}" if card.named else ""
-        words.append(f"Its {'card' if exact else 'name'} tells: learning rate {rate}{beta}{started}.")
+        paragraphs.append(f"Its {'card' if from_card else 'name'} says: learning rate {rate}{beta}{started}.")
     if card.wandb:
-        words.append(f"[Its run in Weights & Biases]({card.wandb}).")
-    return "".join(f"{word}\n\n" for word in words)
+        paragraphs.append(f"[Its run in Weights & Biases]({card.wandb}).")
+    return "".join(f"{paragraph}\n\n" for paragraph in paragraphs)

@@ -1,4 +1,4 @@
-"""What adapters learned: the latents that moved, and how far trials agree about them. Reads what a trial's worker wrote."""
+"""What adapters learned: the latents that moved, and how far trials agree on them. Reads ``latents.npz``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NEURONPEDIA = "https://www.neuronpedia.org"
 
 @dataclass(frozen=True)
 class SiteLatents:
-    """One site of one trial; the arrays are those of ``trial.latents.SiteChange``."""
+    """One site of one trial. Arrays as in ``SiteChange``: ``vector`` [d_in], the others [d_sae]."""
 
     layer: int
     d_sae: int
@@ -37,17 +37,17 @@ class SiteLatents:
         return float(np.linalg.norm(self.vector.astype(float)))
 
     def top(self, count: int) -> list[int]:
-        """The latents with the largest part in the steering vector, largest first; those that did not move are left out."""
+        """Up to ``count`` latents that moved, by their share of the steering vector, largest first."""
         order = np.argsort(-np.abs(self.share), kind="stable")[:count]
         return [int(i) for i in order if self.moved[i] != 0]
 
     def link(self, latent: int) -> str | None:
-        """The latent's page on Neuronpedia, for SAEs that are there."""
+        """The URL of the latent on Neuronpedia; None for an SAE that Neuronpedia lacks."""
         return f"{NEURONPEDIA}/{self.neuronpedia_id}/{latent}" if self.neuronpedia_id else None
 
 
 def read_latents(path: Path) -> list[SiteLatents]:
-    """The sites in a trial's ``latents.npz``; none when it has not been written. Raises FolderError when it is broken."""
+    """The sites in a trial's ``latents.npz``; empty without the file. Raises FolderError when it cannot be read."""
     if not path.is_file():
         return []
     names = ("moved", "vector", "share", "before", "after")
@@ -66,13 +66,13 @@ def read_latents(path: Path) -> list[SiteLatents]:
             ]
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise FolderError(
-            f"{path} must hold what a trial recorded of its latents but cannot be read ({error}). Delete it: the trial is "
+            f"{path} must hold the latents of a trial but cannot be read ({error}). Delete it: the trial is "
             "shown without it."
         ) from error
 
 
 def cosines(vectors: Sequence[np.ndarray]) -> np.ndarray:
-    """Cosines [n, n] between vectors; 0 for a vector of zeros."""
+    """Cosines [n, n] between n ``vectors`` [d]; 0 for a zero vector."""
     stacked = np.stack(vectors).astype(float)
     norms = np.linalg.norm(stacked, axis=1, keepdims=True)
     unit = np.divide(stacked, norms, out=np.zeros_like(stacked), where=norms > 0)
@@ -82,7 +82,7 @@ def cosines(vectors: Sequence[np.ndarray]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Agreement:
-    """One latent across trials: in how many it is among the top ones, up or down, and its mean share of their vectors."""
+    """One latent across trials: in how many it is a top latent that went ``up`` or ``down``, and its mean share."""
 
     latent: int
     up: int
@@ -91,7 +91,7 @@ class Agreement:
 
 
 def agreement(sites: Sequence[SiteLatents], top: int = 50, count: int = 20) -> list[Agreement]:
-    """The latents that most trials have among their ``top`` ones with the same sign, most agreed first."""
+    """The ``count`` latents that most trials have in their ``top`` with the same sign, most trials first."""
     d_sae = sites[0].d_sae
     up, down, share = (np.zeros(d_sae) for _ in range(3))
     for site in sites:
@@ -104,30 +104,30 @@ def agreement(sites: Sequence[SiteLatents], top: int = 50, count: int = 20) -> l
 
 
 def read_labels(path: Path, d_sae: int) -> dict[int, str]:
-    """Labels of latents from a file, for an SAE of ``d_sae`` latents.
+    """Read the labels of an SAE with ``d_sae`` latents from a file.
 
     ``.json``: an object from latent to label, or a list with one label (or null) for every latent. ``.csv``: columns
-    ``latent`` and ``label``. Raises DataError when the file is none of these or is for an SAE of another width.
+    ``latent`` and ``label``. Raises DataError for another format or an SAE of another width.
     """
-    form = "a .json object {latent: label}, a .json list of labels, or a .csv with columns latent and label"
+    expected_format = "a .json object {latent: label}, a .json list of labels, or a .csv with columns latent and label"
     try:
         if path.suffix == ".csv":
             with path.open(encoding="utf-8-sig", newline="") as file:
-                found = {int(row["latent"]): row["label"] for row in csv.DictReader(file)}
+                by_latent = {int(row["latent"]): row["label"] for row in csv.DictReader(file)}
         else:
             raw = json.loads(path.read_text(encoding="utf-8"))
             if isinstance(raw, list) and len(raw) != d_sae:
                 raise DataError(f"the labels in {path} must be for {d_sae} latents, but the list has {len(raw)}.")
             items = enumerate(raw) if isinstance(raw, list) else raw.items()
-            found = {int(latent): str(label) for latent, label in items if label is not None}
+            by_latent = {int(latent): str(label) for latent, label in items if label is not None}
     except DataError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"the labels in {path} must be {form}, but they cannot be read: {error}.") from error
-    outside = [latent for latent in found if not 0 <= latent < d_sae]
+        raise DataError(f"the labels in {path} must be {expected_format}, but they cannot be read: {error}.") from error
+    outside = [latent for latent in by_latent if not 0 <= latent < d_sae]
     if outside:
         raise DataError(
             f"the labels in {path} must be for an SAE of {d_sae} latents (0 to {d_sae - 1}), but one is for {outside[0]}. "
-            "Take the labels of the SAE that was used."
+            "Use the labels of the sweep's SAE."
         )
-    return found
+    return by_latent

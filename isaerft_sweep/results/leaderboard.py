@@ -1,4 +1,4 @@
-"""Which trial is best: the ranking at a sweep's end."""
+"""The leaderboard: a sweep's trials, best first, and how far to trust the order."""
 
 from __future__ import annotations
 
@@ -23,33 +23,33 @@ ALWAYS_SHOWN = ("eval/log_odds_chosen", "eval/rewards/accuracies", "eval/nll_los
 
 
 def columns(metric: Metric) -> list[str]:
-    """The sweep's own metric first, then those that every reader asks for."""
+    """The metrics that get a column, ``metric`` first."""
     return list(dict.fromkeys([metric.name, *ALWAYS_SHOWN]))
 
 
 def table(sweep: ReadSweep, rows: int = 20, width: int | None = None) -> Table:
-    """The leaderboard for a terminal, with the untrained model's row to compare with.
+    """The leaderboard for a terminal, with the untrained model as the last row.
 
-    ``width``: columns of the terminal; what others say too is left out until the table fits, since a number that is cut off
-    is a wrong number. None: all columns.
+    ``width``: characters of the terminal. Less important columns are dropped until the table fits: a truncated number is
+    wrong. None: all columns.
     """
     extra = columns(sweep.metric)[1:]
     choices = [(extra[:n], True, True) for n in range(len(extra), -1, -1)] + [([], False, True), ([], False, False)]
-    for some, with_best, with_time in choices:
-        shown = _table(sweep, rows, some, with_best, with_time)
+    for metrics, with_best, with_time in choices:
+        shown = _table(sweep, rows, metrics, with_best, with_time)
         if width is None or needed_width(shown) <= width:
             break
     return shown
 
 
 def print_whole(console: Console, shown: Table) -> None:
-    """Print a table with nothing cut off: a pipe has no width of its own, and a terminal that is too narrow breaks lines."""
+    """Print a table untruncated: a pipe has no width, and a terminal that is too narrow wraps lines."""
     console.width = max(console.width, needed_width(shown))
     console.print(shown)
 
 
 def needed_width(shown: Table) -> int:
-    """Columns that the table takes when nothing is cut off."""
+    """Characters per line that the untruncated table needs."""
     return Console(width=1000).measure(shown).maximum
 
 
@@ -84,18 +84,18 @@ def _table(sweep: ReadSweep, rows: int, extra: list[str], with_best: bool, with_
 
 
 def short_name(metric: str) -> str:
-    """A metric's name for a narrow column."""
-    known = {
+    """A metric's short name for a narrow column."""
+    short = {
         "eval/log_odds_chosen": "log odds",
         "eval/rewards/accuracies": "accuracy",
         "eval/rewards/margins": "margin",
         "eval/nll_loss": "NLL",
     }
-    return known.get(metric, metric.removeprefix("eval/"))
+    return short.get(metric, metric.removeprefix("eval/"))
 
 
 def show_interval(entry: Entry) -> str:
-    """``0.02 … 0.23``, with as many digits as its width needs; empty when there is none."""
+    """``0.02 … 0.23``, with as many digits as its width needs; empty without an interval."""
     if not entry.rank or not entry.interval:
         return ""
     low, high = entry.interval
@@ -104,39 +104,39 @@ def show_interval(entry: Entry) -> str:
 
 
 def caveats(sweep: ReadSweep) -> list[str]:
-    """What a reader must know to trust the winner."""
-    said = [*sweep.problems, *(f"Trial {e.record.index + 1}: {e.problem}" for e in sweep.entries if e.problem)]
+    """Problems while reading the sweep, and reasons why the ranking may mislead."""
+    texts = [*sweep.problems, *(f"Trial {e.record.index + 1}: {e.problem}" for e in sweep.entries if e.problem)]
     best = next((e for e in sweep.entries if e.rank == 1), None)
     if best is None:
-        return said
-    said += dependence(sweep.metric.name, sweep.swept, sweep.metric.goal)
-    said += edges(sweep.space, best.record.point)
+        return texts
+    texts += dependence(sweep.metric.name, sweep.swept, sweep.metric.goal)
+    texts += edges(sweep.space, best.record.point)
     if best.probability_best is not None:
-        ours = sweep.folder is not None and not sweep.folder.agent_run_folders()
-        confirms = ": isaerft-sweep confirm reruns the leaders with new ones" if ours else ""
+        can_confirm = sweep.folder is not None and not sweep.folder.agent_run_folders()
+        hint = ": isaerft-sweep confirm reruns the leaders with new ones" if can_confirm else ""
         scored = best.pair_values(sweep.metric.name, sweep.beta)
         pairs, scores = len(scored[0]) if scored else 0, len(best.scores["trained"]["pairs"])
         without = f" ({scores - pairs} without a finite score left out)" if pairs < scores else ""
-        said.append(
+        texts.append(
             f"95 %: bootstrap interval over the {pairs} held-out pairs{without}. best: how often the trial is the best one "
-            f"when they are drawn again. Neither knows of seeds{confirms}."
+            f"in resamples of the pairs. Neither covers the variance over seeds{hint}."
         )
-    return said
+    return texts
 
 
 def notes(sweep: ReadSweep) -> list[Text]:
-    """The caveats and the command that uses the winner."""
+    """The caveats and the commands that use the winner."""
     best = next((e for e in sweep.entries if e.rank == 1), None)
     if best is None:
         reasons = [Text(text, style="yellow") for text in caveats(sweep)]
         return [*reasons, Text(f"No winner{' yet' if sweep.is_run else ''}: {sweep.why_unranked()}", style="red")]
-    said = [Text(text, style="dim" if text.startswith("95 %") else "yellow") for text in caveats(sweep)]
+    lines = [Text(text, style="dim" if text.startswith("95 %") else "yellow") for text in caveats(sweep)]
     if best.folder:
-        said.append(Text(f"Best trial: {best.folder.path}"))
-        said.append(Text(f"Try it:     isaerft-sweep generate {shlex.quote(short_path(best.folder.path))}"))
+        lines.append(Text(f"Best trial: {best.folder.path}"))
+        lines.append(Text(f"Try it:     isaerft-sweep generate {shlex.quote(short_path(best.folder.path))}"))
         if sweep.folder:
-            said.append(Text(f"See all:    isaerft-sweep report {shlex.quote(short_path(sweep.folder.path))}"))
-    return said
+            lines.append(Text(f"See all:    isaerft-sweep report {shlex.quote(short_path(sweep.folder.path))}"))
+    return lines
 
 
 def show(console: Console, sweep: ReadSweep) -> None:
@@ -146,7 +146,7 @@ def show(console: Console, sweep: ReadSweep) -> None:
 
 
 def write_csv(sweep: ReadSweep, path: Path) -> None:
-    """All trials and metrics as a CSV file."""
+    """Write all trials and metrics as a CSV file."""
     entries = sweep.entries
     params = sorted({key for e in entries for key in e.params})
     metrics = sorted({key for e in entries for key in e.metrics})
@@ -158,13 +158,13 @@ def write_csv(sweep: ReadSweep, path: Path) -> None:
         r = e.record
         values: list[Any] = [e.rank or "", r.name, r.run_id, r.state, *(e.params.get(k, "") for k in params)]
         low, high = e.interval or ("", "")
-        trust = [low, high, "" if e.probability_best is None else e.probability_best]
-        writer.writerow([*values, *(e.metrics.get(k, "") for k in metrics), *trust, round(r.seconds, 1), r.message])
+        uncertainty = [low, high, "" if e.probability_best is None else e.probability_best]
+        writer.writerow([*values, *(e.metrics.get(k, "") for k in metrics), *uncertainty, round(r.seconds, 1), r.message])
     write_text(path, text.getvalue())
 
 
 def short_path(path: Path) -> str:
-    """Relative to the current folder where it is below it."""
+    """``path`` relative to the current folder if it is inside."""
     try:
         return str(path.relative_to(Path.cwd()))
     except ValueError:
@@ -172,5 +172,5 @@ def short_path(path: Path) -> str:
 
 
 def number(value: float | None) -> str:
-    """Four digits behind the point; empty for None."""
+    """``value`` with four decimals; empty for None."""
     return "" if value is None else f"{value:.4f}"

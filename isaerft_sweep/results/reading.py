@@ -1,4 +1,4 @@
-"""Reads a sweep from its folder alone, while it runs or after; changes nothing."""
+"""Reads a sweep from its folder, during or after the run, without changing anything."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ from isaerft_sweep.specs import Experiment
 SEED = "orpo.seed"
 UNREADABLE, GONE = "unreadable", "deleted"
 SILENT_S = 300.0
-"""A worker that no controller sees to and that has said nothing for so long is not counted on."""
-SCORED = 200
-"""Leaders whose probability of being best is computed; the others' is nil or nearly so."""
+"""A worker without a controller counts as dead after this time without a heartbeat."""
+MAX_COMPARED = 200
+"""Leaders whose probability of being best is computed; for the others it is close to 0."""
 
 
 @dataclass
 class Entry:
-    """One trial, with its rank by the metric asked for; ``rank`` is None when it did not complete.
+    """One trial, ranked by the requested metric; ``rank`` is None when it did not complete.
 
-    ``state``: the journal's, or while a job is under way the worker's own word. ``problem``: why what the trial has left
-    cannot be read, else empty.
-    ``device_s``: device time of all its attempts; what was shared with other trials is divided among them.
-    ``scores``: every held-out pair's, as ``TrialFolder.read_evaluation`` gives them. ``interval``: 95 % bootstrap interval
-    of the metric over held-out pairs. ``probability_best``: how often it is the best when the pairs are drawn again.
+    ``state``: from the journal, or from the worker's status while the job runs. ``problem``: why the trial's files cannot
+    be read, else empty.
+    ``device_s``: device time of all attempts; time shared with other trials is divided among them.
+    ``scores``: those of each held-out pair, from ``TrialFolder.read_evaluation``. ``interval``: 95 % bootstrap interval of
+    the metric over held-out pairs. ``probability_best``: how often the trial is best in resamples of the pairs.
     """
 
     record: TrialRecord
@@ -63,28 +63,28 @@ class Entry:
         return self.record.point.params
 
     def value(self, metric: str) -> float | None:
-        """The metric at the trial's end, when it is there and finite."""
-        found = self.metrics.get(metric)
-        return found if found is not None and math.isfinite(found) else None
+        """The final value of the metric; None when it is missing or not finite."""
+        value = self.metrics.get(metric)
+        return value if value is not None and math.isfinite(value) else None
 
     def pair_values(self, metric: str, beta: float | None) -> tuple[list[str], np.ndarray] | None:
-        """The held-out pairs' names and the metric on each. A pair on which it is no finite number is left out."""
+        """Names of the held-out pairs and the metric on each [pairs], without pairs on which it is not finite."""
         trained = self.scores.get("trained")
         beta = self.params.get("orpo.beta", beta)
         values = pair_values(metric, trained, beta) if trained and beta is not None else None
         if not trained or values is None:
             return None
         finite = np.isfinite(values)
-        return [name for name, known in zip(trained["pairs"], finite, strict=True) if known], values[finite]
+        return [name for name, is_finite in zip(trained["pairs"], finite, strict=True) if is_finite], values[finite]
 
 
 @dataclass
 class ReadSweep:
-    """A sweep's trials, ranked. ``own`` is the metric that the sweep itself optimises, ``metric`` the one it is ranked by.
+    """A sweep's ranked trials. ``own``: the metric that the sweep optimises. ``metric``: the one that ranks the trials.
 
-    ``space``: the swept parameters' distributions, empty when they are not known. ``experiment``: the composed config.
-    ``source``: the sweep's folder or address. ``is_run``: whether a controller, or an array, is at it. ``read_rows`` gives a
-    trial's logged rows. ``problems``: what else could not be read, for people.
+    ``space``: distributions of the swept parameters, empty when unknown. ``experiment``: the composed config. ``source``:
+    the sweep's folder or URL. ``is_run``: whether a controller or an array runs it. ``read_rows``: returns a trial's logged
+    rows. ``problems``: what else could not be read, one message each.
     """
 
     name: str
@@ -103,10 +103,10 @@ class ReadSweep:
 
     def best(self) -> Entry:
         """The winner. Raises FolderError when no trial has completed yet."""
-        found = next((entry for entry in self.entries if entry.rank == 1), None)
-        if found is None:
+        winner = next((entry for entry in self.entries if entry.rank == 1), None)
+        if winner is None:
             raise FolderError(f"the sweep {self.source} has no winner: {self.why_unranked()}")
-        return found
+        return winner
 
     def best_command(self) -> str:
         """The command that runs the winner again. Raises FolderError as ``best``."""
@@ -126,23 +126,25 @@ class ReadSweep:
     def _why_incomplete(self) -> str:
         """Why no trial has completed."""
         ended = Counter(entry.state for entry in self.entries if entry.record.ended)
-        said = f" So far: {', '.join(f'{n} {state}' for state, n in sorted(ended.items()))}." if ended else ""
+        counts = f" So far: {', '.join(f'{n} {state}' for state, n in sorted(ended.items()))}." if ended else ""
         if self.is_run:
-            return f"no trial has completed yet, and the sweep runs.{said} How far it is: isaerft-sweep status {self.source}"
+            return (
+                f"no trial has completed yet, and the sweep runs.{counts} Its progress: isaerft-sweep status {self.source}"
+            )
         if self.folder is None:
-            return f"no run has finished yet.{said}"
+            return f"no run has finished yet.{counts}"
         if not self.entries:
             return "no trial was made: the check before the first one failed, or was interrupted. Run its command again."
-        return f"no trial has completed yet.{said} Run its command again to go on."
+        return f"no trial has completed yet.{counts} Run its command again to resume it."
 
     @property
     def swept(self) -> list[str]:
-        """The parameters that were given more than one value."""
+        """The parameters that have more than one value."""
         values: dict[str, set[str]] = {}
         for entry in self.entries:
             for key, value in entry.params.items():
                 values.setdefault(key, set()).add(repr(value))
-        return [key for key, found in values.items() if len(found) > 1]
+        return [key for key, different in values.items() if len(different) > 1]
 
     @property
     def columns(self) -> list[Column]:
@@ -151,14 +153,14 @@ class ReadSweep:
 
     @property
     def beta(self) -> float | None:
-        """Beta of the trials that were not given one of their own."""
+        """Beta of the trials whose params do not set it."""
         return self.experiment.orpo.beta if self.experiment else None
 
 
 def read_sweep_folder(path: Path, metric: str | None = None, ending: bool = False) -> ReadSweep:
-    """The sweep in ``path``, ranked by ``metric`` or by its own. Raises FolderError when there is none.
+    """The sweep in ``path``, ranked by ``metric`` (None: its own). Raises FolderError when ``path`` has no sweep.
 
-    ``ending``: the caller is its controller, which has just ended.
+    ``ending``: the caller is the sweep's controller, which is ending.
     """
     folder = SweepFolder(path.expanduser().absolute())
     parts = folder.agent_run_folders() or [folder]
@@ -187,9 +189,7 @@ def read_sweep_folder(path: Path, metric: str | None = None, ending: bool = Fals
         read_rows=lambda entry: entry.folder.read_metrics() if entry.folder else [],
     )
     if not sweep.space and folder.definition.is_file() and folder.definition.read_bytes().strip() not in (b"", b"{}"):
-        sweep.problems.append(
-            f"{folder.definition} is not a valid sweep file any more: the edges of the space are not known."
-        )
+        sweep.problems.append(f"{folder.definition} is no longer a valid sweep file: the edges of the space are unknown.")
     launcher = sweep.experiment.launcher if sweep.experiment else None
     per_device = launcher.trials_per_gpu if launcher and launcher.kind == "local" and not launcher.slots else 1
     shares = device_seconds((entry.record for entry in entries), per_device)
@@ -200,27 +200,27 @@ def read_sweep_folder(path: Path, metric: str | None = None, ending: bool = Fals
 
 
 def _array_runs(folder: SweepFolder, entries: list[Entry]) -> bool:
-    """Whether workers that no controller sees to have said something lately."""
+    """Whether a worker of a static array, which has no controller, sent a recent heartbeat."""
     if not folder.static_array.exists():
         return False
-    lately = time.time() - SILENT_S
+    oldest_alive = time.time() - SILENT_S
     running = [entry.folder for entry in entries if entry.state == TrialState.RUNNING and entry.folder]
-    return any(folder.read_status().heartbeat > lately for folder in running)
+    return any(folder.read_status().heartbeat > oldest_alive for folder in running)
 
 
 def _entry(record: TrialRecord, sweep: SweepFolder) -> Entry:
-    """The trial as its folder tells. One that cannot be read is shown as such, and does not hide the others."""
+    """The trial from its folder. An unreadable one gets a ``problem``, so that the others are still shown."""
     folder = sweep.trial(record.name)
     if record.attempt and not folder.path.is_dir():
-        problem = f"its folder {folder.path} is not there any more, so it has no rank. Restore it."
+        problem = f"its folder {folder.path} is missing, so the trial has no rank. Restore it."
         return Entry(record, {}, {}, state=GONE, problem=problem)
     try:
         status, scores = folder.read_status(), folder.read_evaluation()
         state = status.state or record.state if record.state is TrialState.QUEUED else record.state
         metrics = {name: float(value) for name, value in status.metrics.items()}
         untrained = {name: float(value) for name, value in status.untrained.items()}
-        for found in scores.values():
-            if not len(found["pairs"]) == len(found["chosen"]) == len(found["rejected"]):
+        for table in scores.values():
+            if not len(table["pairs"]) == len(table["chosen"]) == len(table["rejected"]):
                 raise ValueError("evaluation.json must have as many scores as pairs")
         return Entry(record, metrics, untrained, scores, folder, state=state)
     except (ValueError, TypeError, AttributeError, KeyError, OSError) as error:
@@ -232,25 +232,25 @@ def _entry(record: TrialRecord, sweep: SweepFolder) -> Entry:
 
 
 def _number(entries: list[Entry]) -> None:
-    """Runs that agents made have no number of their own: by their folders' age."""
+    """Number the runs of agents, which have no trial number, by the age of their folders."""
     entries.sort(key=lambda entry: entry.folder.spec.stat().st_ctime if entry.folder and entry.folder.spec.exists() else 0)
     for index, entry in enumerate(entries):
         entry.record.index = index
 
 
 def is_sweep(path: Path) -> bool:
-    """Whether there is a sweep in ``path``."""
+    """Whether ``path`` is a sweep's folder."""
     folder = SweepFolder(path)
     return folder.journal.is_file() or bool(folder.agent_run_folders())
 
 
 def read_space(folder: SweepFolder) -> Mapping[str, Distribution]:
-    """The distributions of ``sweep.yaml``; none for a single trial, whose file is empty."""
+    """The distributions in ``sweep.yaml``; empty for a single trial, whose file is empty."""
     try:
         raw = yaml.safe_load(folder.definition.read_text(encoding="utf-8"))
         return read_sweep(raw).parameters if raw else {}
     except (OSError, yaml.YAMLError, ConfigError, SpaceError):
-        return {}  # it is written for people: a report must not fail for it
+        return {}  # the file may have been edited: a report must not fail because of it
 
 
 def _experiment(folder: SweepFolder) -> Experiment | None:
@@ -263,7 +263,7 @@ def _experiment(folder: SweepFolder) -> Experiment | None:
 
 
 def rank(sweep: ReadSweep) -> None:
-    """Completed trials from best to worst, then the others by number; with intervals and probabilities of being best."""
+    """Sort the entries, completed trials from best to worst, then the others by number; set ranks and uncertainties."""
     name, sign = sweep.metric.name, sweep.metric.sign
 
     def key(entry: Entry) -> tuple[bool, float]:
@@ -271,46 +271,45 @@ def rank(sweep: ReadSweep) -> None:
         return (value is None, entry.record.index if value is None else -sign * value)
 
     sweep.entries.sort(key=key)
-    for place, entry in enumerate(sweep.entries, 1):
+    for position, entry in enumerate(sweep.entries, 1):
         ranked = entry.record.state == TrialState.COMPLETED and entry.value(name) is not None
-        entry.rank = place if ranked else None
-        values = entry.pair_values(name, sweep.beta) if ranked and place <= SCORED else None
+        entry.rank = position if ranked else None
+        values = entry.pair_values(name, sweep.beta) if ranked and position <= MAX_COMPARED else None
         entry.interval = interval(values[1]) if values else None
     _compare(sweep)
 
 
 def _compare(sweep: ReadSweep) -> None:
-    """Fill in the probability of being best, over the pairs that all leaders were evaluated on.
+    """Set the probability of being best, over the pairs that all leaders were evaluated on.
 
-    Trials of one point are one candidate: with different seeds they tell how much the seed matters, with the same one they
-    are the same trial twice.
+    Trials of one point are one candidate: different seeds show the variance over seeds, an equal seed repeats the trial.
     """
     tables: dict[str, dict[Any, dict[str, float]]] = {}
-    leaders = [entry for entry in sweep.entries[:SCORED] if entry.interval]
+    leaders = [entry for entry in sweep.entries[:MAX_COMPARED] if entry.interval]
     for entry in leaders:
         scored = entry.pair_values(sweep.metric.name, sweep.beta)
         assert scored is not None
-        of_point = tables.setdefault(without_seed(entry.params), {})
-        of_point.setdefault(entry.params.get(SEED), dict(zip(*scored, strict=True)))
+        by_seed = tables.setdefault(without_seed(entry.params), {})
+        by_seed.setdefault(entry.params.get(SEED), dict(zip(*scored, strict=True)))
     if len(tables) < 2:
         return
-    everyones = [table for of_point in tables.values() for table in of_point.values()]
-    common = [pair for pair in everyones[0] if all(pair in table for table in everyones)]
+    all_tables = [table for by_seed in tables.values() for table in by_seed.values()]
+    common = [pair for pair in all_tables[0] if all(pair in table for table in all_tables)]
     if not common:
         return
-    runs = [np.array([[table[pair] for pair in common] for table in of_point.values()]) for of_point in tables.values()]
+    runs = [np.array([[table[pair] for pair in common] for table in by_seed.values()]) for by_seed in tables.values()]
     shares = dict(zip(tables, probability_best(runs, sweep.metric.sign), strict=True))
     for entry in leaders:
         entry.probability_best = float(shares[without_seed(entry.params)])
 
 
 def without_seed(params: Mapping[str, Any]) -> str:
-    """Equal for points that differ only in their seed."""
+    """A key that is equal for points that differ only in the seed."""
     return canonical_json({key: value for key, value in params.items() if key != SEED})
 
 
 def shared_untrained(sweep: ReadSweep) -> dict[str, float]:
-    """The untrained model's metrics that are the same for all trials: no swept parameter changes them."""
+    """Those metrics of the untrained model that no swept parameter changes, so that all trials share them."""
     first = next((entry.untrained for entry in sweep.entries if entry.untrained), {})
     return {name: value for name, value in first.items() if not dependence(name, sweep.swept)}
 
@@ -318,14 +317,14 @@ def shared_untrained(sweep: ReadSweep) -> dict[str, float]:
 def trial_of(entry: Entry) -> TrialFolder:
     """The entry's folder. Raises FolderError when the sweep was read from W&B."""
     if entry.folder is None:
-        raise FolderError(f"the trial {entry.record.name} is in W&B, not on this machine. Give the sweep's folder.")
+        raise FolderError(f"the trial {entry.record.name} is in W&B, not on this machine. Use the sweep's folder.")
     return entry.folder
 
 
 def best_as_json(sweep: ReadSweep) -> str:
-    """The winner with all that is needed to use it."""
+    """The winner with its params, metrics and path, as JSON."""
     winner = sweep.best()
-    facts = {
+    summary = {
         "name": winner.record.name,
         "run_id": winner.record.run_id,
         "path": str(winner.folder.path) if winner.folder else None,
@@ -335,4 +334,4 @@ def best_as_json(sweep: ReadSweep) -> str:
         "probability_best": winner.probability_best,
         "metrics": winner.metrics,
     }
-    return json.dumps(facts, indent=1)
+    return json.dumps(summary, indent=1)

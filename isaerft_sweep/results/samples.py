@@ -1,4 +1,4 @@
-"""Answers of the untrained model, the best and the worst trial side by side, kept in the sweep's folder."""
+"""Answers of the untrained model, the best and the worst trial side by side; stored in the sweep's folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from isaerft_sweep.errors import FolderError, ModelError
 from isaerft_sweep.guard import of_process
 from isaerft_sweep.journal.atomic_files import write_json
-from isaerft_sweep.results.axes import by_label
+from isaerft_sweep.results.axes import params_text
 from isaerft_sweep.results.reading import Entry, ReadSweep, trial_of
 
 PROMPTS = (
@@ -23,15 +23,15 @@ PROMPTS = (
 
 
 def make_samples(sweep: ReadSweep, prompts: Sequence[str], max_new_tokens: int) -> Mapping[str, Any]:
-    """Ask the models and write ``samples.json``. Raises FolderError or ModelError when they cannot be asked."""
+    """Generate the answers and write ``samples.json``. Raises FolderError or ModelError when that fails."""
     if sweep.folder is None:
-        raise FolderError("answers can only be made of a sweep in a folder, since the adapters are there.")
-    shown = {"best": sweep.best()}
+        raise FolderError("answers need a sweep in a folder, since its adapters are there. Use the sweep's folder.")
+    entries = {"best": sweep.best()}
     worst = [entry for entry in sweep.entries if entry.rank][-1]
     if worst.rank != 1:
-        shown["worst"] = worst
+        entries["worst"] = worst
     request = {
-        "adapters": [str(trial_of(entry).adapter) for entry in shown.values()],
+        "adapters": [str(trial_of(entry).adapter) for entry in entries.values()],
         "prompts": list(prompts),
         "max_new_tokens": max_new_tokens,
         "cache": sweep.experiment.cache if sweep.experiment else None,
@@ -39,16 +39,16 @@ def make_samples(sweep: ReadSweep, prompts: Sequence[str], max_new_tokens: int) 
     samples = {
         "made": time.strftime("%Y-%m-%d %H:%M"),
         "max_new_tokens": max_new_tokens,
-        "trials": {word: entry.record.name for word, entry in shown.items()},
-        "columns": ["untrained", *(_title(word, entry, sweep) for word, entry in shown.items())],
-        "prompts": [{"prompt": row[0], "answers": row[1:]} for row in _ask(request)],
+        "trials": {role: entry.record.name for role, entry in entries.items()},
+        "columns": ["untrained", *(_title(role, entry, sweep) for role, entry in entries.items())],
+        "prompts": [{"prompt": row[0], "answers": row[1:]} for row in _generate(request)],
     }
     write_json(sweep.folder.samples, samples)
     return samples
 
 
 def stale(samples: Mapping[str, Any], sweep: ReadSweep) -> bool:
-    """Whether another trial is the best by now, or by this metric, than the one that answered."""
+    """Whether the best trial is now, or by this metric, another one than in the samples."""
     best = next((entry for entry in sweep.entries if entry.rank == 1), None)
     return best is not None and samples.get("trials", {}).get("best") != best.record.name
 
@@ -62,20 +62,20 @@ def as_text(samples: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _title(word: str, entry: Entry, sweep: ReadSweep) -> str:
-    words = by_label(entry.params, sweep.columns)
-    return f"{word} by {sweep.metric.name}: trial {entry.record.index + 1}" + (f" ({words})" if words else "")
+def _title(role: str, entry: Entry, sweep: ReadSweep) -> str:
+    params = params_text(entry.params, sweep.columns)
+    return f"{role} by {sweep.metric.name}: trial {entry.record.index + 1}" + (f" ({params})" if params else "")
 
 
-def _ask(request: Mapping[str, Any]) -> list[list[str]]:
-    """The rows of ``adapter.generate``, from a process of its own: this one never loads torch."""
+def _generate(request: Mapping[str, Any]) -> list[list[str]]:
+    """The rows of ``adapter.generate``, from a subprocess: this process never loads torch."""
     command = [sys.executable, "-m", "isaerft_sweep.adapter.generate"]
     done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=False)
     try:
-        told = json.loads(done.stdout.strip().splitlines()[-1])
+        reply = json.loads(done.stdout.strip().splitlines()[-1])
     except (IndexError, ValueError) as error:
-        raise ModelError(f"the process that answers {of_process(done)}") from error
-    if "error" in told:
-        raise ModelError(told["error"])
-    rows: list[list[str]] = told["ok"]
+        raise ModelError(f"the process that generates answers {of_process(done)}") from error
+    if "error" in reply:
+        raise ModelError(reply["error"])
+    rows: list[list[str]] = reply["ok"]
     return rows

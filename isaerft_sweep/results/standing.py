@@ -1,4 +1,4 @@
-"""A trial's place in its sweep, for its card."""
+"""A trial's rank in its sweep, for its card."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from isaerft_sweep.search.sweep_file import Metric
 
 @dataclass(frozen=True)
 class Standing:
-    """What the sweep knows of one of its trials.
+    """One trial compared with the others of its sweep.
 
     ``seconds``: device time of all attempts. ``untrained``: the untrained model's metrics, which one trial measured for
-    all; those that a swept parameter changes are left out.
+    all, without those that a swept parameter changes. ``space``: descriptions by key. ``seeds``: results with new seeds.
     """
 
     rank: int | None
@@ -32,9 +32,9 @@ class Standing:
     seeds: Candidate | None = None
 
     def as_markdown(self) -> str:
-        """Space, rank, interval and spread over seeds."""
+        """A table of space, rank, interval and spread over seeds."""
         lines = ["| | |", "| --- | --- |"]
-        lines += [f"| space: {key} | {words} |" for key, words in self.space.items()]
+        lines += [f"| space: {key} | {description} |" for key, description in self.space.items()]
         lines.append(f"| rank | {self.rank} of {self.completed} completed trials by `{self.metric.name}` |")
         if self.value is not None and self.interval:
             low, high = self.interval
@@ -42,7 +42,7 @@ class Standing:
                 f"| {self.metric.name} | {self.value:.4f}, 95 % interval over held-out pairs {low:.4f} to {high:.4f} |"
             )
         if self.probability_best is not None:
-            lines.append(f"| best when the pairs are drawn again | {show_probability(self.probability_best)} |")
+            lines.append(f"| best in resamples of the pairs | {show_probability(self.probability_best)} |")
         if self.seeds and self.seeds.mean is not None:
             spread = f" ± {self.seeds.spread:.4f}" if self.seeds.spread is not None else ""
             lines.append(
@@ -52,11 +52,11 @@ class Standing:
 
 
 def standings(sweep: ReadSweep) -> list[tuple[Entry, Standing]]:
-    """Every completed trial's standing."""
+    """Every completed trial with its standing."""
     ranked = [entry for entry in sweep.entries if entry.rank]
     space = {key: describe(distribution) for key, distribution in sweep.space.items()}
     untrained = shared_untrained(sweep)
-    again = {candidate.first.record.index: candidate for candidate in read_confirmation(sweep)}
+    candidates = {candidate.first.record.index: candidate for candidate in read_confirmation(sweep)}
     return [
         (
             entry,
@@ -70,7 +70,7 @@ def standings(sweep: ReadSweep) -> list[tuple[Entry, Standing]]:
                 seconds=entry.device_s,
                 untrained=untrained,
                 space=space,
-                seeds=again.get(entry.record.index),
+                seeds=candidates.get(entry.record.index),
             ),
         )
         for entry in ranked
@@ -78,7 +78,7 @@ def standings(sweep: ReadSweep) -> list[tuple[Entry, Standing]]:
 
 
 def describe(distribution: Distribution) -> str:
-    """A distribution in words: ``log_uniform_values from 1e-06 to 5e-05``."""
+    """A distribution as text: ``log_uniform_values from 1e-06 to 5e-05``."""
     if isinstance(distribution, Constant):
         return f"{distribution.value!r}"
     if isinstance(distribution, Categorical):

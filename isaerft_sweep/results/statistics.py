@@ -1,4 +1,4 @@
-"""How far a result can be trusted: bootstrap over held-out pairs and over seeds."""
+"""Uncertainty of results: bootstrap over held-out pairs and over seeds."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 import numpy as np
 
 RESAMPLES = 2000
-LEAST_PAIRS = 8
+MIN_PAIRS = 8
 CHUNK = 2_000_000
-"""Numbers held at a time."""
+"""Bootstrap weights in memory at a time."""
 
 
 def pair_values(metric: str, scores: Mapping[str, Any], beta: float) -> np.ndarray | None:
-    """A metric's value on each pair, or None when it is not a mean over pairs.
+    """A metric's value on each pair [pairs], or None when the metric is not a mean over pairs.
 
     Args:
         metric: its name in W&B.
-        scores: ``chosen`` and ``rejected``, mean log-probability per token of each pair's answers, below 0.
+        scores: ``chosen`` and ``rejected`` [pairs]: mean log-probability per token of the answer, below 0.
         beta: ORPO's weight of the odds-ratio term; rewards are beta · log-probability.
 
     The formulas are those of arXiv 2403.07691, equations 4 and 7.
@@ -29,8 +29,8 @@ def pair_values(metric: str, scores: Mapping[str, Any], beta: float) -> np.ndarr
         return None
     if name in ("log_odds_chosen", "log_odds_ratio"):
         odds = _log_odds(chosen) - _log_odds(rejected)
-        of_odds: np.ndarray = odds if name == "log_odds_chosen" else -np.logaddexp(0, -odds)
-        return of_odds
+        log_ratio: np.ndarray = odds if name == "log_odds_chosen" else -np.logaddexp(0, -odds)
+        return log_ratio
     if name == "rewards/accuracies":
         return (beta * chosen > beta * rejected).astype(float)
     values = {"logps/chosen": chosen, "logps/rejected": rejected}
@@ -40,41 +40,40 @@ def pair_values(metric: str, scores: Mapping[str, Any], beta: float) -> np.ndarr
 
 def _log_odds(logp: np.ndarray) -> np.ndarray:
     """log(p / (1 − p)) of log p < 0."""
-    with np.errstate(divide="ignore", invalid="ignore"):  # infinite for a probability of 1, which the reader leaves out
+    with np.errstate(divide="ignore", invalid="ignore"):  # infinite for a probability of 1: pair_values of an entry drops it
         return np.asarray(logp - np.log(-np.expm1(logp)))
 
 
 def interval(values: np.ndarray, confidence: float = 0.95, seed: int = 0) -> tuple[float, float] | None:
-    """Interval of the mean of ``values`` [pairs]; None for fewer than ``LEAST_PAIRS``, which tell nothing.
+    """Confidence interval of the mean of ``values`` [pairs]; None for fewer than ``MIN_PAIRS``.
 
-    Percentile bootstrap (Efron 1979); for shares of yes and no Wilson's score interval (1927), which does not collapse when
-    all pairs agree.
+    Percentile bootstrap (Efron 1979); for values of 0 and 1 Wilson's score interval (1927), which keeps its width when all
+    pairs agree.
     """
-    if len(values) < LEAST_PAIRS:
+    if len(values) < MIN_PAIRS:
         return None
     if np.isin(values, (0.0, 1.0)).all():
         from scipy.stats import binomtest
 
-        found = binomtest(int(values.sum()), len(values)).proportion_ci(confidence, method="wilson")
-        return float(found.low), float(found.high)
+        wilson = binomtest(int(values.sum()), len(values)).proportion_ci(confidence, method="wilson")
+        return float(wilson.low), float(wilson.high)
     means = np.concatenate([weights @ values for weights in _weights(len(values), seed)])
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 
 
 def probability_best(runs: Sequence[np.ndarray], sign: int = 1, seed: int = 0) -> np.ndarray:
-    """How often each candidate has the best mean when pairs and seeds are drawn again.
+    """How often each candidate has the best mean in resamples of pairs and seeds.
 
     Args:
-        runs: for each candidate its values [seeds, pairs]; the same pairs in the same order for all of them, since a pair
-            that is hard for one is hard for the others. With one seed only the choice of pairs is drawn again.
+        runs: for each candidate its values [seeds, pairs]. All have the same pairs in the same order, since a pair that is
+            hard for one is hard for the others. With one seed only pairs are resampled.
         sign: +1 when more is better, −1 when less is.
         seed: of the resampling.
 
-    Pairs are drawn by bootstrap. The seeds' variance is taken as the same for all candidates and is itself drawn, from a
-    scaled inverse χ² with Σ(seeds − 1) degrees of freedom: a candidate's mean is then Student's t around what was found.
-    Two seeds each tell little of one candidate's variance, but together they tell the variance of all. Without a second seed
-    of any candidate nothing is known of it, and none is added.
+    Pairs are drawn by bootstrap. The variance over seeds is assumed equal for all candidates and is itself drawn, from a
+    scaled inverse χ² with Σ(seeds − 1) degrees of freedom: a candidate's mean is then Student's t around the observed one.
+    Pooling makes even two seeds per candidate informative. When no candidate has a second seed, no seed variance is added.
 
     Returns shares [candidates] that sum to 1; ties are divided.
     """
@@ -91,23 +90,23 @@ def probability_best(runs: Sequence[np.ndarray], sign: int = 1, seed: int = 0) -
 
 
 def _seed_noise(runs: Sequence[np.ndarray], count: int, rng: np.random.Generator) -> np.ndarray | float:
-    """How far the means over other seeds may lie from those found [count, candidates]; 0 where no seed was repeated."""
+    """Random deviations of the means over other seeds [count, candidates]; 0 when no candidate has two seeds."""
     means = [values.mean(axis=1) for values in runs]
-    freedom = sum(len(of_seeds) - 1 for of_seeds in means)
+    freedom = sum(len(seed_means) - 1 for seed_means in means)
     if freedom < 1:
         return 0.0
-    variance = sum(float(((of_seeds - of_seeds.mean()) ** 2).sum()) for of_seeds in means) / freedom
+    variance = sum(float(((seed_means - seed_means.mean()) ** 2).sum()) for seed_means in means) / freedom
     drawn = np.sqrt(variance * freedom / rng.chisquare(freedom, size=(count, 1)))
-    return np.asarray(drawn * rng.standard_normal((count, len(runs))) / np.sqrt([len(of_seeds) for of_seeds in means]))
+    return np.asarray(drawn * rng.standard_normal((count, len(runs))) / np.sqrt([len(seed_means) for seed_means in means]))
 
 
 def show_probability(share: float) -> str:
-    """A probability as whole percent. It is counted in a resampling, so that it is never said to be certain."""
+    """A probability in whole percent; never 0 or 100 %, since it is an estimate from resamples."""
     return ">99%" if share > 0.99 else "<1%" if share < 0.01 else f"{share:.0%}"
 
 
 def _weights(pairs: int, seed: int) -> Iterator[np.ndarray]:
-    """Bootstrap weights [resamples, pairs] in chunks: how often each pair is drawn, over the number of pairs."""
+    """Bootstrap weights [resamples, pairs] in chunks: the draws of each pair divided by the number of pairs."""
     rng = np.random.default_rng(seed)
     step = max(1, min(RESAMPLES, CHUNK // pairs))
     for start in range(0, RESAMPLES, step):

@@ -1,1 +1,1 @@
-"""W&B runs: their ids, groups and tags, online, offline or not at all."""
+"""W&B runs, online or offline: ids, groups, tags, uploads."""

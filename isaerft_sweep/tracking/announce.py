@@ -1,4 +1,4 @@
-"""Makes the embedded controller's sweep known to W&B, so that its runs have a sweep there: ``tracker=wandb``."""
+"""Registers the embedded controller's sweep in W&B, so that its runs belong to a sweep there (``tracker=wandb``)."""
 
 from __future__ import annotations
 
@@ -9,36 +9,36 @@ from pathlib import Path
 
 from isaerft_sweep.specs import TrackerSpec
 
-PATIENCE_S = 20
+TIMEOUT_S = 20
 AGENT = re.compile(r"wandb agent \S+/([A-Za-z0-9_-]+)")
-"""What ``wandb sweep`` ends with."""
+"""The last line that ``wandb sweep`` prints."""
 
 
 def create_sweep(file: Path, tracker: TrackerSpec) -> str | None:
-    """Create the sweep of a W&B sweep file with ``wandb sweep``; its id, None when W&B cannot be asked or does not take it.
+    """Create the sweep of a W&B sweep file with ``wandb sweep``; returns its id, None when W&B is unreachable or refuses.
 
-    No agent will ask for its points: the controller samples.
+    No agent requests points from it: the controller samples.
     """
-    said = _wandb_sweep(tracker, str(file))
-    found = AGENT.search(said)
-    if found is None:
-        reason = next((line for line in said.splitlines() if "rror" in line or "No API key" in line), "no answer")
-        print(f"W&B does not know this sweep ({reason[:200]}): it has an id of our own.", file=sys.stderr, flush=True)
-    return found[1] if found else None
+    output = _wandb_sweep(tracker, str(file))
+    match = AGENT.search(output)
+    if match is None:
+        reason = next((line for line in output.splitlines() if "rror" in line or "No API key" in line), "no answer")
+        print(f"W&B does not have this sweep ({reason[:200]}): its id is a local one.", file=sys.stderr, flush=True)
+    return match[1] if match else None
 
 
 def finish_sweep(sweep_id: str, tracker: TrackerSpec) -> None:
-    """Mark a sweep whose trials have ended with ``wandb sweep --stop``. W&B being away costs nothing but the mark."""
+    """Mark a sweep as finished with ``wandb sweep --stop``. Without W&B only the mark is missing."""
     _wandb_sweep(tracker, "--stop", sweep_id)
 
 
 def _wandb_sweep(tracker: TrackerSpec, *arguments: str) -> str:
-    """What the command prints; it never asks for a key."""
-    where = ["--project", tracker.project, *(["--entity", tracker.entity] if tracker.entity else [])]
-    command = [sys.executable, "-m", "wandb", "sweep", *where, *arguments]
+    """Run ``wandb sweep`` without a prompt for a key; returns its output, empty after a timeout."""
+    options = ["--project", tracker.project, *(["--entity", tracker.entity] if tracker.entity else [])]
+    command = [sys.executable, "-m", "wandb", "sweep", *options, *arguments]
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=PATIENCE_S, check=False, stdin=subprocess.DEVNULL
+            command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False, stdin=subprocess.DEVNULL
         )
     except subprocess.TimeoutExpired:
         return ""

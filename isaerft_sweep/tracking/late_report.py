@@ -1,6 +1,6 @@
-"""Tells W&B again how a trial has ended: its worker may have died between its own last word and W&B's, or W&B was away.
+"""Reports the end of a trial to W&B again, because its worker died before W&B had it, or W&B was unreachable.
 
-As a command, ``TRIAL FOLDER``, it writes that as an offline run below FOLDER.
+As a command, ``TRIAL FOLDER``, it writes an offline run below FOLDER instead.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from isaerft_sweep.tracking.wandb_run import WandbRun, open_run, summary_of
 
 
 def report_late(trial: TrialFolder, aside: Path | None = None) -> None:
-    """Give an ended trial's rows, summary and outcome to its W&B run; what is there already is not doubled.
+    """Send an ended trial's rows, summary and outcome to its W&B run; existing rows are not duplicated.
 
-    ``aside``: where to write it as an offline run instead.
+    ``aside``: a folder to write an offline run to instead.
     """
     spec, status = trial.read_spec(), trial.read_status()
     run = WandbRun(spec, aside, offline=True) if aside else open_run(spec, trial.path / "wandb")

@@ -1,4 +1,4 @@
-"""Writes one run as wandb's own offline run, from a JSON object on stdin. In a process of its own: wandb has one run."""
+"""Writes one run as a wandb offline run, from JSON on stdin. A process of its own, since wandb has one run per process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def rewrite(content: dict[str, Any]) -> None:
-    """``folder``: where to; the rest is what ``serve.export.served_uploads`` gives of a run."""
+    """Write the run in ``content``: ``folder`` is the target, the rest is from ``serve.run_export.served_uploads``."""
     import wandb
 
     os.environ.update(WANDB_RUN_ID=content["run_id"], WANDB_PROJECT=content["project"], WANDB_MODE="offline")
@@ -32,11 +32,11 @@ def rewrite(content: dict[str, Any]) -> None:
     for path in content["files"]:
         run.save(path, base_path=content["files_base"], policy="now")
     for artifact in content["artifacts"]:
-        words = {name: artifact[name] for name in ("type", "description", "metadata")}
-        made = wandb.Artifact(artifact["name"], **words)
+        options = {name: artifact[name] for name in ("type", "description", "metadata")}
+        copy = wandb.Artifact(artifact["name"], **options)
         for name, file in artifact["files"].items():
-            made.add_file(file, name=name, policy="immutable", skip_cache=True)
-        run.log_artifact(made, aliases=artifact["aliases"])
+            copy.add_file(file, name=name, policy="immutable", skip_cache=True)
+        run.log_artifact(copy, aliases=artifact["aliases"])
     run.finish(exit_code=content["exitcode"])
 
 

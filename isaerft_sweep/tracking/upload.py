@@ -1,7 +1,7 @@
-"""``isaerft-sweep sync``: hands finished runs on to another W&B server, with their sweep and run ids.
+"""``isaerft-sweep sync``: uploads finished runs to another W&B server, with their sweep and run ids.
 
-Offline runs are uploaded as they are. Runs of ``isaerft-sweep serve`` are first written as offline runs by wandb itself, one
-process each, then uploaded the same way: `wandb sync` does the talking in both cases.
+`wandb sync` uploads offline runs directly. wandb first rewrites runs of ``isaerft-sweep serve`` as offline runs, one process
+each.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from isaerft_sweep.journal.layout import TrialFolder
 ATTEMPTS = 6
 FIRST_WAIT_S = 2.0
 ENDED = ("finished", "failed", "killed")
-"""States of a run whose end the server has heard: "crashed" says that it has not."""
-LASTING = re.compile(
+"""States of a run whose end was reported to the server; "crashed" means that it was not."""
+PERMANENT = re.compile(
     r"(?:HTTP|status|code|error|response)\D{0,12}\b40[134]\b|\b40[134] (?:client|unauth|forbid|not f)"
     r"|not valid|invalid|permission",
     re.IGNORECASE,
 )
-"""What no second try would change, in wandb's words."""
+"""wandb's messages for errors that a retry cannot fix."""
 WRITER, REPORTER = "isaerft_sweep.tracking.rewrite", "isaerft_sweep.tracking.late_report"
 RUN = """query Run($entity: String!, $project: String!, $name: String!) {
   project(name: $project, entityName: $entity) { run(name: $name) { state historyLineCount } }
@@ -45,9 +45,9 @@ IMPORT = """mutation ImportSweep($name: String!, $entity: String!, $project: Str
 
 @dataclass(frozen=True)
 class Upload:
-    """One run to upload: a folder that `wandb sync` takes, or what one is made of.
+    """One run to upload: an offline run's folder, or the data to write one.
 
-    ``served``: what ``rewrite`` takes. ``trial``: a trial's folder, whose run went online and has ``rows`` rows.
+    ``served``: input of ``rewrite``. ``trial``: a trial's folder, whose run was online and has ``rows`` rows.
     """
 
     run_id: str
@@ -61,7 +61,7 @@ class Upload:
 
 @dataclass(frozen=True)
 class Target:
-    """Where runs go. ``entity`` None: the key's own."""
+    """The server to upload to. ``entity``: None means the entity of the key."""
 
     url: str
     key: str
@@ -71,44 +71,51 @@ class Target:
 
 @dataclass
 class Outcome:
-    """``there``: runs that the target has already, whole. ``failed``: why, by run id."""
+    """Run ids by result. ``present``: the target already has the complete run. ``failed``: the reason by run id."""
 
     uploaded: list[str] = field(default_factory=list)
-    there: list[str] = field(default_factory=list)
+    present: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
 
 
 def target_from(environment: Mapping[str, str], url: str | None, entity: str | None, project: str | None) -> Target:
-    """The target that the options and wandb's own settings name. Raises SyncError without a key."""
+    """The target from the command's options and wandb's environment variables. Raises SyncError without a key.
+
+    Args:
+        environment: has WANDB_API_KEY, and the defaults of ``url`` and ``entity``.
+        url: the server.
+        entity: the owner of the runs.
+        project: None: each run's own.
+    """
     key = environment.get("WANDB_API_KEY", "")
     if not key:
         raise SyncError("the target's key must be in WANDB_API_KEY, but it is not set.")
     address = url or environment.get("WANDB_BASE_URL") or "https://api.wandb.ai"
     if not re.fullmatch(r"https?://[^\s/?#]+(/\S*)?", address):
-        raise SyncError(f"the target must be an address like http://HOST:8090 but got '{address}'. Give one: --to URL.")
+        raise SyncError(f"the target must be an address like http://HOST:8090 but got '{address}'. Set it with --to URL.")
     return Target(address.rstrip("/"), key, entity or environment.get("WANDB_ENTITY"), project)
 
 
 def offline_runs(folder: Path) -> list[Upload]:
-    """The runs of the trials below ``folder`` that W&B may not have: offline ones not uploaded, and online ones."""
-    found = []
+    """The runs of trials below ``folder`` that W&B may lack: offline ones not uploaded yet, and online ones."""
+    uploads = []
     specs = [_read_spec(spec) for spec in folder.rglob("spec.json")]
     for _, _, trial, ids in sorted(specs):
         for path in sorted(trial.glob("wandb/wandb/offline-run-*")):
             if any(path.glob("run-*.wandb")) and not any(path.glob("*.synced")):
-                found.append(Upload(*ids, folder=path))
+                uploads.append(Upload(*ids, folder=path))
         if any(trial.glob("wandb/wandb/run-*")) and not any(trial.glob("wandb/wandb/offline-run-*/run-*.wandb")):
-            rows = len({row["step"] for row in TrialFolder(trial).read_metrics()})  # W&B has one row a step
-            found.append(Upload(*ids, trial=trial, rows=rows))
-    return found
+            rows = len({row["step"] for row in TrialFolder(trial).read_metrics()})  # W&B has one row per step
+            uploads.append(Upload(*ids, trial=trial, rows=rows))
+    return uploads
 
 
 def _read_spec(spec: Path) -> tuple[Path, int, Path, tuple[str, str, str]]:
-    """A trial's place in the order of uploads, its folder, and its run's id, sweep and project. Raises SyncError."""
+    """A trial's sort key (sweep folder, index), its folder, and its run's id, sweep and project. Raises SyncError."""
     try:
-        told = json.loads(spec.read_text(encoding="utf-8"))
-        ids = (str(told["run_id"]), str(told["sweep_id"]), str(told["experiment"]["tracker"]["project"]))
-        return spec.parent.parent, int(told["index"]), spec.parent, ids
+        content = json.loads(spec.read_text(encoding="utf-8"))
+        ids = (str(content["run_id"]), str(content["sweep_id"]), str(content["experiment"]["tracker"]["project"]))
+        return spec.parent.parent, int(content["index"]), spec.parent, ids
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SyncError(
             f"{spec} must be a trial's, but it cannot be read ({error!r}). Restore it or move it away."
@@ -116,17 +123,17 @@ def _read_spec(spec: Path) -> tuple[Path, int, Path, tuple[str, str, str]]:
 
 
 def offline_uploads(folder: Path) -> tuple[list[Upload], dict[str, str]]:
-    """The offline runs below ``folder``, and their sweeps' files by id."""
-    found = offline_runs(folder)
+    """The offline runs below ``folder``, and the text of their sweep files by sweep id."""
+    uploads = offline_runs(folder)
     configs: dict[str, str] = {}
-    for one in found:
-        place = one.folder or one.trial
-        assert place is not None
-        file = next((p / "sweep.yaml" for p in place.parents if (p / "sweep.yaml").is_file()), None)
+    for run in uploads:
+        run_folder = run.folder or run.trial
+        assert run_folder is not None
+        file = next((p / "sweep.yaml" for p in run_folder.parents if (p / "sweep.yaml").is_file()), None)
         text = file.read_text(encoding="utf-8") if file else ""
         if text.strip() not in ("", "{}"):
-            configs.setdefault(one.sweep_id, text)
-    return found, configs
+            configs.setdefault(run.sweep_id, text)
+    return uploads, configs
 
 
 def upload(
@@ -136,29 +143,34 @@ def upload(
     say: Callable[[str], None],
     wait_s: float = FIRST_WAIT_S,
 ) -> Outcome:
-    """Upload runs one after another; each is tried again with growing pauses while the server does not answer.
+    """Upload runs one after another, with retries and backoff while the server does not answer.
 
-    ``configs``: the sweeps' files by id, for a target that takes them. A run that fails does not hold up the others.
+    Args:
+        uploads: the runs. One that fails does not stop the others.
+        configs: the text of sweep files by sweep id, for a target that can import sweeps.
+        target: the server.
+        say: prints a line.
+        wait_s: the first pause between retries; it doubles each time.
     """
     outcome = Outcome()
     announced: set[tuple[str, str]] = set()
-    for one in uploads:
-        place = (one.sweep_id, target.project or one.project)
+    for run in uploads:
+        sweep = (run.sweep_id, target.project or run.project)
         try:
-            if one.sweep_id in configs and place not in announced:
-                _retried(lambda one=one: _announce(one, configs[one.sweep_id], target), wait_s)  # type: ignore[misc]
-                announced.add(place)
-            if one.trial is not None and _has(one, target):
-                outcome.there.append(one.run_id)
+            if run.sweep_id in configs and sweep not in announced:
+                _retried(lambda run=run: _announce(run, configs[run.sweep_id], target), wait_s)  # type: ignore[misc]
+                announced.add(sweep)
+            if run.trial is not None and _has(run, target):
+                outcome.present.append(run.run_id)
                 continue
-            _retried(lambda one=one: _sync(one, target), wait_s)  # type: ignore[misc]
+            _retried(lambda run=run: _sync(run, target), wait_s)  # type: ignore[misc]
         except SyncError as error:
-            outcome.failed[one.run_id] = str(error)
-            say(f"{one.run_id}: {error}")
+            outcome.failed[run.run_id] = str(error)
+            say(f"{run.run_id}: {error}")
             continue
-        outcome.uploaded.append(one.run_id)
-        where = f"{target.project or one.project}, sweep {one.sweep_id or 'none'}"
-        say(f"{one.run_id}: uploaded to {target.url}, {where}")
+        outcome.uploaded.append(run.run_id)
+        location = f"{target.project or run.project}, sweep {run.sweep_id or 'none'}"
+        say(f"{run.run_id}: uploaded to {target.url}, {location}")
     return outcome
 
 
@@ -173,13 +185,13 @@ def _retried(call: Callable[[], None], wait_s: float) -> None:
 
 
 class Unreachable(SyncError):
-    """The server does not answer now; it may later."""
+    """The server does not answer now; a retry may help."""
 
 
-def _sync(one: Upload, target: Target) -> None:
-    with tempfile.TemporaryDirectory(prefix="isaerft-sync-") as aside:
-        folder = one.folder or _rewritten(one, Path(aside))
-        command = [sys.executable, "-m", "wandb", "sync", "--include-online", "--project", target.project or one.project]
+def _sync(run: Upload, target: Target) -> None:
+    with tempfile.TemporaryDirectory(prefix="isaerft-sync-") as staging:
+        folder = run.folder or _rewritten(run, Path(staging))
+        command = [sys.executable, "-m", "wandb", "sync", "--include-online", "--project", target.project or run.project]
         command += ["--entity", target.entity] if target.entity else []
         done = subprocess.run(
             [*command, str(folder)],
@@ -189,73 +201,73 @@ def _sync(one: Upload, target: Target) -> None:
             stdin=subprocess.DEVNULL,
             check=False,
         )
-    said = (done.stdout + done.stderr).strip()
-    if done.returncode or "ERROR" in said:
-        reason = next((line for line in said.splitlines() if "ERROR" in line or "Error" in line), said[-300:])
+    output = (done.stdout + done.stderr).strip()
+    if done.returncode or "ERROR" in output:
+        reason = next((line for line in output.splitlines() if "ERROR" in line or "Error" in line), output[-300:])
         raise _failure(reason or f"wandb sync ended with code {done.returncode}", target)
 
 
 def _failure(reason: str, target: Target) -> SyncError:
-    lasting = LASTING.search(reason)
+    permanent = PERMANENT.search(reason)
     text = f"it could not be uploaded to {target.url}: {reason[:300]}"
-    return SyncError(text) if lasting else Unreachable(text)
+    return SyncError(text) if permanent else Unreachable(text)
 
 
 def _environment(target: Target) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-    return {**kept, "WANDB_BASE_URL": target.url, "WANDB_API_KEY": target.key}
+    others = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    return {**others, "WANDB_BASE_URL": target.url, "WANDB_API_KEY": target.key}
 
 
-def _rewritten(one: Upload, aside: Path) -> Path:
-    """An offline run that wandb writes from what a server or a trial's folder knows."""
+def _rewritten(run: Upload, staging: Path) -> Path:
+    """Have wandb write an offline run below ``staging`` from a served run or a trial's folder; returns its folder."""
     command = [sys.executable, "-m", WRITER]
-    if one.trial is not None:
-        command = [sys.executable, "-m", REPORTER, str(one.trial.absolute()), str(aside)]
-    content = json.dumps({**(one.served or {}), "folder": str(aside)})
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-    done = subprocess.run(command, input=content, env=kept, capture_output=True, text=True, check=False)
-    found = next(iter(aside.glob("wandb/offline-run-*")), None)
-    if done.returncode or found is None:
+    if run.trial is not None:
+        command = [sys.executable, "-m", REPORTER, str(run.trial.absolute()), str(staging)]
+    content = json.dumps({**(run.served or {}), "folder": str(staging)})
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    done = subprocess.run(command, input=content, env=environment, capture_output=True, text=True, check=False)
+    offline_run = next(iter(staging.glob("wandb/offline-run-*")), None)
+    if done.returncode or offline_run is None:
         raise SyncError(f"it could not be written as an offline run: {done.stderr.strip()[-300:]}")
-    return found
+    return offline_run
 
 
-def _has(one: Upload, target: Target) -> bool:
-    """Whether the target has the whole run. Raises SyncError when it cannot be asked."""
-    place = {"entity": target.entity or _entity(target), "project": target.project or one.project, "name": one.run_id}
-    project = (_ask(target, RUN, place).get("data") or {}).get("project") or {}
-    run = project.get("run") or {}
-    return run.get("state") in ENDED and int(run.get("historyLineCount") or 0) >= one.rows
+def _has(run: Upload, target: Target) -> bool:
+    """Whether the target has the complete run. Raises SyncError when it cannot answer."""
+    variables = {"entity": target.entity or _entity(target), "project": target.project or run.project, "name": run.run_id}
+    project = (_query(target, RUN, variables).get("data") or {}).get("project") or {}
+    remote = project.get("run") or {}
+    return remote.get("state") in ENDED and int(remote.get("historyLineCount") or 0) >= run.rows
 
 
-def _announce(one: Upload, config: str, target: Target) -> None:
-    """Tell the target of the sweep, where it takes that: another ``isaerft-sweep serve``. W&B's own servers do not."""
+def _announce(run: Upload, config: str, target: Target) -> None:
+    """Import the sweep into the target if it can: ``isaerft-sweep serve`` does, W&B's own servers do not."""
     variables = {
-        "name": one.sweep_id,
+        "name": run.sweep_id,
         "entity": target.entity or _entity(target),
-        "project": target.project or one.project,
+        "project": target.project or run.project,
         "config": config,
     }
-    answer = _ask(target, IMPORT, variables)
+    answer = _query(target, IMPORT, variables)
     errors = [str(error.get("message")) for error in answer.get("errors") or ()]
     if errors and not any("importSweep" in error for error in errors):
-        raise SyncError(f"the sweep {one.sweep_id} could not be made known to {target.url}: {errors[0]}")
+        raise SyncError(f"the sweep {run.sweep_id} could not be imported into {target.url}: {errors[0]}")
 
 
 def _entity(target: Target) -> str:
-    viewer = (_ask(target, "query Viewer { viewer { entity } }", {}).get("data") or {}).get("viewer") or {}
+    viewer = (_query(target, "query Viewer { viewer { entity } }", {}).get("data") or {}).get("viewer") or {}
     return str(viewer.get("entity") or "")
 
 
-def _ask(target: Target, query: str, variables: Mapping[str, Any]) -> dict[str, Any]:
+def _query(target: Target, query: str, variables: Mapping[str, Any]) -> dict[str, Any]:
     key = base64.b64encode(f"api:{target.key}".encode()).decode()
     headers = {"Content-Type": "application/json", "Authorization": f"Basic {key}"}
     body = json.dumps({"query": query, "variables": variables}).encode()
     request = urllib.request.Request(f"{target.url}/graphql", body, headers)
     try:
         with urllib.request.urlopen(request, timeout=30) as answer:
-            found: dict[str, Any] = json.loads(answer.read())
-            return found
+            reply: dict[str, Any] = json.loads(answer.read())
+            return reply
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):
             raise SyncError(f"{target.url} does not take the key in WANDB_API_KEY.") from error
@@ -269,6 +281,6 @@ def _ask(target: Target, query: str, variables: Mapping[str, Any]) -> dict[str, 
 def nothing_to_upload(source: Path) -> FolderError:
     """The error for a folder without runs."""
     return FolderError(
-        f"'{source}' must be a sweep's folder with offline runs, or the data folder of `isaerft-sweep serve`, but there is "
-        "no run in it that waits for an upload."
+        f"'{source}' must be a sweep's folder with offline runs, or the data folder of `isaerft-sweep serve`, but no run "
+        "in it is left to upload."
     )

@@ -1,4 +1,4 @@
-"""One trial's W&B run: the same run id, name and sweep through every attempt and every mode."""
+"""One trial's W&B run, with the same run id, name and sweep in every attempt and mode."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md"
 
 
 class Run:
-    """A run that nobody tracks (``tracker=disabled``), and the interface of one that somebody does."""
+    """An untracked run (``tracker=disabled``), and the interface of a tracked one."""
 
     url: str | None = None
     sweep_url: str | None = None
     offline_folder: str | None = None
     lost = False
-    """Whether W&B has not been told everything: its process is gone, as SLURM sends signals to every process of a step."""
+    """Whether W&B misses data because its process died: SLURM sends signals to every process of a step."""
     told = False
-    """Whether W&B can tell the trial to stop: it interrupts the process then."""
+    """Whether W&B can request the trial to stop, by interrupting the process."""
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Metrics of one optimiser step."""
+        """Log the metrics of one optimiser step."""
 
     def replay(self, metrics: Mapping[str, float], step: int) -> None:
-        """Metrics that an earlier attempt logged, where this attempt's run does not have them."""
+        """Log metrics of an earlier attempt, unless this run has them already."""
 
     def log_adapter(self, folder: Path, name: str) -> None:
-        """The finished adapter, as an artifact."""
+        """Log the finished adapter as an artifact."""
 
     def finish(self, summary: Mapping[str, Any], exit_code: int, preempted: bool = False) -> None:
         """Write the summary and end the run; ``exit_code`` 0 marks it finished, others failed, or ``preempted``."""
@@ -47,9 +47,9 @@ class WandbRun(Run):
     """A real W&B run. An outage is reported and never ends the trial."""
 
     live: ClassVar[int] = 0
-    """How many runs this process has at the moment."""
+    """Number of open runs in this process."""
     services: ClassVar[int] = 0
-    """How many of W&B's service processes have died under this one."""
+    """Number of W&B service processes of this process that died."""
 
     def __init__(self, spec: TrialSpec, folder: Path, offline: bool) -> None:
         import wandb
@@ -58,10 +58,10 @@ class WandbRun(Run):
         folder.mkdir(parents=True, exist_ok=True)
         self._offline = offline
         if offline:
-            for older in folder.glob("wandb/offline-run-*"):  # the new one gets all that was logged: see replay
+            for older in folder.glob("wandb/offline-run-*"):  # the new one gets all rows: see replay
                 shutil.rmtree(older, ignore_errors=True)
-        # the ids are given to init, as trials of one process may run at the same time; those that an agent has left in the
-        # environment would hold for all of them, and its file would put every swept value into the config a second time
+        # the ids are arguments of init, since several trials may run in one process: an agent's ids in the environment
+        # would apply to all of them, and its parameter file would duplicate every swept value in the config
         for name in ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH"):
             os.environ.pop(name, None)
         self._run = wandb.init(
@@ -93,7 +93,7 @@ class WandbRun(Run):
         self._shielded(lambda: self._run.log(dict(metrics), step=step))
 
     def replay(self, metrics: Mapping[str, float], step: int) -> None:
-        # W&B has the rows that reached it; those that an attempt had logged when it was killed may not be among them
+        # W&B has the rows that it received; it may lack the last rows of an attempt that was killed
         if step >= self._from_step:
             self.log(metrics, step)
 
@@ -110,7 +110,7 @@ class WandbRun(Run):
             return
         try:
             log()
-        except Exception as error:  # this asks W&B at once, and an outage at this moment must not cost the run's end
+        except Exception as error:  # this calls W&B immediately: an outage must not prevent the run's end
             print(f"the adapter is not in W&B ({error}); it lies in {folder}.", file=sys.stderr, flush=True)
 
     def finish(self, summary: Mapping[str, Any], exit_code: int, preempted: bool = False) -> None:
@@ -125,37 +125,37 @@ class WandbRun(Run):
             return
         try:
             call()
-        except Exception as error:  # wandb raises many kinds; none of them may cost a trial
+        except Exception as error:  # wandb raises many kinds; none may fail a trial
             self.lost = True
-            print(f"W&B is lost ({error}); what it lacks of this attempt, `isaerft-sweep sync` uploads.", file=sys.stderr)
+            print(f"W&B is lost ({error}); `isaerft-sweep sync` uploads the rest of this attempt.", file=sys.stderr)
             if isinstance(error, ConnectionError) and self._service == WandbRun.services:
                 WandbRun.services += 1
-                _end_service()  # it is dead: the next trial needs another, and at exit wandb would write a traceback
+                _end_service()  # dead: the next trial needs another one, and wandb would print a traceback at exit
 
 
 def summary_of(status: TrialStatus) -> dict[str, Any]:
-    """What a W&B run says at its end: metrics, state, and its time, since a run that is uploaded later has none."""
+    """A W&B run's final summary: metrics, state, and seconds, since W&B measures none for a later upload."""
     time = {} if status.seconds is None else {"seconds": status.seconds}
     return {**status.metrics, "state": str(status.state), **time}
 
 
 def open_run(spec: TrialSpec, folder: Path) -> Run:
-    """The run that the tracker config asks for; on disk when W&B does not answer."""
+    """The run for the configured tracker mode; offline when W&B does not answer."""
     mode = spec.experiment.tracker.mode
     if mode == "disabled":
         return Run()
     for offline in (False, True) if mode == "wandb" else (True,):
         try:
             return WandbRun(spec, folder, offline)
-        except Exception as error:  # wandb raises many kinds; none of them may cost a trial
-            kept = "it is kept on disk, for `isaerft-sweep sync`" if not offline else "this attempt is not tracked"
-            print(f"W&B could not be reached ({error}); {kept}.", file=sys.stderr, flush=True)
-            _forget_a_failed_start()
+        except Exception as error:  # wandb raises many kinds; none may fail a trial
+            fallback = "it is kept on disk, for `isaerft-sweep sync`" if not offline else "this attempt is not tracked"
+            print(f"W&B could not be reached ({error}); {fallback}.", file=sys.stderr, flush=True)
+            _drop_failed_start()
     return Run()
 
 
 def _time_to_finish() -> dict[str, Any]:
-    """An upload that hangs must not hold up the trials that share the process. Older wandb cannot be told so."""
+    """Settings that limit the final upload: one that hangs must not block trials in the same process. Not in older wandb."""
     import wandb
 
     if "finish_timeout" not in wandb.Settings.model_fields:
@@ -164,8 +164,8 @@ def _time_to_finish() -> dict[str, Any]:
     return {**limit, "finish_timeout_raises": True}
 
 
-def _forget_a_failed_start() -> None:
-    """wandb's service holds the id of a run that could not begin, a new service does not. Other trials' runs stay."""
+def _drop_failed_start() -> None:
+    """End wandb's service, which keeps the id of a run that failed to start, unless other trials use it."""
     if WandbRun.live == 0:
         _end_service()
 
@@ -178,6 +178,6 @@ def _end_service() -> None:
 
 
 def run_config(spec: TrialSpec) -> dict[str, Any]:
-    """The run's config in W&B: nested as in Hydra, each value once."""
+    """The run's config in W&B, nested as in Hydra."""
     sections = {name: to_dict(getattr(spec.experiment, name)) for name in ("model", "data", "adapter", "orpo")}
     return {**sections, "trial": {"index": spec.index, "identity": spec.identity, "git_commit": spec.git_commit}}

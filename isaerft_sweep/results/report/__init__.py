@@ -1,1 +1,1 @@
-"""A whole sweep on one page and in pictures for papers."""
+"""The report of a sweep: an HTML page and pictures for papers."""

@@ -1,4 +1,4 @@
-"""The figures of the page, by plotly."""
+"""The plotly figures of the report page."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ from isaerft_sweep.results.reading import Entry
 from isaerft_sweep.results.report.gather import Report, SiteAcrossTrials
 
 LEADERS = 8
-"""Trials with a colour and a name of their own among the curves."""
+"""Trials whose curves get their own colour and name."""
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#000000")
-"""Okabe and Ito's, told apart by everyone."""
+"""Okabe and Ito's palette, safe for colour-blind readers."""
 OTHERS = "#c3c8cf"
 UNRANKED = (
     ("stopped early", ("pruned",), "circle-open", "#8a929c"),
     ("failed or diverged", ("failed", "diverged"), "x", "#c0392b"),
 )
-"""Trials without a rank on the map: their name, states, symbol and colour."""
+"""How the map shows trials without a rank: name, states, symbol and colour."""
 
 
 def space_map(report: Report) -> go.Figure | None:
-    """The first two swept parameters on their own scales, trials coloured by the metric."""
+    """The trials over the first two swept parameters, coloured by the metric."""
     if not report.axes:
         return None
     x, y = report.axes[0], (report.axes[1] if len(report.axes) > 1 else None)
     metric = report.sweep.metric.name
     figure = _figure(460)
-    drawn = [e for e in report.completed if has(e, x, y)]
-    values = [e.value(metric) or 0.0 for e in drawn]
-    best_first = list(reversed(range(len(drawn))))  # the best are drawn last, on top
+    ranked = [e for e in report.completed if has(e, x, y)]
+    values = [e.value(metric) or 0.0 for e in ranked]
+    best_first = list(reversed(range(len(ranked))))  # the best are drawn last, on top
     figure.add_scatter(
-        x=[x.place(drawn[i].params[x.key]) for i in best_first],
-        y=[y.place(drawn[i].params[y.key]) if y else values[i] for i in best_first],
+        x=[x.coordinate(ranked[i].params[x.key]) for i in best_first],
+        y=[y.coordinate(ranked[i].params[y.key]) if y else values[i] for i in best_first],
         mode="markers",
         name="completed",
         marker={
-            "size": [20 if drawn[i].rank == 1 else 12 for i in best_first],
-            "symbol": ["star" if drawn[i].rank == 1 else "circle" for i in best_first],
+            "size": [20 if ranked[i].rank == 1 else 12 for i in best_first],
+            "symbol": ["star" if ranked[i].rank == 1 else "circle" for i in best_first],
             "color": [values[i] for i in best_first],
             "colorscale": "Viridis",
             "reversescale": report.sweep.metric.goal == "minimize",
@@ -51,16 +51,16 @@ def space_map(report: Report) -> go.Figure | None:
             "colorbar": {"title": {"text": short_name(metric)}},
             "line": {"width": 1, "color": "#444"},
         },
-        error_y=None if y else error_bars([drawn[i] for i in best_first], [values[i] for i in best_first]),
-        text=[f"{report.label(drawn[i])}<br>{metric} {values[i]:.4f}" for i in best_first],
+        error_y=None if y else error_bars([ranked[i] for i in best_first], [values[i] for i in best_first]),
+        text=[f"{report.label(ranked[i])}<br>{metric} {values[i]:.4f}" for i in best_first],
         hoverinfo="text",
     )
     for name, states, symbol, color in UNRANKED:
         others = [e for e in report.sweep.entries if e.state in states and has(e, x, y)]
         if others and y:
             figure.add_scatter(
-                x=[x.place(e.params[x.key]) for e in others],
-                y=[y.place(e.params[y.key]) for e in others],
+                x=[x.coordinate(e.params[x.key]) for e in others],
+                y=[y.coordinate(e.params[y.key]) for e in others],
                 mode="markers",
                 name=name,
                 marker={"size": 11, "symbol": symbol, "color": color},
@@ -78,11 +78,11 @@ def space_map(report: Report) -> go.Figure | None:
 
 def curves(report: Report, metric: str) -> go.Figure:
     """A metric over the steps: the leaders in colour, all other trials in grey."""
-    found = report.curves[metric]
+    by_trial = report.curves[metric]
     figure = _figure(380)
-    leaders = [e for e in report.completed if e.record.index in found][:LEADERS]
-    named = {e.record.index for e in leaders}
-    others = [curve for index, curve in found.items() if index not in named]
+    leaders = [e for e in report.completed if e.record.index in by_trial][:LEADERS]
+    leader_numbers = {e.record.index for e in leaders}
+    others = [curve for index, curve in by_trial.items() if index not in leader_numbers]
     if others:
         gap = np.array([np.nan], dtype=np.float32)
         figure.add_scattergl(
@@ -94,7 +94,7 @@ def curves(report: Report, metric: str) -> go.Figure:
             hoverinfo="skip",
         )
     for i, entry in enumerate(leaders):
-        curve = found[entry.record.index]
+        curve = by_trial[entry.record.index]
         figure.add_scatter(
             x=curve.steps,
             y=curve.values,
@@ -109,8 +109,8 @@ def curves(report: Report, metric: str) -> go.Figure:
 
 def parallel(report: Report) -> go.Figure | None:
     """Parallel coordinates: every completed trial a line through its parameters and metrics."""
-    entries, found = dimensions(report)
-    if not found:
+    entries, shown = dimensions(report)
+    if not shown:
         return None
     metric = report.sweep.metric.name
     figure = _figure(420)
@@ -123,7 +123,9 @@ def parallel(report: Report) -> go.Figure | None:
                 "showscale": True,
                 "colorbar": {"title": {"text": short_name(metric)}},
             },
-            dimensions=[{"label": d.label, "values": d.values, "tickvals": d.ticks, "ticktext": d.words} for d in found],
+            dimensions=[
+                {"label": d.label, "values": d.values, "tickvals": d.ticks, "ticktext": d.tick_labels} for d in shown
+            ],
         )
     )
     figure.update_layout(margin={"l": 70, "r": 70, "t": 60, "b": 30})
@@ -131,7 +133,7 @@ def parallel(report: Report) -> go.Figure | None:
 
 
 def importances(report: Report) -> go.Figure | None:
-    """Each parameter's share of what decides."""
+    """Each parameter's importance as a bar."""
     if report.importance is None:
         return None
     ordered = shares(report)
@@ -144,18 +146,18 @@ def importances(report: Report) -> go.Figure | None:
 
 
 def shares(report: Report) -> list[tuple[str, float]]:
-    """Each parameter's name and share, the least first."""
+    """Each parameter's name and importance, the smallest first."""
     names = {column.key: column.name for column in report.columns}
-    found = report.importance.shares if report.importance else {}
-    return [(names.get(key, key), share) for key, share in sorted(found.items(), key=lambda item: item[1])]
+    by_key = report.importance.shares if report.importance else {}
+    return [(names.get(key, key), share) for key, share in sorted(by_key.items(), key=lambda item: item[1])]
 
 
 def cost(report: Report) -> go.Figure | None:
-    """The best value so far over the device-hours spent, trials in the order of their numbers."""
-    found = spending(report)
-    if found is None:
+    """The best value so far over the device-hours spent, in trial order."""
+    progress = spending(report)
+    if progress is None:
         return None
-    entries, hours, values, best = found
+    entries, hours, values, best = progress
     figure = _figure(320)
     figure.add_scatter(
         x=hours, y=best, mode="lines", line={"shape": "hv", "color": COLORS[0], "width": 2}, name="best so far"
@@ -189,30 +191,30 @@ def similarity(across: SiteAcrossTrials, report: Report) -> go.Figure | None:
 
 @dataclass(frozen=True)
 class Dimension:
-    """One of the parallel axes: each trial's place on it, and its ticks where they are not simply the values."""
+    """One of the parallel axes: each trial's position, and custom ticks."""
 
     label: str
     values: list[float]
     ticks: list[float] | None = None
-    words: list[str] | None = None
+    tick_labels: list[str] | None = None
 
 
 def dimensions(report: Report) -> tuple[list[Entry], list[Dimension]]:
-    """The completed trials, and the axes that their lines go through; no axes when there is nothing to compare."""
+    """The completed trials and the parallel axes; no axes with fewer than two trials or no swept parameter."""
     entries = [e for e in report.completed if has(e, *report.axes)]
     if not report.axes or len(entries) < 2:
         return entries, []
-    found = [_dimension(axis, entries) for axis in report.axes]
+    shown = [_dimension(axis, entries) for axis in report.axes]
     for name in dict.fromkeys(["eval/rewards/accuracies", "eval/nll_loss", report.sweep.metric.name]):
         values = [v for e in entries if (v := e.value(name)) is not None]
         if len(values) == len(entries):
-            found.append(Dimension(short_name(name), values))
-    return entries, found
+            shown.append(Dimension(short_name(name), values))
+    return entries, shown
 
 
 def spending(report: Report) -> tuple[list[Entry], np.ndarray, np.ndarray, np.ndarray] | None:
-    """The trials in the order of their numbers, device-hours spent up to each, its value (NaN without a rank) and the best
-    value so far; None while no trial has a rank."""
+    """Trials in the order of their numbers, with arrays [trials]: device-hours spent up to each, its value (NaN without a
+    rank) and the best value so far. None while no trial has a rank."""
     entries = sorted((e for e in report.sweep.entries if e.device_s), key=lambda e: e.record.index)
     metric, sign = report.sweep.metric.name, report.sweep.metric.sign
     if not any(e.rank for e in entries):
@@ -223,15 +225,15 @@ def spending(report: Report) -> tuple[list[Entry], np.ndarray, np.ndarray, np.nd
 
 
 def error_bars(entries: Sequence[Entry], values: Sequence[float] | np.ndarray) -> dict[str, Any] | None:
-    """Plotly's error bars for the trials' 95 % intervals; None where there are none."""
+    """Plotly's error bars for the trials' 95 % intervals; None without any interval."""
     if not any(entry.interval for entry in entries):
         return None
-    found = [entry.interval or (value, value) for entry, value in zip(entries, values, strict=True)]
+    intervals = [entry.interval or (value, value) for entry, value in zip(entries, values, strict=True)]
     return {
         "type": "data",
         "symmetric": False,
-        "array": [high - value for (_, high), value in zip(found, values, strict=True)],
-        "arrayminus": [value - low for (low, _), value in zip(found, values, strict=True)],
+        "array": [high - value for (_, high), value in zip(intervals, values, strict=True)],
+        "arrayminus": [value - low for (low, _), value in zip(intervals, values, strict=True)],
         "thickness": 1,
         "width": 2,
         "color": "#888",
@@ -239,7 +241,7 @@ def error_bars(entries: Sequence[Entry], values: Sequence[float] | np.ndarray) -
 
 
 def latent_name(latent: int, across: SiteAcrossTrials) -> str:
-    """The latent's number, with its label where there is one."""
+    """The latent's number, followed by its label if known."""
     label = across.labels.get(latent)
     return f"{latent} {label}" if label else str(latent)
 
@@ -255,13 +257,13 @@ def _figure(height: int) -> go.Figure:
     return figure
 
 
-def has(entry: Entry, *wanted: Axis | None) -> bool:
-    """Whether the trial has all these parameters: those of W&B may lack some."""
-    return all(axis is None or axis.key in entry.params for axis in wanted)
+def has(entry: Entry, *axes: Axis | None) -> bool:
+    """Whether the trial has all these parameters: a trial read from W&B may lack some."""
+    return all(axis is None or axis.key in entry.params for axis in axes)
 
 
 def _apply(update: Any, axis: Axis) -> None:
-    """Give a plotly axis the parameter's scale."""
+    """Set a plotly axis to the parameter's scale and ticks."""
     settings: dict[str, Any] = {"title_text": axis.label}
     if axis.kind == "log":
         settings |= {"type": "log", "exponentformat": "power", "dtick": "D2", "tickangle": 0}

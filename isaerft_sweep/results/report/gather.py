@@ -1,4 +1,4 @@
-"""All that a report shows, read once."""
+"""Reads everything that a report shows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from isaerft_sweep.errors import DataError, FolderError
 from isaerft_sweep.journal.atomic_files import read_json
 from isaerft_sweep.journal.states import TrialState
-from isaerft_sweep.results.axes import Axis, axes, by_label
+from isaerft_sweep.results.axes import Axis, axes, params_text
 from isaerft_sweep.results.columns import Column
 from isaerft_sweep.results.confirmation import Candidate, read_confirmation
 from isaerft_sweep.results.curves import Curve, curves_of
@@ -21,9 +21,9 @@ from isaerft_sweep.results.latents import Agreement, SiteLatents, agreement, cos
 from isaerft_sweep.results.reading import Entry, ReadSweep, shared_untrained
 
 COMPARED = 30
-"""Leaders whose steering vectors are compared with each other."""
-ENVIRONMENT = ("host", "processors", "platform", "python", "git_commit", "packages")
-SAMPLES = ("made", "max_new_tokens", "trials", "columns", "prompts")
+"""Leaders whose steering vectors are compared."""
+ENVIRONMENT_KEYS = ("host", "processors", "platform", "python", "git_commit", "packages")
+SAMPLE_KEYS = ("made", "max_new_tokens", "trials", "columns", "prompts")
 ALWAYS_DRAWN = ("train/loss", "eval/nll_loss")
 
 
@@ -40,10 +40,10 @@ class SiteAcrossTrials:
 
 @dataclass(frozen=True)
 class Report:
-    """A sweep, read for its report.
+    """The data of a report.
 
-    ``axes``: of what has several values; ``columns``: of all that is swept. ``curves``: by metric, then by trial number.
-    ``samples``: answers to prompts.
+    ``axes``: of parameters with several values; ``columns``: of all swept parameters. ``curves``: by metric, then by trial
+    number. ``samples``: answers to prompts.
     """
 
     sweep: ReadSweep
@@ -62,14 +62,14 @@ class Report:
 
     def label(self, entry: Entry) -> str:
         """``#3, lr 3.6e-05, beta 0.2``."""
-        words = by_label(entry.params, self.columns)
-        return f"#{entry.record.index + 1}" + (f", {words}" if words else "")
+        params = params_text(entry.params, self.columns)
+        return f"#{entry.record.index + 1}" + (f", {params}" if params else "")
 
 
 def gather(sweep: ReadSweep, labels: Mapping[int | None, Path] | None = None) -> Report:
-    """Read curves, latents and all that is drawn. What cannot be read becomes one of the sweep's ``problems``.
+    """Read curves, latents and the rest of a report. What cannot be read becomes one of the sweep's ``problems``.
 
-    ``labels``: files by layer; None instead of the layer for a sweep with one site. Raises DataError when they do not fit.
+    ``labels``: files by layer; the key None is the only site. Raises DataError when they do not match the sites.
     """
     names = list(dict.fromkeys([sweep.metric.name, *ALWAYS_DRAWN]))
     curves: dict[str, dict[int, Curve]] = {name: {} for name in names}
@@ -82,45 +82,43 @@ def gather(sweep: ReadSweep, labels: Mapping[int | None, Path] | None = None) ->
         sweep=sweep,
         axes=axes(sweep),
         columns=sweep.columns,
-        curves={name: found for name, found in curves.items() if found},
+        curves={name: by_trial for name, by_trial in curves.items() if by_trial},
         importance=importance(sweep),
         latents=_latents(sweep, labels or {}),
         confirmed=read_confirmation(sweep),
-        samples=_side_file(sweep, folder.samples, ("made", "max_new_tokens", "trials", "columns", "prompts"))
-        if folder
-        else {},
-        environment=_side_file(sweep, folder.environment, ENVIRONMENT) if folder else {},
+        samples=_side_file(sweep, folder.samples, SAMPLE_KEYS) if folder else {},
+        environment=_side_file(sweep, folder.environment, ENVIRONMENT_KEYS) if folder else {},
     )
 
 
 def _side_file(sweep: ReadSweep, path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
-    """A JSON object that has ``keys``; empty when there is none, or when it cannot be used, which is noted."""
+    """The ``keys`` of a JSON file; empty when it is missing, or unreadable, which becomes a problem of the sweep."""
     try:
-        found = read_json(path)
-        if found is None:
+        content = read_json(path)
+        if content is None:
             return {}
-        return {key: found[key] for key in keys}
+        return {key: content[key] for key in keys}
     except (ValueError, KeyError, TypeError, OSError) as error:
         sweep.problems.append(f"{path} cannot be read ({type(error).__name__}: {error}). Delete it, or make it again.")
         return {}
 
 
 def _rows(entry: Entry, sweep: ReadSweep, untrained: Mapping[str, float]) -> list[dict[str, Any]]:
-    """The trial's rows, from ``untrained`` on: every trial begins there, also those that did not evaluate it themselves."""
+    """The trial's rows. ``untrained`` is row 0 of a trial that did not evaluate the untrained model itself."""
     try:
         rows = sweep.read_rows(entry)
         steps = [row["step"] for row in rows]
     except (ValueError, KeyError, TypeError, OSError) as error:
-        where = entry.folder.metrics if entry.folder else entry.record.name
-        sweep.problems.append(f"the curves of trial {entry.record.index + 1} cannot be read from {where}: {error}.")
+        source = entry.folder.metrics if entry.folder else entry.record.name
+        sweep.problems.append(f"the curves of trial {entry.record.index + 1} cannot be read from {source}: {error}.")
         return []
-    own = not rows or steps[0] == 0
-    return rows if own else [{"step": 0, **untrained}, *rows]
+    complete = not rows or steps[0] == 0
+    return rows if complete else [{"step": 0, **untrained}, *rows]
 
 
 def _latents(sweep: ReadSweep, labels: Mapping[int | None, Path]) -> list[SiteAcrossTrials]:
     leaders = [e for e in sweep.entries if e.record.state == TrialState.COMPLETED and e.folder][:COMPARED]
-    # by SAE too: latents of different ones have nothing to do with each other
+    # by SAE too: latents of different SAEs are unrelated
     by_site: dict[tuple[int, int, str], list[tuple[Entry, SiteLatents]]] = {}
     for entry in leaders:
         for site in _read_latents(sweep, entry):
@@ -130,22 +128,22 @@ def _latents(sweep: ReadSweep, labels: Mapping[int | None, Path]) -> list[SiteAc
     if labels and (unknown or not layers or (None in labels and len(by_site) > 1)):
         raise DataError(
             f"labels must be for a layer that the trials of {sweep.source} have recorded ({sorted(layers) or 'none yet'}); "
-            "with several sites or SAEs say which: --labels LAYER=FILE."
+            "with several sites or SAEs name the layer: --labels LAYER=FILE."
         )
-    found = []
+    across_trials = []
     for (layer, d_sae, _), pairs in sorted(by_site.items()):
-        named = labels.get(layer, labels.get(None))
+        labels_file = labels.get(layer, labels.get(None))
         sites = [site for _, site in pairs]
-        found.append(
+        across_trials.append(
             SiteAcrossTrials(
                 entries=[entry for entry, _ in pairs],
                 sites=sites,
                 cosines=cosines([site.vector for site in sites]),
                 agreed=agreement(sites),
-                labels=read_labels(named, d_sae) if named else {},
+                labels=read_labels(labels_file, d_sae) if labels_file else {},
             )
         )
-    return found
+    return across_trials
 
 
 def _read_latents(sweep: ReadSweep, entry: Entry) -> list[SiteLatents]:

@@ -1,4 +1,4 @@
-"""The report's page: tables in plain words, filled into the template."""
+"""Renders the report page: tables and figures in the HTML template."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from isaerft_sweep.results.statistics import show_probability
 
 TEMPLATE = "report.html.jinja"
 ROWS = 50
-"""Trials in the page's leaderboard; the file ``leaderboard.csv`` has all of them."""
+"""Trials in the page's leaderboard; ``leaderboard.csv`` has all of them."""
 LATENTS = 15
 
 
 def render(report: Report) -> str:
-    """The whole page: no network, one file."""
+    """The whole page as one HTML file that needs no network."""
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string(asset(TEMPLATE).read_text(encoding="utf-8"))
-    drawn = {
+    named_figures = {
         "map": figures.space_map(report),
         "parallel": figures.parallel(report),
         "importance": figures.importances(report),
@@ -44,7 +44,7 @@ def render(report: Report) -> str:
         summary=summary(report),
         caveats=caveats(report.sweep),
         leaderboard=leaderboard(report),
-        figures={name: as_html(figure, name) if figure else "" for name, figure in drawn.items()},
+        figures={name: as_html(figure, name) if figure else "" for name, figure in named_figures.items()},
         curves=[(name, thinning(report, name), as_html(figures.curves(report, name), f"curve-{i}"))
                 for i, name in enumerate(report.curves)],
         importance=report.importance,
@@ -60,30 +60,30 @@ def render(report: Report) -> str:
 
 
 def as_html(figure: go.Figure, name: str) -> str:
-    """A figure as a block of the page, without plotly's own script."""
+    """A figure as an HTML block, without plotly's script."""
     config = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["sendDataToCloud"]}
     html: str = figure.to_html(full_html=False, include_plotlyjs=False, div_id=f"figure-{name}", config=config)
     return html
 
 
 def summary(report: Report) -> list[tuple[str, str]]:
-    """The sweep in a few lines."""
+    """The sweep's summary as names and values."""
     sweep = report.sweep
     counts = Counter(entry.state for entry in sweep.entries)
-    facts = [
+    rows = [
         ("trials", ", ".join(f"{count} {state}" for state, count in sorted(counts.items())) or "none yet"),
         ("ranked by", f"{sweep.metric.name}, {sweep.metric.goal}"),
     ]
     if sweep.metric != sweep.own:
-        facts.append(("the sweep itself searched by", f"{sweep.own.name}, {sweep.own.goal}"))
+        rows.append(("the sweep itself searched by", f"{sweep.own.name}, {sweep.own.goal}"))
     if report.completed:
         best = report.completed[0]
-        facts.append(("best trial", f"{report.label(best)}: {best.record.name}"))
-    return facts
+        rows.append(("best trial", f"{report.label(best)}: {best.record.name}"))
+    return rows
 
 
 def leaderboard(report: Report) -> dict[str, Any]:
-    """Header and rows; None stands for a cell without a value."""
+    """Header, rows, and how many trials are left out."""
     metric = report.sweep.metric
     names = columns(metric)
     header = ["rank", "trial", *(column.name for column in report.columns), short_name(names[0]), "95 %", "best",
@@ -107,16 +107,16 @@ def _row(report: Report, entry: Entry, names: list[str]) -> list[str]:
 
 
 def thinning(report: Report, name: str) -> str:
-    """How many points of the curves are drawn, when it is not all of them."""
-    found = report.curves[name].values()
-    shown, total = sum(len(c.steps) for c in found), sum(c.total for c in found)
+    """A note on how many points of the curves are drawn; empty when all are."""
+    curves = report.curves[name].values()
+    shown, total = sum(len(c.steps) for c in curves), sum(c.total for c in curves)
     if shown == total:
         return ""
     return f"{shown:,} of {total:,} points are drawn: the lowest and the highest of each stretch, so no peak is missing."
 
 
 def confirmed(report: Report) -> dict[str, Any] | None:
-    """The leaders with new seeds."""
+    """The table of leaders with new seeds; None without a confirmation."""
     if not report.confirmed:
         return None
     header = ["trial", "seeds", "mean", "± seeds", "best", "first run"]
@@ -135,29 +135,29 @@ def confirmed(report: Report) -> dict[str, Any] | None:
 
 
 def failures(report: Report) -> list[tuple[str, str, str]]:
-    """Trials that did not complete: which, how, why."""
+    """Trials that did not complete: label, state and message."""
     lost = [e for e in report.sweep.entries if e.state in ("failed", "diverged", "stopped", "crashed")]
     return [(report.label(e), e.state, e.record.message or "no reason was recorded") for e in lost]
 
 
 def costs(report: Report) -> list[tuple[str, str]]:
-    """What the sweep took."""
+    """Device time and tokens of the sweep as names and values."""
     entries = report.sweep.entries
     hours = sum(e.device_s for e in entries) / 3600
     wasted = sum(e.device_s for e in entries if not e.rank) / 3600
     tokens = sum(e.metrics.get("train/num_tokens", 0) for e in entries)
-    found = [("device-hours", f"{hours:.3f}, of which {wasted:.3f} in trials that have no result")]
+    rows = [("device-hours", f"{hours:.3f}, of which {wasted:.3f} in trials that have no result")]
     if report.completed:
-        found.append(
+        rows.append(
             ("a completed trial", f"{sum(e.record.seconds for e in report.completed) / len(report.completed):.0f} s")
         )
     if tokens:
-        found.append(("tokens trained on", f"{tokens:,.0f}"))
-    return found
+        rows.append(("tokens trained on", f"{tokens:,.0f}"))
+    return rows
 
 
 def latents(report: Report, across: SiteAcrossTrials, number_: int) -> dict[str, Any]:
-    """One site's part of the page."""
+    """The template's fields of one site."""
     best, similar = across.sites[0], figures.similarity(across, report)
     rows = [
         {

@@ -1,4 +1,4 @@
-"""Figures for papers by matplotlib, one idea each, readable in print and in grey: as PNG, and as PDF and SVG to be set."""
+"""Matplotlib figures for papers as PNG, PDF and SVG, readable in print and in greyscale."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ FORMATS = ("png", "pdf", "svg")
 TEXT_STAYS_TEXT: dict[Any, Any] = {"pdf.fonttype": 42, "svg.fonttype": "none", "svg.hashsalt": "isaerft-sweep"}
 SIZE_IN = (6.0, 3.8)
 PAPER = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.75}
-"""Behind words that lines cross."""
+"""Box behind labels that lines cross."""
 SHARES = 15
 """Latents in the picture of the best trial's vector."""
 
 INTERVAL = "95 % over held-out pairs"
 NO_DATE = {".pdf": "CreationDate", ".svg": "Date"}
-"""A figure of the same sweep is the same file."""
+"""Metadata to leave out, so that the same sweep gives the same bytes."""
 
 Draw = Callable[[Any, Report], bool]
-"""Draws on axes; False when there is nothing to draw."""
+"""Draws on matplotlib axes; returns False when it has nothing to draw."""
 
 
 def write_pictures(report: Report, folder: Path) -> list[Path]:
-    """Write every picture that there is something to draw for, in all ``FORMATS``; the paths of the PNGs."""
+    """Write every picture that has data, in all ``FORMATS``; returns the paths of the PNGs."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, draw in PICTURES.items():
@@ -60,24 +60,22 @@ def write_pictures(report: Report, folder: Path) -> list[Path]:
             written.append(paths[0])
         else:
             for path in paths:
-                path.unlink(missing_ok=True)  # an older report's
+                path.unlink(missing_ok=True)  # from an earlier report
     return written
 
 
 def _error_bars(entries: Sequence[Entry], values: Sequence[Any] | np.ndarray) -> np.ndarray:
-    """How far below and above its value each trial's 95 % interval reaches [2, trials]; NaN where it has none."""
-    found = [entry.interval or (np.nan, np.nan) for entry in entries]
-    return np.array([[max(0.0, v - low), max(0.0, high - v)] for v, (low, high) in zip(values, found, strict=True)]).T
+    """Distances from each value to the ends of its 95 % interval [2, trials]; NaN without an interval."""
+    intervals = [entry.interval or (np.nan, np.nan) for entry in entries]
+    return np.array([[max(0.0, v - low), max(0.0, high - v)] for v, (low, high) in zip(values, intervals, strict=True)]).T
 
 
 def _draw_intervals(
-    ax: Any, across: Sequence[Any] | np.ndarray, entries: Sequence[Entry], values: Sequence[Any] | np.ndarray
+    ax: Any, xs: Sequence[Any] | np.ndarray, entries: Sequence[Entry], values: Sequence[Any] | np.ndarray
 ) -> None:
     bars = _error_bars(entries, values)
     if np.isfinite(bars).any():
-        ax.errorbar(
-            across, values, yerr=bars, fmt="none", ecolor="#888", elinewidth=0.9, capsize=2, zorder=2, label=INTERVAL
-        )
+        ax.errorbar(xs, values, yerr=bars, fmt="none", ecolor="#888", elinewidth=0.9, capsize=2, zorder=2, label=INTERVAL)
 
 
 def _map(ax: Any, report: Report) -> bool:
@@ -89,43 +87,43 @@ def _map(ax: Any, report: Report) -> bool:
         return False
     values = [e.value(metric) for e in entries]
     colormap = "viridis" if report.sweep.metric.goal == "maximize" else "viridis_r"
-    across = [x.place(e.params[x.key]) for e in entries]
-    up = [y.place(e.params[y.key]) for e in entries] if y else values
-    points = ax.scatter(across, up, c=values, cmap=colormap, s=60, edgecolors="#444", linewidths=0.6, zorder=3,
+    xs = [x.coordinate(e.params[x.key]) for e in entries]
+    ys = [y.coordinate(e.params[y.key]) for e in entries] if y else values
+    points = ax.scatter(xs, ys, c=values, cmap=colormap, s=60, edgecolors="#444", linewidths=0.6, zorder=3,
                         label="completed")  # fmt: skip
-    ax.scatter(across[-1:], up[-1:], s=220, facecolors="none", edgecolors="black", linewidths=1.4, zorder=4, label="best")
+    ax.scatter(xs[-1:], ys[-1:], s=220, facecolors="none", edgecolors="black", linewidths=1.4, zorder=4, label="best")
     for name, states, symbol, color in UNRANKED:
         others = [e for e in report.sweep.entries if e.state in states and has(e, x, y)]
         if others and y:
-            places = [x.place(e.params[x.key]) for e in others], [y.place(e.params[y.key]) for e in others]
-            ax.scatter(*places, marker="x" if symbol == "x" else "1", c=color, s=50, label=name)
+            positions = [x.coordinate(e.params[x.key]) for e in others], [y.coordinate(e.params[y.key]) for e in others]
+            ax.scatter(*positions, marker="x" if symbol == "x" else "1", c=color, s=50, label=name)
     ax.figure.colorbar(points, ax=ax, label=short_name(metric))
     _scale(ax.xaxis, ax.set_xscale, ax.set_xlabel, x)
     if y:
         _scale(ax.yaxis, ax.set_yscale, ax.set_ylabel, y)
     else:
-        _draw_intervals(ax, across, entries, values)
+        _draw_intervals(ax, xs, entries, values)
         ax.set_ylabel(metric)
     ax.legend(loc="best", fontsize=8, framealpha=0.8)
     return True
 
 
 def _curves(ax: Any, report: Report) -> bool:
-    found = report.curves.get(report.sweep.metric.name) or report.curves.get("train/loss")
-    if not found:
+    by_trial = report.curves.get(report.sweep.metric.name) or report.curves.get("train/loss")
+    if not by_trial:
         return False
-    name = next(n for n, curves in report.curves.items() if curves is found)
-    leaders = [e for e in report.completed if e.record.index in found][:LEADERS]
-    named = {e.record.index for e in leaders}
-    others = [curve for index, curve in found.items() if index not in named]
+    name = next(n for n, curves in report.curves.items() if curves is by_trial)
+    leaders = [e for e in report.completed if e.record.index in by_trial][:LEADERS]
+    leader_numbers = {e.record.index for e in leaders}
+    others = [curve for index, curve in by_trial.items() if index not in leader_numbers]
     for i, curve in enumerate(others):
         ax.plot(curve.steps, curve.values, color=OTHERS, linewidth=0.8, label=None if i else f"{len(others)} others")
     for i, entry in enumerate(leaders):
-        curve = found[entry.record.index]
+        curve = by_trial[entry.record.index]
         style = {"color": COLORS[i % len(COLORS)], "marker": "o" if len(curve.steps) < 40 else None, "markersize": 3}
         ax.plot(curve.steps, curve.values, label=report.label(entry), linewidth=1.4, **style)
     if name == report.sweep.metric.name:
-        ends = [(e, found[e.record.index]) for e in leaders if len(found[e.record.index].steps)]
+        ends = [(e, by_trial[e.record.index]) for e in leaders if len(by_trial[e.record.index].steps)]
         last = [float(curve.values[-1]) for _, curve in ends]
         _draw_intervals(ax, [float(curve.steps[-1]) for _, curve in ends], [e for e, _ in ends], last)
     ax.set_xlabel("step")
@@ -135,44 +133,44 @@ def _curves(ax: Any, report: Report) -> bool:
 
 
 def _parallel(ax: Any, report: Report) -> bool:
-    entries, found = dimensions(report)
-    if not found:
+    entries, shown = dimensions(report)
+    if not shown:
         return False
-    places = np.array([_between(one.values, one.values + (one.ticks or [])) for one in found])  # [dimensions, trials]
+    heights = np.array([_rescaled(d.values, d.values + (d.ticks or [])) for d in shown])  # [dimensions, trials]
     metric, maximize = report.sweep.metric.name, report.sweep.metric.goal == "maximize"
     values = np.array([e.value(metric) for e in entries])
     lowest, highest = values.min(), values.max()
     scale = ScalarMappable(Normalize(lowest, highest), "viridis" if maximize else "viridis_r")
     colors = scale.to_rgba(values)
-    lines = np.stack([np.broadcast_to(np.arange(len(found)), places.T.shape), places.T], axis=-1)[::-1]  # the best on top
+    lines = np.stack([np.broadcast_to(np.arange(len(shown)), heights.T.shape), heights.T], axis=-1)[::-1]  # the best on top
     ax.add_collection(LineCollection(list(lines), colors=colors[::-1], linewidths=[1.0] * (len(entries) - 1) + [2.2]))
-    for x, one in enumerate(found):
+    for x, dimension in enumerate(shown):
         ax.axvline(x, color="#444", linewidth=0.8, zorder=0)
-        ticks = one.ticks or [float(v) for v in np.linspace(min(one.values), max(one.values), 3)]
-        words = one.words or [f"{tick:.3g}" for tick in ticks]
-        for y, word in dict(zip(_between(ticks, one.values + ticks), words, strict=True)).items():
-            ax.annotate(word, (x, y), (4, 0), textcoords="offset points", fontsize=7, va="center", zorder=4, bbox=PAPER)
+        ticks = dimension.ticks or [float(v) for v in np.linspace(min(dimension.values), max(dimension.values), 3)]
+        labels = dimension.tick_labels or [f"{tick:.3g}" for tick in ticks]
+        for y, label in dict(zip(_rescaled(ticks, dimension.values + ticks), labels, strict=True)).items():
+            ax.annotate(label, (x, y), (4, 0), textcoords="offset points", fontsize=7, va="center", zorder=4, bbox=PAPER)
     ax.figure.colorbar(scale, ax=ax, label=short_name(metric))
     ax.plot([], [], color=colors[0], linewidth=2.2, label=f"best: {report.label(entries[0])}")
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize=7, frameon=False)
-    ax.set_xticks(range(len(found)), [one.label for one in found])
+    ax.set_xticks(range(len(shown)), [d.label for d in shown])
     ax.set_yticks([])
     ax.spines[:].set_visible(False)
     ax.margins(x=0.08)
     return True
 
 
-def _between(values: list[float], all_values: list[float]) -> list[float]:
-    """``values`` as shares of the way from the least to the largest of all; in the middle when these are equal."""
+def _rescaled(values: list[float], all_values: list[float]) -> list[float]:
+    """``values`` scaled so that ``all_values`` span 0 to 1; 0.5 when these are all equal."""
     low, high = min(all_values), max(all_values)
     return [(v - low) / (high - low) if high > low else 0.5 for v in values]
 
 
 def _cost(ax: Any, report: Report) -> bool:
-    found = spending(report)
-    if found is None:
+    progress = spending(report)
+    if progress is None:
         return False
-    entries, hours, values, best = found
+    entries, hours, values, best = progress
     _draw_intervals(ax, hours, entries, values)
     ax.plot(hours, best, drawstyle="steps-post", color=COLORS[0], linewidth=1.6, label="best so far")
     ax.scatter(hours, values, c=OTHERS, edgecolors="#777", s=28, label="trial", zorder=3)
@@ -201,9 +199,9 @@ def _latents(ax: Any, report: Report) -> bool:
     top = site.top(SHARES)[::-1]
     colors = [COLORS[0] if site.moved[i] > 0 else COLORS[1] for i in top]
     ax.barh([latent_name(i, across) for i in top], 100 * site.share[top], color=colors)
-    for color, words in ((COLORS[0], "raised"), (COLORS[1], "lowered")):
+    for color, label in ((COLORS[0], "raised"), (COLORS[1], "lowered")):
         if color in colors:
-            ax.bar([], [], color=color, label=words)
+            ax.bar([], [], color=color, label=label)
     if top:
         ax.legend(loc="lower right", fontsize=8, framealpha=0.8)
     ax.tick_params(axis="y", labelsize=7)
@@ -228,9 +226,9 @@ def _scale(axis: Any, set_scale: Any, set_label: Any, parameter: Axis) -> None:
     if parameter.kind == "log":
         set_scale("log")
     ticks = range(len(parameter.values)) if parameter.kind == "category" else parameter.ticks
-    words = parameter.values if parameter.kind == "category" else parameter.ticks
-    if words:
-        axis.set_ticks(list(ticks), [show_value(word) for word in words])
+    values = parameter.values if parameter.kind == "category" else parameter.ticks
+    if values:
+        axis.set_ticks(list(ticks), [show_value(value) for value in values])
         axis.set_ticks([], minor=True)
 
 

@@ -1,4 +1,4 @@
-"""From a sweep to its report's files."""
+"""Writes the files of a report."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def write_report(
     """Write the page and the pictures; returns their paths.
 
     Args:
-        sweep: running or ended.
-        out: the folder for both; None: the sweep's own, or for a sweep of W&B ``report-NAME`` in the current folder.
-        labels: files of labels for the SAE's latents, by layer; see ``gather``.
+        sweep: a running or ended sweep.
+        out: the folder for both; None: the sweep's own, or ``report-NAME`` in the current folder for a sweep of W&B.
+        labels: files with labels of the SAE's latents, by layer; see ``gather``.
 
     Raises FolderError when plotly or matplotlib are not installed or the folder cannot be written.
     """

@@ -1,4 +1,4 @@
-"""What stands on every card: the quick start, names of blocks and frameworks, citations."""
+"""Text that every card has: the quick start, names of blocks and frameworks, citations."""
 
 from __future__ import annotations
 
@@ -129,9 +129,9 @@ Cite TRL as:
 ```"""
 
 
-def quick_start(words: Mapping[str, str]) -> str:
-    """Text and code that load the folder of the card."""
+def quick_start(placeholders: Mapping[str, str]) -> str:
+    """Text and code that load the card's folder. ``placeholders``: values for ``QUICK_START``."""
     filled = QUICK_START
-    for name, value in words.items():
+    for name, value in placeholders.items():
         filled = filled.replace("{" + name + "}", value)
     return filled
