@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from isaerft_sweep.cli import _parser
+from isaerft_sweep.cli.parser import make_parser
 from isaerft_sweep.specs import Experiment
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -81,7 +81,7 @@ def bounds_words(meta: Any) -> str:
 def commands_page() -> str:
     """Every command of ``isaerft-sweep`` with its arguments."""
     lines = ["# Command reference", "", NOTE]
-    parser = _parser()
+    parser = make_parser()
     commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
     summaries = {choice.dest: choice.help for choice in commands._choices_actions}
     for name, command in commands.choices.items():

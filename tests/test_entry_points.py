@@ -265,3 +265,16 @@ def test_brackets_and_colons_in_a_message_are_printed_as_they_are(
         said = capsys.readouterr().out
         assert "a[bold]b" in said and (message in said or command[1] == str(tmp_path))
     assert cli.main(["leaderboard", str(tmp_path / "a[bold]b")]) == 0
+
+
+def test_commands_and_options_complete_on_tab() -> None:
+    """In a real bash, with the script that ``--print-completion`` prints."""
+    program = Path(sys.executable).with_name("isaerft-sweep")
+    shell = f"""
+        eval "$({program} --print-completion bash)"
+        complete_words() {{ COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMPREPLY=(); _shtab_isaerft_sweep; echo "${{COMPREPLY[@]}}"; }}
+        complete_words isaerft-sweep lead
+        complete_words isaerft-sweep best --a
+    """
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["leaderboard", "--as"], done.stderr

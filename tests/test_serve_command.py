@@ -9,7 +9,7 @@ import pytest
 from helpers.serve_client import Client
 
 from isaerft_sweep.cli import main
-from isaerft_sweep.cli_serve import add_serve_commands
+from isaerft_sweep.cli.serve_commands import add_serve_commands
 from isaerft_sweep.serve.keys import KeyRing
 from isaerft_sweep.serve.serve_command import Options, introduce
 

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from isaerft_sweep.cli_types import above_zero, at_least_one
+from isaerft_sweep.cli.argument_types import above_zero, at_least_one
 
 
 def add_serve_commands(commands: Any) -> None:

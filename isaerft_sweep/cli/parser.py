@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import shtab
+
 from isaerft_sweep import __version__
 from isaerft_sweep.api import WANDB, load_sweep
-from isaerft_sweep.cli_serve import add_serve_commands
-from isaerft_sweep.cli_sweeps import add_sweep_commands
-from isaerft_sweep.cli_types import at_least_one, labels
+from isaerft_sweep.cli.argument_types import at_least_one, labels
+from isaerft_sweep.cli.serve_commands import add_serve_commands
+from isaerft_sweep.cli.sweep_commands import add_sweep_commands
 from isaerft_sweep.errors import FolderError
 from isaerft_sweep.guard import guarded
 from isaerft_sweep.terminal import make_console
@@ -27,16 +29,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; see ``guarded``."""
 
     def run() -> int | None:
-        args = _parser().parse_args(argv)
+        args = make_parser().parse_args(argv)
         exit_code: int | None = args.run(args)
         return exit_code
 
     return guarded(run)
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """All commands with their options."""
     parser = argparse.ArgumentParser(prog="isaerft-sweep", description=__doc__)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    help = 'print a script that completes commands and options on Tab: eval "$(isaerft-sweep --print-completion bash)"'
+    shtab.add_argument_to(parser, "--print-completion", help=help)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     show = commands.add_parser("leaderboard", help="print a sweep's ranking, also while it runs")

@@ -1,0 +1,5 @@
+"""``isaerft-sweep``: the commands beside ``launch``."""
+
+from isaerft_sweep.cli.parser import main
+
+__all__ = ["main"]
