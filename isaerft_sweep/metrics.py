@@ -37,17 +37,19 @@ def depends_on_beta(name: str) -> bool:
     return name.partition("/")[2] in CONTAINS_BETA
 
 
-def effect_of_beta(name: str, goal: str) -> str:
+def effect_of_beta(name: str, goal: str, loss: str = "orpo") -> str:
     """Which beta a ranking by a metric that contains beta favours, whatever the model does; as text.
 
-    A reward is beta times a mean log-probability, which is below 0; the loss is the NLL plus beta times −log σ(log odds
-    ratio), which is above 0. So each of them except the margin changes with beta in one direction.
+    ORPO's loss is the NLL plus beta times −log σ(log odds ratio), which is above 0; its rewards, and those of SimPO and CPO,
+    are beta times a log-probability, which is below 0. So each of them except the margin changes with beta in one direction.
+    The other losses are −log σ(margin), and DPO's rewards are beta times a log-ratio: their direction is that of a sign.
     """
     kind = name.partition("/")[2]
-    if kind == "rewards/margins":
-        larger = "large beta where the margin is above 0 and small beta where it is below"
-        smaller = "small beta where the margin is above 0 and large beta where it is below"
-        return larger if goal == "maximize" else smaller
+    of_dpo = loss == "dpo" and kind in ("rewards/chosen", "rewards/rejected")
+    if kind == "rewards/margins" or of_dpo or (kind == "loss" and loss != "orpo"):
+        quantity = "reward" if of_dpo else "margin"
+        above, below = ("large", "small") if (kind != "loss") == (goal == "maximize") else ("small", "large")
+        return f"{above} beta where the {quantity} is above 0 and {below} beta where it is below"
     grows_with_beta = kind == "loss"
     return "large beta" if grows_with_beta == (goal == "maximize") else "small beta"
 

@@ -151,27 +151,37 @@ def test_what_a_metric_depends_on(metric: str, swept: list[str], words: str | No
     assert bool(said) == bool(words) and (words is None or words in said[0])
 
 
+@pytest.mark.parametrize("loss", ["orpo", "dpo", "simpo", "cpo"])
 @pytest.mark.parametrize("goal", ["maximize", "minimize"])
 @pytest.mark.parametrize("metric", [name for name in METRICS if depends_on_beta(name)])
-def test_the_caveat_names_the_beta_that_the_formula_favours(metric: str, goal: str) -> None:
-    """The same log-probabilities, scored by TRL's formulas with a small and a large beta: which of the two comes first?"""
+def test_the_caveat_names_the_beta_that_the_formula_favours(metric: str, goal: str, loss: str) -> None:
+    """The same log-probabilities, scored by the formulas with a small and a large beta: which of the two comes first?"""
     kind, sign = metric.partition("/")[2], 1 if goal == "maximize" else -1
 
     def score(beta: float, chosen: float, rejected: float) -> float:
-        odds = chosen - np.log1p(-np.exp(chosen)) - rejected + np.log1p(-np.exp(rejected))
+        if loss == "dpo":  # against a reference between the two
+            chosen, rejected = chosen + 1.5, rejected + 1.5
         rewards = {"rewards/chosen": beta * chosen, "rewards/rejected": beta * rejected}
         rewards["rewards/margins"] = rewards["rewards/chosen"] - rewards["rewards/rejected"]
-        return rewards.get(kind, 2.0 + beta * np.log1p(np.exp(-odds)))
+        if kind in rewards:
+            return rewards[kind]
+        if loss != "orpo":
+            return np.log1p(np.exp(-rewards["rewards/margins"]))
+        odds = chosen - np.log1p(-np.exp(chosen)) - rejected + np.log1p(-np.exp(rejected))
+        return 2.0 + beta * np.log1p(np.exp(-odds))
 
     def first(chosen: float, rejected: float) -> str:
         return "large beta" if sign * score(5.0, chosen, rejected) > sign * score(0.1, chosen, rejected) else "small beta"
 
-    said = dependence(metric, ["orpo.beta"], goal)[0]
+    said = dependence(metric, ["orpo.beta"], goal, loss)[0]
     good, bad = first(-1.0, -2.0), first(-2.0, -1.0)
+    if loss == "dpo" and kind == "rewards/rejected":  # the rejected one's reward is below 0 in the first
+        good, bad = bad, good
     if good == bad:
         assert f"favours {good}." in said
     else:
-        assert f"favours {good} where the margin is above 0 and {bad} where it is below." in said
+        what = "reward" if loss == "dpo" and kind in ("rewards/chosen", "rewards/rejected") else "margin"
+        assert f"favours {good} where the {what} is above 0 and {bad} where it is below." in said
 
 
 def test_two_seeds_of_each_candidate_know_the_spread_together() -> None:

@@ -146,13 +146,12 @@ def _leaderboard(args: argparse.Namespace) -> None:
 
 
 def _best(args: argparse.Namespace) -> None:
-    from isaerft_sweep.results.caveats import dependence
     from isaerft_sweep.results.reading import best_as_json, trial_of
     from isaerft_sweep.spec_fields import overrides
 
     sweep = _read(args)
     winner = sweep.best()
-    for text in dependence(sweep.metric.name, sweep.swept, sweep.metric.goal):
+    for text in sweep.dependence:
         print(text, file=sys.stderr)
     if args.form == "overrides":
         print(shlex.join(overrides(winner.params)))
@@ -251,7 +250,3 @@ def _quiet() -> None:
     # PEFT queries gradient checkpointing through a deprecated name of transformers
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     warnings.filterwarnings("ignore", category=UserWarning, module="sae_lens|peft")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -4,24 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from isaerft_sweep.metrics import depends_on_beta, effect_of_beta
+from isaerft_sweep.metrics import CONTAINS_BETA, depends_on_beta, effect_of_beta
 from isaerft_sweep.search.distributions import Constant, Distribution, Numeric
 from isaerft_sweep.search.sampler import Point
 
 EDGE = 0.05
 """A point this close to 0 or 1 on the unit interval is on the edge of the space."""
 BETA_FREE = "eval/log_odds_chosen"
+OF_THE_LOSS = (*CONTAINS_BETA, "rewards/accuracies")
 
 
-def dependence(metric: str, swept: Iterable[str], goal: str = "maximize") -> list[str]:
-    """Why ``metric`` cannot be compared between trials of different values of ``swept`` parameters; empty when it can."""
+def dependence(metric: str, swept: Iterable[str], goal: str = "maximize", loss: str = "orpo") -> list[str]:
+    """Why ``metric`` cannot be compared between trials of different values of ``swept`` parameters; empty when it can.
+
+    Args:
+        metric: its name in W&B.
+        swept: keys of the swept parameters.
+        goal: ``maximize`` or ``minimize``.
+        loss: the trials' ``orpo.loss``.
+    """
     swept, reasons = set(swept), []
     if depends_on_beta(metric) and "orpo.beta" in swept:
         reasons.append(
             f"{metric} contains beta itself, and beta was swept: by its formula this ranking ({goal}) favours "
-            f"{effect_of_beta(metric, goal)}. "
+            f"{effect_of_beta(metric, goal, loss)}. "
             f"{BETA_FREE} and eval/rewards/accuracies do not; --metric {BETA_FREE} ranks by it."
         )
+    if "orpo.loss" in swept and metric.partition("/")[2] in OF_THE_LOSS:
+        reasons.append(f"{metric} means something else for each loss, and the loss was swept. Compare {BETA_FREE}.")
     sections = {key.split(".")[0] for key in swept}
     changed = [key for key in sorted(swept) if key.startswith("data.") or key == "orpo.max_length"]
     if metric.startswith("eval/") and changed:

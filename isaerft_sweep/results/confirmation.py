@@ -79,7 +79,7 @@ def read_confirmation(sweep: ReadSweep) -> list[Candidate]:
         candidate = by_key.setdefault(key, Candidate(by_point[key], {}, {}))
         seed = int(entry.params[SEED])
         candidate.values[seed] = value
-        scored = entry.pair_values(sweep.metric.name, sweep.beta)
+        scored = entry.pair_values(sweep.metric.name, sweep.orpo)
         if scored:
             candidate.pairs[seed] = dict(zip(*scored, strict=True))
     candidates = sorted(by_key.values(), key=lambda c: -sweep.metric.sign * (c.mean or 0.0))

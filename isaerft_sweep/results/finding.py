@@ -8,7 +8,6 @@ from pathlib import Path
 from isaerft_sweep.errors import FolderError
 from isaerft_sweep.journal.layout import TrialFolder
 from isaerft_sweep.journal.states import TrialState
-from isaerft_sweep.results.caveats import dependence
 from isaerft_sweep.results.reading import is_sweep, read_sweep_folder, trial_of
 from isaerft_sweep.results.standing import Standing, standings
 
@@ -49,7 +48,7 @@ def _best(sweep: Path, metric: str | None) -> TrialFolder:
     ranked = read_sweep_folder(sweep, metric)
     trial = trial_of(ranked.best())
     print(f"the best trial by {ranked.metric.name} (--metric: by another): {trial.path}", file=sys.stderr)
-    for text in dependence(ranked.metric.name, ranked.swept, ranked.metric.goal):
+    for text in ranked.dependence:
         print(text, file=sys.stderr)
     return trial
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from isaerft_sweep.journal.atomic_files import write_text
-from isaerft_sweep.results.caveats import dependence, edges
+from isaerft_sweep.results.caveats import edges
 from isaerft_sweep.results.reading import Entry, ReadSweep
 from isaerft_sweep.results.statistics import show_probability
 from isaerft_sweep.search.sweep_file import Metric
@@ -109,12 +109,12 @@ def caveats(sweep: ReadSweep) -> list[str]:
     best = next((e for e in sweep.entries if e.rank == 1), None)
     if best is None:
         return texts
-    texts += dependence(sweep.metric.name, sweep.swept, sweep.metric.goal)
+    texts += sweep.dependence
     texts += edges(sweep.space, best.record.point)
     if best.probability_best is not None:
         can_confirm = sweep.folder is not None and not sweep.folder.agent_run_folders()
         hint = ": isaerft-sweep confirm reruns the leaders with new ones" if can_confirm else ""
-        scored = best.pair_values(sweep.metric.name, sweep.beta)
+        scored = best.pair_values(sweep.metric.name, sweep.orpo)
         pairs, scores = len(scored[0]) if scored else 0, len(best.scores["trained"]["pairs"])
         without = f" ({scores - pairs} without a finite score left out)" if pairs < scores else ""
         texts.append(

@@ -25,7 +25,7 @@ from isaerft_sweep.results.statistics import interval, pair_values, probability_
 from isaerft_sweep.search.distributions import Distribution
 from isaerft_sweep.search.sweep_file import Metric, read_metric_name, read_sweep
 from isaerft_sweep.spec_fields import canonical_json, from_mapping
-from isaerft_sweep.specs import Experiment
+from isaerft_sweep.specs import Experiment, OrpoSpec
 
 SEED = "orpo.seed"
 UNREADABLE, GONE = "unreadable", "deleted"
@@ -67,11 +67,15 @@ class Entry:
         value = self.metrics.get(metric)
         return value if value is not None and math.isfinite(value) else None
 
-    def pair_values(self, metric: str, beta: float | None) -> tuple[list[str], np.ndarray] | None:
-        """Names of the held-out pairs and the metric on each [pairs], without pairs on which it is not finite."""
+    def pair_values(self, metric: str, orpo: OrpoSpec | None) -> tuple[list[str], np.ndarray] | None:
+        """Names of the held-out pairs and the metric on each [pairs], without pairs on which it is not finite.
+
+        ``orpo``: the sweep's settings, for what the trial's params do not set.
+        """
         trained = self.scores.get("trained")
-        beta = self.params.get("orpo.beta", beta)
-        values = pair_values(metric, trained, beta) if trained and beta is not None else None
+        beta = self.params.get("orpo.beta", orpo.beta if orpo else None)
+        loss = self.params.get("orpo.loss", orpo.loss if orpo else "orpo")
+        values = pair_values(metric, trained, beta, loss) if trained and beta is not None else None
         if not trained or values is None:
             return None
         finite = np.isfinite(values)
@@ -152,9 +156,15 @@ class ReadSweep:
         return columns_for((entry.params for entry in self.entries), self.space)
 
     @property
-    def beta(self) -> float | None:
-        """Beta of the trials whose params do not set it."""
-        return self.experiment.orpo.beta if self.experiment else None
+    def orpo(self) -> OrpoSpec | None:
+        """Loss and optimiser of the trials whose params do not set them."""
+        return self.experiment.orpo if self.experiment else None
+
+    @property
+    def dependence(self) -> list[str]:
+        """Why the trials cannot be compared by the metric that ranks them; empty when they can."""
+        loss = self.orpo.loss if self.orpo else "orpo"
+        return dependence(self.metric.name, self.swept, self.metric.goal, loss)
 
 
 def read_sweep_folder(path: Path, metric: str | None = None, ending: bool = False) -> ReadSweep:
@@ -274,7 +284,7 @@ def rank(sweep: ReadSweep) -> None:
     for position, entry in enumerate(sweep.entries, 1):
         ranked = entry.record.state == TrialState.COMPLETED and entry.value(name) is not None
         entry.rank = position if ranked else None
-        values = entry.pair_values(name, sweep.beta) if ranked and position <= MAX_COMPARED else None
+        values = entry.pair_values(name, sweep.orpo) if ranked and position <= MAX_COMPARED else None
         entry.interval = interval(values[1]) if values else None
     _compare(sweep)
 
@@ -287,7 +297,7 @@ def _compare(sweep: ReadSweep) -> None:
     tables: dict[str, dict[Any, dict[str, float]]] = {}
     leaders = [entry for entry in sweep.entries[:MAX_COMPARED] if entry.interval]
     for entry in leaders:
-        scored = entry.pair_values(sweep.metric.name, sweep.beta)
+        scored = entry.pair_values(sweep.metric.name, sweep.orpo)
         assert scored is not None
         by_seed = tables.setdefault(without_seed(entry.params), {})
         by_seed.setdefault(entry.params.get(SEED), dict(zip(*scored, strict=True)))

@@ -13,13 +13,14 @@ CHUNK = 2_000_000
 """Bootstrap weights in memory at a time."""
 
 
-def pair_values(metric: str, scores: Mapping[str, Any], beta: float) -> np.ndarray | None:
+def pair_values(metric: str, scores: Mapping[str, Any], beta: float, loss: str = "orpo") -> np.ndarray | None:
     """A metric's value on each pair [pairs], or None when the metric is not a mean over pairs.
 
     Args:
         metric: its name in W&B.
         scores: ``chosen`` and ``rejected`` [pairs]: mean log-probability per token of the answer, below 0.
-        beta: ORPO's weight of the odds-ratio term; rewards are beta · log-probability.
+        beta: of the loss; ORPO's and SimPO's rewards are beta · mean log-probability.
+        loss: ``orpo.loss``. DPO's and CPO's rewards need more than the scores.
 
     The formulas are those of arXiv 2403.07691, equations 4 and 7.
     """
@@ -31,6 +32,8 @@ def pair_values(metric: str, scores: Mapping[str, Any], beta: float) -> np.ndarr
         odds = _log_odds(chosen) - _log_odds(rejected)
         log_ratio: np.ndarray = odds if name == "log_odds_chosen" else -np.logaddexp(0, -odds)
         return log_ratio
+    if name.startswith("rewards/") and loss not in ("orpo", "simpo"):
+        return None
     if name == "rewards/accuracies":
         return (beta * chosen > beta * rejected).astype(float)
     values = {"logps/chosen": chosen, "logps/rejected": rejected}
