@@ -28,7 +28,7 @@ from isaerft_sweep.controller.trial_activity import (
     state_for_count,
     under_way,
 )
-from isaerft_sweep.dispatch.cluster import run_slurm_command
+from isaerft_sweep.dispatch.cluster import pending_reasons
 from isaerft_sweep.errors import FolderError, IsaerftError, LaunchError
 from isaerft_sweep.journal.job_refs import SlurmJob
 from isaerft_sweep.journal.journal import TrialRecord
@@ -122,18 +122,16 @@ def _row(seen: SweepMonitor, record: TrialRecord, status: TrialStatus, now: floa
 
 
 def waiting_reasons(records: list[TrialRecord]) -> Counter[str]:
-    """Why SLURM has not started the jobs of these trials yet, in its own words; nothing for jobs of another kind."""
+    """SLURM's reasons why the jobs of these trials are pending, counted; empty for jobs of another kind."""
     ids: dict[str | None, list[str]] = {}
     for record in records:
         job = record.job and record.job.process
         if isinstance(job, SlurmJob):
             ids.setdefault(job.cluster, []).append(job.id)
     reasons: Counter[str] = Counter()
-    for cluster, of_it in ids.items():
-        flags = ("--noheader", "--array", "--format=%T|%r", "--jobs", ",".join(sorted(of_it)))
-        with suppress(LaunchError):  # it does not answer, or has forgotten one of them: the controller's next poll will tell
-            lines = run_slurm_command("squeue", *flags, cluster=cluster).splitlines()
-            reasons.update(line.partition("|")[2] for line in lines if line.startswith("PENDING|"))
+    for cluster, jobs in ids.items():
+        with suppress(LaunchError):  # it does not answer, or has forgotten one of them: the controller's next poll finds out
+            reasons.update(pending_reasons(jobs, cluster))
     return reasons
 
 
