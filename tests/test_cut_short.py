@@ -173,7 +173,7 @@ def test_trials_that_die_without_a_word_wait_longer_each_time(run: Callable[...,
 def test_workers_that_wait_get_trials_while_the_queue_takes_no_jobs(run: Callable[..., Any]) -> None:
     """Two of four were taken; the pause before the next try is for new jobs alone."""
     cluster = StandInCluster([DONE], takes=[2, 2, 2], slots=4)
-    cluster.waiting_workers = 2
+    cluster.free_worker_slots = 2
     started = time.monotonic()
     ends, _ = run(cluster, trials=6, poll_s=1.0)
     assert len(ends) == 6 and cluster.asked[:3] == [4, 2, 2]

@@ -134,7 +134,7 @@ class SweepController:
         self._take_retries()
         room = self.dispatcher.slots - len(self.state.active)
         if time.monotonic() < self._pause_until:
-            room = min(room, self.dispatcher.waiting_workers)
+            room = min(room, self.dispatcher.free_worker_slots)
         chosen: list[TrialRecord] = []
         while len(chosen) < room and (record := self.state.next_trial()) is not None:
             if self.folder.trial(record.name).path.is_dir():
