@@ -26,13 +26,13 @@ def introduction(
         "" if definition.target is None else f"\n       ends when {definition.metric.name} reaches {definition.target:g}"
     )
     notes = "".join(f"\n       {note}" for note in definition.notes)
-    early = early_words(experiment, definition)
+    early = describe_early_stopping(experiment, definition)
     return (
         f"sweep  {folder.path}{name}\n       {trials} trials{size}, method {definition.method}{done}{target}{early}{notes}"
     )
 
 
-def early_words(experiment: Experiment, definition: SweepDefinition) -> str:
+def describe_early_stopping(experiment: Experiment, definition: SweepDefinition) -> str:
     """What early stopping will do, in a line."""
     asked, number = definition.early_terminate, evaluations_per_trial(experiment)
     if asked is None:

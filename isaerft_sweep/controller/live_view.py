@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from isaerft_sweep.controller.trial_activity import current_activity, is_process, job_words, log_path
+from isaerft_sweep.controller.trial_activity import current_activity, is_process, job_label, log_path
 from isaerft_sweep.journal.journal import TrialRecord
 from isaerft_sweep.journal.layout import SweepFolder
 from isaerft_sweep.journal.states import TrialState
@@ -71,7 +71,7 @@ class LiveView:
         what = f"trial {record.index + 1}/{self.trials} {record.name}: {record.state}"
         if record.state is TrialState.QUEUED:
             what += f", attempt {record.attempt}" if record.attempt > 1 else ""
-            what += f", {job}" if (job := job_words(record.job)) else ""
+            what += f", {job}" if (job := job_label(record.job)) else ""
         if record.metric is not None:
             what += f", {self.metric} {record.metric:.4f}, {record.seconds:.0f} s"
         if record.message and record.state not in (TrialState.COMPLETED, TrialState.PRUNED, TrialState.QUEUED):
@@ -118,7 +118,7 @@ class LiveView:
         if (left_s := trial_left_s(status)) is not None:
             line += f", about {duration(left_s)} left"
         if first:
-            line += f" ({job_words(record.job)} on {status.host or '?'})"
+            line += f" ({job_label(record.job)} on {status.host or '?'})"
             line += f"\n  its log: {short_path(log_path(self.folder, record))}" if self.folder else ""
         return line
 
@@ -202,7 +202,7 @@ def _cells(record: TrialRecord, status: TrialStatus, metric: str, at_work: bool)
     if at_work:
         left_s = trial_left_s(status)
         cells["time left"] = duration(left_s) if left_s is not None else ""
-        cells["job"], cells["node"] = job_words(record.job), status.host
+        cells["job"], cells["node"] = job_label(record.job), status.host
     return cells
 
 

@@ -28,7 +28,7 @@ from isaerft_sweep.controller.sweep_identity import (
     settings,
     sweep_folder,
 )
-from isaerft_sweep.controller.trial_activity import given_up_words
+from isaerft_sweep.controller.trial_activity import given_up_note
 from isaerft_sweep.controller.trial_factory import AgentRun, TrialFactory, new_sweep_id
 from isaerft_sweep.journal.journal import Journal
 from isaerft_sweep.journal.layout import SweepFolder
@@ -170,5 +170,5 @@ def conclude(run: SweepRun, console: Console, journal: Journal, trials: int, sto
         console.print(f"Ended after {ended} trials, since none of them completed: {reason}", soft_wrap=True, style="red")
     given_up = any(record.given_up for record in records)
     if given_up and folder.journal.is_file():  # an agent decides by itself what it runs again
-        console.print(given_up_words(records, folder), style="yellow")
+        console.print(given_up_note(records, folder), style="yellow")
     return 0 if completed and not given_up else 1

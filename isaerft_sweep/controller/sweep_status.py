@@ -22,7 +22,7 @@ from isaerft_sweep.controller.live_view import SHOWN_LOGS, duration, time_left_s
 from isaerft_sweep.controller.monitor import SweepMonitor
 from isaerft_sweep.controller.trial_activity import (
     current_activity,
-    given_up_words,
+    given_up_note,
     has_ended,
     log_path,
     state_for_count,
@@ -52,7 +52,7 @@ def show_status(console: Console, path: Path) -> None:
     told = ", ".join(f"{count} {state}" for state, count in facts["counts"].items()) or "none yet"
     left = f", about {duration(facts['left_s'])} left" if facts["left_s"] is not None else ""
     console.print(f"trials      {facts['ended']} of {facts['trials']} ended{left}: {told}", highlight=False)
-    console.print(f"controller  {controller_words(seen, facts['ended'])}", highlight=False)
+    console.print(f"controller  {describe_controller(seen, facts['ended'])}", highlight=False)
     at_work = [r for r in seen.records if under_way(r, statuses.get(r.index, NO_STATUS), now)]
     if at_work:
         columns = columns_for((r.point.params for r in seen.records), read_space(seen.folder))
@@ -66,7 +66,7 @@ def show_status(console: Console, path: Path) -> None:
         console.print(f"given up: {record.name}: {record.message}", style="red", highlight=False)
         console.print(f"          its log: {log_path(seen.folder, record)}", highlight=False)
     if any(record.given_up for record in seen.records):
-        console.print(given_up_words(seen.records, seen.folder), highlight=False)
+        console.print(given_up_note(seen.records, seen.folder), highlight=False)
     for record in missing(seen):
         console.print(f"gone: the folder of trial {record.index + 1}, {record.name}, is not there any more.", style="red")
 
@@ -135,7 +135,7 @@ def waiting_reasons(records: list[TrialRecord]) -> Counter[str]:
     return reasons
 
 
-def controller_words(seen: SweepMonitor, ended: int) -> str:
+def describe_controller(seen: SweepMonitor, ended: int) -> str:
     """Who runs the sweep, and what to do when nobody does."""
     known = last_controller_info(seen.folder)
     if controller_alive(seen.folder):

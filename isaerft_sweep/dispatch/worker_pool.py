@@ -17,7 +17,7 @@ from isaerft_sweep.journal.job_refs import JobRef, WorkerTask
 from isaerft_sweep.journal.worker_queue import Task, TaskProgress, WorkerFolder
 
 CLOSING_S = 30.0
-"""How long an idle worker may take to end after its last task."""
+"""How long an idle worker may take to end once it takes no more tasks."""
 
 
 @dataclass
