@@ -96,7 +96,7 @@ def _check_launcher(experiment: Experiment) -> None:
     if launcher.trials_per_pass != 1 and any(excludes.values()):
         raise ConfigError(
             f"launcher.trials_per_pass (trials that go through the model together) must be 1 with "
-            f"{' and '.join(key for key, is_set in excludes.items() if is_set)} but got {launcher.trials_per_pass or 'null'}."
+            f"{' and '.join(key for key, on in excludes.items() if on)} but got {launcher.trials_per_pass or 'null'}."
         )
 
 
