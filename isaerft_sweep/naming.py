@@ -123,7 +123,7 @@ def parse(name: str) -> ParsedName:
 
 
 def reserve(registry: Path, candidate: Callable[[int], str]) -> str:
-    """Reserve the first free name of ``candidate(0)``, ``candidate(1)``, …, for good.
+    """Reserve the first free name of ``candidate(0)``, ``candidate(1)``, …, permanently.
 
     ``registry`` is a folder that all sweeps of one output folder share. A name is reserved by an empty file there, created
     exclusively: one process succeeds, on network file systems too. Case is ignored, as some file systems ignore it.

@@ -198,4 +198,4 @@ def test_a_deleted_folder_costs_its_own_trial_alone(experiment: Callable[..., Ex
     SweepController(state, folder, StandInCluster([DONE]), composed.launcher, Notes(), lambda: 0).run()
     journal.close()
     ends = {e["index"]: e for e in events(folder.path) if e["event"] == "end"}
-    assert ends[1]["state"] == "completed" and ends[0]["given_up"] and "is not there any more" in ends[0]["message"]
+    assert ends[1]["state"] == "completed" and ends[0]["given_up"] and "is missing, so it cannot run" in ends[0]["message"]
