@@ -83,7 +83,7 @@ def alike(rows: Iterable[Written]) -> Iterator[Written]:
         if row.is_chat != first.is_chat:
             forms = ("chat messages", "text") if row.is_chat else ("text", "chat messages")
             raise DataError(
-                f"{row.where}: every row must have a prompt (of its own, or as the common beginning of its answers), and "
+                f"{row.where}: every row must have a prompt (its own, or as the common beginning of its answers), and "
                 f"all rows must be text or all be chat messages, but this one is {forms[0]} and {first.where} is {forms[1]}."
             )
         yield row

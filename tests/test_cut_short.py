@@ -160,7 +160,7 @@ def test_a_queue_that_takes_some_and_then_none(run: Callable[..., Any]) -> None:
     ends, view = run(cluster, trials=6)
     assert len(ends) == 6 and all(e["state"] == "completed" for e in ends)
     assert cluster.asked[:4] == [4, 4, 4, 4], "two of four were taken, then none, twice"
-    assert len(view.notes) == 2 and "tried again" in view.notes[0]
+    assert len(view.notes) == 2 and "tries again" in view.notes[0]
 
 
 def test_trials_that_die_without_a_word_wait_longer_each_time(run: Callable[..., Any]) -> None:

@@ -245,8 +245,8 @@ def trial_left_s(status: TrialStatus) -> float | None:
     since = status.trained_since or status.started  # workers of older versions report only their start
     if since is None or not step or not steps:
         return None
-    taken = step - status.trained_from
-    return (time.time() - since) / taken * max(0, steps - step) if taken > 0 else None
+    steps_taken = step - status.trained_from
+    return (time.time() - since) / steps_taken * max(0, steps - step) if steps_taken > 0 else None
 
 
 def duration(seconds: float) -> str:

@@ -83,9 +83,9 @@ def _data_and_saes(experiment: Experiment) -> list[Path]:
     """The files whose content is in the fingerprint. Adding one would rename every sweep; ``result_files`` has all that
     decide a result."""
     data = experiment.data
-    named = [data.path, data.eval_path] if data.source == "files" else []
+    data_files = [data.path, data.eval_path] if data.source == "files" else []
     saes = [f"{site.sae_path}/sae_weights.safetensors" for site in experiment.adapter.sites if site.sae_path]
-    return [expanded(path) for path in (*named, *saes) if path]
+    return [expanded(path) for path in (*data_files, *saes) if path]
 
 
 def result_files(experiment: Experiment, definition: SweepDefinition) -> dict[str, str]:
@@ -242,8 +242,8 @@ def differences(folder: SweepFolder, now: Mapping[str, Any], files: Mapping[str,
     if not changes:
         changed = _changed(read_json(folder.files) or {}, files)
         return f"with other data or SAE files ({changed or 'their content has changed since'})"
-    more = f", and {len(changes) - MAX_DIFFERENCES} more" if len(changes) > MAX_DIFFERENCES else ""
-    return ", ".join(changes[:MAX_DIFFERENCES]) + more
+    omitted = f", and {len(changes) - MAX_DIFFERENCES} more" if len(changes) > MAX_DIFFERENCES else ""
+    return ", ".join(changes[:MAX_DIFFERENCES]) + omitted
 
 
 def settings(experiment: Experiment, definition: SweepDefinition) -> dict[str, Any]:

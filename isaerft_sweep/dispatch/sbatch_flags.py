@@ -72,12 +72,12 @@ def sbatch_parameters(spec: LauncherSpec, site: SlurmCluster, name: str) -> dict
     _check_gres(flags, kinds)
     time_min = _time_limit(spec.timeout_min, kinds)
     resources = _resources(flags, kinds)
-    known = submitit.SlurmExecutor._valid_parameters()
+    submitit_keys = submitit.SlurmExecutor._valid_parameters()
     flags = {key: value for key, value in flags.items() if value is not False}  # a flag that is switched off
-    extra = {key: value for key, value in flags.items() if key not in known}
+    extra = {key: value for key, value in flags.items() if key not in submitit_keys}
     prefix = re.sub(r"[^A-Za-z0-9_.-]+", "-", str(flags.pop("job_name", "")))
     return {
-        **{key: value for key, value in flags.items() if key in known},
+        **{key: value for key, value in flags.items() if key in submitit_keys},
         **resources,
         "job_name": f"{prefix}-{name}" if prefix else name,
         "time": time_min,
@@ -163,24 +163,24 @@ def _check_constraint(flags: Mapping[str, Any], kinds: list[NodeKind]) -> None:
 
 
 def _check_gres(flags: Mapping[str, Any], kinds: list[NodeKind]) -> None:
-    most: dict[str, int] = {}
+    max_counts: dict[str, int] = {}
     for kind in kinds:
         for name, count in kind.gres.items():
-            most[name] = max(count, most.get(name, 0))
+            max_counts[name] = max(count, max_counts.get(name, 0))
     for part in [p for p in str(flags.get("gres", "")).split(",") if p.strip().lower() not in ("", "none")]:
         name, count = gres_request(part)
-        if name not in most:
-            raise LaunchError(f"launcher.slurm.gres names an unknown resource: '{name}'." + suggest(name, most))
-        _check_at_most("gres", part.strip().removeprefix("gres/"), count, most[name])
+        if name not in max_counts:
+            raise LaunchError(f"launcher.slurm.gres names an unknown resource: '{name}'." + suggest(name, max_counts))
+        _check_at_most("gres", part.strip().removeprefix("gres/"), count, max_counts[name])
     if "gpus_per_node" in flags:
         requested = str(flags["gpus_per_node"])
         for name, count in [gres_request(f"gpu:{part}") for part in requested.split(",")]:
-            if count and name not in most:
-                listed = ", ".join(sorted(key for key in most if key.startswith("gpu"))) or "none"
+            if count and name not in max_counts:
+                listed = ", ".join(sorted(key for key in max_counts if key.startswith("gpu"))) or "none"
                 raise LaunchError(
                     f"launcher.slurm.gpus_per_node must name GPUs of the nodes but got {requested}. Valid: {listed}."
                 )
-            _check_at_most("gpus_per_node", requested, count, most.get(name, 0))
+            _check_at_most("gpus_per_node", requested, count, max_counts.get(name, 0))
 
 
 def _sets_gpus(flags: Mapping[str, Any]) -> bool:
@@ -220,10 +220,10 @@ def _check_at_most(key: str, requested: Any, value: float, most: float, unit: st
 def _time_limit(requested_min: int | None, kinds: list[NodeKind]) -> int:
     """Minutes: the requested ones, else four hours or the partition's limit, whichever is less."""
     limits = [kind.max_min for kind in kinds]
-    most = None if None in limits else max(limit for limit in limits if limit is not None)
+    max_min = None if None in limits else max(limit for limit in limits if limit is not None)
     if requested_min is None:
-        return max(1, min(DEFAULT_MIN, most)) if most is not None else DEFAULT_MIN
-    if most is not None and requested_min > most:
+        return max(1, min(DEFAULT_MIN, max_min)) if max_min is not None else DEFAULT_MIN
+    if max_min is not None and requested_min > max_min:
         names = ", ".join(f"{kind.partition} {kind.max_min} min" for kind in kinds)
         raise LaunchError(f"launcher.timeout_min must be at most the partition's limit ({names}) but got {requested_min}.")
     return requested_min

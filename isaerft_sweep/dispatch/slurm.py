@@ -285,8 +285,8 @@ def outside_of_any_job() -> Iterator[None]:
 
     submitit's own helper also hides the variables that the commands may need to find their cluster.
     """
-    kept = {name: os.environ[name] for name in PLACE if name in os.environ}
+    location = {name: os.environ[name] for name in PLACE if name in os.environ}
     settings = [name for name in os.environ if name.startswith(SETTING)]
     with submitit.helpers.clean_env(extra_names=("CUDA_VISIBLE_DEVICES", *settings)):
-        os.environ.update(kept)
+        os.environ.update(location)
         yield

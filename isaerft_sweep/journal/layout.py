@@ -257,7 +257,7 @@ class TrialFolder:
             return None
 
     def read_status(self) -> TrialStatus:
-        """The worker's last message; empty (false) before its first one."""
+        """The worker's latest status; empty (false) before the first."""
         return read_status_file(self.status)
 
     def read_metrics(self) -> list[dict[str, Any]]:
