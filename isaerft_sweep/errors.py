@@ -1,4 +1,4 @@
-"""Errors that a user can cause, each with what must hold, what was given and what to do."""
+"""Errors that a user can cause. Each message says what must hold, what was given and what to do."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ class LaunchError(IsaerftError):
 
 
 class TrialDiverged(IsaerftError):
-    """A loss or metric stopped being finite, or the loss ran away."""
+    """A loss or metric is not finite, or the loss has exploded."""
 
 
-def suggest(given: str, valid: Iterable[str]) -> str:
+def suggest(name: str, valid: Iterable[str]) -> str:
     """The end of an error about an unknown name: the nearest valid one, then all of them."""
     names = sorted(valid)
-    near = get_close_matches(given, names, n=1)
-    hint = f" Did you mean '{near[0]}'?" if near else ""
+    nearest = get_close_matches(name, names, n=1)
+    hint = f" Did you mean '{nearest[0]}'?" if nearest else ""
     return f"{hint} Valid: {', '.join(names)}."

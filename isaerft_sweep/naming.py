@@ -1,4 +1,4 @@
-"""Names of runs and models: for people, unique, valid for W&B, the Hub and folders, and readable back.
+"""Names of runs and models: readable, unique, valid for W&B, the Hub and folders, and parsable.
 
 The forms are those of the published run (see ``docs/reference.md``): ``run-gemma-2-2b-lr3.6e-05-beta0.2-20250228-2228``.
 """
@@ -16,11 +16,11 @@ from pathlib import Path
 from isaerft_sweep.errors import ConfigError
 
 ALPHABET = "0123456789abcdefghijklmnopqrstuvwxyz"
-"""Of W&B's ids."""
+"""The characters of W&B's ids."""
 HUB_LIMIT = 96
-"""Longest repository id that the Hub accepts, characters."""
+"""Longest repository id that the Hub accepts, in characters."""
 MODEL_LIMIT = 24
-"""Longest model part of a run name: what the Hub's limit leaves when a name has grown on a clash."""
+"""Longest model part of a run name, in characters: what the Hub's limit leaves beside the longest suffix."""
 METHOD = "-FT-ORPO-ISAERFT_"
 
 _PARSER = re.compile(
@@ -32,7 +32,7 @@ _PARSER = re.compile(
 
 @dataclass(frozen=True)
 class ParsedName:
-    """What a name says. ``learning_rate`` has two digits there; the trial's tags and config have all of them."""
+    """The parts of a name. ``learning_rate`` has two digits; the trial's tags and config have all of them."""
 
     model: str
     learning_rate: float
@@ -42,32 +42,53 @@ class ParsedName:
     mark: str | None
 
 
+@dataclass(frozen=True)
+class NameSuffix:
+    """What makes a run name unique.
+
+    ``clashes``: how many shorter forms of the name are taken. 0: the published form; 1 adds the seconds; from 2 on the name
+    also ends in six hex digits of a hash of the point, ``clashes`` and ``salt`` (the sweep's id and the trial's number).
+    """
+
+    clashes: int = 0
+    salt: str = ""
+
+
+PUBLISHED = NameSuffix()
+
+
 def run_name(
-    model: str, learning_rate: float, beta: float, started: datetime, *, prefix: str = "run-", grow: int = 0, salt: str = ""
+    model: str,
+    learning_rate: float,
+    beta: float,
+    started: datetime,
+    *,
+    prefix: str = "run-",
+    suffix: NameSuffix = PUBLISHED,
 ) -> str:
     """The name of a run.
 
     Args:
         model: model name or Hub id; its last part is used.
         learning_rate: shown as ``{:.1e}``.
-        beta: shown as given (``0.2``); beyond six characters with four digits.
+        beta: shown as it is (``0.2``); beyond six characters with four digits.
         started: shown to the minute.
-        prefix: ``run-``, or empty as the later published runs have it.
-        grow: 0 as published; 1 adds the seconds; 2 also adds six hex digits of a hash of the point and ``salt``.
-        salt: told apart by the hash: the sweep's id and the trial's number.
+        prefix: ``run-``, or empty as in the later published runs.
+        suffix: makes the name unique.
     """
     if not (learning_rate > 0 and beta >= 0):
         raise ConfigError(f"a run name needs a learning rate above 0 and beta at least 0, got {learning_rate}, {beta}.")
-    when = started.strftime("%Y%m%d-%H%M%S" if grow else "%Y%m%d-%H%M")
+    when = started.strftime("%Y%m%d-%H%M%S" if suffix.clashes else "%Y%m%d-%H%M")
     name = f"{prefix}{clean(model)[:MODEL_LIMIT].rstrip('-._')}-lr{learning_rate:.1e}-beta{show_beta(beta)}-{when}"
-    name = name.replace("+", "")  # the Hub has no plus sign: 1.0e00
-    if grow >= 2:
-        name += "-" + sha256(f"{learning_rate!r}|{beta!r}|{salt}|{grow}".encode()).hexdigest()[:6]
+    name = name.replace("+", "")  # the Hub allows no plus sign: 1.0e00
+    if suffix.clashes >= 2:
+        hashed = f"{learning_rate!r}|{beta!r}|{suffix.salt}|{suffix.clashes}"
+        name += "-" + sha256(hashed.encode()).hexdigest()[:6]
     return name
 
 
 def model_name(model: str, run: str) -> str:
-    """``GEMMA-2-2B-FT-ORPO-ISAERFT_run-…``: the repository's name; its first part is cut when the Hub's limit demands it."""
+    """``GEMMA-2-2B-FT-ORPO-ISAERFT_run-…``: the repository's name; its first part is cut to the Hub's limit."""
     room = HUB_LIMIT - len(METHOD) - len(run)
     return clean(model).upper()[:room].rstrip("-._") + METHOD + run
 
@@ -78,47 +99,47 @@ def tags(learning_rate: float, beta: float, extra: tuple[str, ...] = ()) -> tupl
 
 
 def show_beta(beta: float) -> str:
-    """``0.2`` as given; a long one with four digits, since the tags carry it whole."""
+    """``0.2`` as it is; a long one with four digits, since the tags hold it in full."""
     exact = repr(beta)
     return exact if len(exact) <= 6 else f"{beta:.4g}"
 
 
 def clean(model: str) -> str:
-    """The last part of a model's name with only the characters that the Hub allows, none of them doubled."""
+    """The last part of a model's name with only characters that the Hub allows, and none of ``-._`` repeated."""
     last = re.split(r"[/\\]", model.rstrip("/\\"))[-1]
     return re.sub(r"([-._])[-._]*", r"\1", re.sub(r"[^A-Za-z0-9._-]+", "-", last)).strip("-._") or "model"
 
 
 def parse(name: str) -> ParsedName:
-    """Read a run name or model name back. Raises ConfigError when it is neither."""
-    found = _PARSER.match(name)
-    if found is None:
+    """Parse a run name or model name. Raises ConfigError when it is neither."""
+    match = _PARSER.match(name)
+    if match is None:
         raise ConfigError(
             f"'{name}' is not a run name; one looks like run-gemma-2-2b-lr3.6e-05-beta0.2-20250228-2228, "
             "with or without run-, or with MODEL-FT-ORPO-ISAERFT_ before it."
         )
-    when = datetime.strptime(found["date"] + found["time"], "%Y%m%d%H%M%S" if len(found["time"]) == 6 else "%Y%m%d%H%M")
-    return ParsedName(found["model"], float(found["lr"]), float(found["beta"]), when, found["prefix"] or "", found["mark"])
+    when = datetime.strptime(match["date"] + match["time"], "%Y%m%d%H%M%S" if len(match["time"]) == 6 else "%Y%m%d%H%M")
+    return ParsedName(match["model"], float(match["lr"]), float(match["beta"]), when, match["prefix"] or "", match["mark"])
 
 
 def reserve(registry: Path, candidate: Callable[[int], str]) -> str:
-    """The first of ``candidate(0)``, ``candidate(1)``, … that nobody has taken, now taken for good.
+    """Reserve the first free name of ``candidate(0)``, ``candidate(1)``, …, permanently.
 
-    ``registry`` is a folder shared by all sweeps of one output folder; taking a name makes an empty file there, which
-    succeeds for one process only, on network file systems too. Case is ignored: some file systems do.
+    ``registry`` is a folder that all sweeps of one output folder share. A name is reserved by an empty file there, created
+    exclusively: one process succeeds, on network file systems too. Case is ignored, as some file systems ignore it.
     """
     registry.mkdir(parents=True, exist_ok=True)
-    grow = 0
+    clashes = 0
     while True:
-        name = candidate(grow)
+        name = candidate(clashes)
         try:
             os.close(os.open(registry / name.lower(), os.O_CREAT | os.O_EXCL | os.O_WRONLY))
             return name
         except FileExistsError:
-            grow += 1
+            clashes += 1
 
 
 def run_id(sweep_id: str, index: int) -> str:
-    """The W&B run id of a trial: eight characters that its sweep and number decide, the same after any restart."""
+    """The W&B run id of a trial: eight characters derived from its sweep and number, the same after any restart."""
     number = int.from_bytes(sha256(f"{sweep_id}/{index}".encode()).digest()[:8], "big")
     return "".join(ALPHABET[(number // 36**i) % 36] for i in range(8))

@@ -1,4 +1,4 @@
-"""Preference pairs as people write them: files, read and checked row by row, without torch."""
+"""Reads files of preference pairs and checks them row by row, without torch."""
 
 from __future__ import annotations
 
@@ -16,21 +16,20 @@ from isaerft_sweep.specs import DataSpec
 
 ANSWERS = ("chosen", "rejected")
 COLUMNS = ("prompt", *ANSWERS, "chat_template_kwargs")
-"""What TRL reads of a row; everything else in it is about the row and not of it."""
+"""The columns that TRL reads; others are dropped."""
 ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 FORM = 'Right form: {"prompt": "…", "chosen": "…", "rejected": "…"}, as text or as [{"role": …, "content": …}].'
 LFS_POINTER = "version https://git-lfs.github.com"
-"""How the stand-in begins that git leaves for a large file which was not fetched."""
-
+"""The first bytes of a Git LFS pointer, which stands for a large file that was not fetched."""
 PROGRESS = "progress: "
-"""How lines of the check begin that are meant for who waits for it."""
+"""Prefix of the check's output lines that the waiting user should see."""
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Written:
-    """One row as it was written, with what TRL reads of it; ``where`` names its file and line."""
+    """One row of a file, with the columns that TRL reads; ``where`` names its file and line."""
 
     where: str
     row: Row
@@ -41,7 +40,7 @@ class Written:
 
 
 def check_files(spec: DataSpec) -> None:
-    """Raise DataError unless the files of ``spec`` are there, can be read, and hold rows of the right form."""
+    """Raise DataError unless the files of ``spec`` exist and hold rows of the right form."""
     if spec.source != "files":
         return
     path, eval_path = data_files(spec)
@@ -51,7 +50,7 @@ def check_files(spec: DataSpec) -> None:
 
 
 def data_files(spec: DataSpec) -> tuple[Path, Path | None]:
-    """``data.path`` and ``data.eval_path``. Raises DataError when the second is the first one again."""
+    """``data.path`` and ``data.eval_path``. Raises DataError when both are the same file."""
     path, eval_path = expanded(str(spec.path)), expanded(spec.eval_path) if spec.eval_path else None
     if eval_path and path.is_file() and eval_path.is_file() and path.samefile(eval_path):
         raise DataError(
@@ -62,12 +61,12 @@ def data_files(spec: DataSpec) -> tuple[Path, Path | None]:
 
 
 def expanded(path: str) -> Path:
-    """A path with ``~`` as the user's home; an unknown user's stays as it is and is found missing."""
+    """``path`` with ``~`` expanded; left unchanged for an unknown user, and so reported as missing."""
     return Path(os.path.expanduser(path))  # noqa: PTH111 (pathlib's raises for an unknown user)
 
 
 def read_pairs(path: Path) -> Iterator[Written]:
-    """The rows of a .jsonl, .jsonl.gz or .parquet file. Raises DataError that names the first one that cannot be used."""
+    """The rows of a .jsonl, .jsonl.gz or .parquet file. Raises DataError that names the first invalid one."""
     if not path.is_file():
         raise DataError(f"data.path must be a file that exists but got '{path}'.")
     if not path.name.endswith(ENDINGS):
@@ -77,14 +76,14 @@ def read_pairs(path: Path) -> Iterator[Written]:
 
 
 def alike(rows: Iterable[Written]) -> Iterator[Written]:
-    """The rows, as long as all are text or all are chat messages: TRL reads a table, which has one type per column."""
+    """The rows. Raises DataError at one whose form (text or chat messages) differs: a column of TRL's table has one type."""
     first: Written | None = None
     for row in rows:
         first = first or row
         if row.is_chat != first.is_chat:
             forms = ("chat messages", "text") if row.is_chat else ("text", "chat messages")
             raise DataError(
-                f"{row.where}: every row must have a prompt (of its own, or as the common beginning of its answers), and "
+                f"{row.where}: every row must have a prompt (its own, or as the common beginning of its answers), and "
                 f"all rows must be text or all be chat messages, but this one is {forms[0]} and {first.where} is {forms[1]}."
             )
         yield row
@@ -110,7 +109,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
         with _opened(path) as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    yield f"{path}, line {number}", json.loads(line, object_pairs_hook=_without_doubles)
+                    yield f"{path}, line {number}", json.loads(line, object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:
         if isinstance(error, UnicodeDecodeError):
             raise DataError(f"{path} cannot be read: {error}") from error
@@ -126,13 +125,13 @@ def _opened(path: Path) -> TextIO:
     return cast(TextIO, opener(path, "rt", encoding="utf-8-sig"))
 
 
-def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object that says nothing twice: JSON would take the last word without a word."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises ValueError on a duplicate name, of which Python would silently keep the last."""
+    content = dict(pairs)
+    if len(content) != len(pairs):
         names = [name for name, _ in pairs]
         raise ValueError(f"'{next(name for name in names if names.count(name) > 1)}' is there twice")
-    return found
+    return content
 
 
 def _pointer_hint(path: Path) -> str:
@@ -145,24 +144,24 @@ def _pointer_hint(path: Path) -> str:
 
 
 def check_row(row: Any, where: str) -> Row:
-    """What TRL reads of a row. Raises DataError when it is not a pair, or TRL would read text in it that nobody wrote."""
+    """The columns of a row that TRL reads. Raises DataError when it is not a pair, or TRL would misread it."""
     if not isinstance(row, dict):
         raise DataError(f"{where}: a row must be an object but got {_shown(row)}. {FORM}")
-    kept = {name: row[name] for name in COLUMNS if row.get(name) is not None}
-    missing = [name for name in ANSWERS if name not in kept]
+    fields = {name: row[name] for name in COLUMNS if row.get(name) is not None}
+    missing = [name for name in ANSWERS if name not in fields]
     if missing:
         raise DataError(f"{where}: a row must have {' and '.join(missing)} but has columns {sorted(map(str, row))}. {FORM}")
-    for name in (name for name in ("prompt", *ANSWERS) if name in kept):
-        _check_value(kept[name], name, where)
-    chat = {name: isinstance(kept[name], list) for name in ("prompt", *ANSWERS) if name in kept}
-    # a text prompt before answers that begin with the same messages: TRL takes the messages
+    for name in (name for name in ("prompt", *ANSWERS) if name in fields):
+        _check_value(fields[name], name, where)
+    chat = {name: isinstance(fields[name], list) for name in ("prompt", *ANSWERS) if name in fields}
+    # a text prompt with chat answers is valid: TRL takes the prompt from the messages that both answers begin with
     if chat["chosen"] != chat["rejected"] or (chat.get("prompt") and not chat["chosen"]):
         raise DataError(f"{where}: prompt, chosen and rejected must all be text or all be chat messages. {FORM}")
-    if "prompt" in row and "prompt" not in kept and not chat["chosen"]:
+    if "prompt" in row and "prompt" not in fields and not chat["chosen"]:
         raise DataError(f'{where}: prompt must be text but got null. Give an empty one as "", or leave it out. {FORM}')
-    if not isinstance(kept.get("chat_template_kwargs", {}), dict):
-        raise DataError(f"{where}: chat_template_kwargs must be an object but got {_shown(kept['chat_template_kwargs'])}.")
-    return kept
+    if not isinstance(fields.get("chat_template_kwargs", {}), dict):
+        raise DataError(f"{where}: chat_template_kwargs must be an object but got {_shown(fields['chat_template_kwargs'])}.")
+    return fields
 
 
 def _check_value(value: Any, name: str, where: str) -> None:
@@ -180,7 +179,7 @@ def _check_value(value: Any, name: str, where: str) -> None:
 
 
 def _check_content(content: Any, name: str, where: str) -> None:
-    """Text, or parts of type text: a template that knows nothing else would print Python's words for the rest."""
+    """Raise DataError unless it is text or parts of type text: a chat template would print other parts as Python code."""
     if isinstance(content, str):
         return
     if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):

@@ -1,4 +1,4 @@
-"""Folders with an SAE as sae_lens saves it: whether one is whole, without torch."""
+"""Checks that a folder holds a complete SAE as sae_lens saves it, without torch."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from isaerft_sweep.preferences import LFS_POINTER, expanded
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 
 
-def check_sae_folder(given: str) -> Path:
-    """The folder ``given``. Raises ModelError unless it holds a config and whole weights."""
-    folder = expanded(given)
+def check_sae_folder(path: str) -> Path:
+    """The folder ``path``, with ``~`` expanded. Raises ModelError unless it holds a config and complete weights."""
+    folder = expanded(path)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise ModelError(
-                f"sae_path must be a folder with {CONFIG} and {WEIGHTS} (as sae_lens saves it) but got '{given}', where "
+                f"sae_path must be a folder with {CONFIG} and {WEIGHTS} (as sae_lens saves it) but got '{path}', where "
                 f"there is no {name}."
             )
         if _is_pointer(folder / name):
@@ -51,7 +51,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _check_weights(path: Path) -> None:
-    """A safetensors file is 8 bytes of length, JSON that says where each tensor lies, and the tensors."""
+    """Check the size of a safetensors file: 8 bytes of header length, a JSON header with tensor offsets, the tensors."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""Frozen dataclasses from plain data and back, with names, types and bounds checked on the way in."""
+"""Converts plain data to frozen dataclasses, checking names, types and bounds, and back."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from isaerft_sweep.errors import ConfigError, suggest
 
 PLAIN_WORD = re.compile(r"[A-Za-z_/][A-Za-z0-9_./-]*")
 NOT_WORDS = ("null", "true", "false", "inf", "nan")
-"""What Hydra reads as something else than a string."""
+"""Words that Hydra does not parse as strings."""
 
 
 class Rules(TypedDict, total=False):
-    """What holds for an option beside its type.
+    """Metadata of an option beside its type and help.
 
-    ``affects_result=False``: it cannot change a trial's result, and is left out of the trial's hash.
-    ``omit_from_hash_if_default``: it was added when hashes were in use, and is left out while it has its default.
+    ``affects_result=False``: it cannot change a trial's result, and is not part of the trial's hash.
+    ``omit_from_hash_if_default``: it is newer than existing hashes, and is not part of them while it has its default.
     ``formerly``: its name in earlier versions, still accepted.
     """
 
@@ -37,18 +37,18 @@ class Rules(TypedDict, total=False):
 
 
 def option(help: str, default: Any = dataclasses.MISSING, **rules: Unpack[Rules]) -> Any:
-    """A field of a spec with its meaning in a sentence, its default and what holds for it."""
+    """A field of a spec with its help text, its default and its rules."""
     return field(default=default, metadata={"help": help, **rules})
 
 
 def with_present_names(cls: type, raw: Mapping[str, Any]) -> dict[str, Any]:
-    """``raw`` with the options that have had another name under the present one."""
+    """``raw`` with former names of options replaced by the current ones."""
     names = {f.metadata["formerly"]: f.name for f in dataclasses.fields(cls) if "formerly" in f.metadata}
     return {names.get(key, key) if names.get(key, key) not in raw else key: value for key, value in raw.items()}
 
 
 def to_dict(spec: Any) -> Any:
-    """Plain dicts, lists and scalars of a spec, ready for JSON."""
+    """A spec as plain dicts, lists and scalars, ready for JSON."""
     if dataclasses.is_dataclass(spec) and not isinstance(spec, type):
         return {f.name: to_dict(getattr(spec, f.name)) for f in dataclasses.fields(spec)}
     if isinstance(spec, Mapping):
@@ -57,7 +57,7 @@ def to_dict(spec: Any) -> Any:
 
 
 def from_mapping(cls: type, raw: Mapping[str, Any], where: str) -> Any:
-    """Build the frozen dataclass ``cls`` from plain data, checking names, types and bounds. ``where`` is its dotted key."""
+    """The frozen dataclass ``cls`` from plain data. ``where``: its dotted key. Raises ConfigError that names a wrong key."""
     hints = typing.get_type_hints(cls)
     names = {f.name for f in dataclasses.fields(cls)}
     raw = with_present_names(cls, raw)
@@ -76,7 +76,7 @@ def from_mapping(cls: type, raw: Mapping[str, Any], where: str) -> Any:
 
 
 def _convert(hint: Any, value: Any, key: str) -> Any:
-    """``value`` as the annotated type ``hint``; ints become floats, never the other way unless nothing is lost."""
+    """``value`` as the annotated type ``hint``. Converts ints to floats, and floats to ints if they are whole."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None:
@@ -115,13 +115,13 @@ def _check_bounds(key: str, value: Any, meta: Mapping[str, Any]) -> Any:
         if not math.isfinite(value):
             raise ConfigError(f"{key} must be finite but got {value}.")
         above, at_least, at_most = (meta.get(name) for name in ("above", "at_least", "at_most"))
-        for word, bound, bad in (
+        for relation, bound, violated in (
             ("above", above, above is not None and value <= above),
             ("at least", at_least, at_least is not None and value < at_least),
             ("at most", at_most, at_most is not None and value > at_most),
         ):
-            if bad:
-                raise ConfigError(f"{key} must be {word} {bound} but got {value}.")
+            if violated:
+                raise ConfigError(f"{key} must be {relation} {bound} but got {value}.")
     return value
 
 
@@ -130,25 +130,25 @@ def _join(where: str, name: str) -> str:
 
 
 def canonical_json(content: Any) -> str:
-    """One text per value: sorted keys, no spaces, floats by their shortest exact form."""
+    """Canonical JSON: sorted keys, no spaces, floats in their shortest exact form."""
     return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
 
 def overrides(params: Mapping[str, Any]) -> list[str]:
-    """Sampled values as Hydra overrides, floats to the last digit: ``["orpo.beta=0.2", "adapter.top_k=null"]``."""
-    return [f"{key}={_in_hydras_words(value)}" for key, value in params.items()]
+    """Sampled values as Hydra overrides, floats exact: ``["orpo.beta=0.2", "adapter.top_k=null"]``."""
+    return [f"{key}={_to_hydra(value)}" for key, value in params.items()]
 
 
-def _in_hydras_words(value: Any) -> str:
-    """A value in the grammar of Hydra's overrides, which is near YAML's flow style but not it."""
+def _to_hydra(value: Any) -> str:
+    """A value in the grammar of Hydra's overrides, which is similar to YAML's flow style."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, Mapping):
-        return "{" + ",".join(f"{key}:{_in_hydras_words(v)}" for key, v in value.items()) + "}"
+        return "{" + ",".join(f"{key}:{_to_hydra(v)}" for key, v in value.items()) + "}"
     if isinstance(value, (list, tuple)):
-        return "[" + ",".join(map(_in_hydras_words, value)) + "]"
+        return "[" + ",".join(map(_to_hydra, value)) + "]"
     if not isinstance(value, str) or (PLAIN_WORD.fullmatch(value) and value.lower() not in NOT_WORDS):
         return str(value) if isinstance(value, str) else repr(value)
-    # backslashes are themselves but before a quote; ${ would be an interpolation
+    # only backslashes before a quote are escapes; ${ would start an interpolation
     escaped = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value.replace("${", "\\${"))
     return f"'{escaped}'"

@@ -1,4 +1,4 @@
-"""Frozen, checked descriptions of a model, data set, adapter, loss, trial and sweep; plain data, no torch."""
+"""Frozen, checked specs of a model, data set, adapter, loss, trial and sweep; plain data, no torch."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class ModelSpec:
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     attention: str | None = option(
-        "Attention implementation; null: that of transformers' choice, SDPA where there is one.",
+        "Attention implementation; null: transformers' choice, SDPA where the model has it.",
         None,
         choices=("eager", "sdpa", "flash_attention_2"),
     )
@@ -103,13 +103,13 @@ class AdapterSpec:
     hidden_size: int | None = option("Width of an mlp's hidden layers; null: the number of latents.", None, at_least=1)
     hidden_layers: int = option("Number of an mlp's hidden layers.", 1, at_least=1)
     l1: float | None = option(
-        "Weight of the L1 penalty on bias or scale, which leaves few latents that move; null: none.",
+        "Weight of the L1 penalty on bias or scale, which leaves few non-zero entries; null: none.",
         None,
         at_least=0,
         omit_from_hash_if_default=True,
     )
     top_k: int | None = option(
-        "Number of latents that a bias or scale adapter may move; null: all.",
+        "Number of latents that a bias or scale adapter changes; null: all.",
         None,
         at_least=1,
         omit_from_hash_if_default=True,
@@ -135,7 +135,7 @@ class OrpoSpec:
     gamma: float = option("SimPO's target margin between the rewards.", 0.5, at_least=0, omit_from_hash_if_default=True)
     epochs: float = option("Passes over the training pairs, unless max_steps is set.", 1.0, above=0)
     max_steps: int = option("Number of optimiser steps; -1: epochs decides.", -1, at_least=-1)
-    max_length: int = option("Longest prompt with answer, tokens; longer answers are cut.", 1024, at_least=2)
+    max_length: int = option("Longest prompt with answer, in tokens; longer answers are truncated.", 1024, at_least=2)
     batch_size: int = option("Pairs a forward pass.", 2, at_least=1)
     eval_batch_size: int = option("Pairs a forward pass of an evaluation.", 8, at_least=1)
     gradient_accumulation: int = option("Forward passes an optimiser step.", 8, at_least=1)
@@ -150,7 +150,7 @@ class OrpoSpec:
     )
     weight_decay: float = option("Weight decay of the optimiser.", 0.0, at_least=0)
     max_grad_norm: float = option("Norm that gradients are clipped to; 0: not clipped.", 1.0, at_least=0)
-    seed: int = option("Seed of the adapter's start and of the order of the pairs.", 42, at_least=0)
+    seed: int = option("Seed of the adapter's initial weights and of the order of the pairs.", 42, at_least=0)
     eval_fraction: float = option(
         "Share of the steps between two evaluations: 0.2 evaluates five times.", 0.2, above=0, at_most=1
     )
@@ -163,7 +163,7 @@ class OrpoSpec:
     )
     checkpoint_every_steps: int = option("Most steps between two checkpoints.", 50, at_least=1, affects_result=False)
     checkpoint_every_min: float = option("Most minutes between two checkpoints.", 5.0, above=0, affects_result=False)
-    gradient_checkpointing: bool = option("Compute activations again in the backward pass: less memory, more time.", False)
+    gradient_checkpointing: bool = option("Recompute activations in the backward pass: less memory, more time.", False)
     diverged_loss_factor: float = option(
         "A trial has diverged when its loss is this many times its first one.", 10.0, above=1, affects_result=False
     )
@@ -199,9 +199,11 @@ class LauncherSpec:
         "Trials that a worker runs before another job takes its place; null: any number.", None, at_least=1
     )
     timeout_min: int | None = option(
-        "Time limit of a job, minutes; null: none (local), four hours or the partition's limit (slurm).", None, at_least=1
+        "Time limit of a job, minutes; null: none (local), four hours or the partition's limit (slurm).",
+        None,
+        at_least=1,
     )
-    poll_s: float = option("Seconds between two looks at the trials.", 0.5, above=0)
+    poll_s: float = option("Seconds between two polls of the trials.", 0.5, above=0)
     grace_s: float = option(
         "Seconds that a trial has to write a checkpoint when it is asked to stop, or before its job's time limit.",
         60.0,
@@ -215,13 +217,13 @@ class LauncherSpec:
         "Keep a worker for many trials: one start, one model, one tokenisation. false: a process for each trial.", True
     )
     trials_per_pass: int | None = option(
-        "Trials that a worker takes through the model together; null: as many as pay, measured on the device.",
+        "Trials that a worker trains in one forward pass; null: as many as make it faster, measured on the device.",
         1,
         at_least=1,
         formerly="packed",
     )
     activation_cache_gb: float = option(
-        "Most disk for the output of the frozen layers, GB; 0: compute it in every step.",
+        "Most disk for the activation cache, the output of the frozen layers, GB; 0: compute it in every step.",
         8.0,
         at_least=0,
         formerly="trunk_cache_gb",
@@ -249,12 +251,12 @@ class SweepSpec:
         "Number of trials instead of the file's; a larger one adds trials to the sweep.", None, at_least=1
     )
     seed: int = option("Seed of the search.", 0, at_least=0)
-    repeats: bool = option("Whether a point may be tried twice.", False)
+    repeats: bool = option("Whether a point may repeat.", False)
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """All that the composed config says."""
+    """The composed config."""
 
     model: ModelSpec
     data: DataSpec
@@ -271,10 +273,10 @@ class Experiment:
         "Folder of converted models, activations and checks; null: $ISAERFT_CACHE, else the user's cache folder.", None
     )
     tags: tuple[str, ...] = option("Tags of every model card.", ())
-    run_prefix: str = option("Start of every run's name; empty as in the later published runs.", "run-")
+    run_prefix: str = option("Prefix of every run's name; empty as in the later published runs.", "run-")
 
     def with_params(self, params: Mapping[str, Any]) -> Experiment:
-        """A copy with sampled values put at their dotted keys (``orpo.learning_rate``), checked like the config."""
+        """A copy with sampled values at their dotted keys (``orpo.learning_rate``), checked like the config."""
         changed = self
         for key, value in params.items():
             section, name = split_key(key)
@@ -284,7 +286,7 @@ class Experiment:
         return changed
 
     def with_absolute_paths(self) -> Experiment:
-        """A copy whose local files and folders are named from the root: another command may run in another folder."""
+        """A copy with absolute paths of local files and folders: another command may run in another folder."""
         data, model, adapter = self.data, self.model, self.adapter
         return dataclasses.replace(
             self,
@@ -302,17 +304,17 @@ class Experiment:
 
 
 def absolute(path: str | None) -> str | None:
-    """A local path from the root; None and addresses (``s3://…``) as they are."""
+    """A local path made absolute; None and URLs (``s3://…``) unchanged."""
     return path if path is None or "://" in path else str(expanded(path).absolute())
 
 
 def absolute_if_folder(name: str) -> str:
-    """A model's local folder from the root; an id of the Hub as it is."""
+    """A model's local folder made absolute; an id of the Hub unchanged."""
     return str(expanded(name).absolute()) if expanded(name).is_dir() else name
 
 
 def expanded(path: str) -> Path:
-    """``path`` with the user's home for ``~``. A user that does not exist is no home, and no error either."""
+    """``path`` with ``~`` expanded; left unchanged, without an error, for a user that does not exist."""
     return Path(os.path.expanduser(path))  # noqa: PTH111 (Path.expanduser raises for ~nobody)
 
 
@@ -321,7 +323,7 @@ TUNABLE = {"model": ModelSpec, "data": DataSpec, "adapter": AdapterSpec, "orpo":
 
 @dataclass(frozen=True)
 class TrialSpec:
-    """Everything one trial needs, fixed when the trial is created; survives requeues unchanged."""
+    """Everything that one trial needs; fixed when the trial is created, the same in every attempt."""
 
     index: int
     name: str
@@ -347,7 +349,7 @@ class TrialSpec:
 
 
 def total_steps(spec: OrpoSpec, pairs: int) -> int:
-    """Optimiser steps of a whole run over ``pairs`` training pairs, as Trainer counts them."""
+    """Optimiser steps of a complete run over ``pairs`` training pairs, as transformers' Trainer counts them."""
     if spec.max_steps > 0:
         return spec.max_steps
     per_epoch = math.ceil(math.ceil(pairs / spec.batch_size) / spec.gradient_accumulation)
@@ -371,7 +373,7 @@ def swept_value(experiment: Experiment, key: str) -> Any:
 
 @dataclass(frozen=True)
 class KeyBounds:
-    """What a config key takes: its ``type``, and for numbers the smallest and largest value (``above`` is left out)."""
+    """What a config key accepts: its ``type``, and bounds for numbers (``above`` is exclusive)."""
 
     type: type
     above: float | None
@@ -379,7 +381,7 @@ class KeyBounds:
     at_most: float | None
 
     def inside(self, step: float | None) -> tuple[float, float]:
-        """The smallest and the largest number, infinite without a bound. ``step``: of what numbers are multiples, if any."""
+        """The smallest and largest valid number, infinite without a bound. ``step``: their common divisor, if any."""
         low = -math.inf if self.at_least is None else self.at_least
         if self.above is not None:
             low = (math.floor(self.above / step) + 1) * step if step else math.nextafter(self.above, math.inf)
@@ -391,7 +393,7 @@ class KeyBounds:
 
 
 def key_bounds(key: str) -> KeyBounds:
-    """What the dotted ``key`` takes. Raises ConfigError when a sweep may not set it."""
+    """What the dotted ``key`` accepts. Raises ConfigError when a sweep may not set it."""
     section, name = split_key(key)
     spec = TUNABLE[section]
     meta = next(f.metadata for f in dataclasses.fields(spec) if f.name == name)
@@ -404,12 +406,11 @@ def key_bounds(key: str) -> KeyBounds:
 def identity(experiment: Experiment) -> str:
     """12 hex digits that name what a trial computes: a hash of its model, data, adapter and ORPO settings.
 
-    Left out, because they cannot change the result: fields marked ``affects_result=False``, the launcher, tracker and names;
-    and ``omit_from_hash_if_default`` fields while they have their default, so that a new setting leaves the names of old
-    trials as they are.
+    Fields that cannot change the result are left out: those with ``affects_result=False``, the launcher, tracker and names.
+    So are ``omit_from_hash_if_default`` fields with their default: a new setting must not change the hashes of old trials.
     """
     content = {section: _affecting_result(getattr(experiment, section)) for section in TUNABLE}
-    content["model"].pop("sites")  # only the adapter's sites act
+    content["model"].pop("sites")  # the trial uses the adapter's sites
     return hashlib.sha256(canonical_json(content).encode()).hexdigest()[:12]
 
 
@@ -424,8 +425,7 @@ def comparable(experiment: Experiment, swept: Collection[str]) -> str:
 
 
 def _affecting_result(spec: Any) -> dict[str, Any]:
-    acting = [f for f in dataclasses.fields(spec) if f.metadata.get("affects_result") is not False]
-    given = [
-        f.name for f in acting if not (f.metadata.get("omit_from_hash_if_default") and getattr(spec, f.name) == f.default)
-    ]
-    return {name: to_dict(getattr(spec, name)) for name in given}
+    fields = [f for f in dataclasses.fields(spec) if f.metadata.get("affects_result") is not False]
+    newer = {f.name: f.default for f in fields if f.metadata.get("omit_from_hash_if_default")}
+    values = {f.name: getattr(spec, f.name) for f in fields}
+    return {name: to_dict(value) for name, value in values.items() if name not in newer or value != newer[name]}

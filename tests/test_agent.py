@@ -52,14 +52,14 @@ def test_every_sweep_file_can_be_run_by_agents(file: Path, tmp_path: Path) -> No
         experiment = to_experiment(compose("config", told))
     definition = to_definition(experiment.sweep, experiment)
     assert (definition.metric.name, definition.metric.goal) == (raw["metric"]["name"], raw["metric"]["goal"])
-    point = agent.given_point(experiment, definition, {})
+    point = agent.point_from_agent(experiment, definition, {})
     assert dict(point.params) == given and agent.contains(definition.parameters, point.params)
 
 
 def test_a_point_of_another_space_is_noticed(experiment: Callable[..., Experiment]) -> None:
     composed = experiment("sweep=demo", "orpo.beta=0.7")
     definition = to_definition(composed.sweep, composed)
-    assert not agent.contains(definition.parameters, agent.given_point(composed, definition, {}).params)
+    assert not agent.contains(definition.parameters, agent.point_from_agent(composed, definition, {}).params)
     assert not agent.contains(definition.parameters, {"orpo.beta": 0.5})
 
 
@@ -67,13 +67,13 @@ def test_the_agent_s_own_file_names_what_is_swept(experiment: Callable[..., Expe
     file = tmp_path / "config.yaml"
     file.write_text("wandb_version: 1\nadapter.kind: {value: scale}\n")
     composed = experiment("sweep=demo", "adapter.kind=scale")
-    point = agent.given_point(composed, to_definition(composed.sweep, composed), {"WANDB_SWEEP_PARAM_PATH": str(file)})
+    point = agent.point_from_agent(composed, to_definition(composed.sweep, composed), {"WANDB_SWEEP_PARAM_PATH": str(file)})
     assert point.params == {"adapter.kind": "scale"}
 
 
 def test_runs_go_to_the_agent_s_project_online_unless_told_otherwise(experiment: Callable[..., Experiment]) -> None:
     def tracker(*overrides: str, **environment: str) -> tuple[str, str, str | None]:
-        made = agent.adapted(experiment(*overrides), overrides, {**AGENT, **environment}, first=True).tracker
+        made = agent.with_agent_settings(experiment(*overrides), overrides, {**AGENT, **environment}, first=True).tracker
         return made.mode, made.project, made.entity
 
     assert tracker() == ("wandb", "p", "e")
@@ -89,7 +89,7 @@ def test_the_untrained_model_is_evaluated_in_one_run_of_the_sweep(
 
     def ask(run: str) -> None:
         barrier.wait()
-        answers[run] = agent.first_of(whole, run)
+        answers[run] = agent.is_first_run(whole, run)
 
     threads = [threading.Thread(target=ask, args=(f"run{i}",)) for i in range(8)]
     for thread in threads:
@@ -98,17 +98,19 @@ def test_the_untrained_model_is_evaluated_in_one_run_of_the_sweep(
         thread.join()
     assert sum(answers.values()) == 1
     winner = next(run for run, first in answers.items() if first)
-    assert agent.first_of(whole, winner), "also when it is started again"
+    assert agent.is_first_run(whole, winner), "also when it is started again"
     wanted = {True: "always", False: "never"}
     for first, word in wanted.items():
-        assert agent.adapted(experiment(), (), AGENT, first).orpo.eval_untrained == word
-    assert agent.adapted(experiment("orpo.eval_untrained=always"), (), AGENT, False).orpo.eval_untrained == "always"
+        assert agent.with_agent_settings(experiment(), (), AGENT, first).orpo.eval_untrained == word
+    assert (
+        agent.with_agent_settings(experiment("orpo.eval_untrained=always"), (), AGENT, False).orpo.eval_untrained == "always"
+    )
 
 
 @pytest.mark.parametrize("run", ["", "../x", "a b", "x" * 65])
 def test_an_id_that_cannot_name_a_folder(run: str) -> None:
     with pytest.raises(LaunchError, match="WANDB_RUN_ID must be an id"):
-        agent.given_id({"WANDB_RUN_ID": run}, "WANDB_RUN_ID")
+        agent.id_from_agent({"WANDB_RUN_ID": run}, "WANDB_RUN_ID")
 
 
 def under_agent(run: str) -> dict[str, str]:

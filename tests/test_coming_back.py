@@ -56,12 +56,12 @@ def test_a_request_to_stop_is_heard_from_the_process_s_start_on(tmp_path: Path) 
     assert abs(process_began() - psutil.Process().create_time()) < 2
     ask_to_stop(file, at_once=True)
     request = StopRequest(file)
-    with request.heard():
+    with request.signals_counted():
         assert request.urgency == 2, "it came before the controller listened, and after it was started"
     assert not file.exists(), "and is over with it"
     ask_to_stop(file, at_once=False)
     os.utime(file, (process_began() - 1, process_began() - 1))
-    with request.heard():
+    with request.signals_counted():
         assert request.urgency == 0, "meant for an earlier one"
         ask_to_stop(file, at_once=False)
         assert request.urgency == 1
@@ -104,7 +104,7 @@ def test_attach_asks_before_it_trains_on_this_machine(tmp_path: Path) -> None:
     refused = cli(tmp_path, "attach", "outputs/s")
     assert refused.returncode == 2 and "isaerft-sweep attach --here" in refused.stderr and refused.stderr.count("\n") == 1
     code, said = on_a_terminal(tmp_path, "n", "attach", "outputs/s")
-    assert code == 1 and "2 of 2 trials are left" in said and "Left as it is" in said
+    assert code == 1 and "2 of 2 trials are left" in said and "no trial was started" in said
     assert not [e for e in events(sweep) if e["event"] == "dispatch"]
     code, said = on_a_terminal(tmp_path, "y", "attach", "outputs/s")
     assert code == 0 and ended_states(sweep) == {"completed": 2}, said

@@ -160,7 +160,7 @@ def test_a_queue_that_takes_some_and_then_none(run: Callable[..., Any]) -> None:
     ends, view = run(cluster, trials=6)
     assert len(ends) == 6 and all(e["state"] == "completed" for e in ends)
     assert cluster.asked[:4] == [4, 4, 4, 4], "two of four were taken, then none, twice"
-    assert len(view.notes) == 2 and "tried again" in view.notes[0]
+    assert len(view.notes) == 2 and "tries again" in view.notes[0]
 
 
 def test_trials_that_die_without_a_word_wait_longer_each_time(run: Callable[..., Any]) -> None:
@@ -173,7 +173,7 @@ def test_trials_that_die_without_a_word_wait_longer_each_time(run: Callable[...,
 def test_workers_that_wait_get_trials_while_the_queue_takes_no_jobs(run: Callable[..., Any]) -> None:
     """Two of four were taken; the pause before the next try is for new jobs alone."""
     cluster = StandInCluster([DONE], takes=[2, 2, 2], slots=4)
-    cluster.waiting_workers = 2
+    cluster.free_worker_slots = 2
     started = time.monotonic()
     ends, _ = run(cluster, trials=6, poll_s=1.0)
     assert len(ends) == 6 and cluster.asked[:3] == [4, 2, 2]
@@ -198,4 +198,4 @@ def test_a_deleted_folder_costs_its_own_trial_alone(experiment: Callable[..., Ex
     SweepController(state, folder, StandInCluster([DONE]), composed.launcher, Notes(), lambda: 0).run()
     journal.close()
     ends = {e["index"]: e for e in events(folder.path) if e["event"] == "end"}
-    assert ends[1]["state"] == "completed" and ends[0]["given_up"] and "is not there any more" in ends[0]["message"]
+    assert ends[1]["state"] == "completed" and ends[0]["given_up"] and "is missing, so it cannot run" in ends[0]["message"]

@@ -14,7 +14,7 @@ from conftest import TINY, events
 
 from isaerft_sweep.config.boundary import to_definition
 from isaerft_sweep.controller.build import evaluations_per_trial, make_state
-from isaerft_sweep.controller.introduction import early_words
+from isaerft_sweep.controller.introduction import describe_early_stopping
 from isaerft_sweep.controller.loop import Silent, SweepController
 from isaerft_sweep.controller.trial_factory import TrialFactory
 from isaerft_sweep.dispatch.base import Dispatcher
@@ -189,7 +189,7 @@ def test_what_is_said_and_refused(experiment: Any, tmp_path: Path) -> None:
     path.write_text(FILE)
     composed = experiment("model=tiny", "sweep=none", f"sweep.file={path}", "orpo.eval_fraction=1.0")
     assert evaluations_per_trial(composed) == 1
-    assert "stops nothing" in early_words(composed, to_definition(composed.sweep, composed))
+    assert "stops nothing" in describe_early_stopping(composed, to_definition(composed.sweep, composed))
     path.write_text(FILE.replace("eval/nll_loss", "train/loss"))
     with pytest.raises(ConfigError, match="a metric of evaluations"):
         to_definition(composed.sweep, composed)

@@ -240,7 +240,7 @@ def test_ctrl_c_in_attach(sweep: Path, tmp_path: Path) -> None:
             out, err = attached.communicate(timeout=90)
             assert attached.returncode == 130 and err in ("", "Stopped.\n"), (stage, out, err)
             if stage == "follows":
-                assert out.strip().endswith("Left. The sweep goes on.") and controller.poll() is None
+                assert out.strip().endswith("Left. The sweep continues.") and controller.poll() is None
                 controller.send_signal(signal.SIGINT)
                 assert controller.wait(90) == 130
     finally:

@@ -47,8 +47,8 @@ def test_the_later_published_runs_have_no_prefix() -> None:
 
 
 @given(MODELS, RATES, BETAS, TIMES, st.integers(0, 3))
-def test_names_are_valid_everywhere_and_read_back(model: str, lr: float, beta: float, when: datetime, grow: int) -> None:
-    name = naming.run_name(model, lr, beta, when, grow=grow, salt="s")
+def test_names_are_valid_everywhere_and_read_back(model: str, lr: float, beta: float, when: datetime, clashes: int) -> None:
+    name = naming.run_name(model, lr, beta, when, suffix=naming.NameSuffix(clashes, "s"))
     repository = naming.model_name(model, name)
     validate_repo_id(repository)
     assert len(repository) <= 96
@@ -57,7 +57,7 @@ def test_names_are_valid_everywhere_and_read_back(model: str, lr: float, beta: f
         parsed = naming.parse(text)
         assert parsed.learning_rate == float(f"{lr:.1e}")
         assert parsed.beta == pytest.approx(beta, rel=1e-3)
-        assert parsed.started == when.replace(second=when.second if grow else 0, microsecond=0)
+        assert parsed.started == when.replace(second=when.second if clashes else 0, microsecond=0)
 
 
 @given(st.lists(st.tuples(RATES, BETAS), min_size=2, max_size=12))
@@ -67,7 +67,10 @@ def test_reserved_names_differ_even_for_points_that_print_alike(
     registry = tmp_path_factory.mktemp("names")
     points = points + points  # the very same point in the same minute, twice
     names = [
-        naming.reserve(registry, lambda grow, p=point, i=i: naming.run_name("m", p[0], p[1], WHEN, grow=grow, salt=f"s/{i}"))
+        naming.reserve(
+            registry,
+            lambda clashes, p=point, i=i: naming.run_name("m", *p, WHEN, suffix=naming.NameSuffix(clashes, f"s/{i}")),
+        )
         for i, point in enumerate(points)
     ]
     assert len({name.lower() for name in names}) == len(names)
@@ -79,7 +82,12 @@ def test_two_sweeps_at_once_never_share_a_name(tmp_path: Path) -> None:
     def sweep(salt: str) -> None:
         for i in range(40):
             taken.append(
-                naming.reserve(tmp_path, lambda g, i=i: naming.run_name("m", 1e-4, 0.1, WHEN, grow=g, salt=f"{salt}/{i}"))
+                naming.reserve(
+                    tmp_path,
+                    lambda clashes, i=i: naming.run_name(
+                        "m", 1e-4, 0.1, WHEN, suffix=naming.NameSuffix(clashes, f"{salt}/{i}")
+                    ),
+                )
             )
 
     threads = [threading.Thread(target=sweep, args=(s,)) for s in "ab"]

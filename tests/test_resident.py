@@ -245,9 +245,9 @@ def test_the_dispatcher_and_workers_of_packed_trials(tmp_path: Path) -> None:
     assert pool.slots == 4
     refs = pool.submit_all([TrialJob(name, 1, None) for name in "abcde"])
     assert [(ref.job.pid, ref.task) for ref in refs] == [(0, 1), (1, 1), (0, 2), (1, 2)], "spread, then packed"
-    assert pool.waiting_workers == 0 and pool.alive(refs) == [True] * 4
+    assert pool.free_worker_slots == 0 and pool.alive(refs) == [True] * 4
     jobs.worker(0).note(TaskProgress(0, (2,)))
-    assert pool.alive(refs) == [True, True, False, True] and pool.waiting_workers == 1 and pool.slots == 4
+    assert pool.alive(refs) == [True, True, False, True] and pool.free_worker_slots == 1 and pool.slots == 4
     assert pool.submit(TrialJob("e", 1, None)).task == 3
     # after an error a worker ends: what is over comes back at once, its place when the others are over and it has gone
     jobs.worker(1).note(TaskProgress(1, ending=True))
@@ -263,11 +263,11 @@ def test_the_dispatcher_and_workers_of_packed_trials(tmp_path: Path) -> None:
     measuring.submit_all([TrialJob("a", 1, None)])
     assert measuring.slots == 2
     jobs.worker(3).note_room(4)
-    assert measuring.slots == 5 and measuring.waiting_workers == 3
+    assert measuring.slots == 5 and measuring.free_worker_slots == 3
     limited = ResidentDispatcher(jobs, tmp_path / "limited", 0.05, trials_per_job=3, trials_per_pass=2)
     first = limited.submit_all([TrialJob(name, 1, None) for name in "abcd"])
     jobs.worker(4).note(TaskProgress(2))
-    assert limited.alive(first) == [False, True, False, True] and limited.waiting_workers == 1, "a third one and no fourth"
+    assert limited.alive(first) == [False, True, False, True] and limited.free_worker_slots == 1, "a third one and no fourth"
 
 
 def test_a_worker_ends_after_an_error_and_when_nobody_wants_it(trial: Made, tmp_path: Path) -> None:

@@ -231,18 +231,18 @@ def test_what_is_said_over_several_polls(polls: list[tuple[tuple[str, dict[int, 
     for (shown, _), (remembered, _) in polls:
         said = {"squeue": shown, "sacct": remembered}
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(slurm, "run_slurm_command", lambda command, *_, said=said, **__: said[command])
-            patch.setattr(slurm, "scancel", lambda *args, **_: pytest.fail(f"ended {args}"))
-            answered = queue.ask(jobs)
+            patch.setattr(cluster, "run_slurm_command", lambda command, *_, said=said, **__: said[command])
+            patch.setattr(slurm, "cancel_jobs", lambda *args, **_: pytest.fail(f"ended {args}"))
+            answered = queue.refresh(jobs)
         for job in jobs if answered else ():
             words = [w for line in shown.splitlines() if (w := line.replace(" ", "").split("|"))[0] == job and len(w) > 1]
             told = [
                 w for line in remembered.splitlines() if (w := line.replace(" ", "").split("|"))[0] == job and len(w) > 1
             ]
             if any(w[1] in LIVING for w in words) or (not words and any(w[1] in LIVING for w in told)):
-                assert queue.lives(job) or queue.remembered.get(job, ("",))[0] in SLURM_TERMINAL
+                assert queue.is_alive(job) or queue.accounted.get(job, ("",))[0] in SLURM_TERMINAL
             if words and any(w[1] in LIVING for w in words):
-                assert queue.lives(job)
+                assert queue.is_alive(job)
 
 
 @st.composite

@@ -43,7 +43,7 @@ def test_detach_status_attach_cancel(slurm: Bed, launch: Callable, tmp_path: Pat
     )
     wait_for(lambda: leaving.stdout and "Ctrl-C leaves it running" in leaving.stdout.readline())
     leaving.send_signal(signal.SIGINT)
-    assert leaving.communicate(timeout=30)[0].strip().endswith("Left. The sweep goes on.") and controller.is_running()
+    assert leaving.communicate(timeout=30)[0].strip().endswith("Left. The sweep continues.") and controller.is_running()
 
     cancelled = cli("cancel", str(sweep))
     assert cancelled.returncode == 0 and "is left running; 0 of 2 trials" in cancelled.stdout, (
@@ -51,7 +51,7 @@ def test_detach_status_attach_cancel(slurm: Bed, launch: Callable, tmp_path: Pat
     )
     assert slurm.jobs() == [] and ended_states(sweep) == {"stopped": 1}
     wait_for(lambda: not processes_of(tmp_path))
-    assert "go on with  isaerft-sweep attach" in cli("status", str(sweep)).stdout
+    assert "resume it with  isaerft-sweep attach" in cli("status", str(sweep)).stdout
 
     assert cli("attach", str(sweep)).returncode == 0, "attach goes on with a sweep that nobody runs"
     assert ended_states(sweep) == {"stopped": 1, "completed": 2}

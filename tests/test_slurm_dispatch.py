@@ -128,7 +128,7 @@ def test_flags_are_carried() -> None:
         ({"cpus_per_task": 65}, "cpus_per_task must be at most 64"),
         ({"mem_gb": 501}, "mem_gb must be at most 500 GB"),
         ({"time": 10}, "launcher.slurm.time must not be set here. What decides it: launcher.timeout_min."),
-        ({"requeue": True}, "the controller itself starts a trial again"),
+        ({"requeue": True}, "the controller itself retries a trial"),
     ],
 )
 def test_what_is_wrong_is_told_with_what_is_valid(slurm: dict[str, Any], said: str) -> None:
@@ -140,7 +140,7 @@ def test_what_is_wrong_is_told_with_what_is_valid(slurm: dict[str, Any], said: s
 def test_a_time_limit_and_a_cluster_without_a_default_partition() -> None:
     with pytest.raises(LaunchError, match=r"at most the partition's limit \(gpu 2880 min\) but got 2881"):
         parameters(timeout_min=2881)
-    with pytest.raises(LaunchError, match=r"must be set, for this cluster has no default one\. Valid: cpu\."):
+    with pytest.raises(LaunchError, match=r"must be set, since this cluster has no default one\. Valid: cpu\."):
         parameters(SlurmCluster({}, (CPU,)))
     assert parameters(partition="cpu", timeout_min=99999)["time"] == 99999
 

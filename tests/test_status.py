@@ -187,7 +187,7 @@ def test_a_deleted_folder_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[
     for file in gone.iterdir():
         file.unlink()
     gone.rmdir()
-    assert "trial 2, run-1, is not there any more" in status(tmp_path / "s")
+    assert "trial 2, run-1, is missing" in status(tmp_path / "s")
     entry = next(e for e in read_sweep_folder(tmp_path / "s").entries if e.record.index == 1)
     assert entry.rank is None and entry.state == "deleted"
     assert main(["leaderboard", str(tmp_path / "s")]) == 0

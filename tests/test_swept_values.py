@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from isaerft_sweep.config.boundary import to_definition, variants
 from isaerft_sweep.config.compose import compose, from_agent
-from isaerft_sweep.controller.agent import given_point
+from isaerft_sweep.controller.agent import point_from_agent
 from isaerft_sweep.errors import ConfigError, IsaerftError, LaunchError
 from isaerft_sweep.spec_fields import overrides
 from isaerft_sweep.specs import Experiment, HookPoint
@@ -122,8 +122,8 @@ def test_what_the_config_has_is_checked_against_what_the_agent_gave(experiment: 
     composed = experiment("sweep=demo", "orpo.beta=1.0")
     definition = to_definition(composed.sweep, composed)
     with pytest.raises(LaunchError, match=r"orpo\.beta must be what the agent gave, 0\.1, but the config has 1\.0"):
-        given_point(composed, definition, agents_file(tmp_path, {"orpo.beta": 0.1}))
-    assert given_point(composed, definition, agents_file(tmp_path, {"orpo.beta": 1})).params == {"orpo.beta": 1.0}
+        point_from_agent(composed, definition, agents_file(tmp_path, {"orpo.beta": 0.1}))
+    assert point_from_agent(composed, definition, agents_file(tmp_path, {"orpo.beta": 1})).params == {"orpo.beta": 1.0}
 
 
 def swept(tmp_path: Path, **parameters: list[Any]) -> str:

@@ -1,1 +1,1 @@
-"""From Hydra's composed config to frozen, checked specs; nothing further in knows Hydra or OmegaConf."""
+"""Turns Hydra's composed config into frozen, checked specs; no other package imports Hydra or OmegaConf."""

@@ -1,4 +1,4 @@
-"""The one crossing from OmegaConf to frozen specs."""
+"""Converts OmegaConf configs to frozen specs, and checks what spans several fields."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from isaerft_sweep.specs import (
 )
 
 CHECKED_TOGETHER = ("adapter.", "data.", "orpo.gradient_checkpointing")
-"""Beginnings of the keys that ``check`` compares with others."""
+"""Prefixes of the keys that ``check`` compares with each other."""
 CHECKED_ALONE = ("model.", "orpo.optimizer", "orpo.max_length")
-"""And of those, besides, that name what must be there."""
+"""Prefixes of further keys that name a resource that must exist."""
 PATH_KEYS = ("data.path", "data.eval_path", "model.name", "model.tokenizer")
 """Keys whose values may be local files or folders."""
 MOST_POINTS = 10_000
 MOST_VARIANTS = 100
 LEAST_SHARE = 0.5
-"""A distribution of which less than this lies inside its key's bounds is refused rather than cut off."""
+"""A distribution with less than this share inside its key's bounds is refused rather than truncated."""
 
 
 def to_experiment(config: Any) -> Experiment:
-    """The composed config, checked. Raises ConfigError that names the key, the value and what is valid."""
+    """The composed config, checked. Raises ConfigError that names the key, its value and the valid ones."""
     try:
         missing = sorted(OmegaConf.missing_keys(config))
         if missing:
@@ -53,7 +53,7 @@ def to_experiment(config: Any) -> Experiment:
 
 
 def check(experiment: Experiment) -> None:
-    """What no single field can tell."""
+    """Check what spans several fields. Raises ConfigError."""
     data, adapter = experiment.data, experiment.adapter
     if data.source == "files" and not data.path:
         raise ConfigError("data.path must name a file when data.source=files. Give it: data.path=/path/pairs.jsonl.")
@@ -87,21 +87,21 @@ def _check_launcher(experiment: Experiment) -> None:
             "launcher.trials_per_job must go with launcher.resident=true: without resident workers a job is one trial. "
             "Leave one of them out."
         )
-    against = {
+    excludes = {
         "launcher.resident=false": not launcher.resident,
         "launcher.lean_logits=false": not launcher.lean_logits,
         "launcher.compile=true": launcher.compile,
         "orpo.gradient_checkpointing=true": experiment.orpo.gradient_checkpointing,
     }
-    if launcher.trials_per_pass != 1 and any(against.values()):
+    if launcher.trials_per_pass != 1 and any(excludes.values()):
         raise ConfigError(
             f"launcher.trials_per_pass (trials that go through the model together) must be 1 with "
-            f"{' and '.join(key for key, there in against.items() if there)} but got {launcher.trials_per_pass or 'null'}."
+            f"{' and '.join(key for key, on in excludes.items() if on)} but got {launcher.trials_per_pass or 'null'}."
         )
 
 
 def to_definition(sweep: SweepSpec, experiment: Experiment) -> SweepDefinition:
-    """The search that the config asks for: the sweep file with its overrides, or with ``sweep=none`` one trial."""
+    """The config's search: the sweep file with its overrides, or one trial with ``sweep=none``."""
     if sweep.file is None:
         point = {"orpo.learning_rate": Constant(experiment.orpo.learning_rate), "orpo.beta": Constant(experiment.orpo.beta)}
         return SweepDefinition("grid", Metric("eval/log_odds_chosen", "maximize"), point, run_cap=1)
@@ -120,10 +120,9 @@ def to_definition(sweep: SweepSpec, experiment: Experiment) -> SweepDefinition:
 
 
 def check_definition(definition: SweepDefinition, experiment: Experiment) -> SweepDefinition:
-    """The search of a sweep of ``experiment``'s trials, checked against the config keys that it sweeps.
+    """``definition`` checked against ``experiment`` and the config keys that it sweeps.
 
-    Every value that a sampler may draw is one that its key takes: found now, not in trial 17. Raises ConfigError or
-    SpaceError.
+    Each key accepts every value that a sampler may draw, so that no trial fails later. Raises ConfigError or SpaceError.
     """
     if definition.early_terminate and not definition.metric.name.startswith("eval/"):
         raise ConfigError(
@@ -145,9 +144,9 @@ def check_definition(definition: SweepDefinition, experiment: Experiment) -> Swe
 
 
 def with_absolute_values(definition: SweepDefinition) -> SweepDefinition:
-    """``definition`` with the files and folders that it sweeps over named from the root, also in its ``raw`` content."""
+    """``definition`` with absolute paths of the files and folders that it sweeps over, also in its ``raw`` content."""
 
-    def changed(key: str, value: Any) -> Any:
+    def absolute_value(key: str, value: Any) -> Any:
         if not isinstance(value, str):
             return value
         return absolute(value) if key in ("data.path", "data.eval_path") else absolute_if_folder(value)
@@ -159,8 +158,8 @@ def with_absolute_values(definition: SweepDefinition) -> SweepDefinition:
             return {**content, "parameters": blocks(content["parameters"], f"{key}.")}
         if key not in PATH_KEYS:
             return content
-        several = {"values": [changed(key, value) for value in content["values"]]} if "values" in content else {}
-        single = {"value": changed(key, content["value"])} if "value" in content else {}
+        several = {"values": [absolute_value(key, value) for value in content["values"]]} if "values" in content else {}
+        single = {"value": absolute_value(key, content["value"])} if "value" in content else {}
         return {**content, **several, **single}
 
     def blocks(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -173,26 +172,25 @@ def with_absolute_values(definition: SweepDefinition) -> SweepDefinition:
 
 
 def with_sweeps_project(experiment: Experiment, definition: SweepDefinition) -> Experiment:
-    """The sweep file's ``project`` and ``entity``, unless the config names its own."""
-    tracker, own = experiment.tracker, TrackerSpec()
-    project = definition.project if definition.project and tracker.project == own.project else tracker.project
+    """``experiment`` with the sweep file's ``project`` and ``entity``, unless the config sets others."""
+    tracker, default = experiment.tracker, TrackerSpec()
+    project = definition.project if definition.project and tracker.project == default.project else tracker.project
     entity = tracker.entity or definition.entity
     return replace(experiment, tracker=replace(tracker, project=project, entity=entity))
 
 
 def _check_values(definition: SweepDefinition, experiment: Experiment) -> None:
-    """Every parameter's ends, or each of its values, must be valid for its config key, and what is swept together must go
-    together."""
+    """Check each parameter's limits, or each of its values, against its config key and against the other parameters."""
     for key, distribution in definition.parameters.items():
-        made: dict[str, Any] = {}
-        for value in _ends(distribution):
-            read = canonical_json(to_dict(swept_value(experiment.with_params({key: value}), key)))
-            if isinstance(distribution, Categorical) and read in made:
+        value_of: dict[str, Any] = {}
+        for value in _values_or_limits(distribution):
+            parsed = canonical_json(to_dict(swept_value(experiment.with_params({key: value}), key)))
+            if isinstance(distribution, Categorical) and parsed in value_of:
                 raise SpaceError(
-                    f"{key}: values must be different from each other but {made[read]!r} and {value!r} are one."
+                    f"{key}: values must be different from each other but {value_of[parsed]!r} and {value!r} are one."
                 )
-            made[read] = value
-    together = {k: _ends(d) for k, d in definition.parameters.items() if k.startswith(CHECKED_TOGETHER)}
+            value_of[parsed] = value
+    together = {k: _values_or_limits(d) for k, d in definition.parameters.items() if k.startswith(CHECKED_TOGETHER)}
     for values in islice(product(*together.values()), MOST_POINTS):
         point = dict(zip(together, values, strict=True))
         try:
@@ -204,8 +202,10 @@ def _check_values(definition: SweepDefinition, experiment: Experiment) -> None:
 
 
 def fit_to_key(key: str, distribution: Distribution) -> Distribution:
-    """The distribution of a config key's values: whole numbers where it takes those alone, and a normal one, which has no
-    end, cut off at the key's bounds. Raises SpaceError when it does not go with the key."""
+    """The distribution, truncated to the key's bounds if it is a normal one.
+
+    Raises SpaceError when it gives fractions for a key of whole numbers, or lies mostly out of bounds.
+    """
     if not isinstance(distribution, Numeric):
         return distribution
     bounds = key_bounds(key)
@@ -217,24 +217,24 @@ def fit_to_key(key: str, distribution: Distribution) -> Distribution:
     low, high = bounds.inside(distribution.q)
     if distribution.family not in ("normal", "log_normal") or (low <= distribution.at(0.0) and distribution.at(1.0) <= high):
         return distribution
-    cut = Truncated(distribution.kind, distribution.a, distribution.b, distribution.q, distribution.integer, low, high)
-    if cut.share < LEAST_SHARE or cut.size == 0:
+    truncated = Truncated(distribution.kind, distribution.a, distribution.b, distribution.q, distribution.integer, low, high)
+    if truncated.share < LEAST_SHARE or truncated.size == 0:
         raise SpaceError(
             f"{key}: {distribution.kind} with mu {distribution.a:g} and sigma {distribution.b:g} lies mostly beyond what "
             f"the key takes, {bounds}. Give a mu and sigma inside, or use uniform."
         )
-    return cut
+    return truncated
 
 
-def _ends(distribution: Distribution) -> Sequence[Any]:
-    """All values of a parameter, or its least and its largest."""
+def _values_or_limits(distribution: Distribution) -> Sequence[Any]:
+    """All values of a parameter, or its smallest and its largest."""
     values = distribution.choices if isinstance(distribution, (Categorical, Constant)) else None
     return list(values) if values is not None else [distribution.at(0.0), distribution.at(1.0)]
 
 
 def variants(experiment: Experiment, definition: SweepDefinition) -> list[Experiment]:
     """One experiment for each model, data set, adapter and optimiser that the sweep's trials may have, at most
-    ``MOST_VARIANTS``: what has to be looked at before the first trial."""
+    ``MOST_VARIANTS``: what the preflight checks."""
     kinds = {
         k: d.choices
         for k, d in definition.parameters.items()

@@ -1,4 +1,4 @@
-"""Composing the config outside of Hydra's own main, for commands that take the same overrides as ``launch``."""
+"""Composes the config outside ``hydra.main``, for commands that take the same overrides as ``launch``."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from isaerft_sweep.specs import Experiment, split_key
 
 VERSION = "wandb_version"
 PREFIXES = ("", "--", "+", "++")
-"""What W&B's macros put before ``key=value``."""
+"""Prefixes that W&B's macros add to ``key=value``."""
 
 
 def agent_values(environment: Mapping[str, str]) -> dict[str, Any] | None:
-    """The values of the trial that ``wandb agent`` asks for, by dotted key; None when no agent's file is named.
+    """The values of the agent's trial by dotted key, from the file that it names; None when it names none.
 
-    Raises LaunchError when the file cannot be read: without it nobody knows what the agent has asked for.
+    Raises LaunchError when the file cannot be read: the values would be unknown.
     """
     raw = _agent_file(environment)
     return None if raw is None else _dotted(raw)
@@ -55,7 +55,7 @@ def _agent_file(environment: Mapping[str, str]) -> dict[str, Any] | None:
 
 
 def _dotted(raw: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flat keys of what a nested ``parameters`` block arrives as."""
+    """Dotted keys of a nested mapping, as which a nested ``parameters`` block arrives."""
     flat: dict[str, Any] = {}
     for name, value in raw.items():
         key = f"{prefix}{name}"
@@ -64,11 +64,11 @@ def _dotted(raw: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def from_agent(arguments: Sequence[str], environment: Mapping[str, str]) -> list[str]:
-    """The command line of a trial that ``wandb agent`` has started: the agent's file decides every swept value.
+    """The overrides of a trial that ``wandb agent`` has started: every swept value comes from the agent's file.
 
-    Whatever macro of W&B the sweep file's ``command`` has (``${args}``, ``${args_no_hyphens}``, ``${args_json_file}``, …, or
-    none), what it put there is taken out and the file's values are given in Hydra's words, last, so that nothing before them
-    can change one. Raises LaunchError when the file cannot be read, ConfigError when a key is not one of the config's.
+    Drops what a W&B macro in the sweep file's ``command`` has added (``${args}``, ``${args_no_hyphens}``,
+    ``${args_json_file}``, …), and appends the file's values as Hydra overrides; the last override of a key wins. Raises
+    LaunchError when the file cannot be read, ConfigError when a key is not a config key.
     """
     raw = _agent_file(environment)
     if raw is None:
@@ -80,10 +80,10 @@ def from_agent(arguments: Sequence[str], environment: Mapping[str, str]) -> list
 
 
 def _without_macros(arguments: Sequence[str], raw: Mapping[str, Any]) -> list[str]:
-    """``arguments`` without what W&B's macros made of the values ``raw``: see ``create_sweep_command_args`` in wandb."""
-    words = {f"{prefix}{key}={value}" for key, value in raw.items() for prefix in PREFIXES}
-    words |= {f"--{key}" for key, value in raw.items() if value is True}  # ${args_no_boolean_flags}
-    words |= set(raw)  # ${args_dict}; an override always has a sign
+    """``arguments`` without those that W&B's macros make of ``raw``: see ``create_sweep_command_args`` in wandb."""
+    from_macros = {f"{prefix}{key}={value}" for key, value in raw.items() for prefix in PREFIXES}
+    from_macros |= {f"--{key}" for key, value in raw.items() if value is True}  # ${args_no_boolean_flags}
+    from_macros |= set(raw)  # ${args_dict}; an override always has an equals sign
     pairs = {(f"--{key}", str(value)) for key, value in raw.items()}  # ${args_no_equals}
     kept: list[str] = []
     rest = list(arguments)
@@ -91,36 +91,36 @@ def _without_macros(arguments: Sequence[str], raw: Mapping[str, Any]) -> list[st
         if tuple(rest[:2]) in pairs:
             del rest[:2]
             continue
-        word = rest.pop(0)
-        if word not in words and not _is_json_of(word, raw):
-            kept.append(word)
+        argument = rest.pop(0)
+        if argument not in from_macros and not _is_json_of(argument, raw):
+            kept.append(argument)
     return kept
 
 
-def _is_json_of(word: str, raw: Mapping[str, Any]) -> bool:
-    """Whether ``word`` holds the values as JSON (``${args_json}``), or names a file that does (``${args_json_file}``)."""
+def _is_json_of(arg: str, raw: Mapping[str, Any]) -> bool:
+    """Whether ``arg`` holds the values as JSON (``${args_json}``), or names a file that does (``${args_json_file}``)."""
     try:
-        text = word if word.startswith("{") else Path(word).read_text(encoding="utf-8") if word.endswith(".json") else ""
+        text = arg if arg.startswith("{") else Path(arg).read_text(encoding="utf-8") if arg.endswith(".json") else ""
         return bool(text) and json.loads(text) == raw
     except (OSError, ValueError):
         return False
 
 
 def with_present_names(arguments: Sequence[str]) -> list[str]:
-    """Command-line arguments with config keys of earlier versions under their present names; each is said once."""
-    read = []
+    """``arguments`` with config keys of earlier versions renamed to the current ones, with a note for each."""
+    renamed = []
     for argument in arguments:
         marks, key, value = re.match(r"([+~]*)([^=]*)(.*)", argument, re.DOTALL).groups()  # type: ignore[union-attr]
-        present = _renamed_keys().get(key)
-        if present:
-            print(f"note: {key} is now {present}; the old name still works.", file=sys.stderr)
-        read.append(f"{marks}{present or key}{value}")
-    return read
+        current = _renamed_keys().get(key)
+        if current:
+            print(f"note: {key} is now {current}; the old name still works.", file=sys.stderr)
+        renamed.append(f"{marks}{current or key}{value}")
+    return renamed
 
 
 @lru_cache(maxsize=1)
 def _renamed_keys() -> dict[str, str]:
-    """Present config key by its former name."""
+    """Current config keys by their former names."""
     sections = {f.name: typing.get_type_hints(Experiment)[f.name] for f in dataclasses.fields(Experiment)}
     return {
         f"{section}.{f.metadata['formerly']}": f"{section}.{f.name}"
@@ -132,7 +132,7 @@ def _renamed_keys() -> dict[str, str]:
 
 
 def compose(overrides: Sequence[str]) -> Experiment:
-    """The experiment that ``overrides`` describe. Raises ConfigError when they do not."""
+    """The experiment that ``overrides`` describe. Raises ConfigError when they are not valid."""
     register()
     try:
         with hydra.initialize_config_dir(str(folder("conf")), version_base="1.3"):

@@ -1,4 +1,4 @@
-"""What Hydra and OmegaConf say of a bad override, in one line with the key, the value and what is valid."""
+"""Explains Hydra's and OmegaConf's errors about overrides in one line: the key, its value and the valid ones."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _UNKNOWN_CHOICE = re.compile(r"Could not find '([^'/]+)/([^']+)'")
 _ALREADY_THERE = re.compile(r"An item is already at '([^']+)'")
 _BAD_VALUE = re.compile(r"Error merging override (\S+?)=(.*)")
 _SEVERAL = re.compile(r"Ambiguous value for argument '([^=]+)=(.*)'")
-QUOTES = "A value with spaces, commas, brackets or quotes goes into quotes of its own: \"data.path='a, b.jsonl'\"."
+QUOTES = "A value with spaces, commas, brackets or quotes needs its own quotes: \"data.path='a, b.jsonl'\"."
 
 
 def explain(error: Exception) -> ConfigError:
-    """The ConfigError that says what Hydra's or OmegaConf's ``error`` means for the command line."""
+    """Hydra's or OmegaConf's ``error`` as a ConfigError that tells what is wrong on the command line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = "\n".join(lines)
     if isinstance(error, OverrideParseException):
@@ -32,25 +32,25 @@ def explain(error: Exception) -> ConfigError:
             f"'{error.override}' must have the form KEY=VALUE, such as orpo.beta=0.2, but cannot be read ({lines[0]}). "
             f"{QUOTES}"
         )
-    if found := _UNKNOWN_KEY.search(text):
-        return ConfigError(f"'{found[1]}' is not a config key." + _nearest(found[1]))
-    if found := _UNKNOWN_CHOICE.search(text):
-        return ConfigError(f"there is no {found[1]} '{found[2]}'." + suggest(found[2], _choices(found[1])))
-    if found := _ALREADY_THERE.search(text):
-        return ConfigError(f"'{found[1]}' is a config key already: leave the + out, {found[1]}=VALUE.")
-    if found := _BAD_VALUE.search(text):
-        why = str(error.__cause__ or "").splitlines()
-        return ConfigError(f"{found[1]} cannot be {found[2]}: {why[0] if why else 'it is of another type'}.")
-    if found := _SEVERAL.search(text):
+    if match := _UNKNOWN_KEY.search(text):
+        return ConfigError(f"'{match[1]}' is not a config key." + _nearest(match[1]))
+    if match := _UNKNOWN_CHOICE.search(text):
+        return ConfigError(f"there is no {match[1]} '{match[2]}'." + suggest(match[2], _choices(match[1])))
+    if match := _ALREADY_THERE.search(text):
+        return ConfigError(f"'{match[1]}' is a config key already: leave the + out, {match[1]}=VALUE.")
+    if match := _BAD_VALUE.search(text):
+        reasons = str(error.__cause__ or "").splitlines()
+        return ConfigError(f"{match[1]} cannot be {match[2]}: {reasons[0] if reasons else 'it is of another type'}.")
+    if match := _SEVERAL.search(text):
         return ConfigError(
-            f"{found[1]} must have one value but got {found[2]}. A list is {found[1]}=[{found[2]}], a text with a comma "
-            f"\"{found[1]}='{found[2]}'\"; --multirun runs one sweep for each value."
+            f"{match[1]} must have one value but got {match[2]}. A list is {match[1]}=[{match[2]}], a text with a comma "
+            f"\"{match[1]}='{match[2]}'\"; --multirun runs one sweep for each value."
         )
     return ConfigError(" ".join(lines[:2]) or type(error).__name__)
 
 
 def _nearest(key: str) -> str:
-    """The config keys that ``key`` may have meant: those of its section, or the sections."""
+    """A hint with the valid keys: those of ``key``'s section, or the sections."""
     section, dot, rest = key.lstrip("+~").partition(".")
     name, _, inner = rest.partition(".")
     if name == "sites" and inner:
@@ -59,8 +59,8 @@ def _nearest(key: str) -> str:
     if (section, name) == ("launcher", "slurm"):
         flags = OmegaConf.load(folder("conf") / "launcher" / "slurm.yaml").slurm
         return suggest(inner, map(str, flags)) + f" Another flag of sbatch's takes a +: +{key}=VALUE (with launcher=slurm)."
-    inside = [known for known in _keys(Experiment) if known.startswith(f"{section}.")]
-    return suggest(key, inside if dot and inside else sorted({*_keys(Experiment, deep=False), *_groups()}))
+    in_section = [valid for valid in _keys(Experiment) if valid.startswith(f"{section}.")]
+    return suggest(key, in_section if dot and in_section else sorted({*_keys(Experiment, deep=False), *_groups()}))
 
 
 def _keys(spec: Any, prefix: str = "", deep: bool = True) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""The structured config: mutable twins of the specs, which Hydra checks names and types against."""
+"""The structured config: mutable twins of the specs, against which Hydra checks names and types."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from isaerft_sweep.specs import Experiment
 
 
 def register() -> None:
-    """Make Hydra know the schema, and one ``sweep`` choice per file in ``sweeps/`` besides ``none``."""
+    """Register the schema with Hydra, and one ``sweep`` choice per file in ``sweeps/`` besides ``none``."""
     OmegaConf.register_new_resolver("only_for", only_for, replace=True)
     store = ConfigStore.instance()
     store.store(name="schema", node=mutable_twin(Experiment))
@@ -25,9 +25,9 @@ def register() -> None:
         store.store(group="sweep", name=file.stem, node={"name": file.stem, "file": str(file)})
 
 
-def only_for(given: str, name: str, value: str) -> str | None:
-    """``${only_for:${.name},NAME,VALUE}``: ``value`` while the config's name is still NAME, with or without its owner."""
-    return value if given.rstrip("/").rpartition("/")[2].lower() == name.rpartition("/")[2].lower() else None
+def only_for(config_name: str, name: str, value: str) -> str | None:
+    """``${only_for:${.name},NAME,VALUE}``: ``value`` if the config's name is NAME, with or without its owner, else null."""
+    return value if config_name.rstrip("/").rpartition("/")[2].lower() == name.rpartition("/")[2].lower() else None
 
 
 def sweep_files() -> list[Path]:

@@ -1,1 +1,1 @@
-"""The loop: ask the sampler, dispatch, watch, tell, go on after anything."""
+"""Runs sweeps: the control loop, preflight, status, detached controllers, agents, retries."""

@@ -1,7 +1,7 @@
-"""One trial for a W&B agent: a sweep of one given point, with the ids and values that the agent has chosen.
+"""Runs one trial for a W&B agent: a sweep of one point, with the agent's ids and values.
 
-Every run has a folder of its own, ``outputs/<sweep id>/<run id>``, with a journal that this process alone writes: agents on
-many machines share the sweep's folder and never wait for each other. The same run started again goes on in its folder.
+Every run has its own folder, ``outputs/<sweep id>/<run id>``, and its own journal: agents on many machines share the sweep's
+folder and never wait for each other. The same run started again resumes in its folder.
 """
 
 from __future__ import annotations
@@ -38,120 +38,120 @@ ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
 def run_for_agent(experiment: Experiment, overrides: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Run or go on with the agent's trial; 0 when it completed or was stopped early, 130 when it will go on, else 1.
+    """Run or resume the agent's trial; 0 when it completed or was pruned, 130 when it can resume, else 1.
 
-    ``environment``: what the agent has set. Raises IsaerftError before the trial is dispatched when something is wrong that
-    the user can mend.
+    ``environment``: the process's, with the agent's variables. Raises IsaerftError before the trial is dispatched when
+    something is wrong that the user can fix.
     """
     agent = os.getppid()
-    sweep_id, run_id = (given_id(environment, name) for name in ("WANDB_SWEEP_ID", "WANDB_RUN_ID"))
+    sweep_id, run_id = (id_from_agent(environment, name) for name in ("WANDB_SWEEP_ID", "WANDB_RUN_ID"))
     output = Path(experiment.output).expanduser().absolute()
-    whole = SweepFolder(output / sweep_id)
-    folder = SweepFolder(whole.path / run_id, names_root=output)
-    if controller_alive(folder):  # its agent is gone and the run was handed out again: the trial itself goes on
+    parent = SweepFolder(output / sweep_id)
+    folder = SweepFolder(parent.path / run_id, names_root=output)
+    if controller_alive(folder):  # its first agent died and another agent got the run; the trial itself still runs
         print(f"run {run_id} is already run by {last_controller_info(folder)}: following it", flush=True)
         follow(make_console(), folder.path)
     definition = to_definition(experiment.sweep, experiment)
-    point = given_point(experiment, definition, environment)
+    point = point_from_agent(experiment, definition, environment)
     if not contains(definition.parameters, point.params):
         print(
-            f"note: the agent's point {dict(point.params)} is not one of {experiment.sweep.file}: the space is not known. "
-            "Give the sweep's own file in its command: sweep=none, sweep.file=PATH.",
+            f"note: the agent's point {dict(point.params)} is not in the search space of {experiment.sweep.file}. Give "
+            "the sweep's own file in its command: sweep=none, sweep.file=PATH.",
             file=sys.stderr,
         )
         definition = dataclasses.replace(definition, parameters={}, raw={})
-    experiment = adapted(experiment, overrides, environment, first=first_of(whole, run_id))
+    experiment = with_agent_settings(experiment, overrides, environment, first=is_first_run(parent, run_id))
     definition = dataclasses.replace(definition, method="the agent's", run_cap=1, early_terminate=None)
-    if not whole.definition.exists():
-        write_definition(experiment, definition, whole)
-    ended = ended_trial(folder)
-    checked = whole.path / ".checked"
-    given = AgentRun(sweep_id, run_id, whole, agent)
-    run = SweepRun(experiment, definition, FixedPoints([point]), folder, overrides, agent_run=given)
+    if not parent.definition.exists():
+        write_definition(experiment, definition, parent)
+    already_ended = ended_trial(folder)
+    checked = parent.path / ".checked"
+    agent_run = AgentRun(sweep_id, run_id, parent, agent)
+    run = SweepRun(experiment, definition, FixedPoints([point]), folder, overrides, agent_run=agent_run)
     run_trials(run, show=False, check=not checked.exists())
     checked.touch()
-    if untold := untold_trial(folder):
-        report_late(untold)
-    if ended is not None:  # the agent asks for it, so its server does not know
-        print("it had ended already: telling W&B again", flush=True)
-        report_late(ended)
+    if unreported := unreported_trial(folder):
+        report_late(unreported)
+    if already_ended is not None:  # the agent got the run again, so its server does not know that it has ended
+        print("it had ended already: reporting it to W&B again", flush=True)
+        report_late(already_ended)
     return exit_code(folder)
 
 
-def untold_trial(folder: SweepFolder) -> TrialFolder | None:
-    """The folder's trial, when it has been stopped and could not say so to W&B."""
-    stopped = [folder.trial(trial.name) for trial in journaled(folder) if trial.state == TrialState.STOPPED]
+def unreported_trial(folder: SweepFolder) -> TrialFolder | None:
+    """The folder's trial, when it was stopped and could not report that to W&B."""
+    stopped = [folder.trial(trial.name) for trial in trial_records(folder) if trial.state == TrialState.STOPPED]
     return next((trial for trial in stopped if trial.read_status().wandb_not_notified), None)
 
 
 def ended_trial(folder: SweepFolder) -> TrialFolder | None:
-    """The folder's trial, when it has come to its own end before."""
-    return next((folder.trial(trial.name) for trial in journaled(folder) if trial.state in FINAL), None)
+    """The folder's trial, when it has completed or diverged before."""
+    return next((folder.trial(trial.name) for trial in trial_records(folder) if trial.state in FINAL), None)
 
 
-def journaled(folder: SweepFolder) -> list[TrialRecord]:
-    """What the folder's journal says of its trials; none when there is no journal yet."""
+def trial_records(folder: SweepFolder) -> list[TrialRecord]:
+    """The trials in the folder's journal; none before it exists."""
     record = SweepRecord()
     replay(folder.journal, record)
     return list(record.trials.values())
 
 
-def given_id(environment: Mapping[str, str], name: str) -> str:
+def id_from_agent(environment: Mapping[str, str], variable: str) -> str:
     """An id that the agent has set. Raises LaunchError when it is missing or cannot name a folder."""
-    found = environment.get(name, "")
-    if not ID.fullmatch(found):
+    value = environment.get(variable, "")
+    if not ID.fullmatch(value):
         raise LaunchError(
-            f"WANDB_SWEEP_ID is set, so a W&B agent seems to have started this; then {name} must be an id of letters, "
-            f"digits, '-' and '_' but got '{found}'. Without an agent: unset WANDB_SWEEP_ID."
+            f"WANDB_SWEEP_ID is set, so a W&B agent seems to have started this; then {variable} must be an id of "
+            f"letters, digits, '-' and '_' but got '{value}'. Without an agent: unset WANDB_SWEEP_ID."
         )
-    return found
+    return value
 
 
-def given_point(experiment: Experiment, definition: SweepDefinition, environment: Mapping[str, str]) -> Point:
-    """The swept values as the composed config has them: the keys of the agent's own file, else the sweep file's.
+def point_from_agent(experiment: Experiment, definition: SweepDefinition, environment: Mapping[str, str]) -> Point:
+    """The composed config's values at the swept keys: those of the agent's file, else those of the sweep file.
 
-    Raises LaunchError when the config has another value than the agent's file.
+    Raises LaunchError when the config and the agent's file differ.
     """
     values = agent_values(environment)
     point = {key: to_dict(swept_value(experiment, key)) for key in (definition.parameters if values is None else values)}
     for key, value in (values or {}).items():
-        meant = to_dict(swept_value(experiment.with_params({key: value}).with_absolute_paths(), key))
-        if point[key] != meant:
+        expected = to_dict(swept_value(experiment.with_params({key: value}).with_absolute_paths(), key))
+        if point[key] != expected:
             raise LaunchError(
-                f"{key} must be what the agent gave, {meant!r}, but the config has {point[key]!r}. Leave {key} out of the "
-                "sweep file's command."
+                f"{key} must be what the agent gave, {expected!r}, but the config has {point[key]!r}. Leave {key} out of "
+                "the sweep file's command."
             )
     return Point(point)
 
 
 def contains(space: Mapping[str, Distribution], params: Mapping[str, Any]) -> bool:
-    """Whether the point may come from the space."""
+    """Whether the point is in the space."""
     if set(space) != set(params):
         return False
     for key, distribution in space.items():
         value = params[key]
         if distribution.choices is not None:
-            if not any(_same(choice, value) for choice in distribution.choices):
+            if not any(_equivalent(choice, value) for choice in distribution.choices):
                 return False
         elif not min(distribution.at(0.0), distribution.at(1.0)) <= value <= max(distribution.at(0.0), distribution.at(1.0)):
             return False
     return True
 
 
-def _same(given: Any, configured: Any) -> bool:
-    """Whether a sweep file's value is a config's, which also has the options that the file left out."""
-    if isinstance(given, Mapping) and isinstance(configured, Mapping):
-        return all(_same(given.get(key), configured.get(key)) for key in given.keys() | configured.keys())
-    if isinstance(given, (list, tuple)) and isinstance(configured, (list, tuple)):
-        return len(given) == len(configured) and all(map(_same, given, configured))
-    return bool(given == configured)
+def _equivalent(choice: Any, configured: Any) -> bool:
+    """Whether a sweep file's value is the config's, in which options that the file leaves out are None."""
+    if isinstance(choice, Mapping) and isinstance(configured, Mapping):
+        return all(_equivalent(choice.get(key), configured.get(key)) for key in choice.keys() | configured.keys())
+    if isinstance(choice, (list, tuple)) and isinstance(configured, (list, tuple)):
+        return len(choice) == len(configured) and all(map(_equivalent, choice, configured))
+    return bool(choice == configured)
 
 
-def first_of(whole: SweepFolder, run_id: str) -> bool:
-    """Whether this run is the sweep's first one: one alone gets that answer, whoever else asks at the same time."""
-    marker = whole.path / ".first"
-    whole.path.mkdir(parents=True, exist_ok=True)
-    aside = whole.path / f".first-{run_id}"
+def is_first_run(parent: SweepFolder, run_id: str) -> bool:
+    """Whether this run is the sweep's first: true for exactly one, also when several start at the same time."""
+    marker = parent.path / ".first"
+    parent.path.mkdir(parents=True, exist_ok=True)
+    aside = parent.path / f".first-{run_id}"
     aside.write_text(run_id, encoding="utf-8")
     try:
         os.link(aside, marker)
@@ -162,15 +162,24 @@ def first_of(whole: SweepFolder, run_id: str) -> bool:
     return marker.read_text(encoding="utf-8") == run_id
 
 
-def adapted(experiment: Experiment, overrides: Sequence[str], environment: Mapping[str, str], first: bool) -> Experiment:
-    """What the agent decides: the run goes to its project, online unless somebody has said otherwise."""
+def with_agent_settings(
+    experiment: Experiment, overrides: Sequence[str], environment: Mapping[str, str], first: bool
+) -> Experiment:
+    """``experiment`` with the agent's settings.
+
+    Args:
+        experiment: the composed config.
+        overrides: the command line's; without one of the tracker the run is online.
+        environment: with the agent's project, entity and mode.
+        first: whether this is the sweep's first run, which evaluates the untrained model.
+    """
     tracker = experiment.tracker
     project, entity = environment.get("WANDB_PROJECT") or tracker.project, environment.get("WANDB_ENTITY") or tracker.entity
     mode = tracker.mode
     if not any(override.lstrip("+").startswith(("tracker=", "tracker.mode=")) for override in overrides):
         mode = {"offline": "offline", "disabled": "disabled"}.get(environment.get("WANDB_MODE", ""), "wandb")
     untrained = experiment.orpo.eval_untrained
-    if untrained == "first":  # every run is the first of its own folder
+    if untrained == "first":  # every run is the first trial of its own folder
         untrained = "always" if first else "never"
     return dataclasses.replace(
         experiment,
@@ -180,8 +189,8 @@ def adapted(experiment: Experiment, overrides: Sequence[str], environment: Mappi
 
 
 def exit_code(folder: SweepFolder) -> int:
-    """The trial's true outcome: what an agent, a scheduler and a person take it for."""
-    trials = journaled(folder)
-    if not trials or not all(trial.ended for trial in trials):  # one that was stopped, or failed and would be tried again
+    """The trial's outcome as an exit code, for the agent, a scheduler and the user."""
+    trials = trial_records(folder)
+    if not trials or not all(trial.ended for trial in trials):  # stopped, or failed with retries left
         return INTERRUPTED
     return 0 if {trial.state for trial in trials} <= {TrialState.COMPLETED, TrialState.PRUNED} else 1

@@ -1,4 +1,4 @@
-"""What an attempt's end means, once its job is gone: the status file decides, the launcher only adds reasons."""
+"""Classifies how an attempt ended, once its job is gone: by the status file, with the dispatcher's reason."""
 
 from __future__ import annotations
 
@@ -15,7 +15,14 @@ from isaerft_sweep.scheduling.sweep_state import AttemptOutcome
 def classify_exit(
     record: TrialRecord, status: TrialStatus, dispatcher: Dispatcher[Any], asked_to_stop: bool
 ) -> AttemptOutcome:
-    """The outcome of the trial's current attempt. ``status``: the worker's last message in it, empty when there is none."""
+    """The outcome of the trial's current attempt.
+
+    Args:
+        record: the trial's.
+        status: the worker's latest in this attempt, empty before the first.
+        dispatcher: ran the job.
+        asked_to_stop: whether the controller asked the job to stop.
+    """
     return replace(_classify(record, status, dispatcher, asked_to_stop), checkpoint=status.checkpoint)
 
 
@@ -33,28 +40,28 @@ def _classify(record: TrialRecord, status: TrialStatus, dispatcher: Dispatcher[A
 
 
 def classify_interrupted(record: TrialRecord, status: TrialStatus, dispatcher: Dispatcher[Any]) -> AttemptOutcome:
-    """An attempt that something else has ended: in order, with a checkpoint, or by force.
+    """The outcome of an attempt that was interrupted from outside, with a checkpoint or killed.
 
-    It counts as a failure unless the site had reasons of its own and the trial has got further than before: in jobs that
-    are too short, for example, it would otherwise be tried for ever.
+    It counts as a failure unless the site ended it and the trial progressed: in jobs that are too short, for example, it
+    would otherwise be retried forever.
     """
     assert record.job is not None
     job_exit, seconds = dispatcher.job_exit(record.job), status.duration_s
-    in_order = status.state is TrialState.STOPPED
-    if in_order and not status.begun:  # its worker ended for another trial's sake
+    checkpointed = status.state is TrialState.STOPPED
+    if checkpointed and not status.begun:  # its worker ended because of another trial
         return AttemptOutcome(TrialState.STOPPED, None, status.message)
-    further = status.checkpoint > record.checkpoint
-    if in_order and job_exit.cause != "person" and further:
+    progressed = status.checkpoint > record.checkpoint
+    if checkpointed and job_exit.cause != "person" and progressed:
         return AttemptOutcome(TrialState.STOPPED, None, status.message, seconds)
     reason = f" ({job_exit.words})" if job_exit.words else ""
-    if job_exit.cause == "site" and further:
+    if job_exit.cause == "site" and progressed:
         message = f"its job was ended by the site{reason}; it resumes from a checkpoint"
         return AttemptOutcome(TrialState.STOPPED, None, message, seconds)
-    if in_order:
-        what = "it was stopped from outside" if job_exit.cause == "person" else "it was stopped before it got any further"
+    if checkpointed:
+        event = "it was stopped from outside" if job_exit.cause == "person" else "it was stopped before it got any further"
     else:
-        what = "its process ended without a word"
+        event = "its process ended without a word"
         reason = reason or " (killed, out of memory, or the node was lost)"
-    last = dispatcher.log_tail(record.job)
-    lines = f"; its last lines:\n{last}" if last else ""
-    return AttemptOutcome(TrialState.FAILED, None, f"{what}{reason}{lines}", seconds, counted=True)
+    log_tail = dispatcher.log_tail(record.job)
+    lines = f"; its last lines:\n{log_tail}" if log_tail else ""
+    return AttemptOutcome(TrialState.FAILED, None, f"{event}{reason}{lines}", seconds, counted=True)

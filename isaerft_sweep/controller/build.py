@@ -1,4 +1,4 @@
-"""Makes the parts of a controller from specs: sampler, early stopping, dispatcher, state."""
+"""Builds the parts of a controller from specs: sampler, early stopping, dispatcher, state."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ def make_sampler(experiment: Experiment, definition: SweepDefinition) -> Sampler
 
 
 def make_early_stopping(experiment: Experiment, definition: SweepDefinition) -> EarlyStopping | None:
-    """What the sweep file's ``early_terminate`` asks for; None when it asks for nothing."""
+    """The early stopping of the sweep file's ``early_terminate``; None without one."""
     number = evaluations_per_trial(experiment)
     pruner = make_pruner(definition.early_terminate, number)
     return EarlyStopping(pruner, definition.metric.sign, number) if pruner else None
 
 
 def evaluations_per_trial(experiment: Experiment) -> int:
-    """How often a trial is evaluated after its first step."""
+    """The number of evaluations of a trial after its first step."""
     return evaluations(experiment.orpo.eval_fraction, experiment.orpo.max_steps)
 
 
 def count_trials(definition: SweepDefinition, sampler: PointSource, existing: int) -> int:
-    """How many trials the sweep is to have: its cap, or fewer when the space has no more points."""
+    """The number of trials of the sweep: its cap, or fewer when the space has fewer points."""
     cap = definition.run_cap if definition.run_cap is not None else sampler.size
     endless = sampler.repeats and sampler.method != "grid"
     return max(existing, int(cap if endless else min(cap, sampler.size)))
@@ -51,8 +51,8 @@ def make_state(
     Args:
         journal: the sweep's.
         sampler: gives the points.
-        factory: makes the trials.
-        trials: how many there are to be.
+        factory: creates the trials.
+        trials: the number of trials of the sweep.
         early: stops poor trials early.
     """
     launcher, definition = factory.experiment.launcher, factory.definition
@@ -62,7 +62,7 @@ def make_state(
 
 
 def make_dispatcher(launcher: LauncherSpec, folder: SweepFolder) -> Dispatcher[Any]:
-    """Where trials run: in resident workers, unless ``launcher.resident=false``."""
+    """The dispatcher of trials: resident workers, unless ``launcher.resident=false``."""
     inner = make_inner_dispatcher(launcher, folder)
     if not launcher.resident:
         return inner
@@ -72,7 +72,7 @@ def make_dispatcher(launcher: LauncherSpec, folder: SweepFolder) -> Dispatcher[A
 
 
 def make_inner_dispatcher(launcher: LauncherSpec, folder: SweepFolder) -> Dispatcher[Any]:
-    """Where jobs run, without resident workers."""
+    """The dispatcher of jobs, without resident workers."""
     if launcher.kind == "slurm":
         from isaerft_sweep.dispatch.slurm import SlurmDispatcher
 
@@ -83,19 +83,19 @@ def make_inner_dispatcher(launcher: LauncherSpec, folder: SweepFolder) -> Dispat
 
 
 def check_launcher(journal: Journal, launcher: LauncherSpec) -> None:
-    """Raise LaunchError when another kind of launcher has started trials that may still run."""
+    """Raise LaunchError when a launcher with other settings has started trials that may still run."""
     started_by = launcher_of_jobs(journal)
     if started_by not in (None, (launcher.kind, launcher.resident)):
         assert started_by is not None
         raise LaunchError(
-            f"trials of {journal.folder.path} are under way, as far as is known, which launcher={started_by[0]} "
-            f"launcher.resident={str(started_by[1]).lower()} has started: the sweep must resume with the same. Or end them "
-            f"first: isaerft-sweep cancel {journal.folder.path}."
+            f"trials of {journal.folder.path} that launcher={started_by[0]} "
+            f"launcher.resident={str(started_by[1]).lower()} has started may still run: resume the sweep with the same, or "
+            f"end them first: isaerft-sweep cancel {journal.folder.path}."
         )
 
 
 def launcher_of_jobs(journal: Journal) -> tuple[str, bool] | None:
-    """``launcher`` and ``launcher.resident`` of the trials that are under way; None when there are none."""
+    """``launcher`` and ``launcher.resident`` of the trials that are under way; None when none are."""
     for record in journal.record.trials.values():
         if record.job is not None and not record.ended:
             return record.job.process.kind, isinstance(record.job, WorkerTask)

@@ -1,4 +1,4 @@
-"""Runs the leaders of a finished sweep again with new seeds."""
+"""Runs the best trials of a finished sweep again with new seeds."""
 
 from __future__ import annotations
 
@@ -31,13 +31,19 @@ SETTINGS = ("launcher", "tracker")
 
 
 def confirm(path: Path, metric: str | None, top: int, seeds: int, settings: Sequence[str] = ()) -> int:
-    """Run the ``top`` best trials of the sweep in ``path`` with ``seeds`` new seeds each, and say which is the best.
+    """Run the ``top`` best trials of the sweep in ``path`` with ``seeds`` new seeds each, and print the best one.
 
-    They run as a sweep of their own beside the first, ``NAME-confirm``: the same command goes on with it after a stop,
-    and a larger ``top`` or ``seeds`` adds trials. ``settings``: ``launcher.…=`` and ``tracker.…=`` overrides. Returns the
-    exit code of ``run_sweep``.
+    They run as a separate sweep beside the first, ``NAME-confirm``: the same command resumes it after a stop, and a larger
+    ``top`` or ``seeds`` adds trials. Returns the exit code of ``run_sweep``.
 
-    Raises ConfigError or FolderError when the sweep cannot be confirmed, before anything is run.
+    Args:
+        path: the first sweep's folder.
+        metric: ranks the trials; None: the sweep's own.
+        top: how many of the best trials to run again.
+        seeds: how many new seeds each gets.
+        settings: ``launcher.…=`` and ``tracker.…=`` overrides.
+
+    Raises ConfigError or FolderError, before any trial runs, when the sweep cannot be confirmed.
     """
     for name, value in (("--top", top), ("--seeds", seeds)):
         if value < 1:
@@ -70,12 +76,12 @@ def confirm(path: Path, metric: str | None, top: int, seeds: int, settings: Sequ
 
 
 def find_leaders(sweep: ReadSweep) -> list[Entry]:
-    """The ranked trials, best first; of those that differ in their seed alone the best one."""
-    found: dict[str, Entry] = {}
+    """The ranked trials, best first; of those that differ only in their seed the best one."""
+    best_by_point: dict[str, Entry] = {}
     for entry in sweep.entries:
         if entry.rank:
-            found.setdefault(without_seed(entry.params), entry)
-    return list(found.values())
+            best_by_point.setdefault(without_seed(entry.params), entry)
+    return list(best_by_point.values())
 
 
 def point_with_seed(entry: Entry, seed: int) -> Point:
@@ -84,7 +90,7 @@ def point_with_seed(entry: Entry, seed: int) -> Point:
 
 
 def show(console: Console, sweep: ReadSweep) -> None:
-    """Print what the new seeds say."""
+    """Print the results of the new seeds."""
     candidates = confirmation.read_confirmation(sweep)
     if not candidates:
         console.print("No trial with a new seed has completed.", style="red")
@@ -102,8 +108,8 @@ def with_settings(experiment: Experiment, settings: Sequence[str]) -> Experiment
         section, _, name = key.partition(".")
         if not equals or not name or section not in SETTINGS:
             raise ConfigError(
-                f"only launcher.KEY=VALUE and tracker.KEY=VALUE can be set here, since all else is the first sweep's, but "
-                f"got '{text}'."
+                f"only launcher.KEY=VALUE and tracker.KEY=VALUE can be set here, since all else comes from the first sweep, "
+                f"but got '{text}'."
             )
         spec = getattr(changed, section)
         try:
@@ -116,7 +122,7 @@ def with_settings(experiment: Experiment, settings: Sequence[str]) -> Experiment
 
 
 def _check_unchanged(sweep: ReadSweep) -> str:
-    """The first sweep's fingerprint. Raises FolderError when data or SAE are not what they were."""
+    """The first sweep's fingerprint. Raises FolderError when its config, data or SAE have changed."""
     assert sweep.folder is not None and sweep.experiment is not None
     record = SweepRecord()
     replay(sweep.folder.journal, record)
@@ -134,6 +140,6 @@ def _check_unchanged(sweep: ReadSweep) -> str:
 
 
 def _overrides(leader: Entry) -> list[str]:
-    """The first sweep's command line, as far as it concerns a trial."""
+    """The overrides of the first sweep's command line that concern a trial."""
     command = shlex.split(trial_of(leader).read_spec().command)
     return command[3 : command.index("sweep=none")] if "sweep=none" in command else []

@@ -1,4 +1,4 @@
-"""Whether a controller runs a sweep now, and which: told by the lock that it holds, described by a file that it writes."""
+"""Whether a controller runs a sweep, by the lock that it holds, and which one, by the file that it writes."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from isaerft_sweep.journal.layout import SweepFolder
 
 @dataclass(frozen=True)
 class ControllerInfo:
-    """A controller: the process ``pid`` on ``host``, perhaps in a SLURM job.
+    """A controller: the process ``pid`` on ``host``, perhaps in the SLURM job ``job``.
 
-    ``trials``: how many its sweep shall have. ``overrides``: its command line's.
+    ``started``: in seconds since the epoch. ``trials``: how many its sweep has. ``overrides``: its command line's.
     """
 
     host: str
@@ -34,17 +34,17 @@ class ControllerInfo:
 
 @contextmanager
 def write_controller_info(folder: SweepFolder, trials: int, overrides: Sequence[str] = ()) -> Iterator[None]:
-    """Say that this process runs the sweep while the block does."""
-    facts = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.time(), "trials": trials}
-    write_json(folder.controller, {**facts, "overrides": list(overrides), "job": os.environ.get("SLURM_JOB_ID")})
+    """Record that this process runs the sweep during the block."""
+    info = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.time(), "trials": trials}
+    write_json(folder.controller, {**info, "overrides": list(overrides), "job": os.environ.get("SLURM_JOB_ID")})
     yield
-    # the file stays: how many trials there should be, and by which command, is still true
+    # the file stays: the number of trials and the overrides are still valid
 
 
 def last_controller_info(folder: SweepFolder) -> ControllerInfo | None:
-    """The controller that runs the sweep or was the last to; None before the first."""
-    found = read_json(folder.controller)
-    return ControllerInfo(**{**found, "overrides": tuple(found["overrides"])}) if found else None
+    """The controller that runs the sweep, or the last one that did; None before the first."""
+    info = read_json(folder.controller)
+    return ControllerInfo(**{**info, "overrides": tuple(info["overrides"])}) if info else None
 
 
 def controller_alive(folder: SweepFolder) -> bool:

@@ -1,4 +1,4 @@
-"""What a sweep prints before its first trial."""
+"""The summary that a sweep prints before its first trial."""
 
 from __future__ import annotations
 
@@ -18,7 +18,16 @@ from isaerft_sweep.specs import Experiment
 def introduction(
     folder: SweepFolder, experiment: Experiment, definition: SweepDefinition, sampler: PointSource, trials: int, ended: int
 ) -> str:
-    """What is about to happen, in two or three lines."""
+    """A summary of the sweep in two or three lines.
+
+    Args:
+        folder: the sweep's.
+        experiment: the composed config.
+        definition: the sweep file.
+        sampler: gives the points.
+        trials: the number of trials of the sweep.
+        ended: how many have ended.
+    """
     size = "" if sampler.size == math.inf else f" of {sampler.size:g} points"
     done = f", {ended} already ended" if ended else ""
     name = f" ({definition.name})" if definition.name else ""
@@ -26,26 +35,26 @@ def introduction(
         "" if definition.target is None else f"\n       ends when {definition.metric.name} reaches {definition.target:g}"
     )
     notes = "".join(f"\n       {note}" for note in definition.notes)
-    early = early_words(experiment, definition)
+    early = describe_early_stopping(experiment, definition)
     return (
         f"sweep  {folder.path}{name}\n       {trials} trials{size}, method {definition.method}{done}{target}{early}{notes}"
     )
 
 
-def early_words(experiment: Experiment, definition: SweepDefinition) -> str:
-    """What early stopping will do, in a line."""
-    asked, number = definition.early_terminate, evaluations_per_trial(experiment)
-    if asked is None:
+def describe_early_stopping(experiment: Experiment, definition: SweepDefinition) -> str:
+    """When early stopping may stop a trial, in a line."""
+    early, number = definition.early_terminate, evaluations_per_trial(experiment)
+    if early is None:
         return ""
-    places = rungs(asked, number) if asked["type"] == "hyperband" else [n for n in [int(asked["min_iter"])] if n < number]
-    if not places:
+    judged = rungs(early, number) if early["type"] == "hyperband" else [n for n in [int(early["min_iter"])] if n < number]
+    if not judged:
         return f"\n       early_terminate stops nothing: a trial has {number} evaluations. More: orpo.eval_fraction=0.1"
-    return f"\n       stopped early ({asked['type']}) after evaluation {', '.join(map(str, places))} of {number}"
+    return f"\n       stopped early ({early['type']}) after evaluation {', '.join(map(str, judged))} of {number}"
 
 
-def print_facts(console: Console, facts: dict[str, Any]) -> None:
-    """What the preflight found."""
-    lines = [f"model  {facts['model']}", *(f"SAE    {sae}" for sae in facts["saes"]), f"data   {facts['data']}"]
-    if facts["more"]:
-        lines.append(f"       and {facts['more']} more that the sweep's points name")
+def print_preflight(console: Console, summary: dict[str, Any]) -> None:
+    """Print the preflight's summary of model, SAEs and data."""
+    lines = [f"model  {summary['model']}", *(f"SAE    {sae}" for sae in summary["saes"]), f"data   {summary['data']}"]
+    if summary["more"]:
+        lines.append(f"       and {summary['more']} more that the sweep's points name")
     console.print("\n".join(lines), soft_wrap=True, highlight=False)

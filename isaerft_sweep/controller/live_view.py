@@ -1,4 +1,4 @@
-"""Progress that a person can follow: a live table on a terminal, one line per event elsewhere."""
+"""Displays a sweep's progress: a live table on a terminal, one line per event elsewhere."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from isaerft_sweep.controller.trial_activity import current_activity, is_process, job_words, log_path
+from isaerft_sweep.controller.trial_activity import current_activity, is_process, job_label, log_path
 from isaerft_sweep.journal.journal import TrialRecord
 from isaerft_sweep.journal.layout import SweepFolder
 from isaerft_sweep.journal.states import TrialState
@@ -31,21 +31,22 @@ COLORS = {
 }
 SHOWN_ROWS = 30
 SHOWN_LOGS = 4
-AGAIN_S = 60.0
-"""Between two lines about the same phase of the same trial."""
+REPEAT_S = 60.0
+"""Seconds between two lines about the same phase of a trial."""
 
 Statuses = Mapping[int, TrialStatus]
 
 
 class LiveView:
-    """Shows trials with what they do, the swept parameters, step, loss, metric, time left, job, node and log."""
+    """Shows each trial's phase, swept parameters, step, loss, metric, time left, job, node and log."""
 
     def __init__(self, console: Console, metric: str, trials: int, folder: SweepFolder | None = None) -> None:
-        """``folder``: the sweep's, for the logs' paths and what is searched."""
+        """``trials``: how many the sweep has. ``folder``: the sweep's, for the paths of logs and the search space."""
         self.console, self.metric, self.trials, self.folder = console, metric, trials, folder
         self._space = read_space(folder) if folder else {}
-        self._noted, self._deaf = "", False
-        self._said: dict[int, tuple[str, float]] = {}
+        self._last_note, self._output_closed = "", False
+        self._printed_phase: dict[int, tuple[str, float]] = {}
+        """The phase of each trial that was printed last, and when (``time.monotonic``)."""
         self._live = Live(console=console, refresh_per_second=2, transient=True) if is_live(console) else None
 
     def __enter__(self) -> LiveView:
@@ -58,45 +59,45 @@ class LiveView:
             self._live.stop()
 
     def update(self, records: list[TrialRecord], statuses: Statuses) -> None:
-        """The present state of every trial."""
+        """Show the current state of every trial."""
         if self._live:
             columns = columns_for((r.point.params for r in records), self._space)
             table = trial_table(records, statuses, self.metric, columns, self.console.width)
             self._live.update(Group(table, self._logs(records, statuses), self._summary(records, statuses)))
         else:
-            self._say_phases(records, statuses)
+            self._print_phases(records, statuses)
 
     def event(self, record: TrialRecord) -> None:
-        """A trial began or ended."""
-        what = f"trial {record.index + 1}/{self.trials} {record.name}: {record.state}"
+        """Print a trial's new state."""
+        line = f"trial {record.index + 1}/{self.trials} {record.name}: {record.state}"
         if record.state is TrialState.QUEUED:
-            what += f", attempt {record.attempt}" if record.attempt > 1 else ""
-            what += f", {job}" if (job := job_words(record.job)) else ""
+            line += f", attempt {record.attempt}" if record.attempt > 1 else ""
+            line += f", {job}" if (job := job_label(record.job)) else ""
         if record.metric is not None:
-            what += f", {self.metric} {record.metric:.4f}, {record.seconds:.0f} s"
+            line += f", {self.metric} {record.metric:.4f}, {record.seconds:.0f} s"
         if record.message and record.state not in (TrialState.COMPLETED, TrialState.PRUNED, TrialState.QUEUED):
-            what += f": {record.message}"
-            what += "" if record.ended or record.state is TrialState.STOPPED else "\n  it will be tried again"
+            line += f": {record.message}"
+            line += "" if record.ended or record.state is TrialState.STOPPED else "\n  it will be tried again"
         if record.state in (TrialState.FAILED, TrialState.DIVERGED) and self.folder:
-            what += f"\n  its log: {short_path(log_path(self.folder, record))}"
-        self._print(what, COLORS.get(record.state, ""))
+            line += f"\n  its log: {short_path(log_path(self.folder, record))}"
+        self._print(line, COLORS.get(record.state, ""))
 
     def note(self, text: str) -> None:
-        """Something about the sweep as a whole; the same words are not said twice in a row."""
-        if text != self._noted:
+        """Print a note about the sweep, unless it repeats the last one."""
+        if text != self._last_note:
             self._print(text, "yellow")
-        self._noted = text
+        self._last_note = text
 
     def _print(self, text: str, style: str = "") -> None:
-        """A line; a sweep goes on when nobody reads it any more (a closed pipe, a terminal that has gone)."""
-        if not self._deaf:
+        """Print a line; the sweep continues when the output is closed (a pipe, a lost terminal)."""
+        if not self._output_closed:
             try:
                 self.console.print(Text(text, style=style), soft_wrap=True)
             except OSError:
-                self._deaf = True
+                self._output_closed = True
 
-    def _say_phases(self, records: list[TrialRecord], statuses: Statuses) -> None:
-        """A line for every phase until the first trial trains, and of a trial that is alone until its end."""
+    def _print_phases(self, records: list[TrialRecord], statuses: Statuses) -> None:
+        """Print a line for every phase until the first trial trains; of a single trial until its end."""
         if len(records) > 1 and any(status.trained_since for status in statuses.values()):
             return
         now = time.monotonic()
@@ -105,10 +106,10 @@ class LiveView:
             if record.state is not TrialState.QUEUED or not status.phase:
                 continue
             phase = current_activity(record, status)
-            before, said_s = self._said.get(record.index, ("", 0.0))
-            same = _bare(phase) == _bare(before)
-            if not same or (now - said_s > AGAIN_S and (phase != before or status.step)):
-                self._said[record.index] = phase, now
+            before, printed_s = self._printed_phase.get(record.index, ("", 0.0))
+            same = _without_percent(phase) == _without_percent(before)
+            if not same or (now - printed_s > REPEAT_S and (phase != before or status.step)):
+                self._printed_phase[record.index] = phase, now
                 self._print(self._phase_line(record, status, phase, first=not before))
 
     def _phase_line(self, record: TrialRecord, status: TrialStatus, phase: str, first: bool) -> str:
@@ -118,12 +119,12 @@ class LiveView:
         if (left_s := trial_left_s(status)) is not None:
             line += f", about {duration(left_s)} left"
         if first:
-            line += f" ({job_words(record.job)} on {status.host or '?'})"
+            line += f" ({job_label(record.job)} on {status.host or '?'})"
             line += f"\n  its log: {short_path(log_path(self.folder, record))}" if self.folder else ""
         return line
 
     def _logs(self, records: Sequence[TrialRecord], statuses: Statuses) -> Text:
-        """Where the first ones under way write, and how to see it."""
+        """The logs of the first running trials."""
         if self.folder is None:
             return Text("")
         running = [r for r in records if r.state is TrialState.QUEUED and (statuses.get(r.index) or is_process(r.job))]
@@ -136,26 +137,26 @@ class LiveView:
         done = [r for r in records if r.ended]
         left_s = time_left_s(records, statuses, self.trials)
         left = f", about {duration(left_s)} left" if left_s is not None else ""
-        return Text(f"{len(done)} of {self.trials} trials ended{left}. Ctrl-C stops; the same command goes on.", style="dim")
+        return Text(f"{len(done)} of {self.trials} trials ended{left}. Ctrl-C stops; the same command resumes.", style="dim")
 
 
 def trial_table(
     records: list[TrialRecord], statuses: Statuses, metric: str, columns: Sequence[Column], width: int | None = None
 ) -> Table:
-    """One row per trial: those under way, and of the others the latest, ``SHOWN_ROWS`` in all.
+    """One row per trial: the running ones and the latest of the others, ``SHOWN_ROWS`` in all.
 
     Args:
         records: all trials.
-        statuses: the last word of each worker, by the trial's number.
+        statuses: each worker's latest status, by the trial's index.
         metric: the sweep's.
-        columns: what is swept.
-        width: columns of the terminal; what does not fit is left out, never what is swept. None: any.
+        columns: the swept parameters.
+        width: columns of the terminal; other columns than the swept parameters are dropped to fit it. None: any.
     """
-    short = short_name(metric) if short_name(metric) != "loss" else metric  # beside the training's own
-    told = ["step", "loss", short, "time left", "job", "node"]
+    short = short_name(metric) if short_name(metric) != "loss" else metric  # the training loss has that name
+    names = ["step", "loss", short, "time left", "job", "node"]
     for dropped in ("", "node", "job", "loss", "time left", short, "step"):
-        told = [name for name in told if name != dropped]
-        table = _trial_table(_shown(records, statuses), statuses, short, columns, told)
+        names = [name for name in names if name != dropped]
+        table = _trial_table(_shown(records, statuses), statuses, short, columns, names)
         if width is None or needed_width(table) <= width:
             break
     return table
@@ -172,12 +173,12 @@ def _at_work(record: TrialRecord, statuses: Statuses) -> bool:
 
 
 def _trial_table(
-    records: list[TrialRecord], statuses: Statuses, metric: str, columns: Sequence[Column], told: Sequence[str]
+    records: list[TrialRecord], statuses: Statuses, metric: str, columns: Sequence[Column], names: Sequence[str]
 ) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("#", justify="right", no_wrap=True)
     table.add_column("state", no_wrap=True)
-    for name in (*(column.name for column in columns), *told):
+    for name in (*(column.name for column in columns), *names):
         table.add_column(name, justify="right", no_wrap=True)
     for record in records:
         status = statuses.get(record.index, NO_STATUS)
@@ -187,13 +188,13 @@ def _trial_table(
             str(record.index + 1),
             Text(current_activity(record, status), style=color),
             *(column.show(record.point.params) for column in columns),
-            *(cells.get(name, "") for name in told),
+            *(cells.get(name, "") for name in names),
         )
     return table
 
 
 def _cells(record: TrialRecord, status: TrialStatus, metric: str, at_work: bool) -> dict[str, str]:
-    """What a row says beside its number, state and swept values."""
+    """The cells of a row beside its number, state and swept values."""
     cells = {
         "step": f"{status.step or 0}/{status.max_steps}" if status.max_steps else "",
         "loss": _number(status.loss),
@@ -202,31 +203,32 @@ def _cells(record: TrialRecord, status: TrialStatus, metric: str, at_work: bool)
     if at_work:
         left_s = trial_left_s(status)
         cells["time left"] = duration(left_s) if left_s is not None else ""
-        cells["job"], cells["node"] = job_words(record.job), status.host
+        cells["job"], cells["node"] = job_label(record.job), status.host
     return cells
 
 
 def time_left_s(records: list[TrialRecord], statuses: Statuses, trials: int) -> float | None:
-    """Seconds until the sweep's end, from what trials have taken so far; None while nothing is known of it."""
-    running = [r for r in records if _at_work(r, statuses) and statuses.get(r.index)]  # not those whose jobs still wait
+    """Estimated seconds until the sweep's end, from the trials' durations; None before any is known."""
+    running = [r for r in records if _at_work(r, statuses) and statuses.get(r.index)]  # without those whose jobs are pending
     left = {r.index: trial_left_s(statuses.get(r.index, NO_STATUS)) for r in running}
     spent = [
         r.seconds
         for r in records
         if r.state in (TrialState.COMPLETED, TrialState.PRUNED, TrialState.DIVERGED) and r.seconds > 0
     ]
-    # before the first one has ended: as long as those that run will have taken
-    whole = spent or [_spent_s(statuses[index]) + left_s for index, left_s in left.items() if left_s is not None]
-    if not whole:
+    # before the first trial has ended, the estimated durations of the running ones
+    durations = spent or [_spent_s(statuses[index]) + left_s for index, left_s in left.items() if left_s is not None]
+    if not durations:
         return None
-    each_s = sum(whole) / len(whole)
-    waiting = [r for r in records if not r.ended and r.index not in left and not _ended_alone(r, statuses)]
-    left_s = sum(each_s if one is None else one for one in left.values())
+    each_s = sum(durations) / len(durations)
+    waiting = [r for r in records if not r.ended and r.index not in left and not _ended_unattended(r, statuses)]
+    left_s = sum(each_s if trial_s is None else trial_s for trial_s in left.values())
     left_s += each_s * (len(waiting) + max(0, trials - len(records)))
     return left_s / max(1, len(running))
 
 
-def _ended_alone(record: TrialRecord, statuses: Statuses) -> bool:
+def _ended_unattended(record: TrialRecord, statuses: Statuses) -> bool:
+    """Whether the trial has ended without a controller, in an array."""
     return statuses.get(record.index, NO_STATUS).is_final
 
 
@@ -235,16 +237,16 @@ def _spent_s(status: TrialStatus) -> float:
 
 
 def trial_left_s(status: TrialStatus) -> float | None:
-    """Seconds until a running trial's last step; None before it has taken one in this attempt.
+    """Estimated seconds until a running trial's last step; None before its first step in this attempt.
 
-    Reckoned from the steps since this attempt began to train: what came before tells nothing of what comes.
+    The estimate uses the time per step since this attempt began to train, without its start-up.
     """
     step, steps = status.step, status.max_steps
-    since = status.trained_since or status.started  # an older worker has only its start
+    since = status.trained_since or status.started  # workers of older versions report only their start
     if since is None or not step or not steps:
         return None
-    taken = step - status.trained_from
-    return (time.time() - since) / taken * max(0, steps - step) if taken > 0 else None
+    steps_taken = step - status.trained_from
+    return (time.time() - since) / steps_taken * max(0, steps - step) if steps_taken > 0 else None
 
 
 def duration(seconds: float) -> str:
@@ -254,8 +256,8 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _bare(phase: str) -> str:
-    """The phase without how far it is."""
+def _without_percent(phase: str) -> str:
+    """The phase without its percentage."""
     return phase.rstrip("0123456789 %")
 
 

@@ -1,4 +1,4 @@
-"""The controller's loop: dispatch what ``SweepState`` says, poll the jobs, report how attempts end."""
+"""The controller's loop: dispatch the trials that ``SweepState`` returns, poll the jobs, record how attempts end."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from isaerft_sweep.scheduling.sweep_state import AttemptOutcome, SweepState
 from isaerft_sweep.specs import LauncherSpec
 
 EXIT_S = 120.0
-"""How long a worker may take to exit after its status says that its trial has ended."""
+"""How long a worker may take to exit after its status reports the trial's end."""
 ALIVE_S = 120.0
-"""A worker that has been silent for so long is taken for dead where no job can be queried."""
+"""A worker without a job to query counts as dead after this long without a heartbeat."""
 LONGEST_PAUSE_S = 60.0
-"""Between two tries to submit jobs to a queue that takes none, or whose jobs die before they write a status."""
+"""Longest pause between two submissions to a queue that takes no jobs, or whose jobs die before they write a status."""
 
 
 class View(Protocol):
-    """Shows what happens."""
+    """Displays a sweep's progress."""
 
     def update(self, records: list[TrialRecord], statuses: Mapping[int, TrialStatus]) -> None: ...
 
@@ -38,7 +38,7 @@ class View(Protocol):
 
 
 class Silent(View):
-    """Shows nothing."""
+    """Displays nothing."""
 
     def update(self, records: list[TrialRecord], statuses: Mapping[int, TrialStatus]) -> None: ...
 
@@ -50,15 +50,15 @@ class Silent(View):
 class SweepController:
     """Runs trials until the sweep is over or ``urgency`` asks it to stop.
 
-    Everything it knows is in the journal and in the trials' folders: a new controller continues where the last one was.
+    Its whole state is in the journal and in the trials' folders: a new controller continues where the last one stopped.
 
     Args:
-        state: which trial runs next; already restored from the journal.
+        state: decides which trial runs next; already restored from the journal.
         folder: the sweep's.
-        dispatcher: where trials run.
+        dispatcher: runs the trials.
         launcher: intervals and limits.
-        view: shows what happens.
-        urgency: 0, or how urgently somebody has asked to stop; see ``stop_signal``.
+        view: displays the progress.
+        urgency: how urgent the request to stop is, 0 without one; see ``stop_signal``.
     """
 
     def __init__(
@@ -76,13 +76,13 @@ class SweepController:
         self._stop_sent: dict[int, float] = {}
         self._killed: dict[int, float] = {}
         self._suspended: dict[int, float] = {}
-        """When a trial's job was last seen suspended."""
+        """When a trial's job was last seen suspended, in seconds since the epoch."""
         self._pause_s = self._pause_until = 0.0
         self._note_curves()
         self._adopt_finished()
 
     def run(self) -> None:
-        """Return when the sweep is over, or after a request to stop when no job is left running."""
+        """Run until the sweep is over, or after a request to stop until no job is left."""
         while True:
             self._poll()
             if self.urgency():
@@ -107,8 +107,8 @@ class SweepController:
             self.state.early.note(record.index, status.evaluations, status.state is TrialState.DIVERGED)
 
     def _adopt_finished(self) -> None:
-        """Take in trials that finished while no controller was there: in an array of jobs made for them, or started by a
-        controller that died before it could note so. Raises LaunchError when such a worker seems to run."""
+        """Record trials that finished without a controller: in a static array, or after their controller died before it
+        could write to the journal. Raises LaunchError when such a worker still seems to run."""
         finished = [(record, self._status_without_job(record)) for record in self.state.waiting]
         for record, status in finished:
             if status:
@@ -116,7 +116,7 @@ class SweepController:
                 self._finish_attempt(record, status)
 
     def _status_without_job(self, record: TrialRecord) -> TrialStatus:
-        """The final status of an attempt that the journal does not know."""
+        """The final status of an attempt that is not in the journal; else an empty one."""
         trial = self.folder.trial(record.name)
         status = trial.read_status()
         if not status or status.attempt != trial.current_attempt() or status.attempt <= record.attempt:
@@ -130,11 +130,11 @@ class SweepController:
         return status if status.is_final else NO_STATUS
 
     def _fill(self) -> None:
-        """Use the free slots, all in one turn."""
+        """Dispatch trials into all free slots."""
         self._take_retries()
         room = self.dispatcher.slots - len(self.state.active)
         if time.monotonic() < self._pause_until:
-            room = min(room, self.dispatcher.waiting_workers)
+            room = min(room, self.dispatcher.free_worker_slots)
         chosen: list[TrialRecord] = []
         while len(chosen) < room and (record := self.state.next_trial()) is not None:
             if self.folder.trial(record.name).path.is_dir():
@@ -147,34 +147,36 @@ class SweepController:
             self._take_over()
 
     def _take_retries(self) -> None:
-        """Give trials that were given up another chance, where somebody has asked for it."""
+        """Retry the given-up trials that a user has asked for."""
         for index in self.folder.take_retries():
             record = self.state.records.get(index)
             if record is not None and record.given_up:
                 self.state.retry(record)
 
     def _take_over(self) -> None:
-        """Let idle workers run what waits for other workers to start, which are then not needed; end those that are left
-        with nothing to do. Where trials may be revived, idle workers wait for that while their idle time lasts."""
+        """Let idle workers run trials whose workers have not started, and withdraw those; end workers that stay idle.
+
+        With early stopping, idle workers wait for revived trials until their idle time is over.
+        """
         idle = self.dispatcher.idle_workers
         unstarted = [r for r in self.state.active.values() if r.job is not None and not self.statuses.get(r.index)]
-        # the last ones: a scheduler starts an array's jobs in their order
-        taken = [r for r in unstarted if idle and r.job is not None and self.dispatcher.queued(r.job)][-idle:]
-        jobs = [record.job for record in taken if record.job is not None]
-        for record in taken:
+        # from the end: a scheduler starts an array's jobs in their order
+        moved = [r for r in unstarted if idle and r.job is not None and self.dispatcher.queued(r.job)][-idle:]
+        jobs = [record.job for record in moved if record.job is not None]
+        for record in moved:
             self.state.unassign(record)
-        if taken:
-            self._dispatch(taken, "takeover")
+        if moved:
+            self._dispatch(moved, "takeover")
             self.dispatcher.withdraw(jobs)
         elif idle and self.state.early is None:
             self.dispatcher.dismiss_idle()
 
     def _dispatch(self, records: list[TrialRecord], event: str = "dispatch") -> None:
-        """Start the next attempt of each; those that the queue does not take wait."""
+        """Start the next attempt of each trial; those that the queue does not take wait."""
         tasks, attempts = [], []
         for record in records:
             trial = self.folder.trial(record.name)
-            # the folder may know of an attempt that the journal does not: a controller died right after dispatching it
+            # the folder may have a later attempt than the journal: of a controller that died right after dispatching it
             attempts.append(max(record.attempt, trial.current_attempt()) + 1)
             trial.begin_attempt(attempts[-1])
             tasks.append(TrialJob(str(trial.path), attempts[-1], self.dispatcher.threads))
@@ -184,7 +186,7 @@ class SweepController:
         except LaunchError as error:
             if not self.state.active and not isinstance(error, SchedulerUnavailable):
                 raise
-            self.view.note(f"{error} It is tried again while the sweep continues.")
+            self.view.note(f"{error} The controller tries again while the sweep continues.")
         for record, attempt, job in zip(records, attempts, jobs, strict=False):
             self.state.dispatched(record, attempt, job, event)
             self.statuses.pop(record.index, None)
@@ -200,11 +202,11 @@ class SweepController:
         records = list(self.state.active.values())
         alive = self.dispatcher.alive([r.job for r in records if r.job is not None])
         statuses = [self._read_status(record) for record in records]
-        # all curves are noted before one is judged: trials that share a forward pass are evaluated at the same moment
+        # record all curves before judging any: co-batched trials are evaluated at the same time
         for record, status in zip(records, statuses, strict=True):
             self._note_curve(record, status)
-        for record, living, status in zip(records, alive, statuses, strict=True):
-            if not living:
+        for record, is_alive, status in zip(records, alive, statuses, strict=True):
+            if not is_alive:
                 self._finish_attempt(record, self._read_status(record))
             elif self._overdue(record, status):
                 assert record.job is not None
@@ -215,14 +217,14 @@ class SweepController:
                 self.folder.trial(record.name).ask_to_stop(TrialState.PRUNED)
 
     def _read_status(self, record: TrialRecord) -> TrialStatus:
-        """The worker's last message in this attempt."""
+        """The worker's latest status in this attempt."""
         status = self.folder.trial(record.name).read_status().of_attempt(record.attempt)
         if status:
             self.statuses[record.index] = status
         return status
 
     def _overdue(self, record: TrialRecord, status: TrialStatus) -> bool:
-        """Whether a living worker has hung: its trial has ended but it has not, or it has been silent for too long."""
+        """Whether a living worker hangs: it has not exited after its trial's end, or its last heartbeat is too old."""
         if not status:
             return False
         assert record.job is not None
@@ -232,10 +234,12 @@ class SweepController:
         return time.time() - max(status.heartbeat, self._suspended.get(record.index, 0.0)) > limit_s
 
     def _survives(self, record: TrialRecord, limit_s: float) -> bool:
-        """Whether its job is still there so long after it was first killed (a process that hangs in the kernel, a node that
-        does not answer). It is given up then: a newer attempt fences it off should it come back."""
-        first = self._killed.setdefault(record.index, time.monotonic())
-        if time.monotonic() - first <= limit_s:
+        """Whether its job is still alive ``limit_s`` after it was first killed; abandons the job then.
+
+        Its process hangs in the kernel, or its node does not answer. A newer attempt fences it off if it comes back.
+        """
+        killed_s = self._killed.setdefault(record.index, time.monotonic())
+        if time.monotonic() - killed_s <= limit_s:
             return False
         assert record.job is not None
         self.dispatcher.abandon(record.job)
@@ -248,34 +252,34 @@ class SweepController:
         for times in (self._stop_sent, self._suspended, self._killed):
             times.pop(record.index, None)
         if not record.ended and not status and outcome.counted:
-            # a node that ends every job at once must not use up the trials' retries
+            # a node on which every job dies at once must not use up the trials' retries
             pause_s = min(LONGEST_PAUSE_S, self.launcher.poll_s * 2**record.failures)
             self._pause_until = max(self._pause_until, time.monotonic() + pause_s)
         self.view.event(record)
 
     def _give_up_lost(self, record: TrialRecord) -> None:
-        """A trial whose folder somebody has deleted cannot be run; the others can."""
+        """End a trial whose folder was deleted, so that the others can run."""
         path = self.folder.trial(record.name).path
-        message = f"its folder {path} is not there any more, so it cannot be run. Restore it"
+        message = f"its folder {path} is missing, so it cannot run. Restore it"
         self.state.finished(record, AttemptOutcome(TrialState.FAILED, message=message, can_retry=False, counted=True))
         self.view.event(record)
 
     def _stop_jobs(self) -> None:
-        """Ask every job once to checkpoint and end; end it by force after the grace period or a second request."""
-        ask, force = [], []
+        """Ask every job once to checkpoint and end; kill it after the grace period or a second request."""
+        to_stop, to_kill = [], []
         for record in self.state.active.values():
             assert record.job is not None
             sent = self._stop_sent.get(record.index)
             if sent is None:
                 self.folder.trial(record.name).ask_to_stop()
                 self._stop_sent[record.index] = time.monotonic()
-                ask.append(record.job)
+                to_stop.append(record.job)
             elif self.urgency() > 1 or time.monotonic() - sent > self.launcher.grace_s:
-                force.append(record.job)
-        if ask:
-            self.dispatcher.cancel(ask)
-        if force:
-            self.dispatcher.kill(force)
-        for record in [r for r in self.state.active.values() if r.job in force]:
+                to_kill.append(record.job)
+        if to_stop:
+            self.dispatcher.cancel(to_stop)
+        if to_kill:
+            self.dispatcher.kill(to_kill)
+        for record in [r for r in self.state.active.values() if r.job in to_kill]:
             if self._survives(record, EXIT_S):
                 self._finish_attempt(record, self._read_status(record))

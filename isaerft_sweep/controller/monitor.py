@@ -1,4 +1,4 @@
-"""Looking at a sweep from beside its controller: its journal as it grows, and what its workers say."""
+"""Observes a sweep from another process than its controller, by its journal and its workers' status files."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ POLL_S = 1.0
 
 
 class SweepMonitor:
-    """A sweep's record, kept up to date by reading only what the journal has got since."""
+    """A sweep's record; ``update`` reads only the new lines of the journal."""
 
     def __init__(self, path: Path) -> None:
-        """Read what there is. Raises FolderError when ``path`` is no sweep's folder."""
+        """Read the journal. Raises FolderError when ``path`` is no sweep's folder."""
         self.folder = SweepFolder(path.expanduser().absolute())
         if not self.folder.journal.is_file():
             raise FolderError(f"'{path}' must be a sweep's folder with a journal.jsonl, but there is none.")
@@ -38,19 +38,19 @@ class SweepMonitor:
 
     @property
     def trials(self) -> int:
-        """How many trials the sweep shall have."""
-        known = last_controller_info(self.folder)
-        return max(known.trials if known else 0, len(self.record.trials))
+        """The number of trials of the sweep, those not created yet included."""
+        controller = last_controller_info(self.folder)
+        return max(controller.trials if controller else 0, len(self.record.trials))
 
     def update(self) -> list[TrialRecord]:
-        """The trials that something has happened to."""
+        """Read the new lines; the trials that they are about."""
         with self.folder.journal.open("rb") as file:
             file.seek(self._read_bytes)
             content = file.read()
-        whole = content[: content.rfind(b"\n") + 1]  # a line that is being written is read the next time
-        self._read_bytes += len(whole)
+        lines = content[: content.rfind(b"\n") + 1]  # an incomplete last line is read next time
+        self._read_bytes += len(lines)
         changed = []
-        for line in whole.splitlines():
+        for line in lines.splitlines():
             try:
                 event = json.loads(line)
                 self.record.apply(event)
@@ -61,28 +61,28 @@ class SweepMonitor:
         return changed
 
     def statuses(self) -> dict[int, TrialStatus]:
-        """The last word of each worker whose trial is under way, or was in an array that no controller sees to."""
+        """The latest status of each worker whose trial is under way, or runs or ran in a static array."""
         statuses: dict[int, TrialStatus] = {}
-        made = self.folder.static_array.exists()
+        in_array = self.folder.static_array.exists()
         for record in self.records:
             if record.state is TrialState.QUEUED:
                 statuses[record.index] = self.folder.trial(record.name).read_status().of_attempt(record.attempt)
-            elif made and not record.attempt and (status := self.folder.trial(record.name).read_status()):
+            elif in_array and not record.attempt and (status := self.folder.trial(record.name).read_status()):
                 statuses[record.index] = status
         return statuses
 
 
-def follow(console: Console, path: Path, asleep: Callable[[float], None] = time.sleep) -> bool:
-    """Show a sweep that a controller runs until that has ended; False when no controller runs it."""
-    seen = SweepMonitor(path)
-    if not controller_alive(seen.folder):
+def follow(console: Console, path: Path, sleep: Callable[[float], None] = time.sleep) -> bool:
+    """Show a sweep until its controller has ended; False when no controller runs it. ``sleep``: for tests."""
+    monitor = SweepMonitor(path)
+    if not controller_alive(monitor.folder):
         return False
-    with LiveView(console, seen.record.metric, seen.trials, seen.folder) as view:
+    with LiveView(console, monitor.record.metric, monitor.trials, monitor.folder) as view:
         while True:
-            running = controller_alive(seen.folder)
-            for record in seen.update():
+            running = controller_alive(monitor.folder)
+            for record in monitor.update():
                 view.event(record)
-            view.update(seen.records, seen.statuses())
+            view.update(monitor.records, monitor.statuses())
             if not running:
                 return True
-            asleep(POLL_S)
+            sleep(POLL_S)

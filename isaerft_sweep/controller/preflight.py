@@ -1,4 +1,4 @@
-"""What is checked before any trial is dispatched: the folder, the disk, and in a process of its own the trial's needs."""
+"""Checks before any trial is dispatched: the disk, and in a separate process the model, SAEs and data."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from isaerft_sweep.preferences import PROGRESS, check_files
 from isaerft_sweep.provenance import versions
 from isaerft_sweep.sae_folder import check_sae_folder
 from isaerft_sweep.spec_fields import canonical_json, to_dict
-from isaerft_sweep.specs import Experiment
+from isaerft_sweep.specs import Experiment, expanded
 
-GOOD_FOR_S = 3600.0
-"""How long a check counts. What the Hub's cache holds can change under it, local files and versions cannot."""
-PLACES = ("name", "tokenizer", "path", "eval_path", "sae_path")
+VALID_S = 3600.0
+"""How long a check is valid: the content of the Hub's cache may change unnoticed, local files and versions may not."""
+PATH_OPTIONS = ("name", "tokenizer", "path", "eval_path", "sae_path")
 """Options that may name a local file or folder."""
-READ = ("optimizer", "max_length")
-"""What of ``orpo`` the check reads."""
+ORPO_OPTIONS = ("optimizer", "max_length")
+"""Options of ``orpo`` that the check reads."""
 ENVIRONMENT = ("HF_", "TRANSFORMERS_", "CUDA_", "HOME", "XDG_", "PATH", "CC", "CXX")
-"""Beginnings of variables that say where models, data and compilers are."""
+"""Prefixes of the variables that locate models, data and compilers."""
 
 
 def check_disk(folder: Path, min_free_gb: float) -> None:
@@ -51,31 +51,31 @@ def check_disk(folder: Path, min_free_gb: float) -> None:
 
 
 def check_trial_needs(*experiments: Experiment) -> dict[str, Any]:
-    """Model, SAEs and data of each, read as a trial will read them; facts about the first one's.
+    """Read model, SAEs and data of each as a trial does; a summary of the first: ``model``, ``saes``, ``data``, ``more``.
 
-    Raises ModelError when anything is missing, DataError when it is a file of data.
+    Raises ModelError when anything is missing, DataError when it is a data file.
     """
     check_local_files(*experiments)
     command = [sys.executable, "-c", "from isaerft_sweep.dispatch.job import check_needs; raise SystemExit(check_needs())"]
     done = _run(command, canonical_json([to_dict(e) for e in experiments]))
     lines = done.stdout.strip().splitlines()
     try:
-        answer = json.loads(lines[-1])
+        result = json.loads(lines[-1])
     except (IndexError, ValueError) as error:
         raise LaunchError(f"the check of model, SAE and data {of_process(done)}") from error
-    if "error" in answer:
-        raise ModelError(answer["error"])
-    facts: dict[str, Any] = answer["ok"]
-    return facts
+    if "error" in result:
+        raise ModelError(result["error"])
+    summary: dict[str, Any] = result["ok"]
+    return summary
 
 
-def _run(command: list[str], given: str) -> subprocess.CompletedProcess[str]:
-    """As ``subprocess.run``; what the process says of its progress is shown at once."""
-    said: list[str] = []
+def _run(command: list[str], stdin: str) -> subprocess.CompletedProcess[str]:
+    """Like ``subprocess.run``, but prints the process's lines about its progress at once."""
+    stderr_lines: list[str] = []
 
     def follow(stream: Iterable[str]) -> None:
         for line in stream:
-            said.append(line)
+            stderr_lines.append(line)
             if line.startswith(PROGRESS):
                 print(line.removeprefix(PROGRESS), end="", file=sys.stderr, flush=True)
 
@@ -87,18 +87,18 @@ def _run(command: list[str], given: str) -> subprocess.CompletedProcess[str]:
         reader.start()
         try:
             with suppress(BrokenPipeError):
-                process.stdin.write(given)
+                process.stdin.write(stdin)
                 process.stdin.close()
-            answer = process.stdout.read()
+            output = process.stdout.read()
         except BaseException:  # Ctrl-C
             process.kill()
             raise
         reader.join()
-    return subprocess.CompletedProcess(command, process.returncode, answer, "".join(said))
+    return subprocess.CompletedProcess(command, process.returncode, output, "".join(stderr_lines))
 
 
 def check_local_files(*experiments: Experiment) -> None:
-    """Raise DataError or ModelError where a file can be seen to be missing or broken, before anything slow is loaded."""
+    """Raise DataError or ModelError for missing or broken local files, before anything slow is loaded."""
     for data in {experiment.data: None for experiment in experiments}:
         check_files(data)
     for path in {site.sae_path: None for experiment in experiments for site in experiment.adapter.sites if site.sae_path}:
@@ -106,49 +106,49 @@ def check_local_files(*experiments: Experiment) -> None:
 
 
 def known_trial_needs(*experiments: Experiment) -> dict[str, Any]:
-    """``check_trial_needs``, or what it found within the last hour when nothing has changed: it takes ten seconds.
+    """``check_trial_needs``, or its cached result of the last hour when nothing has changed.
 
-    So a sweep that is continued, attached to, or run by many agents starts at once.
+    The check takes ten seconds: with the cache a sweep that is resumed, attached to, or run by many agents starts at once.
     """
     folder = cache_folder(experiments[0].cache) / "checked"
-    path = folder / f"{hashlib.sha256(''.join(map(_what_is_checked, experiments)).encode()).hexdigest()[:32]}.json"
+    path = folder / f"{hashlib.sha256(''.join(map(_inputs_hash, experiments)).encode()).hexdigest()[:32]}.json"
     try:
-        kept = read_json(path)
-        if kept and 0 <= time.time() - kept["time"] < GOOD_FOR_S:
-            found: dict[str, Any] = kept["facts"]
-            return found
+        cached = read_json(path)
+        if cached and 0 <= time.time() - cached["time"] < VALID_S:
+            summary: dict[str, Any] = cached["facts"]
+            return summary
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # half a file, or another version's: the check itself will tell
-    facts = check_trial_needs(*experiments)
-    with suppress(OSError):  # a cache that cannot be written costs only the time
+        pass  # a damaged file, or another version's: check again
+    summary = check_trial_needs(*experiments)
+    with suppress(OSError):  # without a writable cache only time is lost
         folder.mkdir(parents=True, exist_ok=True)
         for old in folder.glob("*.json"):
-            if time.time() - old.stat().st_mtime > GOOD_FOR_S:
+            if time.time() - old.stat().st_mtime > VALID_S:
                 old.unlink(missing_ok=True)
-        write_json(path, {"time": time.time(), "facts": facts})
-    return facts
+        write_json(path, {"time": time.time(), "facts": summary})
+    return summary
 
 
-def _what_is_checked(experiment: Experiment) -> str:
-    """A hash of all that the outcome of the check depends on, as far as it can be seen without reading it."""
+def _inputs_hash(experiment: Experiment) -> str:
+    """A hash of everything that decides the check's outcome; of files only names, sizes and times."""
     sections = {name: to_dict(getattr(experiment, name)) for name in ("model", "data", "adapter")}
     orpo = to_dict(experiment.orpo)
-    places = [sections["model"], sections["data"], *sections["adapter"]["sites"]]
-    named = [str(place[option]) for place in places for option in PLACES if place.get(option)]
+    specs = [sections["model"], sections["data"], *sections["adapter"]["sites"]]
+    paths = [str(spec[option]) for spec in specs for option in PATH_OPTIONS if spec.get(option)]
     content = [
         {**sections, "compile": experiment.launcher.compile},
-        {name: orpo[name] for name in READ},
-        [facts for name in named for facts in _files(Path(os.path.expanduser(name)).absolute())],  # noqa: PTH111 (~nobody)
-        [facts for facts in _files(PACKAGE) if facts[0].endswith(".py")],
+        {name: orpo[name] for name in ORPO_OPTIONS},
+        [stat for path in paths for stat in _file_stats(expanded(path).absolute())],
+        [stat for stat in _file_stats(PACKAGE) if stat[0].endswith(".py")],
         sorted((k, v) for k, v in os.environ.items() if k.startswith(ENVIRONMENT)),
         [platform.node(), sys.executable, versions()],
     ]
     return hashlib.sha256(canonical_json(content).encode()).hexdigest()[:32]
 
 
-def _files(path: Path) -> Iterator[tuple[str, int, int]]:
-    """Name, size and time of change of a file, or of every file in a folder."""
+def _file_stats(path: Path) -> Iterator[tuple[str, int, int]]:
+    """Name, size in bytes and modification time in ns of a file, or of every file in a folder."""
     with suppress(OSError):  # a name that no file can have
-        for one in [path] if path.is_file() else sorted(path.rglob("*")) if path.is_dir() else []:
-            facts = one.stat()
-            yield str(one), facts.st_size, facts.st_mtime_ns
+        for file in [path] if path.is_file() else sorted(path.rglob("*")) if path.is_dir() else []:
+            stat = file.stat()
+            yield str(file), stat.st_size, stat.st_mtime_ns

@@ -1,4 +1,4 @@
-"""Runs one trial again that has failed or was stopped, and no other."""
+"""Retries a single trial that failed or was stopped."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from isaerft_sweep.terminal import make_console
 
 
 def retry(path: Path, trial: str) -> int:
-    """Run the trial again: by the controller that runs the sweep, else in this process; an exit code as ``run_sweep``'s.
+    """Retry the trial by the controller that runs the sweep, else in this process; an exit code as ``run_sweep``'s.
 
-    Raises FolderError when there is nothing to try again.
+    Raises FolderError when the trial cannot be retried.
     """
     if SweepFolder(path.expanduser().absolute()).agent_run_folders():
-        raise FolderError(f"the trials in {path} are handed out by W&B agents: start an agent, and it gets them again.")
-    seen, record = find_record(path, trial)
-    folder = seen.folder
+        raise FolderError(f"the trials in {path} are run by W&B agents: start an agent, and it gets them again.")
+    monitor, record = find_record(path, trial)
+    folder = monitor.folder
     _check(record, folder)
     if controller_alive(folder):
         folder.ask_to_retry(record.index)
@@ -41,39 +41,39 @@ def retry(path: Path, trial: str) -> int:
 
 
 def _check(record: TrialRecord, folder: SweepFolder) -> None:
-    """Raise FolderError unless running the trial again may change anything."""
-    which = f"trial {record.index + 1}, {record.name},"
+    """Raise FolderError unless a retry may change the outcome."""
+    label = f"trial {record.index + 1}, {record.name},"
     log = f"isaerft-sweep logs {folder.path} {record.index + 1}"
     if record.state in (TrialState.COMPLETED, TrialState.PRUNED):
-        raise FolderError(f"{which} has {record.state}: there is nothing to try again. With another seed: confirm.")
+        raise FolderError(f"{label} has {record.state}: there is nothing to try again. With another seed: confirm.")
     if record.state == TrialState.DIVERGED:
-        raise FolderError(f"{which} has diverged, and would again: the same point gives the same numbers. See {log}")
+        raise FolderError(f"{label} has diverged, and would again: the same point gives the same numbers. See {log}")
     if record.state is TrialState.QUEUED and controller_alive(folder):
-        raise FolderError(f"{which} is under way. Follow it: {log} -f")
+        raise FolderError(f"{label} is under way. Follow it: {log} -f")
     if not folder.trial(record.name).spec.is_file():
-        raise FolderError(f"{which} has no spec.json in {folder.trial(record.name).path} any more: restore its folder.")
+        raise FolderError(f"{label} has no spec.json in {folder.trial(record.name).path} any more: restore its folder.")
     if not record.given_up and controller_alive(folder):
-        raise FolderError(f"{which} is {record.state} and waits for its turn: the controller runs it without being asked.")
+        raise FolderError(f"{label} is {record.state} and waits for its turn: the controller will run it.")
 
 
 def _run(experiment: Experiment, folder: SweepFolder, record: TrialRecord) -> int:
     definition = to_definition(experiment.sweep, experiment)
-    known, console, journal = last_controller_info(folder), make_console(), Journal(folder)
+    controller, console, journal = last_controller_info(folder), make_console(), Journal(folder)
     try:
-        trials = max(known.trials if known else 0, len(journal.record.trials))
-        overrides = known.overrides if known else ()
+        trials = max(controller.trials if controller else 0, len(journal.record.trials))
+        overrides = controller.overrides if controller else ()
         factory = TrialFactory(experiment, definition, folder, journal.record.sweep_id, None, overrides)
         state = make_state(journal, FixedPoints([]), factory, 0)
         state.restore()
         state.retry_only(record.index)
         with disk_errors_named(folder):
             urgency = run_controller(factory, state, make_dispatcher(experiment.launcher, folder), trials)
-        ended_as = journal.record.trials[record.index].state
+        state_after = journal.record.trials[record.index].state
     finally:
         journal.close()
     sweep = read_sweep_folder(folder.path)
     leaderboard.write_csv(sweep, folder.leaderboard)
     refresh_cards(sweep)
     leaderboard.show(console, sweep)
-    console.print(f"trial {record.index + 1}, {record.name}: {ended_as}")
-    return INTERRUPTED if urgency else int(ended_as is not TrialState.COMPLETED)
+    console.print(f"trial {record.index + 1}, {record.name}: {state_after}")
+    return INTERRUPTED if urgency else int(state_after is not TrialState.COMPLETED)

@@ -1,4 +1,4 @@
-"""Runs a controller until its sweep is over or somebody asks it to stop; names what a disk does to it."""
+"""Runs a controller until its sweep is over or a user asks it to stop, and explains disk errors."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ INTERRUPTED = 130
 """Exit code after a request to stop."""
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.EFBIG)
 FILE_ERRORS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR)
-"""Of one file, which such an error names."""
+"""Errors that concern only the file that they name."""
 
 
 def run_controller(factory: TrialFactory, state: SweepState, dispatcher: Dispatcher[Any], trials: int) -> int:
-    """Run the sweep's trials; how urgently somebody has asked to stop, 0 when nobody has.
+    """Run the sweep's trials; how urgent the request to stop was, 0 without one.
 
     Args:
-        factory: makes the trials; its experiment and folder are the sweep's.
+        factory: creates the trials; has the sweep's experiment and folder.
         state: restored from the journal.
-        dispatcher: where trials run; closed at the end.
-        trials: how many the sweep is to have, for people.
+        dispatcher: runs the trials; closed at the end.
+        trials: the number of trials of the sweep, for display.
     """
     folder, launcher = factory.folder, factory.experiment.launcher
     agent = factory.agent_run.agent if factory.agent_run else None
     with LiveView(make_console(), factory.definition.metric.name, trials, folder) as view:
-        stop = StopRequest(folder.cancel, agent, tell=lambda request: view.note(request.words(launcher.grace_s)))
-        with stop.heard(), write_controller_info(folder, trials, factory.overrides), closed_in_the_end(dispatcher):
+        stop = StopRequest(folder.cancel, agent, notify=lambda request: view.note(request.message(launcher.grace_s)))
+        with stop.signals_counted(), write_controller_info(folder, trials, factory.overrides), closed_in_the_end(dispatcher):
             SweepController(state, folder, dispatcher, launcher, view, lambda: stop.urgency).run()
             return stop.urgency  # before ``heard`` removes the file that may have asked
 
 
 @contextmanager
 def closed_in_the_end(dispatcher: Dispatcher[Any]) -> Iterator[None]:
-    """Close the dispatcher after the block; an error of the block is raised, not one that closing meets because of it."""
+    """Close the dispatcher after the block. When the block raises, errors of closing are suppressed."""
     try:
         yield
     except BaseException:
@@ -57,7 +57,7 @@ def closed_in_the_end(dispatcher: Dispatcher[Any]) -> Iterator[None]:
 
 @contextmanager
 def disk_errors_named(folder: SweepFolder) -> Iterator[None]:
-    """Turn an error of the disk, which may come from any write, into one that says what to do."""
+    """Turn an OSError of any write in the block into a FolderError that says what to do."""
     try:
         yield
     except OSError as error:

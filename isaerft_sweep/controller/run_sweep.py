@@ -1,4 +1,4 @@
-"""Runs the sweep that an experiment describes, from preflight to leaderboard."""
+"""Runs the sweep of an experiment, from preflight to leaderboard."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from isaerft_sweep.controller.build import (
     make_sampler,
     make_state,
 )
-from isaerft_sweep.controller.introduction import introduction, print_facts
+from isaerft_sweep.controller.introduction import introduction, print_preflight
 from isaerft_sweep.controller.preflight import check_disk, known_trial_needs
 from isaerft_sweep.controller.run_controller import INTERRUPTED, disk_errors_named, run_controller
 from isaerft_sweep.controller.sweep_identity import (
@@ -28,7 +28,7 @@ from isaerft_sweep.controller.sweep_identity import (
     settings,
     sweep_folder,
 )
-from isaerft_sweep.controller.trial_activity import given_up_words
+from isaerft_sweep.controller.trial_activity import given_up_note
 from isaerft_sweep.controller.trial_factory import AgentRun, TrialFactory, new_sweep_id
 from isaerft_sweep.journal.journal import Journal
 from isaerft_sweep.journal.layout import SweepFolder
@@ -46,16 +46,16 @@ from isaerft_sweep.tracking.announce import create_sweep, finish_sweep
 
 @dataclass(frozen=True)
 class SweepRun:
-    """A sweep that is to be run, or resumed in its folder.
+    """A sweep to run, or to resume in its folder.
 
     Args:
-        experiment: what every trial has in common.
-        definition: the metric, and what is written into ``sweep.yaml``.
+        experiment: the composed config, which all trials share.
+        definition: the metric, and the content of ``sweep.yaml``.
         sampler: gives the points.
-        folder: the sweep's; what is in it is resumed.
+        folder: the sweep's; its unfinished trials resume.
         overrides: the command line's, for the command that reproduces a trial.
-        fingerprint: tells this sweep from another in the same folder; None: made of experiment and definition.
-        agent_run: the one run that a W&B agent has started this for.
+        fingerprint: distinguishes this sweep from another in the same folder; None: computed from experiment and definition.
+        agent_run: the single run that a W&B agent has started.
     """
 
     experiment: Experiment
@@ -68,17 +68,17 @@ class SweepRun:
 
     @property
     def known_fingerprints(self) -> list[str]:
-        """The fingerprint, then those that earlier versions gave the same sweep."""
+        """The fingerprint, then those of earlier versions for the same sweep."""
         return [self.fingerprint] if self.fingerprint else known_fingerprints(self.experiment, self.definition)
 
     @property
     def parent_folder(self) -> SweepFolder:
-        """The folder of the whole sweep; an agent's run has one of its own inside it."""
+        """The folder of the whole sweep, in which an agent's run has its own folder."""
         return self.agent_run.parent_sweep if self.agent_run else self.folder
 
 
 def run_sweep(experiment: Experiment, overrides: Sequence[str] = ()) -> int:
-    """Run or resume the sweep; the process's exit code: 0, 1 when no trial completed or one was given up, 130 when stopped.
+    """Run or resume the sweep; the exit code: 0, 1 when no trial completed or one was given up, 130 when stopped.
 
     Raises IsaerftError before any trial is dispatched when something is wrong that the user can fix.
     """
@@ -88,7 +88,7 @@ def run_sweep(experiment: Experiment, overrides: Sequence[str] = ()) -> int:
 
 
 def run_trials(run: SweepRun, show: bool = True, check: bool = True) -> int:
-    """Run the points that the sampler gives; the exit code as ``run_sweep``'s.
+    """Run the sampler's points; the exit code as ``run_sweep``'s.
 
     ``show``: whether to print the leaderboard at the end. ``check``: whether to check model, SAE and data first.
     """
@@ -110,23 +110,23 @@ def _run_opened(run: SweepRun, journal: Journal, fingerprint: str, show: bool, c
     ended = sum(record.ended and not record.given_up for record in journal.record.trials.values())
     console.print(introduction(folder, experiment, definition, run.sampler, trials, ended), soft_wrap=True)
     check_launcher(journal, experiment.launcher)
-    dispatcher = make_dispatcher(experiment.launcher, folder)  # first of all: a cluster's answer takes no time
+    dispatcher = make_dispatcher(experiment.launcher, folder)  # before the slow checks: it checks the launcher's settings
     if ended < trials and check:
         console.print("checking model, SAE and data; the first time may download or convert the model", style="dim")
-        print_facts(console, known_trial_needs(*variants(experiment, definition)))
+        print_preflight(console, known_trial_needs(*variants(experiment, definition)))
     online = experiment.tracker.mode == "wandb" and run.agent_run is None and bool(definition.raw)
 
     def new_id() -> str:
-        known = create_sweep(folder.definition, experiment.tracker) if online else None
-        return run.agent_run.sweep_id if run.agent_run else known or new_sweep_id()
+        registered = create_sweep(folder.definition, experiment.tracker) if online else None
+        return run.agent_run.sweep_id if run.agent_run else registered or new_sweep_id()
 
-    # again, since the check may have fetched what the Hub's cache did not hold
+    # again: the preflight may have downloaded files to the Hub's cache
     check_files(run.parent_folder, result_files(experiment, definition))
     begin_sweep(experiment, definition, folder, journal, fingerprint, new_id)
     sweep_id = journal.record.sweep_id
     factory = TrialFactory(experiment, definition, folder, sweep_id, git_commit(), run.overrides, run.agent_run)
     state = make_state(journal, run.sampler, factory, trials, make_early_stopping(experiment, definition))
-    state.restore(revive_pruned=run.agent_run is not None)  # whoever starts such a run again wants it to resume
+    state.restore(revive_pruned=run.agent_run is not None)  # an agent that starts the run again resumes it
     stopped = run_controller(factory, state, dispatcher, trials) > 0
     if online and all(record.ended for record in journal.record.trials.values()):
         finish_sweep(sweep_id, experiment.tracker)
@@ -140,8 +140,8 @@ def conclude(run: SweepRun, console: Console, journal: Journal, trials: int, sto
         run: the sweep.
         console: where to print.
         journal: the sweep's, still open.
-        trials: how many there were to be.
-        stopped: whether somebody asked to stop.
+        trials: the number of trials of the sweep.
+        stopped: whether a user asked to stop.
         show: whether to print the leaderboard.
     """
     folder, definition = run.parent_folder, run.definition
@@ -169,6 +169,6 @@ def conclude(run: SweepRun, console: Console, journal: Journal, trials: int, sto
         reason = next((r.message for r in records if r.given_up), "")
         console.print(f"Ended after {ended} trials, since none of them completed: {reason}", soft_wrap=True, style="red")
     given_up = any(record.given_up for record in records)
-    if given_up and folder.journal.is_file():  # an agent decides by itself what it runs again
-        console.print(given_up_words(records, folder), style="yellow")
+    if given_up and folder.journal.is_file():  # with agents their server decides what runs again
+        console.print(given_up_note(records, folder), style="yellow")
     return 0 if completed and not given_up else 1

@@ -1,4 +1,4 @@
-"""Leaving a sweep and coming back to it: a controller in the background, attach, cancel."""
+"""Detached sweeps: start a controller in the background, attach to a sweep, cancel it."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ from isaerft_sweep.specs import Experiment
 from isaerft_sweep.terminal import make_console
 
 POLL_S = 0.2
-BEGUN_S = 20.0
-"""How long a controller that adopts what runs already is watched before it is left: it may dispatch nothing for hours."""
-DISPATCHED_S = 120.0
-"""How long one that has something to dispatch is watched: a queue that is full takes nothing, one that refuses says so."""
+ADOPT_S = 20.0
+"""How long `detach` watches a controller that adopts running trials: it may dispatch nothing for hours."""
+DISPATCH_S = 120.0
+"""How long `detach` watches a controller for its first dispatch, which a full queue may delay."""
 
 
 def detach(experiment: Experiment, overrides: Sequence[str]) -> int:
-    """Start a controller in the background, wait until it runs the sweep, and leave it; its exit code when it fails."""
+    """Start a controller in the background and wait until it runs the sweep; 0, or its exit code when it ends before."""
     folder = sweep_folder(experiment, to_definition(experiment.sweep, experiment))
     if controller_alive(folder):
         raise FolderError(
@@ -55,54 +55,54 @@ def detach(experiment: Experiment, overrides: Sequence[str]) -> int:
     with disk_errors_named(folder):
         folder.path.mkdir(parents=True, exist_ok=True)
         folder.controller_log.touch()
-    _, already = whole_lines(folder.journal)
-    begin = folder.controller_log.stat().st_size if folder.controller_log.is_file() else 0
+    _, journal_bytes = whole_lines(folder.journal)
+    log_start = folder.controller_log.stat().st_size if folder.controller_log.is_file() else 0
     with folder.controller_log.open("a", encoding="utf-8") as log:
         controller = subprocess.Popen(
             [sys.executable, "-m", "isaerft_sweep.launch", *overrides],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            start_new_session=True,  # out of reach of this terminal's Ctrl-C and of its end
+            start_new_session=True,  # keeps it from this terminal's Ctrl-C and hang-up
         )
     try:
         while controller.poll() is None:
-            known = last_controller_info(folder)
-            if known and known.pid == controller.pid and has_begun(folder, already, known.started):
-                print(f"The sweep is run by {known}.\nfollow it:  isaerft-sweep attach {folder.path}")
+            info = last_controller_info(folder)
+            if info and info.pid == controller.pid and has_begun(folder, journal_bytes, info.started):
+                print(f"The sweep is run by {info}.\nfollow it:  isaerft-sweep attach {folder.path}")
                 print(f"            isaerft-sweep status {folder.path}\nend it:     isaerft-sweep cancel {folder.path}")
                 return 0
             time.sleep(POLL_S)
     except KeyboardInterrupt:
         controller.terminate()
         controller.wait()
-        print("Stopped: the controller has ended, and its trials with it. The same command goes on.", file=sys.stderr)
+        print("Stopped: the controller has ended, and its trials with it. The same command resumes.", file=sys.stderr)
         return INTERRUPTED
-    said = folder.controller_log.read_bytes()[begin:].decode("utf-8", "replace")
-    print(said, end="", file=sys.stderr if controller.returncode else sys.stdout)
+    output = folder.controller_log.read_bytes()[log_start:].decode("utf-8", "replace")
+    print(output, end="", file=sys.stderr if controller.returncode else sys.stdout)
     return controller.returncode
 
 
-def has_begun(folder: SweepFolder, already: int, started: float) -> bool:
-    """Whether a controller that runs since ``started`` can be left: it has dispatched trials, or will say nothing soon.
+def has_begun(folder: SweepFolder, journal_bytes: int, started: float) -> bool:
+    """Whether a controller can be left: it has dispatched trials, or has run for long enough without an error.
 
-    ``already``: the size of the journal when it began.
+    ``journal_bytes``: the journal's size when it started. ``started``: when, in seconds since the epoch.
     """
     content = folder.journal.read_bytes()
-    news = [json.loads(line)["event"] for line in content[already:].split(b"\n")[:-1]]
-    if "dispatch" in news:
+    new_events = [json.loads(line)["event"] for line in content[journal_bytes:].split(b"\n")[:-1]]
+    if "dispatch" in new_events:
         return True
     before = SweepRecord()
-    for line in content[:already].split(b"\n")[:-1]:
+    for line in content[:journal_bytes].split(b"\n")[:-1]:
         before.apply(json.loads(line))
     adopts = any(record.job is not None and not record.ended for record in before.trials.values())
-    return time.time() - started > (BEGUN_S if adopts else DISPATCHED_S)
+    return time.time() - started > (ADOPT_S if adopts else DISPATCH_S)
 
 
 def attach(path: Path, here: bool = False) -> int:
-    """Show a sweep until it ends, or go on with it when no controller runs it; an exit code as ``run_sweep``'s.
+    """Show a sweep until it ends, or resume it when no controller runs it; an exit code as ``run_sweep``'s.
 
-    ``here``: whether it may train on this machine without asking.
+    ``here``: train on this machine without asking.
     """
     console = make_console()
     folder = SweepMonitor(path).folder
@@ -110,69 +110,69 @@ def attach(path: Path, here: bool = False) -> int:
         if controller_alive(folder):
             console.print(f"The sweep is run by {last_controller_info(folder)}; Ctrl-C leaves it running.", style="dim")
         if follow(console, path):
-            seen = SweepMonitor(path)
-            ended = sum(record.ended for record in seen.records)
-            console.print(f"The controller has ended, with {ended} of {seen.trials} trials ended.")
-            return 0 if ended >= seen.trials and not any(record.given_up for record in seen.records) else 1
+            monitor = SweepMonitor(path)
+            ended = sum(record.ended for record in monitor.records)
+            console.print(f"The controller has ended, with {ended} of {monitor.trials} trials ended.")
+            return 0 if ended >= monitor.trials and not any(record.given_up for record in monitor.records) else 1
     except KeyboardInterrupt:
-        console.print("Left. The sweep goes on.")
+        console.print("Left. The sweep continues.")
         return INTERRUPTED
     if first := first_sweep(folder):
         raise FolderError(
-            f"{folder.path} runs the leaders of {first.path} again, and no controller runs it now. Go on with it: "
-            f"isaerft-sweep confirm {first.path}, with the --top and --seeds of before."
+            f"{folder.path} runs the leaders of {first.path} again, and no controller runs it now. Resume it: "
+            f"isaerft-sweep confirm {first.path}, with the same --top and --seeds."
         )
-    experiment, known = read_experiment(folder), last_controller_info(folder)
-    if not (here or may_go_on(folder, experiment)):
-        console.print("Left as it is: no trial was begun.")
+    experiment, info = read_experiment(folder), last_controller_info(folder)
+    if not (here or may_resume(folder, experiment)):
+        console.print("Nothing was changed: no trial was started.")
         return 1
-    console.print("No controller runs this sweep: going on with it.", style="dim")
-    return run_sweep(experiment, known.overrides if known else ())
+    console.print("No controller runs this sweep: resuming it.", style="dim")
+    return run_sweep(experiment, info.overrides if info else ())
 
 
-def may_go_on(folder: SweepFolder, experiment: Experiment) -> bool:
-    """Whether whoever attaches wants what would follow: it asks before it trains on this machine.
+def may_resume(folder: SweepFolder, experiment: Experiment) -> bool:
+    """Whether the user wants to resume the sweep; asks before it trains on this machine.
 
-    Raises FolderError where nobody can be asked and the sweep was not run by a controller of this machine.
+    Raises FolderError without a terminal to ask on, unless a controller of this machine has run the sweep before.
     """
     if folder.static_array.exists() and (jobs := running_arrays(folder.path)):
         raise FolderError(
             f"SLURM's jobs {', '.join(jobs)} run trials of {folder.path}, which no controller started. Wait for them, or "
             f"end them: isaerft-sweep cancel {folder.path}."
         )
-    seen = SweepMonitor(folder.path)
-    statuses = seen.statuses()
-    ended = [r for r in seen.records if (r.ended and not r.given_up) or statuses.get(r.index, NO_STATUS).is_final]
-    left = seen.trials - len(ended)
+    monitor = SweepMonitor(folder.path)
+    statuses = monitor.statuses()
+    ended = [r for r in monitor.records if (r.ended and not r.given_up) or statuses.get(r.index, NO_STATUS).is_final]
+    left = monitor.trials - len(ended)
     if experiment.launcher.kind != "local" or left <= 0:
         return True
-    host, known = socket.gethostname(), last_controller_info(folder)
+    host, info = socket.gethostname(), last_controller_info(folder)
     if sys.stdin.isatty():
-        print(f"{left} of {seen.trials} trials are left, and launcher=local: they would be trained on this machine, {host}.")
+        print(f"{left} of {monitor.trials} trials are left, and launcher=local would train them on this machine, {host}.")
         try:
             return input("Train them here? [y/N] ").strip().lower() in ("y", "yes")
         except (EOFError, KeyboardInterrupt):
             print()
             return False
-    if known is not None and known.host == host:
+    if info is not None and info.host == host:
         return True
     raise FolderError(
-        f"{left} of {seen.trials} trials are left, and launcher=local would train them on this machine, {host}, where no "
+        f"{left} of {monitor.trials} trials are left, and launcher=local would train them on this machine, {host}, where no "
         f"controller has run this sweep before. If that is right: isaerft-sweep attach --here {folder.path}. Else "
         f"give its command with another launcher: python -m isaerft_sweep.launch name={folder.path.name} … launcher=slurm."
     )
 
 
 def cancel(path: Path, at_once: bool) -> int:
-    """End a sweep's trials and jobs, in order or at once, and wait until nothing is left; 0.
+    """End a sweep's trials and jobs, and wait until none is left; 0. Finished trials stay, unfinished ones can resume.
 
-    Finished trials stay, unfinished ones can be gone on with.
+    ``at_once``: without time for a checkpoint.
     """
     folder = SweepFolder(path.expanduser().absolute())
     if not controller_alive(folder):
         folder = SweepMonitor(path).folder
         with disk_errors_named(folder):
-            ask_to_stop(folder.cancel, at_once)  # of a controller that is being started: it will find it
+            ask_to_stop(folder.cancel, at_once)  # for a controller that is starting
         if folder.static_array.exists():
             cancel_arrays(folder)
         if not controller_alive(folder):
@@ -180,18 +180,17 @@ def cancel(path: Path, at_once: bool) -> int:
     if controller_alive(folder):
         with disk_errors_named(folder):
             wait_for_end(folder, at_once)
-    seen = SweepMonitor(path)
-    under_way = sum(record.state is TrialState.QUEUED for record in seen.records)
+    monitor = SweepMonitor(path)
+    under_way = sum(record.state is TrialState.QUEUED for record in monitor.records)
     if under_way:
         raise FolderError(f"{under_way} trials are still under way in {folder.path}: its controller died. Try again.")
-    print(
-        f"Nothing of {folder.path} is left running; {sum(r.ended for r in seen.records)} of {seen.trials} trials have ended."
-    )
+    ended = sum(record.ended for record in monitor.records)
+    print(f"Nothing of {folder.path} is left running; {ended} of {monitor.trials} trials have ended.")
     return 0
 
 
 def end_jobs(experiment: Experiment, folder: SweepFolder, at_once: bool) -> None:
-    """End all jobs of a sweep that no controller runs, in order or at once."""
+    """End all jobs of a sweep that no controller runs. ``at_once``: without time for a checkpoint."""
     journal = Journal(folder)
     try:
         kind, resident = launcher_of_jobs(journal) or (experiment.launcher.kind, experiment.launcher.resident)
@@ -213,7 +212,7 @@ def end_jobs(experiment: Experiment, folder: SweepFolder, at_once: bool) -> None
 
 
 def wait_for_end(folder: SweepFolder, at_once: bool) -> None:
-    """Ask the sweep's controller to stop, and wait until it has: it may not have begun to listen yet."""
+    """Ask the sweep's controller to stop, again if it removes the request as it starts, and wait until it has."""
     ask_to_stop(folder.cancel, at_once)
     print(f"Asked {last_controller_info(folder) or 'its controller'} to stop.", flush=True)
     while controller_alive(folder):
@@ -224,7 +223,7 @@ def wait_for_end(folder: SweepFolder, at_once: bool) -> None:
 
 
 def read_experiment(folder: SweepFolder) -> Experiment:
-    """What the sweep in ``folder`` was started with, wherever it lies now. Raises FolderError when it cannot be read."""
+    """The config of the sweep in ``folder``, which may have been moved. Raises FolderError when it cannot be read."""
     if not folder.config.is_file():
         raise FolderError(
             f"{folder.path} must have a config.yaml, but its sweep ended before any trial began (a check that failed, or "

@@ -1,9 +1,8 @@
-"""Trials that are made at once and run by somebody else: a SLURM array, one element per trial."""
+"""Trials that are created ahead and run without a controller: a SLURM array, one element per trial."""
 
 from __future__ import annotations
 
 import math
-import os
 import re
 import time
 from collections.abc import Sequence
@@ -23,9 +22,8 @@ from isaerft_sweep.controller.sweep_identity import (
 )
 from isaerft_sweep.controller.trial_factory import TrialFactory
 from isaerft_sweep.dispatch.base import SchedulerUnavailable
-from isaerft_sweep.dispatch.cluster import SLURM_TERMINAL, cluster_of, run_slurm_command
+from isaerft_sweep.dispatch.cluster import COMPLETING_S, SLURM_TERMINAL, cancel_jobs, cluster_of, user_jobs
 from isaerft_sweep.dispatch.job import TrialJob
-from isaerft_sweep.dispatch.slurm import COMPLETING_S, scancel
 from isaerft_sweep.dispatch.snapshot import code_snapshot
 from isaerft_sweep.errors import ConfigError, FolderError, LaunchError
 from isaerft_sweep.journal.atomic_files import write_text
@@ -35,19 +33,15 @@ from isaerft_sweep.journal.states import TrialState
 from isaerft_sweep.provenance import git_commit
 from isaerft_sweep.specs import Experiment, LauncherSpec
 
-FACTS = ("%F", "%T", "%Z", "%o")
-"""In squeue's letters: the array, its state, the folder that it was submitted from, the script with its arguments."""
-SEPARATOR = "\x1f"
-"""Of what may hold any character that people write."""
 POLL_S = 1.0
 TRY_AGAIN = 75
-"""Exit code of a trial that was stopped and can be gone on with (EX_TEMPFAIL of sysexits.h)."""
+"""Exit code of a trial that was stopped and can resume (EX_TEMPFAIL of sysexits.h)."""
 
 
 def create_static_trials(experiment: Experiment, overrides: Sequence[str]) -> tuple[Path, int]:
-    """Make every trial of a sweep without running any; the sweep's folder and the number of trials.
+    """Create every trial of a sweep without running any; the sweep's folder and the number of trials.
 
-    Raises ConfigError when the points depend on results that are not there yet.
+    Raises ConfigError when the points depend on results that do not exist yet.
     """
     definition = to_definition(experiment.sweep, experiment)
     if definition.method == "bayes" or definition.early_terminate:
@@ -78,68 +72,66 @@ def create_static_trials(experiment: Experiment, overrides: Sequence[str]) -> tu
 
 
 def cancel_arrays(folder: SweepFolder) -> None:
-    """Take out of SLURM's queue, and end, the arrays of ``slurm/trials.sbatch`` that run this sweep; wait for it."""
+    """Cancel the arrays of ``slurm/trials.sbatch`` that run this sweep, and wait until they have ended."""
     end = time.monotonic() + COMPLETING_S
     while jobs := running_arrays(folder.path):
         if set(jobs.values()) == {"COMPLETING"} and time.monotonic() > end:
             print(f"SLURM does not get jobs {', '.join(jobs)} to end: they have been COMPLETING for {COMPLETING_S:g} s.")
             return
-        scancel(*jobs, cluster=cluster_of(LauncherSpec()))
+        cancel_jobs(*jobs, cluster=cluster_of(LauncherSpec()))
         time.sleep(POLL_S)
 
 
 def running_arrays(path: Path) -> dict[str, str]:
-    """SLURM's ids of the user's jobs whose script was given the sweep in ``path``, with a state of each; none where there is
-    no SLURM. Raises SchedulerUnavailable when it does not answer."""
-    found = {}
-    flags = ("--noheader", "--user", str(os.getuid()), f"--format={SEPARATOR.join(FACTS)}")
+    """States, by id, of the user's SLURM jobs whose script runs the sweep in ``path``; empty on a machine without SLURM.
+
+    Raises SchedulerUnavailable when SLURM does not answer.
+    """
     try:
-        said = run_slurm_command("squeue", *flags, cluster=cluster_of(LauncherSpec()))
+        jobs = user_jobs(cluster_of(LauncherSpec()))
     except SchedulerUnavailable:
         raise
     except LaunchError:
         return {}
-    for line in said.splitlines():
-        facts = line.split(SEPARATOR)
-        if len(facts) != len(FACTS):
-            continue
-        job, state, place, command = facts
-        if state not in SLURM_TERMINAL and argument(command, Path(place)).resolve() == path.resolve():
-            found[job] = state
-    return found
+    return {
+        job.id: job.state
+        for job in jobs
+        if job.state not in SLURM_TERMINAL and argument(job.command, job.folder).resolve() == path.resolve()
+    }
 
 
-def argument(command: str, place: Path) -> Path:
-    """The folder that a script was given, in a command whose words SLURM shows joined by spaces, whatever is in them.
+def argument(command: str, submitted_from: Path) -> Path:
+    """The sweep's folder in the command of a script, whose arguments SLURM joins by spaces without quotes.
 
-    The script is the shortest beginning that is a file, and the folder the longest beginning of the rest that holds trials.
+    The script is the shortest prefix that is a file, the folder the longest prefix of the rest that holds a sweep.
     """
     ends = [match.start() for match in re.finditer(" ", command)]
     begin = next((end for end in ends if Path(command[:end]).is_file()), ends[0] if ends else len(command))
     rest = command[begin + 1 :]
-    given = [Path(place, rest[:end]) for end in [len(rest), *(end - begin - 1 for end in reversed(ends) if end > begin)]]
-    return next((folder for folder in given if SweepFolder(folder).journal.is_file()), given[0])
+    lengths = [len(rest), *(end - begin - 1 for end in reversed(ends) if end > begin)]
+    candidates = [Path(submitted_from, rest[:length]) for length in lengths]
+    return next((folder for folder in candidates if SweepFolder(folder).journal.is_file()), candidates[0])
 
 
 def run_static_trial(path: Path, index: int) -> int:
-    """Run, or go on with, one trial in this process; exit code 0, 1 when it failed, ``TRY_AGAIN`` when it was stopped."""
+    """Run or resume one trial in this process; exit code 0, 1 when it failed, ``TRY_AGAIN`` when it was stopped."""
     folder = SweepFolder(path.expanduser().absolute())
-    record = SweepRecord()
-    replay(folder.journal, record)
-    if index not in record.trials:
+    sweep = SweepRecord()
+    replay(folder.journal, sweep)
+    if index not in sweep.trials:
         raise FolderError(
-            f"the sweep in {folder.path} has no trial {index}: it has {len(record.trials)}, numbered from 0. "
+            f"the sweep in {folder.path} has no trial {index}: it has {len(sweep.trials)}, numbered from 0. "
             "Make them first: isaerft-sweep make OVERRIDES."
         )
-    known = record.trials[index]
-    trial = folder.trial(known.name)
+    record = sweep.trials[index]
+    trial = folder.trial(record.name)
     status = trial.read_status()
-    if known.attempt or status.is_final:
-        print(f"trial {index} {known.name}: already {'run by a controller' if known.attempt else status.state}")
+    if record.attempt or status.is_final:
+        print(f"trial {index} {record.name}: already {'run by a controller' if record.attempt else status.state}")
         return 0
     attempt = trial.current_attempt() + 1
     trial.begin_attempt(attempt)
     state = TrialJob(str(trial.path), attempt, None)()
-    print(f"trial {index} {known.name}: {state}")
+    print(f"trial {index} {record.name}: {state}")
     codes: dict[str, int] = {TrialState.COMPLETED: 0, TrialState.DIVERGED: 0, TrialState.STOPPED: TRY_AGAIN}
     return codes.get(state, 1)

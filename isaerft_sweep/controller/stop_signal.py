@@ -1,4 +1,4 @@
-"""How a sweep is asked to stop: by a signal to its controller, or from anywhere by a file in its folder."""
+"""Requests to stop a sweep: a signal to its controller, or a file in its folder from any process."""
 
 from __future__ import annotations
 
@@ -16,60 +16,60 @@ from isaerft_sweep.journal.atomic_files import write_text
 
 IN_ORDER, AT_ONCE = 1, 2
 """Checkpoint first, or kill."""
-LOOK_S = 0.25
-"""How often a controller that waits for its next turn looks whether it is asked to stop."""
+CHECK_S = 0.25
+"""How often a controller checks for a request to stop while it waits for its next poll."""
 
 
 @dataclass
 class StopRequest:
-    """How urgently somebody has asked to stop: not at all, ``IN_ORDER`` or ``AT_ONCE``. ``file``: where others may ask."""
+    """The request to stop: none (0), ``IN_ORDER`` or ``AT_ONCE``. ``file``: by which other processes ask."""
 
     file: Path
     parent: int | None = None
-    """The process whose end is a request too: an agent that has died leaves nothing running."""
+    """The agent's process, whose end also is a request: a dead agent must leave nothing running."""
     signals: int = 0
-    tell: Callable[[StopRequest], None] = lambda _request: None
-    """Hears at once of a request and of a more urgent one."""
-    _told: int = 0
+    notify: Callable[[StopRequest], None] = lambda _request: None
+    """Called at once for a request and for a more urgent one."""
+    _notified: int = 0
 
     @property
     def urgency(self) -> int:
         try:
-            asked = AT_ONCE if self.file.read_text(encoding="utf-8").strip() == "now" else IN_ORDER
+            urgency = AT_ONCE if self.file.read_text(encoding="utf-8").strip() == "now" else IN_ORDER
         except OSError:
-            asked = 0
+            urgency = 0
         if self.parent is not None and os.getppid() != self.parent:
-            asked = max(asked, IN_ORDER)
-        asked = max(self.signals, asked)
-        if asked > self._told:
-            before, self._told = self._told, asked
+            urgency = max(urgency, IN_ORDER)
+        urgency = max(self.signals, urgency)
+        if urgency > self._notified:
+            before, self._notified = self._notified, urgency
             try:
-                self.tell(self)
-            except RuntimeError:  # a signal has come while the terminal is being written to: the next turn will tell
-                self._told = before
-        return asked
+                self.notify(self)
+            except RuntimeError:  # a signal came during a write to the terminal: the next poll notifies
+                self._notified = before
+        return urgency
 
-    def words(self, grace_s: float) -> str:
-        """What somebody who has asked should know."""
-        if self._told >= AT_ONCE:
+    def message(self, grace_s: float) -> str:
+        """What happens now, for the user who has asked."""
+        if self._notified >= AT_ONCE:
             return "ending all trials now"
         return f"stopping, at most {grace_s:g} s" + ("; Ctrl-C again ends it now" if self.signals else "")
 
     @contextmanager
-    def heard(self) -> Iterator[None]:
-        """Count Ctrl-C and requests to end while the block runs, instead of raising in the middle of something."""
+    def signals_counted(self) -> Iterator[None]:
+        """Count Ctrl-C, SIGTERM and SIGHUP during the block instead of raising or ending."""
 
-        def note(_number: int, _frame: Any) -> None:
+        def count(_number: int, _frame: Any) -> None:
             self.signals += 1
-            _ = self.urgency  # which tells of it
+            _ = self.urgency  # notifies
 
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        # one that is ignored stays ignored: that is what nohup means
-        heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
-        before = {number: signal.signal(number, note) for number in heard}
+        # ignored ones stay ignored, as with nohup
+        handled = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, count) for number in handled}
         with suppress(FileNotFoundError):
             if self.file.stat().st_mtime < process_began():
-                self.file.unlink()  # meant for an earlier controller
+                self.file.unlink()  # a request to an earlier controller
         try:
             yield
         finally:
@@ -79,18 +79,18 @@ class StopRequest:
 
 
 def wait(seconds: float, urgency: Callable[[], int]) -> None:
-    """Wait for the next turn; a request to stop, or to stop more urgently, is that turn."""
+    """Wait; return early for a request to stop, or for a more urgent one."""
     before, end = urgency(), time.monotonic() + seconds
     while (left_s := end - time.monotonic()) > 0 and urgency() <= before:
-        time.sleep(min(left_s, LOOK_S))
+        time.sleep(min(left_s, CHECK_S))
 
 
 def process_began() -> float:
-    """When this process was started, in seconds since the epoch."""
+    """When this process started, in seconds since the epoch."""
     ticks = start_time(os.getpid()) or 0.0
     return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
 
 
 def ask_to_stop(file: Path, at_once: bool) -> None:
-    """Ask whichever controller looks at ``file``."""
+    """Ask the controller that checks ``file`` to stop."""
     write_text(file, "now" if at_once else "in order")

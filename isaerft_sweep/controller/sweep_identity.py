@@ -1,4 +1,4 @@
-"""What a sweep asks: two commands with the same question go on with the same sweep."""
+"""A sweep's fingerprint: a command with the same fingerprint resumes the same sweep."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from isaerft_sweep.spec_fields import canonical_json, to_dict
 from isaerft_sweep.specs import TUNABLE, Experiment, HookPoint, expanded, identity
 
 HASHED_BYTES = 256 * 2**20
-"""A larger file is known by its size and time of change: a model of many gigabytes would take minutes to read."""
-MOST_DIFFERENCES = 6
-"""Settings that an error names."""
+"""A larger file is identified by its size and modification time: hashing many gigabytes takes minutes."""
+MAX_DIFFERENCES = 6
+"""The number of settings that an error names."""
 
 
 def sweep_fingerprint(experiment: Experiment, definition: SweepDefinition) -> str:
-    """12 hex digits of all that decides which trials are run and what they compute.
+    """12 hex digits of everything that decides which trials run and what they compute.
 
     ``run_cap`` is left out: the same command with a larger one adds trials to the same sweep.
     """
@@ -48,7 +48,7 @@ def sweep_fingerprint(experiment: Experiment, definition: SweepDefinition) -> st
 
 
 def known_fingerprints(experiment: Experiment, definition: SweepDefinition) -> list[str]:
-    """The question, then what it was called by versions that wrote local paths as they were given, from this folder."""
+    """The fingerprint, then those of earlier versions, which kept local paths relative to the current folder."""
     return list(dict.fromkeys(sweep_fingerprint(spelled, definition) for spelled in _spellings(experiment)))
 
 
@@ -80,34 +80,34 @@ def _respelled(site: HookPoint, spell: Callable[[str | None], str | None]) -> Ho
 
 
 def _data_and_saes(experiment: Experiment) -> list[Path]:
-    """The files that the question holds the content of. Which these are is part of every sweep's name: see
-    ``result_files`` for all that decide a result."""
+    """The files whose content is in the fingerprint. Adding one would rename every sweep; ``result_files`` has all that
+    decide a result."""
     data = experiment.data
-    named = [data.path, data.eval_path] if data.source == "files" else []
+    data_files = [data.path, data.eval_path] if data.source == "files" else []
     saes = [f"{site.sae_path}/sae_weights.safetensors" for site in experiment.adapter.sites if site.sae_path]
-    return [expanded(path) for path in (*named, *saes) if path]
+    return [expanded(path) for path in (*data_files, *saes) if path]
 
 
 def result_files(experiment: Experiment, definition: SweepDefinition) -> dict[str, str]:
-    """What decides a result and may change under its name: of every file and folder that the sweep's trials read, and of
-    every repository on the Hub, what it is now."""
-    found: dict[str, str] = {}
+    """A digest of every file that the sweep's trials read, and the commit of every Hub repository, by name: what decides a
+    result and may change under the same name."""
+    digests: dict[str, str] = {}
     for variant in variants(experiment, definition):
         data, model = variant.data, variant.model
         if data.source == "files":
-            found |= _contents(path for path in (data.path, data.eval_path) if path)
+            digests |= _file_digests(path for path in (data.path, data.eval_path) if path)
         elif data.source == "hub":
-            found |= _on_the_hub(data.name, "dataset", None)
+            digests |= _hub_commit(data.name, "dataset", None)
         if model.source == "hub":
             for name in (model.name, model.tokenizer):
                 if name:
-                    found |= _contents([name]) or _on_the_hub(name, "model", model.revision)
-        found |= _contents(site.sae_path for site in variant.adapter.sites if site.sae_path)
-    return found
+                    digests |= _file_digests([name]) or _hub_commit(name, "model", model.revision)
+        digests |= _file_digests(site.sae_path for site in variant.adapter.sites if site.sae_path)
+    return digests
 
 
-def _contents(paths: Iterable[str]) -> dict[str, str]:
-    """A digest of each file, and of each file in a folder, by name."""
+def _file_digests(paths: Iterable[str]) -> dict[str, str]:
+    """A digest of each file, and of each file in each folder, by name."""
     files: list[Path] = []
     for path in map(expanded, paths):
         files += sorted(path.glob("[!.]*")) if path.is_dir() else [path]
@@ -115,15 +115,15 @@ def _contents(paths: Iterable[str]) -> dict[str, str]:
 
 
 def _stamp(path: Path) -> str:
-    """A file's content, or where it is large its size and time of change."""
-    facts = path.stat()
-    if facts.st_size <= HASHED_BYTES:
+    """A file's digest; of a large file its size and modification time."""
+    stat = path.stat()
+    if stat.st_size <= HASHED_BYTES:
         return file_digest(path)
-    return f"{facts.st_size} bytes, {facts.st_mtime_ns}"
+    return f"{stat.st_size} bytes, {stat.st_mtime_ns}"
 
 
-def _on_the_hub(name: str, kind: str, revision: str | None) -> dict[str, str]:
-    """The commit of a repository that the cache holds; nothing when it holds none."""
+def _hub_commit(name: str, kind: str, revision: str | None) -> dict[str, str]:
+    """The commit of a Hub repository in the local cache; empty when it is not cached."""
     from huggingface_hub import constants
 
     folder = Path(constants.HF_HUB_CACHE) / f"{kind}s--{name.replace('/', '--')}"
@@ -134,25 +134,25 @@ def _on_the_hub(name: str, kind: str, revision: str | None) -> dict[str, str]:
 
 
 def file_digest(path: Path) -> str:
-    """A hash of a file's content; empty when there is none (the preflight will say so)."""
+    """A hash of a file's content; empty for a missing file (which the preflight reports)."""
     try:
-        facts = path.stat()
-        return _digest(path, facts.st_size, facts.st_mtime_ns)
+        stat = path.stat()
+        return _digest(path, stat.st_size, stat.st_mtime_ns)
     except OSError:
         return ""
 
 
 @lru_cache(maxsize=1024)
 def _digest(path: Path, size: int, time_ns: int) -> str:
-    """Read once, however often it is asked for; ``size`` and ``time_ns`` tell when it has changed."""
+    """The file's hash, cached while ``size`` (bytes) and ``time_ns`` stay the same."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_files(folder: SweepFolder, now: Mapping[str, str]) -> None:
-    """Raise FolderError when what the trials read is not what the folder's first trials have read.
+    """Raise FolderError when the trials would read other files than the folder's first trials.
 
-    The first call of a sweep notes it. Sweeps of versions that noted nothing are taken as they are.
+    The first call of a sweep writes the digests ``now``, also in a sweep of a version that wrote none.
     """
     then = read_json(folder.files)
     if then is None:
@@ -167,19 +167,19 @@ def check_files(folder: SweepFolder, now: Mapping[str, str]) -> None:
 
 
 def _changed(then: Mapping[str, str], now: Mapping[str, str]) -> str:
-    """Names of the files that are not what they were, or are gone from a folder that is still read."""
+    """Names of the files that have changed, or were deleted from a folder that is still read."""
     changed = [name for name in then if name in now and now[name] != then[name]]
-    gone = [name for name in then if name not in now and _somewhere_else(name, now)]
-    return ", ".join([*changed, *gone][:MOST_DIFFERENCES])
+    deleted = [name for name in then if name not in now and _folder_is_read(name, now)]
+    return ", ".join([*changed, *deleted][:MAX_DIFFERENCES])
 
 
-def _somewhere_else(name: str, now: Mapping[str, str]) -> bool:
-    """Whether a file is missing from a folder that is still read: not one that another path of the same content names."""
+def _folder_is_read(name: str, now: Mapping[str, str]) -> bool:
+    """Whether trials still read the file's folder; otherwise its content may have moved to another path."""
     return any(Path(other).parent == Path(name).parent for other in now)
 
 
 def sweep_folder(experiment: Experiment, definition: SweepDefinition) -> SweepFolder:
-    """``output/name``; without a name, one made of the choices and the question."""
+    """``output/name``; without a name, one made of the choices and the fingerprint."""
     output = expanded(experiment.output).absolute()
     if experiment.name is not None:
         if clean(experiment.name) != experiment.name:
@@ -188,78 +188,79 @@ def sweep_folder(experiment: Experiment, definition: SweepDefinition) -> SweepFo
             )
         return SweepFolder(output / experiment.name)
     parts = (experiment.sweep.name, experiment.model.short_name, experiment.data.name, experiment.adapter.kind)
-    begin = "-".join(clean(part).lower() for part in parts)
-    folders = [SweepFolder(output / f"{begin}-{asked[:6]}") for asked in known_fingerprints(experiment, definition)]
+    prefix = "-".join(clean(part).lower() for part in parts)
+    fingerprints = known_fingerprints(experiment, definition)
+    folders = [SweepFolder(output / f"{prefix}-{fingerprint[:6]}") for fingerprint in fingerprints]
     return next((folder for folder in folders if folder.journal.is_file()), folders[0])
 
 
 def open_journal(
     folder: SweepFolder,
-    asked: Sequence[str],
+    fingerprints: Sequence[str],
     now: Mapping[str, Any] | None = None,
     files: Mapping[str, str] | None = None,
 ) -> Journal:
-    """The journal of ``folder``, opened for a question.
+    """Open the journal of ``folder`` for the sweep with one of the ``fingerprints``.
 
     Args:
         folder: the sweep's.
-        asked: the question, and what older versions have called it.
-        now: the settings behind it, by dotted key (``settings``), to say which differ.
-        files: what its files are now (``result_files``), to say which have changed.
+        fingerprints: the sweep's, and those of older versions.
+        now: its settings by dotted key (``settings``), for an error that names the differences.
+        files: the digests of its files (``result_files``), for an error that names the changed ones.
 
     Raises FolderError when the folder is another sweep's.
     """
-    ours = (folder.lock, folder.controller_log)
-    if folder.path.is_dir() and not folder.journal.exists() and any(p not in ours for p in folder.path.iterdir()):
+    own_files = (folder.lock, folder.controller_log)
+    if folder.path.is_dir() and not folder.journal.exists() and any(p not in own_files for p in folder.path.iterdir()):
         raise FolderError(
             f"the output folder {folder.path} holds files but no sweep. Choose another name: name=NAME, or empty it."
         )
     journal = Journal(folder)
-    if journal.record.fingerprint not in ("", *asked):
+    if journal.record.fingerprint not in ("", *fingerprints):
         journal.close()
         raise FolderError(
             f"the output folder {folder.path} holds another sweep: {differences(folder, now or {}, files or {})}. Choose "
-            "another name: name=NAME, or leave name out, and every sweep gets a folder of its own."
+            "another name: name=NAME, or leave name out, and every sweep gets its own folder."
         )
     return journal
 
 
 def differences(folder: SweepFolder, now: Mapping[str, Any], files: Mapping[str, str]) -> str:
-    """In words, which settings of the sweep in ``folder`` are not those of ``now``, or which of its files have changed."""
+    """Which settings of the sweep in ``folder`` differ from ``now``, or which of its files have changed, as text."""
     try:
         config = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
-        then = _flat({section: config[section] for section in (*TUNABLE, "sweep")}) | _searched(
+        then = _flat({section: config[section] for section in (*TUNABLE, "sweep")}) | _search_settings(
             yaml.safe_load(folder.definition.read_text(encoding="utf-8")) or {}
         )
     except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError):
         return "its config.yaml or sweep.yaml cannot be read, to say which settings differ"
-    said = [
+    changes = [
         f"{key} was {_short(then.get(key))} and is now {_short(now.get(key))}"
         for key in dict.fromkeys([*then, *now])
         if then.get(key) != now.get(key)
     ]
-    if not said:
+    if not changes:
         changed = _changed(read_json(folder.files) or {}, files)
         return f"with other data or SAE files ({changed or 'their content has changed since'})"
-    more = f", and {len(said) - MOST_DIFFERENCES} more" if len(said) > MOST_DIFFERENCES else ""
-    return ", ".join(said[:MOST_DIFFERENCES]) + more
+    omitted = f", and {len(changes) - MAX_DIFFERENCES} more" if len(changes) > MAX_DIFFERENCES else ""
+    return ", ".join(changes[:MAX_DIFFERENCES]) + omitted
 
 
 def settings(experiment: Experiment, definition: SweepDefinition) -> dict[str, Any]:
-    """What decides which trials are run, by dotted key, for ``differences``."""
+    """The settings that decide which trials run, by dotted key, for ``differences``."""
     content = {section: to_dict(getattr(experiment, section)) for section in (*TUNABLE, "sweep")}
-    return _flat(content) | _searched(definition.raw)
+    return _flat(content) | _search_settings(definition.raw)
 
 
 def _flat(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Dotted keys, but for what may differ: where the sweep file lies, how many trials there are."""
+    """Values by dotted key, without those that may differ: the sweep file's path, the number of trials."""
     left_out = ("sweep.name", "sweep.file", "sweep.run_cap")
     flat = {f"{section}.{name}": value for section, content in sections.items() for name, value in content.items()}
     return {key: value for key, value in flat.items() if key not in left_out and key != "model.sites"}
 
 
-def _searched(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """What a sweep file asks, parameter by parameter."""
+def _search_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A sweep file's method, metric and parameters, by name."""
     blocks = raw.get("parameters") or {}
     return {
         "method": raw.get("method"),
@@ -281,15 +282,15 @@ def begin_sweep(
     fingerprint: str | None = None,
     new_id: Callable[[], str] = new_sweep_id,
 ) -> None:
-    """Write what the sweep is, if that has not been done yet; a sweep that resumes takes the last command's settings.
+    """Write a new sweep's files and journal entry; a resumed sweep gets only the current command's settings.
 
     Args:
         experiment: the composed config.
         definition: the sweep file.
         folder: the sweep's.
         journal: the sweep's.
-        fingerprint: of the sweep; None: its own.
-        new_id: gives a new sweep's id, after its file is written.
+        fingerprint: the sweep's; None: computed from experiment and definition.
+        new_id: returns a new sweep's id; called after the sweep file is written.
     """
     if journal.record.sweep_id:
         write_settings(experiment, definition, folder)
@@ -300,13 +301,13 @@ def begin_sweep(
 
 
 def write_definition(experiment: Experiment, definition: SweepDefinition, folder: SweepFolder) -> None:
-    """What was asked, for people: the sweep file, the composed config, and what it is run with."""
+    """Write the sweep file, the composed config and the environment, for readers."""
     write_settings(experiment, definition, folder)
     write_json(folder.environment, describe_environment())
 
 
 def write_settings(experiment: Experiment, definition: SweepDefinition, folder: SweepFolder) -> None:
-    """The sweep file and the composed config, where they are not there yet as they are now."""
+    """Write the sweep file and the composed config, where their content has changed."""
     for path, content in ((folder.definition, dict(definition.raw)), (folder.config, to_dict(experiment))):
         text = yaml.safe_dump(content, sort_keys=False)
         if not path.is_file() or path.read_text(encoding="utf-8") != text:

@@ -24,9 +24,9 @@ def new_sweep_id() -> str:
 
 @dataclass(frozen=True)
 class AgentRun:
-    """A run that somebody else has named: a W&B agent.
+    """A run whose ids a W&B agent has chosen.
 
-    ``parent_sweep``: the folder of its sweep, see ``SweepFolder``. ``agent``: its process, which has started this one.
+    ``parent_sweep``: the folder of its sweep, see ``SweepFolder``. ``agent``: the agent's process id, this one's parent.
     """
 
     sweep_id: str
@@ -37,7 +37,7 @@ class AgentRun:
 
 @dataclass(frozen=True)
 class TrialFactory:
-    """Makes the trials of one sweep. ``overrides`` are the command line's, for the command that reproduces a trial."""
+    """Creates the trials of one sweep. ``overrides``: the command line's, for the command that reproduces a trial."""
 
     experiment: Experiment
     definition: SweepDefinition
@@ -48,21 +48,15 @@ class TrialFactory:
     agent_run: AgentRun | None = None
 
     def make(self, index: int, point: Point) -> TrialSpec:
-        """The trial's spec, with names that nobody else has; its folder is written."""
+        """The trial's spec, with unique names; its folder is written."""
         experiment = self.experiment.with_params(point.params)
         check(experiment)
         orpo, now = experiment.orpo, datetime.now()
 
-        def candidate(grow: int) -> str:
-            return naming.run_name(
-                experiment.model.name,
-                orpo.learning_rate,
-                orpo.beta,
-                now,
-                prefix=experiment.run_prefix,
-                grow=grow,
-                salt=f"{self.sweep_id}/{index}",
-            )
+        def candidate(clashes: int) -> str:
+            suffix = naming.NameSuffix(clashes, salt=f"{self.sweep_id}/{index}")
+            prefix = experiment.run_prefix
+            return naming.run_name(experiment.model.name, orpo.learning_rate, orpo.beta, now, prefix=prefix, suffix=suffix)
 
         name = naming.reserve(self.folder.names, candidate)
         spec = TrialSpec(
@@ -86,11 +80,11 @@ class TrialFactory:
         return spec
 
     def create(self, index: int, point: Point) -> tuple[str, str]:
-        """Make the trial; its name and its run id."""
+        """Create the trial; its name and its run id."""
         spec = self.make(index, point)
         return spec.name, spec.run_id
 
     def _command(self, point: Point) -> str:
-        """What runs this one trial again."""
+        """The command that runs this trial alone again."""
         kept = [o for o in self.overrides if not o.lstrip("+").startswith(("sweep=", "sweep.", "name=", "launcher"))]
         return shlex.join(["python", "-m", "isaerft_sweep.launch", *kept, "sweep=none", *overrides(point.params)])

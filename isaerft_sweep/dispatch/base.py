@@ -1,4 +1,4 @@
-"""The interface of a place where trials run."""
+"""The interface of what runs trials: local processes, SLURM, or resident workers on top of either."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ R = TypeVar("R", bound=JobRef)
 
 
 class SchedulerUnavailable(LaunchError):
-    """The scheduler takes no more jobs now, or does not answer: the same jobs may be welcome later."""
+    """The scheduler takes no more jobs now, or does not answer: try the same jobs again later."""
 
 
 @dataclass(frozen=True)
 class JobExit:
-    """What the place says about the end of a job.
+    """Why a job ended, according to the scheduler.
 
-    ``cause``: ``site`` when the place ended it for reasons of its own (preemption, time limit, a lost node), ``person`` when
-    somebody cancelled it, ``trial`` when nothing speaks for either.
+    ``cause``: ``site`` when the scheduler ended it (preemption, time limit, a lost node), ``person`` when a user cancelled
+    it, ``trial`` when neither is known.
     """
 
     words: str = ""
@@ -33,22 +33,22 @@ class JobExit:
 
 
 class Dispatcher(ABC, Generic[R]):
-    """Starts jobs, tells which are alive, ends them. A job's outcome is read from its trial's folder, not from here."""
+    """Starts jobs, checks which are alive, ends them. A trial's outcome comes from its folder, not from here."""
 
     slots: int
     """How many trials run at a time."""
     threads: int | None
     """How many threads each trial may use; None: as many as its job has."""
-    waiting_workers: int = 0
-    """How many trials can be given to somebody who waits for one, without a new job."""
+    free_worker_slots: int = 0
+    """How many more trials the living workers can take, without a new job."""
     idle_workers: int = 0
-    """How many of those who wait have nothing to do."""
+    """How many living workers run no trial."""
 
     @abstractmethod
     def submit_all(self, jobs: Sequence[Job]) -> list[R]:
-        """Start or queue jobs; fewer references than jobs, of the first ones, when the place takes no more of them now.
+        """Start or queue jobs; returns references to the first ones only when no more of them can be taken now.
 
-        Raises SchedulerUnavailable when it takes none now, and LaunchError when it never will.
+        Raises SchedulerUnavailable when none can be taken now, and LaunchError when none ever can.
         """
 
     def submit(self, job: Job) -> R:
@@ -60,47 +60,47 @@ class Dispatcher(ABC, Generic[R]):
 
     @abstractmethod
     def alive(self, refs: Iterable[R]) -> list[bool]:
-        """For each job whether it is queued or running, in one query for all."""
+        """For each job, whether it is queued or running; one query for all."""
 
     @abstractmethod
     def cancel(self, refs: Sequence[R]) -> None:
-        """Ask jobs to end in order (SIGTERM; those in a queue are taken out of it); nothing for those that have ended."""
+        """Ask jobs to checkpoint and end (SIGTERM), take pending ones out of the queue; ignores ended ones."""
 
     @abstractmethod
     def kill(self, refs: Sequence[R]) -> None:
-        """End jobs and all their processes at once; nothing for those that have ended."""
+        """Kill jobs and all their processes; ignores ended ones."""
 
     @abstractmethod
     def log_tail(self, ref: R, lines: int = 8) -> str:
         """The last lines that the job printed."""
 
     def job_exit(self, ref: R) -> JobExit:
-        """What the place knows about the end of a job that is not alive."""
+        """Why a job that is not alive has ended."""
         return JobExit()
 
     def suspended(self, ref: R) -> bool:
-        """Whether the place holds a living job still, so that it cannot say anything."""
+        """Whether a living job is suspended, so that it sends no heartbeats."""
         return False
 
     def queued(self, ref: R) -> bool:
-        """Whether the place has not started a living job yet."""
+        """Whether a living job still waits in a queue."""
         return False
 
     def withdraw(self, refs: Sequence[R]) -> None:
-        """Take trials that have a newer attempt from workers that are not started yet, and end those left without one."""
+        """Take superseded attempts from workers that have not started yet, and end the workers that have none left."""
 
     def dismiss_idle(self) -> None:
-        """End the workers that wait: there is nothing more to give them."""
+        """End the idle workers: no trial is left for them."""
 
     def abandon(self, ref: R) -> None:
-        """Give up a job that does not end, though it was killed: its slot is free for another one."""
+        """Stop tracking a job that does not end although it was killed: its slot is free for another one."""
 
     def close(self) -> None:
-        """The sweep has ended: leave nothing running."""
+        """End what is still running: the sweep has ended."""
 
 
 def tail(path: Path, lines: int) -> str:
-    """The last lines of a text file; empty when there is none."""
+    """The last lines of a text file; empty when it does not exist."""
     try:
         content = path.read_bytes()[-20_000:]
     except OSError:

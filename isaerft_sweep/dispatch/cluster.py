@@ -1,4 +1,4 @@
-"""What a SLURM cluster says, by its own commands: settings, partitions, nodes, accounts, and the states of jobs."""
+"""Runs SLURM's commands and parses their output: settings, partitions, nodes, accounts, and the states of jobs."""
 
 from __future__ import annotations
 
@@ -6,48 +6,54 @@ import os
 import pwd
 import re
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 from isaerft_sweep.dispatch.base import SchedulerUnavailable
 from isaerft_sweep.errors import LaunchError
 from isaerft_sweep.specs import LauncherSpec
 
 ANSWER_S = 60
-"""How long a command of the cluster may take before it counts as not answering."""
+"""How long one of SLURM's commands may take before it counts as not answering."""
 SINFO = "%R|%P|%c|%m|%l|%f|%G"
 SQUEUE = "%i|%T|%r|%N"
 SACCT = "JobID,State,NodeList"
+USER_JOB_FIELDS = ("%F", "%T", "%Z", "%o")
+"""squeue's codes for the array id, the state, the folder of submission, and the script with its arguments."""
+SEPARATOR = "\x1f"
+"""Separates fields that may hold any character that people type."""
 SLURM_TERMINAL = {
     "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "PREEMPTED",
     "REVOKED", "LAUNCH_FAILED",
 }  # fmt: skip
-"""States of a job that has ended. Every other one, also one that this code does not know, is that of a living job."""
+"""States of a job that has ended. In any other state, also an unknown one, the job counts as alive."""
+COMPLETING_S = 90.0
+"""How long a job may take to end after its processes got the signal: SLURM itself kills them after half a minute."""
 SETTING = ("SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "SQUEUE_", "SINFO_", "SACCT_", "SCONTROL_", "SCANCEL_", "SALLOC_")
-"""Beginnings of variables by which a shell or a job changes what SLURM's commands show and do."""
+"""Prefixes of the variables that change what SLURM's commands show and do."""
 PLACE = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT", "SLURM_SACK_SOCKET")
-"""Of those the ones without which the commands may not find their cluster or may not be let in."""
+"""Those that the commands may need to find their cluster or to authenticate."""
 HIDING = ("squeue", "sinfo", "scontrol")
-"""Commands that leave out hidden partitions, and jobs in them, unless they are told otherwise."""
+"""Commands that leave out hidden partitions, and jobs in them, without ``--all``."""
 JOB_ID = re.compile(r"(\d+)(?:_(?:(\d+)|\[([^]]*)\]?))?")
 """``12``, ``12_3``, and ``12_[0-3,5%2]`` for many tasks of an array in one line."""
 REST = "*"
-"""Stands for an array's tasks that a line leaves out: ``12_[0-3,...]``."""
+"""Stands for the array tasks that a line leaves out: ``12_[0-3,...]``."""
 
 
 def run_slurm_command(*command: str, cluster: str | None = None) -> str:
-    """What a command of the cluster prints.
+    """Run one of SLURM's commands; its output. ``cluster``: another one than this machine's.
 
-    Raises SchedulerUnavailable when it does not answer, LaunchError when there is none.
-
-    ``cluster``: another one than this machine's.
+    Raises SchedulerUnavailable when it does not answer, LaunchError when the command does not exist.
     """
     program, *arguments = command
-    whole = [program, *(["--all"] if program in HIDING else []), *to_cluster(cluster), *arguments]
+    arguments = [*(["--all"] if program in HIDING else []), *to_cluster(cluster), *arguments]
     try:
         done = subprocess.run(
-            whole, capture_output=True, encoding="utf-8", errors="replace", timeout=ANSWER_S, check=False,
+            [program, *arguments], capture_output=True, encoding="utf-8", errors="replace", timeout=ANSWER_S, check=False,
             env=commands_environment(),
         )  # fmt: skip
     except FileNotFoundError as error:
@@ -62,18 +68,18 @@ def run_slurm_command(*command: str, cluster: str | None = None) -> str:
             f"'{program}' has not answered for {ANSWER_S} s. Is slurmctld up? See: scontrol ping"
         ) from error
     if done.returncode:
-        said = " ".join(done.stderr.split())[-500:]
-        if "configuration source" in said:
+        message = " ".join(done.stderr.split())[-500:]
+        if "configuration source" in message:
             raise LaunchError(
                 f"launcher=slurm needs a machine that belongs to a SLURM cluster, but '{program}' finds no configuration of "
                 "one. Start it on a login node, set SLURM_CONF, or use launcher=local."
             )
-        raise SchedulerUnavailable(f"'{' '.join(command[:3])}' failed: {said}. See: scontrol ping")
+        raise SchedulerUnavailable(f"'{' '.join(command[:3])}' failed: {message}. See: scontrol ping")
     return done.stdout
 
 
 def commands_environment() -> dict[str, str]:
-    """What SLURM's commands run with: nothing that a shell or a job has set for them may hide a job from us."""
+    """The environment for SLURM's commands, without variables of a shell or a job that could hide a job from us."""
     return {key: value for key, value in os.environ.items() if key in PLACE or not key.startswith(SETTING)}
 
 
@@ -84,7 +90,7 @@ def to_cluster(cluster: str | None) -> list[str]:
 
 @dataclass(frozen=True)
 class NodeKind:
-    """Nodes of one partition that are alike. ``max_min``: the partition's time limit in minutes, None without one."""
+    """Identical nodes of one partition. ``max_min``: the partition's time limit in minutes, None without one."""
 
     partition: str
     default: bool
@@ -93,7 +99,7 @@ class NodeKind:
     max_min: int | None
     features: tuple[str, ...]
     gres: Mapping[str, int]
-    """How many a node has of ``gpu`` and of ``gpu:a100``."""
+    """Counts per node, by name: ``gpu``, ``gpu:a100``."""
 
     @property
     def gpus(self) -> int:
@@ -120,8 +126,8 @@ class SlurmCluster:
     @property
     def array_size(self) -> int:
         """How many jobs an array may have."""
-        said = self.settings.get("MaxArraySize", "")
-        return max(1, int(said)) if said.isdecimal() else 1001
+        limit = self.settings.get("MaxArraySize", "")
+        return max(1, int(limit)) if limit.isdecimal() else 1001
 
     def kinds_of(self, partition: str) -> list[NodeKind]:
         """The nodes of a partition, or of several (``a,b``)."""
@@ -131,14 +137,14 @@ class SlurmCluster:
 def read_cluster(cluster: str | None = None) -> SlurmCluster:
     """The cluster that this machine belongs to, or another one.
 
-    Raises LaunchError when there is none, SchedulerUnavailable when it does not answer.
+    Raises LaunchError when this machine belongs to none, SchedulerUnavailable when it does not answer.
     """
     settings = parse_settings(run_slurm_command("scontrol", "show", "config", cluster=cluster))
-    said = run_slurm_command("sinfo", "--noheader", "--exact", f"--format={SINFO}", cluster=cluster)
-    kinds = tuple(kind for line in said.splitlines() if (kind := parse_kind(line)) is not None)
+    node_lines = run_slurm_command("sinfo", "--noheader", "--exact", f"--format={SINFO}", cluster=cluster)
+    kinds = tuple(kind for line in node_lines.splitlines() if (kind := parse_kind(line)) is not None)
     if not kinds:
         raise LaunchError(
-            f"sinfo must list the cluster's nodes, one kind a line ('{SINFO}'), but said {said.strip()[:200]!r}. "
+            f"sinfo must list the cluster's nodes, one kind a line ('{SINFO}'), but said {node_lines.strip()[:200]!r}. "
             "See: sinfo --all"
         )
     accounts, qos = _associations(settings)
@@ -146,20 +152,20 @@ def read_cluster(cluster: str | None = None) -> SlurmCluster:
 
 
 def cluster_of(spec: LauncherSpec) -> str | None:
-    """The cluster that was asked for, by ``launcher.slurm.clusters`` or for good in the user's shell; None: this machine's.
+    """The cluster that ``launcher.slurm.clusters`` or the user's shell selects; None: this machine's.
 
     Raises LaunchError when several are named.
     """
-    name = _asked_cluster(spec, os.environ)
+    name = _requested_cluster(spec, os.environ)
     own = parse_settings(run_slurm_command("scontrol", "show", "config")).get("ClusterName", "") if name else ""
     return None if name is None or name.lower() == own.lower() else name
 
 
-def _asked_cluster(spec: LauncherSpec, environment: Mapping[str, str]) -> str | None:
-    said = {"launcher.slurm.clusters": spec.slurm.get("clusters") or spec.slurm.get("cluster")}
+def _requested_cluster(spec: LauncherSpec, environment: Mapping[str, str]) -> str | None:
+    settings = {"launcher.slurm.clusters": spec.slurm.get("clusters") or spec.slurm.get("cluster")}
     if "SLURM_JOB_ID" not in environment:  # within a job the variables are that job's
-        said |= {key: environment.get(key) for key in ("SBATCH_CLUSTERS", "SLURM_CLUSTERS")}
-    for key, value in said.items():
+        settings |= {key: environment.get(key) for key in ("SBATCH_CLUSTERS", "SLURM_CLUSTERS")}
+    for key, value in settings.items():
         if value:
             name = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value).strip()
             if not re.fullmatch(r"[A-Za-z0-9_.-]+", name) or name == "all":
@@ -178,24 +184,24 @@ def parse_settings(text: str) -> dict[str, str]:
 
 
 def parse_kind(line: str) -> NodeKind | None:
-    """A line of sinfo in the format ``SINFO``; None for one that says something else (a banner, the cluster's name)."""
-    words = line.split("|")
-    if len(words) < 7:
+    """A line of sinfo in the format ``SINFO``; None for other lines (a banner, the cluster's name)."""
+    fields = line.split("|")
+    if len(fields) < 7:
         return None
-    name, marked, cpus, memory, limit, *features, gres = words  # a feature may hold a bar
+    name, marked, cpus, memory, limit, *feature_parts, gres = fields  # a feature may hold a bar
     if not name.strip() or _number(cpus) is None or _number(memory) is None:
         return None
-    found = "|".join(features).strip()
-    named = () if found in ("(null)", "") else tuple(word.strip() for word in found.split(","))
+    feature_list = "|".join(feature_parts).strip()
+    features = () if feature_list in ("(null)", "") else tuple(feature.strip() for feature in feature_list.split(","))
     return NodeKind(
-        name.strip(), marked.strip().endswith("*"), _number(cpus) or 0, _number(memory) or 0, minutes(limit), named,
+        name.strip(), marked.strip().endswith("*"), _number(cpus) or 0, _number(memory) or 0, minutes(limit), features,
         parse_gres(gres),
     )  # fmt: skip
 
 
 def _number(text: str) -> int | None:
-    found = re.fullmatch(r"(\d+)\+?", text.strip(), re.ASCII)  # "128+" where nodes differ
-    return int(found[1]) if found else None
+    match = re.fullmatch(r"(\d+)\+?", text.strip(), re.ASCII)  # "128+" where nodes differ
+    return int(match[1]) if match else None
 
 
 def parse_gres(text: str) -> dict[str, int]:
@@ -210,19 +216,19 @@ def parse_gres(text: str) -> dict[str, int]:
 
 
 def gres_request(part: str) -> tuple[str, int]:
-    """One entry of a list of generic resources, ``gpu:a100:2`` or ``tmpfs:200G``: its name and how many. The letters mean
+    """One entry of a list of generic resources, ``gpu:a100:2`` or ``tmpfs:200G``: its name and count. Unit letters are
     powers of 1024, as for sbatch."""
-    words = [word.strip() for word in re.split("[:=]", re.sub(r"\([^)]*\)", "", part.strip()).removeprefix("gres/"))]
-    words = [word for word in words if word not in ("no_consume", "")]
-    if len(words) > 1 and (found := re.fullmatch(r"(\d+)([kmgtp]?)", words[-1].lower(), re.ASCII)):
-        return ":".join(words[:-1]), int(found[1]) * 1024 ** " kmgtp".index(found[2] or " ")
-    return ":".join(words), 1
+    parts = [item.strip() for item in re.split("[:=]", re.sub(r"\([^)]*\)", "", part.strip()).removeprefix("gres/"))]
+    parts = [item for item in parts if item not in ("no_consume", "")]
+    if len(parts) > 1 and (match := re.fullmatch(r"(\d+)([kmgtp]?)", parts[-1].lower(), re.ASCII)):
+        return ":".join(parts[:-1]), int(match[1]) * 1024 ** " kmgtp".index(match[2] or " ")
+    return ":".join(parts), 1
 
 
 def parse_queue(text: str) -> dict[str, tuple[str, str]]:
-    """Each job's state, and the reason and node, from lines of squeue in the format ``SQUEUE``; other lines are left out.
+    """Each job's state, and its reason and node, from lines of squeue in the format ``SQUEUE``; other lines are ignored.
 
-    Raises SchedulerUnavailable on a text that breaks off: what it does not tell of may be running.
+    Raises SchedulerUnavailable on a truncated text: jobs that it leaves out may be running.
     """
     if text and not text.endswith("\n") and text.rpartition("\n")[2].count("|") < 3:
         raise SchedulerUnavailable(f"squeue's answer breaks off: {text[-80:]!r}.")
@@ -235,35 +241,77 @@ def parse_accounting(text: str) -> dict[str, tuple[str, str]]:
 
 
 def state_of(states: Mapping[str, tuple[str, str]], job: str) -> tuple[str, str]:
-    """A job's state in what ``parse_queue`` or ``parse_accounting`` has found; empty when there is none."""
+    """A job's state in the result of ``parse_queue`` or ``parse_accounting``; empty when it is not listed."""
     return states.get(job) or states.get(f"{job.partition('_')[0]}_{REST}", ("", ""))
 
 
-def _states(text: str, more: Sequence[int]) -> dict[str, tuple[str, str]]:
-    found: dict[str, tuple[str, str]] = {}
+def _states(text: str, detail_columns: Sequence[int]) -> dict[str, tuple[str, str]]:
+    states: dict[str, tuple[str, str]] = {}
     for line in text.splitlines():
-        words = [word.strip() for word in line.split("|")]
-        match = JOB_ID.fullmatch(words[0])
-        if match is None or len(words) < 2:
+        columns = [column.strip() for column in line.split("|")]
+        match = JOB_ID.fullmatch(columns[0])
+        if match is None or len(columns) < 2:
             continue
-        state = (words[1].split() or ["UNKNOWN"])[0].rstrip("+")  # "CANCELLED by 0"
-        facts = state, ", ".join(words[i] for i in more if i < len(words) and words[i] not in ("", "None"))
+        state = (columns[1].split() or ["UNKNOWN"])[0].rstrip("+")  # "CANCELLED by 0"
+        details = ", ".join(columns[i] for i in detail_columns if i < len(columns) and columns[i] not in ("", "None"))
         for job in _jobs(match):
-            if (
-                job not in found or found[job][0] in SLURM_TERMINAL
-            ):  # of two lines about one job the one that says it lives holds
-                found[job] = facts
-    return found
+            if job not in states or states[job][0] in SLURM_TERMINAL:  # of two lines the one with a living state counts
+                states[job] = state, details
+    return states
 
 
 def _jobs(match: re.Match[str]) -> list[str]:
-    """All ids that one of ``JOB_ID``'s forms stands for; a list of tasks that breaks off stands for the others too."""
+    """All ids that one of ``JOB_ID``'s forms stands for; a truncated list of tasks also stands for the rest."""
     job, task, tasks = match.groups()
     if tasks is None:
         return [job if task is None else f"{job}_{task}"]
     ranges = re.findall(r"(\d+)(?:-(\d+)(?::(\d+))?)?", tasks.partition("%")[0])
     listed = [f"{job}_{i}" for a, b, step in ranges for i in range(int(a), int(b or a) + 1, max(1, int(step or 1)))]
     return [*listed, *([f"{job}_{REST}"] if "..." in tasks or not match[0].endswith("]") else [])]
+
+
+@dataclass(frozen=True)
+class UserJob:
+    """A job or array of the user's: ``command`` is its script with arguments, which SLURM joins by unquoted spaces."""
+
+    id: str
+    state: str
+    folder: Path
+    """Where it was submitted."""
+    command: str
+
+
+def user_jobs(cluster: str | None = None) -> list[UserJob]:
+    """All jobs of the user in the queue, an array once. Raises as ``run_slurm_command``."""
+    flags = ("--noheader", "--user", str(os.getuid()), f"--format={SEPARATOR.join(USER_JOB_FIELDS)}")
+    lines = run_slurm_command("squeue", *flags, cluster=cluster).splitlines()
+    rows = [fields for line in lines if len(fields := line.split(SEPARATOR)) == len(USER_JOB_FIELDS)]
+    return [UserJob(job, state, Path(folder), command) for job, state, folder, command in rows]
+
+
+def pending_reasons(jobs: Iterable[str], cluster: str | None = None) -> list[str]:
+    """SLURM's reason for each of the ``jobs`` that is pending. Raises LaunchError when SLURM has forgotten one of them."""
+    flags = ("--noheader", "--array", "--format=%T|%r", "--jobs", ",".join(sorted(jobs)))
+    lines = run_slurm_command("squeue", *flags, cluster=cluster).splitlines()
+    return [line.partition("|")[2] for line in lines if line.startswith("PENDING|")]
+
+
+def job_states(names: Iterable[str], cluster: str | None = None) -> dict[str, tuple[str, str]]:
+    """State and details of the user's jobs with one of these job names, as ``parse_queue``. Raises LaunchError."""
+    selection = ("--user", str(os.getuid()), "--name", ",".join(sorted(names)), f"--format={SQUEUE}")
+    return parse_queue(run_slurm_command("squeue", "--noheader", "--array", "--states=all", *selection, cluster=cluster))
+
+
+def accounting_states(jobs: Iterable[str], cluster: str | None = None) -> dict[str, tuple[str, str]]:
+    """State and node of the ``jobs`` in accounting, as ``parse_accounting``. Raises LaunchError without accounting."""
+    return parse_accounting(run_slurm_command("sacct", "-X", "-n", "-P", "-j", ",".join(jobs), "-o", SACCT, cluster=cluster))
+
+
+def cancel_jobs(*args: str, cluster: str | None = None) -> None:
+    """One scancel with these flags and job ids; when the scheduler does not answer, the next poll tries again."""
+    command = ["scancel", *to_cluster(cluster), *args]
+    with suppress(subprocess.TimeoutExpired, OSError):
+        subprocess.run(command, capture_output=True, timeout=ANSWER_S, check=False, env=commands_environment())
 
 
 def minutes(limit: str) -> int | None:
@@ -276,7 +324,7 @@ def minutes(limit: str) -> int | None:
 
 
 def _associations(settings: Mapping[str, str]) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None]:
-    """The user's accounts and qos, where the cluster insists on them."""
+    """The user's accounts and qos, where the cluster enforces them."""
     enforced = settings.get("AccountingStorageEnforce", "none").lower()
     if "associations" not in enforced:
         return None, None
@@ -293,7 +341,7 @@ def _associations(settings: Mapping[str, str]) -> tuple[tuple[str, ...] | None, 
         ]
         rows = [line.split("|") for line in run_slurm_command(*command, "format=Account,QOS").splitlines() if "|" in line]
     except (LaunchError, KeyError):
-        return None, None  # sbatch itself will tell
+        return None, None  # sbatch itself will report an invalid one
     accounts = sorted({row[0] for row in rows if row[0]})
     qos = sorted({name for row in rows for name in row[1].split(",") if name})
     return tuple(accounts) or None, (tuple(qos) or None) if "qos" in enforced else None

@@ -1,4 +1,4 @@
-"""What runs on the other side of a dispatch."""
+"""The picklable jobs that a dispatcher starts, and the set-up of their processes."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from isaerft_sweep.terminal import speak_any_encoding
 
 
 def prepare_process(threads: int | None, device: str | None, limit_s: float | None = None) -> None:
-    """Settings that must come before torch is imported."""
+    """Apply settings that must precede the import of torch. ``limit_s``: when to begin to end, seconds after the start."""
     speak_any_encoding()
     if limit_s is not None:
         os.environ[STOP_AT] = str(started() + limit_s)
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        # one that comes while torch is imported: the trial notices it as soon as it listens
+        # a signal during the import of torch: the trial notices it as soon as it has its own handler
         signal.signal(number, lambda *_: os.environ.update({STOP_AT: "0"}))
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
     if threads:
-        # several trials on one machine must share its cores: spinning threads slow each other down tenfold
+        # several trials share the machine's cores: oversubscribed threads slow each other down tenfold
         os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 @contextmanager
 def ending_clearly(folder: Path) -> Iterator[None]:
-    """An error that nobody has foreseen ends the process with one line, the last of its log; its trace is in ``folder``."""
+    """Turn any error into one line, the last of the log, and an exit; the trace of an unexpected one goes to ``folder``."""
     try:
         yield
     except IsaerftError as error:
@@ -49,10 +49,10 @@ def ending_clearly(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Import in this block what the process needs for good, and keep the garbage collector off it.
+    """Exclude what this block imports from garbage collection.
 
-    A million objects come with torch and transformers, and none of them ever becomes garbage. Looking through them
-    costs a second while they are imported, and a third of a second twice a trial, as transformers and accelerate ask for.
+    torch and transformers create a million objects that never become garbage. Scanning them costs a second during the
+    import, and a third of a second in each of the two collections per trial that transformers and accelerate request.
     """
     gc.disable()
     try:
@@ -63,18 +63,18 @@ def importing() -> Iterator[None]:
 
 
 def started() -> float:
-    """When this job's time began to run, in seconds since the epoch: a SLURM job says so, else when the process did."""
+    """When the job started, in seconds since the epoch: SLURM's value, else the process's start."""
     import psutil
 
-    said = os.environ.get("SLURM_JOB_START_TIME", "")
-    return float(said) if said.isdecimal() else min(psutil.Process().create_time(), time.time())
+    job_start = os.environ.get("SLURM_JOB_START_TIME", "")
+    return float(job_start) if job_start.isdecimal() else min(psutil.Process().create_time(), time.time())
 
 
 @dataclass(frozen=True)
 class TrialJob:
-    """A picklable call of one attempt of one trial.
+    """A picklable call that runs one attempt of one trial.
 
-    torch and transformers are imported inside ``__call__``: the controller that pickles this never loads them.
+    torch and transformers are imported inside ``__call__``: the controller, which pickles this, never loads them.
     """
 
     folder: str
@@ -107,7 +107,7 @@ class TrialJob:
 
 @dataclass(frozen=True)
 class WorkerJob:
-    """A picklable call of a worker that runs many trials, ``trials_per_pass`` at a time; its tasks come into ``folder``."""
+    """A picklable call of a worker that runs the tasks in ``folder``, ``trials_per_pass`` at a time."""
 
     folder: str
     threads: int | None
@@ -130,7 +130,7 @@ class WorkerJob:
 
 
 def check_needs() -> int:
-    """What the check before a sweep runs in a process of its own; see ``trial/prepare.py``."""
+    """The preflight's check, for a separate process; see ``trial/prepare.py``."""
     speak_any_encoding()
     with importing():
         from isaerft_sweep.trial.prepare import main

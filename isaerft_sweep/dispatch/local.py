@@ -25,7 +25,7 @@ NO_LIMIT_MIN = 60 * 24 * 365
 
 
 class LocalDispatcher(Dispatcher[LocalJob]):
-    """Jobs outlive the controller: a controller that was killed finds them again by process id and start time."""
+    """Runs jobs as processes that outlive the controller; the next one finds them by process id and start time."""
 
     def __init__(self, spec: LauncherSpec, folder: Path) -> None:
         self.folder = folder
@@ -47,7 +47,7 @@ class LocalDispatcher(Dispatcher[LocalJob]):
             timeout_min=self._timeout_min,
             signal_delay_s=self._grace_s,
             stderr_to_stdout=True,
-            gpus_per_node=0,  # the job sets CUDA_VISIBLE_DEVICES itself: submitit takes numbers only, no UUIDs
+            gpus_per_node=0,  # the job sets CUDA_VISIBLE_DEVICES itself: submitit accepts no UUIDs
         )
         with shielded_from_terminal():
             running = executor.submit(replace(job, device=device))
@@ -97,9 +97,9 @@ class LocalDispatcher(Dispatcher[LocalJob]):
 
 def visible_gpus() -> list[str]:
     """Numbers or UUIDs of the GPUs this process may use, without loading CUDA: CUDA_VISIBLE_DEVICES, else nvidia-smi."""
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if given is not None:
-        return [part.strip() for part in given.split(",") if part.strip() not in ("", "-1")]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [device.strip() for device in visible.split(",") if device.strip() not in ("", "-1")]
     if shutil.which("nvidia-smi") is None:
         return []
     try:
@@ -111,9 +111,9 @@ def visible_gpus() -> list[str]:
 
 @contextmanager
 def shielded_from_terminal() -> Iterator[None]:
-    """Processes started in this block do not get the terminal's Ctrl-C: the controller tells them itself, in order.
+    """Shield processes started in this block from the terminal's Ctrl-C: the controller stops them itself.
 
-    A blocked signal is inherited, and one that arrives meanwhile is delivered to this process afterwards.
+    Children inherit the blocked signal; one that arrives meanwhile reaches this process after the block.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
     try:

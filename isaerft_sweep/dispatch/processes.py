@@ -1,4 +1,4 @@
-"""Processes of this machine, by id and start time, so that a reused id is never taken for the old process."""
+"""Processes of this machine, by id and start time: ids are reused."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import psutil
 
 
 def start_time(pid: int) -> float | None:
-    """When the process started, in clock ticks since the machine did; None when there is none.
+    """When the process started, in clock ticks since boot; None when it does not exist.
 
-    Not the time of day, which jumps when the clock is set.
+    The time of day would jump when the clock is set.
     """
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
@@ -20,7 +20,7 @@ def start_time(pid: int) -> float | None:
 
 
 def is_running(pid: int, start: float | None) -> bool:
-    """Whether that very process runs; a zombie does not."""
+    """Whether the process with this id and start time runs; a zombie does not."""
     try:
         process = psutil.Process(pid)
         return start_time(pid) in (start, None) and process.status() != psutil.STATUS_ZOMBIE
@@ -29,7 +29,7 @@ def is_running(pid: int, start: float | None) -> bool:
 
 
 def descendants(pid: int) -> list[int]:
-    """Ids of all processes below ``pid``."""
+    """Ids of all descendants of ``pid``."""
     try:
         return [child.pid for child in psutil.Process(pid).children(recursive=True)]
     except psutil.NoSuchProcess:

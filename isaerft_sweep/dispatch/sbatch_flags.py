@@ -1,5 +1,5 @@
-"""From ``launcher.slurm`` to sbatch's flags: the cluster's own values where none is given, an error that lists the valid
-ones where one is wrong."""
+"""Turns ``launcher.slurm`` into sbatch's flags: defaults come from the cluster, a wrong value raises an error that lists the
+valid ones."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from isaerft_sweep.specs import LauncherSpec
 
 DEFAULT_MIN = 240
 DEFAULT_CPUS, DEFAULT_MEM_GB = 4, 32
-"""At most this much is asked for when nothing is said; a smaller node's share of one GPU where that is less."""
+"""The defaults; or the cores and memory of a node divided by its GPUs, where that is less."""
 SUBMITIT_FLAGS = ("mem_gb", "python", "additional_parameters")
-"""Keys of ``launcher.slurm`` that neither sbatch nor submitit's executor knows by that name."""
+"""Keys of ``launcher.slurm`` that neither sbatch nor submitit's executor has under that name."""
 FROM_SHELL = ("account", "partition", "qos", "reservation", "constraint")
-"""Flags that people set for good as a variable of their shell."""
+"""Flags that users set permanently by a variable of their shell."""
 RESERVED_FLAGS = {
     "array": "launcher.slots",
     "time": "launcher.timeout_min",
@@ -29,8 +29,8 @@ RESERVED_FLAGS = {
     "output": "the sweep's folder jobs/",
     "error": "the sweep's folder jobs/",
     "open_mode": "the sweep's folder jobs/",
-    "requeue": "launcher.max_retries: the controller itself starts a trial again, in a new job",
-    "no_requeue": "launcher.max_retries: the controller itself starts a trial again, in a new job",
+    "requeue": "launcher.max_retries: the controller itself retries a trial, in a new job",
+    "no_requeue": "launcher.max_retries: the controller itself retries a trial, in a new job",
     "nodes": "nothing: a trial runs on one node",
     "ntasks": "nothing: a trial is one process",
     "ntasks_per_node": "nothing: a trial is one process",
@@ -53,48 +53,48 @@ TRES_FLAGS = ("gres", "tres_per_node", "tres_per_job", "tres_per_socket", "tres_
 
 def sbatch_parameters(spec: LauncherSpec, site: SlurmCluster, name: str) -> dict[str, Any]:
     """The parameters of submitit's SlurmExecutor for the jobs of a sweep. Raises LaunchError on an invalid one."""
-    given = {key.replace("-", "_"): value for key, value in spec.slurm.items() if value is not None}
+    flags = {key.replace("-", "_"): value for key, value in spec.slurm.items() if value is not None}
     for key in ("python", "clusters", "cluster"):  # see SlurmDispatcher
-        given.pop(key, None)
-    given = {**users_own(os.environ), **given}
-    extra = given.pop("additional_parameters", {})
+        flags.pop(key, None)
+    flags = {**flags_from_shell(os.environ), **flags}
+    extra = flags.pop("additional_parameters", {})
     if not isinstance(extra, Mapping):
         raise LaunchError(
             f"launcher.slurm.additional_parameters must be flags of sbatch with their values but got {extra!r}."
         )
-    given |= {key.replace("-", "_"): value for key, value in extra.items() if value is not None}
-    _check_names(given)
-    given = {key: _plain(key, value) for key, value in given.items()}
-    kinds = _partition(given, site)
-    _check_choice("account", given, site.accounts)
-    _check_choice("qos", given, site.qos)
-    _check_constraint(given, kinds)
-    _check_gres(given, kinds)
+    flags |= {key.replace("-", "_"): value for key, value in extra.items() if value is not None}
+    _check_names(flags)
+    flags = {key: _plain(key, value) for key, value in flags.items()}
+    kinds = _partition_nodes(flags, site)
+    _check_choice("account", flags, site.accounts)
+    _check_choice("qos", flags, site.qos)
+    _check_constraint(flags, kinds)
+    _check_gres(flags, kinds)
     time_min = _time_limit(spec.timeout_min, kinds)
-    resources = _resources(given, kinds)
-    known = submitit.SlurmExecutor._valid_parameters()
-    given = {key: value for key, value in given.items() if value is not False}  # a flag that is switched off
-    extra = {key: value for key, value in given.items() if key not in known}
-    prefix = re.sub(r"[^A-Za-z0-9_.-]+", "-", str(given.pop("job_name", "")))
+    resources = _resources(flags, kinds)
+    submitit_keys = submitit.SlurmExecutor._valid_parameters()
+    flags = {key: value for key, value in flags.items() if value is not False}  # a flag that is switched off
+    extra = {key: value for key, value in flags.items() if key not in submitit_keys}
+    prefix = re.sub(r"[^A-Za-z0-9_.-]+", "-", str(flags.pop("job_name", "")))
     return {
-        **{key: value for key, value in given.items() if key in known},
+        **{key: value for key, value in flags.items() if key in submitit_keys},
         **resources,
         "job_name": f"{prefix}-{name}" if prefix else name,
         "time": time_min,
         "stderr_to_stdout": True,
         "additional_parameters": {
             **extra,
-            # SLURM would start a job again under the same attempt, beside an orphan of the first start: docs/design.md
+            # a requeued job would run the same attempt, perhaps beside an orphan of its first start: docs/design.md
             "no-requeue": True,
-            # on preemption, where the site asks for it; before the time limit the job's own clock tells, not up to a
-            # minute too early
+            # for preemption, where the site sends it; for the time limit the job uses its own clock, since SLURM's signal
+            # may come a minute early
             "signal": "USR2@0",
         },
     }
 
 
 def _plain(key: str, value: Any) -> Any:
-    """A flag's value as sbatch and submitit take it: lists are joined, except lines of a script, whose text is split."""
+    """A flag's value as sbatch and submitit expect it: lists are joined by commas; script lines become a list."""
     if key in SCRIPT:
         lines = value if isinstance(value, LISTED) else str(value).splitlines()
         if any(isinstance(line, (Mapping, *LISTED)) for line in lines):
@@ -107,24 +107,24 @@ def _plain(key: str, value: Any) -> Any:
     return value
 
 
-def users_own(environment: Mapping[str, str]) -> dict[str, Any]:
-    """What the user's shell sets for every sbatch (``SBATCH_ACCOUNT``). Within a job the variables are that job's."""
+def flags_from_shell(environment: Mapping[str, str]) -> dict[str, Any]:
+    """The user's defaults for every sbatch (``SBATCH_ACCOUNT``); empty within a job, where they are that job's flags."""
     if "SLURM_JOB_ID" in environment:
         return {}
     return {key: value for key in FROM_SHELL if (value := environment.get(f"SBATCH_{key.upper()}"))}
 
 
 def working_s(time_min: int, grace_s: float) -> float:
-    """How long a job of ``time_min`` minutes works before it begins to end."""
+    """How many seconds a job of ``time_min`` minutes trains before it begins to end."""
     return time_min * 60 - min(grace_s, time_min * 60 / 4)
 
 
-def _check_names(given: Mapping[str, Any]) -> None:
-    for key in given:
+def _check_names(flags: Mapping[str, Any]) -> None:
+    for key in flags:
         if key in RESERVED_FLAGS:
             raise LaunchError(f"launcher.slurm.{key} must not be set here. What decides it: {RESERVED_FLAGS[key]}.")
     known = {*submitit.SlurmExecutor._valid_parameters(), *SUBMITIT_FLAGS}
-    unknown = [key for key in given if key not in known]
+    unknown = [key for key in flags if key not in known]
     if not unknown:
         return
     valid = {*known, *sbatch_flags()} - set(RESERVED_FLAGS)
@@ -133,121 +133,121 @@ def _check_names(given: Mapping[str, Any]) -> None:
             raise LaunchError(f"launcher.slurm has no '{key}': it must be a flag of sbatch." + suggest(key, valid))
 
 
-def _partition(given: Mapping[str, Any], site: SlurmCluster) -> list[NodeKind]:
+def _partition_nodes(flags: Mapping[str, Any], site: SlurmCluster) -> list[NodeKind]:
     """The nodes that a job may get."""
-    asked = given.get("partition") or site.default_partition
-    if asked is None:
+    partition = flags.get("partition") or site.default_partition
+    if partition is None:
         raise LaunchError(
-            "launcher.slurm.partition must be set, for this cluster has no default one. Valid: "
+            "launcher.slurm.partition must be set, since this cluster has no default one. Valid: "
             f"{', '.join(site.partitions)}."
         )
-    for name in str(asked).split(","):
+    for name in str(partition).split(","):
         if name not in site.partitions:
             raise LaunchError(f"launcher.slurm.partition is unknown: '{name}'." + suggest(name, site.partitions))
-    return site.kinds_of(str(asked))
+    return site.kinds_of(str(partition))
 
 
-def _check_choice(key: str, given: Mapping[str, Any], valid: Iterable[str] | None) -> None:
-    """Of accounts and qos, which SLURM keeps in small letters and takes in any."""
-    if key in given and valid is not None and str(given[key]).lower() not in {name.lower() for name in valid}:
-        raise LaunchError(f"launcher.slurm.{key} is not yours to use: '{given[key]}'." + suggest(str(given[key]), valid))
+def _check_choice(key: str, flags: Mapping[str, Any], valid: Iterable[str] | None) -> None:
+    """Check an account or qos, whose case SLURM ignores."""
+    if key in flags and valid is not None and str(flags[key]).lower() not in {name.lower() for name in valid}:
+        raise LaunchError(f"launcher.slurm.{key} is not yours to use: '{flags[key]}'." + suggest(str(flags[key]), valid))
 
 
-def _check_constraint(given: Mapping[str, Any], kinds: list[NodeKind]) -> None:
+def _check_constraint(flags: Mapping[str, Any], kinds: list[NodeKind]) -> None:
     """Every feature that a constraint names (``a100&nvlink``, ``[rack1|rack2]``, ``big*2``) must exist."""
     valid = {part for kind in kinds for feature in kind.features for part in {feature, *feature.split("|")}}
-    for word in re.split(r"[&|,!()\[\]]+", str(given.get("constraint", ""))):
-        feature = word.split("*")[0].strip()
+    for part in re.split(r"[&|,!()\[\]]+", str(flags.get("constraint", ""))):
+        feature = part.split("*")[0].strip()
         if feature and feature not in valid:
             raise LaunchError(f"launcher.slurm.constraint names an unknown feature: '{feature}'." + suggest(feature, valid))
 
 
-def _check_gres(given: Mapping[str, Any], kinds: list[NodeKind]) -> None:
-    most: dict[str, int] = {}
+def _check_gres(flags: Mapping[str, Any], kinds: list[NodeKind]) -> None:
+    max_counts: dict[str, int] = {}
     for kind in kinds:
         for name, count in kind.gres.items():
-            most[name] = max(count, most.get(name, 0))
-    for part in [p for p in str(given.get("gres", "")).split(",") if p.strip().lower() not in ("", "none")]:
+            max_counts[name] = max(count, max_counts.get(name, 0))
+    for part in [p for p in str(flags.get("gres", "")).split(",") if p.strip().lower() not in ("", "none")]:
         name, count = gres_request(part)
-        if name not in most:
-            raise LaunchError(f"launcher.slurm.gres names an unknown resource: '{name}'." + suggest(name, most))
-        _check_at_most("gres", part.strip().removeprefix("gres/"), count, most[name])
-    if "gpus_per_node" in given:
-        asked = str(given["gpus_per_node"])
-        wanted = [gres_request(f"gpu:{part}") for part in asked.split(",")]
-        for name, count in wanted:
-            if count and name not in most:
-                listed = ", ".join(sorted(key for key in most if key.startswith("gpu"))) or "none"
+        if name not in max_counts:
+            raise LaunchError(f"launcher.slurm.gres names an unknown resource: '{name}'." + suggest(name, max_counts))
+        _check_at_most("gres", part.strip().removeprefix("gres/"), count, max_counts[name])
+    if "gpus_per_node" in flags:
+        requested = str(flags["gpus_per_node"])
+        for name, count in [gres_request(f"gpu:{part}") for part in requested.split(",")]:
+            if count and name not in max_counts:
+                listed = ", ".join(sorted(key for key in max_counts if key.startswith("gpu"))) or "none"
                 raise LaunchError(
-                    f"launcher.slurm.gpus_per_node must name GPUs of the nodes but got {asked}. Valid: {listed}."
+                    f"launcher.slurm.gpus_per_node must name GPUs of the nodes but got {requested}. Valid: {listed}."
                 )
-            _check_at_most("gpus_per_node", asked, count, most.get(name, 0))
+            _check_at_most("gpus_per_node", requested, count, max_counts.get(name, 0))
 
 
-def _asks_for_gpus(given: Mapping[str, Any]) -> bool:
-    """Whether it is said how many GPUs a job gets, or that it gets none."""
-    listed = [part.strip().lower() for key in TRES_FLAGS for part in str(given.get(key, "")).split(",")]
-    of_gpus = [re.match(r"(gres[/:])?(gpu|shard|mps)\b", part) or part == "none" for part in listed]
-    return bool(set(GPU_FLAGS) & set(given)) or any(of_gpus)
+def _sets_gpus(flags: Mapping[str, Any]) -> bool:
+    """Whether the flags set the number of GPUs, 0 included."""
+    resources = [part.strip().lower() for key in TRES_FLAGS for part in str(flags.get(key, "")).split(",")]
+    return bool(set(GPU_FLAGS) & set(flags)) or any(
+        re.match(r"(gres[/:])?(gpu|shard|mps)\b", resource) or resource == "none" for resource in resources
+    )
 
 
-def _whole_number(key: str, given: Mapping[str, Any], least: int = 1) -> int:
+def _whole_number(key: str, flags: Mapping[str, Any], least: int = 1) -> int:
     """A flag's value as a whole number. Raises LaunchError when it is none."""
-    said = str(given[key]).strip()
-    number = int(said) if re.fullmatch(r"\d{1,9}", said, re.ASCII) else None
+    text = str(flags[key]).strip()
+    number = int(text) if re.fullmatch(r"\d{1,9}", text, re.ASCII) else None
     if number is None or number < least:
-        raise LaunchError(f"launcher.slurm.{key} must be a whole number of at least {least} but got '{said}'.")
+        raise LaunchError(f"launcher.slurm.{key} must be a whole number of at least {least} but got '{text}'.")
     return number
 
 
-def _memory_mb(given: Mapping[str, Any]) -> int:
+def _memory_mb(flags: Mapping[str, Any]) -> int:
     """``mem_gb`` in megabytes. Raises LaunchError when it is no number of gigabytes."""
-    said = str(given["mem_gb"]).strip()
-    found = re.fullmatch(r"(\d{1,9}(?:\.\d*)?|\.\d+)", said, re.ASCII)
-    if not found or float(said) * 1024 < 1:
+    text = str(flags["mem_gb"]).strip()
+    if not re.fullmatch(r"(\d{1,9}(?:\.\d*)?|\.\d+)", text, re.ASCII) or float(text) * 1024 < 1:
         raise LaunchError(
-            f"launcher.slurm.mem_gb must be a number of gigabytes (mem_gb=32) but got '{said}'. Another unit: "
+            f"launcher.slurm.mem_gb must be a number of gigabytes (mem_gb=32) but got '{text}'. Another unit: "
             "+launcher.slurm.mem=32000M."
         )
-    return int(float(said) * 1024)
+    return int(float(text) * 1024)
 
 
-def _check_at_most(key: str, given: Any, value: float, most: float, unit: str = "") -> None:
+def _check_at_most(key: str, requested: Any, value: float, most: float, unit: str = "") -> None:
+    """Raise LaunchError when ``value`` is above ``most``. ``requested``: the value as the user wrote it."""
     if value > most:
-        raise LaunchError(f"launcher.slurm.{key} must be at most {most:g}{unit}, the largest node's, but got {given}.")
+        raise LaunchError(f"launcher.slurm.{key} must be at most {most:g}{unit}, the largest node's, but got {requested}.")
 
 
-def _time_limit(asked_min: int | None, kinds: list[NodeKind]) -> int:
-    """Minutes: what is asked for, or four hours, or the partition's limit where that is less."""
+def _time_limit(requested_min: int | None, kinds: list[NodeKind]) -> int:
+    """Minutes: the requested ones, else four hours or the partition's limit, whichever is less."""
     limits = [kind.max_min for kind in kinds]
-    most = None if None in limits else max(limit for limit in limits if limit is not None)
-    if asked_min is None:
-        return max(1, min(DEFAULT_MIN, most)) if most is not None else DEFAULT_MIN
-    if most is not None and asked_min > most:
+    max_min = None if None in limits else max(limit for limit in limits if limit is not None)
+    if requested_min is None:
+        return max(1, min(DEFAULT_MIN, max_min)) if max_min is not None else DEFAULT_MIN
+    if max_min is not None and requested_min > max_min:
         names = ", ".join(f"{kind.partition} {kind.max_min} min" for kind in kinds)
-        raise LaunchError(f"launcher.timeout_min must be at most the partition's limit ({names}) but got {asked_min}.")
-    return asked_min
+        raise LaunchError(f"launcher.timeout_min must be at most the partition's limit ({names}) but got {requested_min}.")
+    return requested_min
 
 
-def _resources(given: dict[str, Any], kinds: list[NodeKind]) -> dict[str, Any]:
-    """GPUs, cores and memory: one GPU where the nodes have any, and a node's share of cores and memory for it."""
-    found: dict[str, Any] = {}
+def _resources(flags: dict[str, Any], kinds: list[NodeKind]) -> dict[str, Any]:
+    """GPUs, cores and memory. By default one GPU where the nodes have any, with its share of the cores and memory."""
+    resources: dict[str, Any] = {}
     share = max(kinds, key=lambda kind: kind.gpus)
     parts = max(1, share.gpus)
-    if share.gpus and not _asks_for_gpus(given):
-        found["gpus_per_node"] = 1
-    if "array_parallelism" in given:
-        found["array_parallelism"] = _whole_number("array_parallelism", given)
+    if share.gpus and not _sets_gpus(flags):
+        resources["gpus_per_node"] = 1
+    if "array_parallelism" in flags:
+        resources["array_parallelism"] = _whole_number("array_parallelism", flags)
     most_cpus, most_mb = max(kind.cpus for kind in kinds), max(kind.memory_mb for kind in kinds)
-    if "cpus_per_task" in given:
-        found["cpus_per_task"] = _whole_number("cpus_per_task", given)
-        _check_at_most("cpus_per_task", given["cpus_per_task"], found["cpus_per_task"], most_cpus)
-    elif "cpus_per_gpu" not in given:
-        found["cpus_per_task"] = max(1, min(DEFAULT_CPUS, share.cpus // parts))
-    if "mem_gb" in given:
-        memory_mb = _memory_mb(given)
-        _check_at_most("mem_gb", given.pop("mem_gb"), memory_mb / 1024, most_mb / 1024, " GB")
-        found["mem"] = f"{memory_mb}MB"
-    elif not {"mem", "mem_per_cpu", "mem_per_gpu"} & set(given) and share.memory_mb > 1:
-        found["mem"] = f"{min(DEFAULT_MEM_GB * 1024, share.memory_mb // parts)}MB"
-    return found
+    if "cpus_per_task" in flags:
+        resources["cpus_per_task"] = _whole_number("cpus_per_task", flags)
+        _check_at_most("cpus_per_task", flags["cpus_per_task"], resources["cpus_per_task"], most_cpus)
+    elif "cpus_per_gpu" not in flags:
+        resources["cpus_per_task"] = max(1, min(DEFAULT_CPUS, share.cpus // parts))
+    if "mem_gb" in flags:
+        memory_mb = _memory_mb(flags)
+        _check_at_most("mem_gb", flags.pop("mem_gb"), memory_mb / 1024, most_mb / 1024, " GB")
+        resources["mem"] = f"{memory_mb}MB"
+    elif not {"mem", "mem_per_cpu", "mem_per_gpu"} & set(flags) and share.memory_mb > 1:
+        resources["mem"] = f"{min(DEFAULT_MEM_GB * 1024, share.memory_mb // parts)}MB"
+    return resources

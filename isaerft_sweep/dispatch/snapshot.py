@@ -1,4 +1,4 @@
-"""A copy of this package's code, so that a job in a queue runs the code that its controller was started with."""
+"""A copy of this package's code: a queued job runs the code that its controller was started with."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from isaerft_sweep.paths import PACKAGE
 
 
 def code_snapshot(folder: Path) -> Path:
-    """A folder below ``folder`` to be put first in PYTHONPATH; the same code is copied once."""
+    """A folder inside ``folder`` to put first in PYTHONPATH; the same code is copied once."""
     files = sorted(path for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
     digest = hashlib.sha256()
     for path in files:

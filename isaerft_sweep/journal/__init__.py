@@ -1,1 +1,1 @@
-"""What happened: the sweep's durable state on disk."""
+"""The sweep's durable state on disk."""

@@ -1,4 +1,4 @@
-"""Append-only files of JSON lines: a line is on the disk before anything follows from it, and a torn last one is cut off."""
+"""Append-only files of JSON lines: an append returns once the line is on the disk; a torn last line is cut off."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ class AppendLog:
     """One such file, open for appending by this process alone."""
 
     def __init__(self, path: Path, good_bytes: int) -> None:
-        """``good_bytes``: the length of the whole lines in it, see ``whole_lines``; what follows them is cut off."""
+        """``good_bytes``: the length of its complete lines, see ``whole_lines``; the file is cut to it."""
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.ftruncate(self._file, good_bytes)
 
     def append(self, *contents: Mapping[str, Any]) -> None:
-        """Append and wait until the disk has it. Raises OSError, with nothing appended, when it cannot."""
+        """Append the lines and flush them to disk. Raises OSError, with nothing appended, when that fails."""
         encoded = "".join(json.dumps(c, separators=(",", ":"), allow_nan=False) + "\n" for c in contents).encode()
         before = os.fstat(self._file).st_size
         try:
@@ -28,7 +28,7 @@ class AppendLog:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(self._file)
         except OSError:
-            with suppress(OSError):  # a device that cannot be cut
+            with suppress(OSError):  # a device that cannot be truncated
                 os.ftruncate(self._file, before)
             raise
 
@@ -37,7 +37,7 @@ class AppendLog:
 
 
 def whole_lines(path: Path) -> tuple[list[bytes], int]:
-    """The lines that were written to their end, and their length in bytes; none when there is no file."""
+    """The complete lines and their length in bytes; none when the file does not exist."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:

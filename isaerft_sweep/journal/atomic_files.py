@@ -1,4 +1,4 @@
-"""Files that survive a crash: written aside and renamed, appended whole, made once by whoever comes first."""
+"""Files that survive a crash: written to a temporary file and renamed, or created once by the first process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace ``path`` by ``text`` in one step: a reader sees the old file or the new one, never half of one."""
+    """Replace the content of ``path`` atomically: a reader sees the old file or the new one."""
     handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -29,12 +29,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Replace ``path`` by ``content`` as JSON in one step."""
+    """Replace the content of ``path`` atomically by ``content`` as JSON."""
     write_text(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
 def read_json(path: Path) -> Any | None:
-    """The JSON in ``path``, or None when there is none (not there yet, or removed meanwhile)."""
+    """The JSON in ``path``; None when the file does not exist."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -42,7 +42,7 @@ def read_json(path: Path) -> Any | None:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file that its writer finished; a torn last line is left out."""
+    """The rows of a JSON-lines file without a torn last line; none when the file does not exist."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -52,7 +52,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on ``path`` (made if missing) while the block runs; the kernel frees it on any death."""
+    """Hold an exclusive lock on ``path`` (created if missing) during the block; the kernel frees it if the process dies."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -60,24 +60,24 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def make_readable(folder: Path) -> None:
-    """Let everybody read the files in ``folder``: safetensors writes them for their owner alone."""
+    """Let all users read the files in ``folder``: safetensors lets only the owner."""
     for path in folder.iterdir():
         if path.is_file():
             path.chmod(0o644)
 
 
 def create_once(folder: Path, make: Callable[[Path], None]) -> Path:
-    """``folder``, filled by ``make`` if it is not there yet.
+    """``folder``, filled by ``make`` if it does not exist yet.
 
-    Made aside and renamed, under a lock, so that several processes can ask at once and a crash leaves no half folder.
+    ``make`` fills a temporary folder, which is renamed, under a lock: safe in several processes at once, and in a crash.
     """
     if folder.is_dir():
         return folder
     with locked(_lock_of(folder)):
         if folder.is_dir():
             return folder
-        for left in folder.parent.glob(f".{folder.name}.*/"):  # by a maker that was killed: we have its lock
-            shutil.rmtree(left, ignore_errors=True)
+        for leftover in folder.parent.glob(f".{folder.name}.*/"):  # of a killed process: this one holds its lock
+            shutil.rmtree(leftover, ignore_errors=True)
         aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         try:
             make(aside)
@@ -91,7 +91,7 @@ def create_once(folder: Path, make: Callable[[Path], None]) -> Path:
 
 
 def is_being_created(aside: Path) -> bool:
-    """Whether somebody is making what ``create_once`` shall rename ``aside`` to: else it was left by one that was killed."""
+    """Whether a process in ``create_once`` still fills the temporary folder ``aside``; if not, it is a leftover."""
     try:
         with _lock_of(aside.with_name(aside.name[1:].rpartition(".")[0])).open("a", encoding="utf-8") as handle:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""References to jobs: what finds a job again from another process. The journal keeps them."""
+"""References to jobs, by which another process finds them. The journal keeps them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 @dataclass(frozen=True)
 class JobRef:
-    """A job that runs trials; ``launcher`` is the ``launcher=`` that started it."""
+    """A job that runs trials. ``kind``: names the class in the journal."""
 
     kind: ClassVar[str] = ""
 
@@ -21,33 +21,33 @@ class JobRef:
 
     @property
     def worker(self) -> str | None:
-        """Which worker runs the trial; equal for all trials of one worker."""
+        """The worker that runs the trial; equal for all trials of one worker."""
         return None
 
     @property
     def log_name(self) -> str | None:
-        """The file in the sweep's ``jobs`` folder that the job prints into; None where there is none."""
+        """The job's log file in the sweep's ``jobs`` folder; None where there is none."""
         return None
 
     @property
-    def words(self) -> str:
-        """For people: ``job 4711_2`` or ``process 4711``."""
+    def label(self) -> str:
+        """``job 4711_2`` or ``process 4711``."""
         return ""
 
     def to_json(self) -> dict[str, Any]:
         """As the journal keeps it."""
-        known = {one.name: getattr(self, one.name) for one in dataclasses.fields(self)}
-        return {"kind": self.kind, **{name: value for name, value in known.items() if value is not None}}
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {"kind": self.kind, **{name: value for name, value in values.items() if value is not None}}
 
 
 @dataclass(frozen=True)
 class LocalJob(JobRef):
-    """A process on this machine. ``start``: its start time in clock ticks since boot, since numbers are used again."""
+    """A process on this machine. ``start``: its start time in clock ticks since boot, since process ids are reused."""
 
     pid: int
     start: float | None = None
     device: str | None = None
-    """The GPU that it was given."""
+    """Its GPU."""
     kind: ClassVar[str] = "local"
 
     @property
@@ -55,13 +55,13 @@ class LocalJob(JobRef):
         return f"{self.pid}_0_log.out"
 
     @property
-    def words(self) -> str:
+    def label(self) -> str:
         return f"process {self.pid}"
 
 
 @dataclass(frozen=True)
 class SlurmJob(JobRef):
-    """An element of a SLURM array. ``name``: the job name of the sweep's jobs. ``cluster``: where it is not the default."""
+    """An element of a SLURM array. ``name``: the job name of the sweep's jobs. ``cluster``: None for the default one."""
 
     id: str
     name: str | None = None
@@ -77,7 +77,7 @@ class SlurmJob(JobRef):
         return f"{self.id}_0_log.out"
 
     @property
-    def words(self) -> str:
+    def label(self) -> str:
         return f"job {self.id}"
 
 
@@ -103,8 +103,8 @@ class WorkerTask(JobRef):
         return self.job.log_name
 
     @property
-    def words(self) -> str:
-        return self.job.words
+    def label(self) -> str:
+        return self.job.label
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": self.kind, "worker": self.name, "task": self.task, "job": self.job.to_json()}
@@ -112,19 +112,19 @@ class WorkerTask(JobRef):
 
 @dataclass(frozen=True)
 class AgentJob(JobRef):
-    """A W&B agent that runs the trial; on the server."""
+    """A W&B agent that runs the trial, as the server records it."""
 
     agent: str
     kind: ClassVar[str] = "agent"
 
 
 def job_from_json(content: Mapping[str, Any]) -> JobRef:
-    """The reference that the journal keeps. Raises KeyError, TypeError or ValueError when it is none."""
+    """A reference from its ``to_json``. Raises KeyError, TypeError or ValueError when ``content`` is not valid."""
     kind = content.get("kind", "agent" if "agent" in content else "")
     if kind == WorkerTask.kind:
         return WorkerTask(content["worker"], content["task"], job_from_json(content["job"]))
-    for known in (LocalJob, SlurmJob, AgentJob):
-        if kind == known.kind:
-            names = {one.name for one in dataclasses.fields(known)}
-            return known(**{name: value for name, value in content.items() if name in names})
+    for ref_class in (LocalJob, SlurmJob, AgentJob):
+        if kind == ref_class.kind:
+            names = {field.name for field in dataclasses.fields(ref_class)}
+            return ref_class(**{name: value for name, value in content.items() if name in names})
     raise ValueError(f"unknown kind of job {kind!r}")

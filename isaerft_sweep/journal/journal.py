@@ -1,7 +1,7 @@
-"""The sweep's journal: one JSON line per event, appended and flushed to disk before anything follows from it.
+"""The sweep's journal: one JSON line per event, flushed to disk before the controller acts on it.
 
-One process writes it, under a lock that the kernel frees on any death. A torn last line (a crash while writing) was never
-acted on and is cut off; a broken line further up is an error that names it, since guessing could repeat or lose a trial.
+One process writes it, under a lock that the kernel frees if the process dies. A torn last line (a crash while writing) is
+cut off: no process acted on it. A broken line further up is an error that names it, since a guess could lose a trial.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from isaerft_sweep.search.sampler import Point
 
 @dataclass
 class TrialRecord:
-    """What the journal knows of one trial. ``job`` is the present attempt's, None when none is under way."""
+    """The state of one trial, from the journal. ``job``: the current attempt's; None when no attempt is under way."""
 
     index: int
     name: str
@@ -41,12 +41,12 @@ class TrialRecord:
     """The last step that a checkpoint was written after."""
     given_up: bool = False
     spans: list[tuple[str, float, float]] = field(default_factory=list)
-    """Of each attempt that has ended: which worker ran it, from when to when (seconds since the epoch)."""
+    """For each ended attempt: the worker that ran it, its start and its end (seconds since the epoch)."""
     last_job: JobRef | None = None
 
     @property
     def ended(self) -> bool:
-        """Whether this trial will not be run again, as far as is known: one that was stopped early may be revived."""
+        """Whether this trial will not run again; a pruned one still may be revived."""
         return self.state in (*FINAL, TrialState.PRUNED) or self.given_up
 
 
@@ -61,7 +61,7 @@ class SweepRecord:
     trials: dict[int, TrialRecord] = field(default_factory=dict)
 
     def apply(self, event: Mapping[str, Any]) -> None:
-        """Take in one event. Raises KeyError, TypeError or ValueError when it is not a valid one."""
+        """Apply one event. Raises KeyError, TypeError or ValueError when it is not valid."""
         handler = getattr(self, f"_on_{event['event']}", None)
         if handler is None:
             raise ValueError(f"unknown event {event['event']!r}")
@@ -81,7 +81,7 @@ class SweepRecord:
         trial.state, trial.given_up, trial.last_job = TrialState.QUEUED, False, trial.job
 
     def _on_takeover(self, event: Mapping[str, Any]) -> None:
-        """First without a job: the one that it had, which was not started, must not begin it any more."""
+        """The first event, without a job, takes the trial from a job that has not started it; the second adds a job."""
         trial = self.trials[event["index"]]
         trial.attempt, trial.job = event["attempt"], job_from_json(event["job"]) if event["job"] else None
         trial.state = TrialState.QUEUED if trial.job else TrialState.CREATED
@@ -89,7 +89,7 @@ class SweepRecord:
     def _on_end(self, event: Mapping[str, Any]) -> None:
         trial = self.trials[event["index"]]
         if event["seconds"] > 0 and "time" in event:
-            worker = (trial.job and trial.job.worker) or f"trial {trial.index}"  # no job: an array without a controller
+            worker = (trial.job and trial.job.worker) or f"trial {trial.index}"  # no job: a static array
             trial.spans.append((worker, event["time"] - event["seconds"], event["time"]))
         trial.job, trial.state, trial.message = None, TrialState(event["state"]), event["message"]
         trial.metric, trial.given_up = event["metric"], event["given_up"]
@@ -102,7 +102,7 @@ class Journal:
     """The journal of one sweep, open for writing by this process alone."""
 
     def __init__(self, folder: SweepFolder) -> None:
-        """Lock and replay. Raises FolderError when another controller runs this sweep, JournalError on a broken line."""
+        """Lock and replay. Raises FolderError when another process runs this sweep, JournalError on a broken line."""
         self.folder = folder
         try:
             folder.path.mkdir(parents=True, exist_ok=True)
@@ -123,26 +123,26 @@ class Journal:
         good_bytes = replay(folder.journal, self.record)
         self._log = AppendLog(folder.journal, good_bytes)
 
-    def write(self, event: str, **facts: Any) -> None:
-        """Append an event, wait until the disk has it, then apply it."""
-        content = {"event": event, "time": round(time.time(), 3), **facts}
+    def write(self, event: str, **fields: Any) -> None:
+        """Append an event, flush it to disk, then apply it."""
+        content = {"event": event, "time": round(time.time(), 3), **fields}
         try:
             self._log.append(content)
         except OSError as error:
             raise FolderError(
-                f"{self.folder.journal} cannot be written ({error.strerror}). Make room or mend the disk, then run the "
+                f"{self.folder.journal} cannot be written ({error.strerror}). Make room or repair the disk, then run the "
                 "same command again: nothing that is in the journal is lost."
             ) from error
         self.record.apply(content)
 
     def close(self) -> None:
-        """Free the sweep for another controller."""
+        """Release the sweep's lock."""
         self._log.close()
         self._lock.close()
 
 
 def is_held(folder: SweepFolder) -> bool:
-    """Whether somebody has the journal open for writing, on this machine or on another one that shares the folder."""
+    """Whether a process has the journal open for writing, on this machine or on another one that shares the folder."""
     try:
         with folder.lock.open(encoding="utf-8") as handle:
             fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -150,22 +150,22 @@ def is_held(folder: SweepFolder) -> bool:
     except BlockingIOError:
         return True
     except OSError:
-        return False  # there is no lock, or it cannot be seen: nobody holds it
+        return False  # the lock file does not exist or cannot be read, so no process holds it
 
 
 def _lock_exclusively(handle: IO[str]) -> None:
-    """Raise BlockingIOError when another process holds the lock, for longer than it takes to look whether somebody does."""
-    for left in range(5, 0, -1):
+    """Raise BlockingIOError when another process holds the lock for longer than ``is_held`` does."""
+    for attempts_left in range(5, 0, -1):
         try:
             return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if left == 1:
+            if attempts_left == 1:
                 raise
             time.sleep(0.05)
 
 
 def replay(path: Path, record: SweepRecord) -> int:
-    """Apply the journal in ``path`` to ``record``; returns the length in bytes of its whole lines."""
+    """Apply the journal in ``path`` to ``record``; returns the length of its complete lines, in bytes."""
     lines, end = whole_lines(path)
     for number, line in enumerate(lines, 1):
         try:
@@ -173,7 +173,7 @@ def replay(path: Path, record: SweepRecord) -> int:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise JournalError(
                 f"{path}, line {number} is not a journal entry ({error}): {line[:80]!r}. Nothing was changed. Restore "
-                "the file from a backup, or delete that line: a trial whose line is gone is run again, and every "
+                "the file from a backup, or delete that line: a trial whose line is missing runs again, and every "
                 f"finished trial's results stay in {path.parent / 'trials'}."
             ) from error
     return end

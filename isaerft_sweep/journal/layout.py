@@ -1,7 +1,7 @@
 """Every file name of a sweep and of a trial, and the protocol between controller and worker.
 
 A worker writes only inside its own trial folder. Attempts are fenced: the controller raises the attempt number before it
-dispatches a trial again, and a worker of an older attempt (an orphan of a node thought dead) may write nothing more.
+dispatches a trial again, and a worker of an older attempt (an orphan of a node that seemed dead) may not write any more.
 """
 
 from __future__ import annotations
@@ -36,11 +36,10 @@ class PairScores:
 
 @dataclass(frozen=True)
 class SweepFolder:
-    """``outputs/<sweep>``: the question, the journal and the trials.
+    """``outputs/<sweep>``: the settings, the journal and the trials.
 
-    A sweep that agents run has a folder of this kind for each run below its own, ``outputs/<sweep id>/<run id>``: agents on
-    many machines share it, and a journal has one writer. ``shelf``: the folder in which names must be unique, where it is
-    not the one above.
+    A sweep that agents run has one such folder per run, ``outputs/<sweep id>/<run id>``, since agents on many machines share
+    it and a journal has one writer. ``names_root``: the folder in which run names must be unique; None: the parent folder.
     """
 
     path: Path
@@ -68,7 +67,7 @@ class SweepFolder:
 
     @property
     def files(self) -> Path:
-        """What the files that the trials read were when the sweep began; see ``controller/sweep_identity.py``."""
+        """Digests of the files that the trials read, from the sweep's start; see ``controller/sweep_identity.py``."""
         return self.path / "files.json"
 
     @property
@@ -86,17 +85,17 @@ class SweepFolder:
 
     @property
     def workers(self) -> Path:
-        """Where resident workers get their tasks; see ``journal/worker_queue.py``."""
+        """The task queues of resident workers; see ``journal/worker_queue.py``."""
         return self.path / "workers"
 
     @property
     def controller(self) -> Path:
-        """Which process runs the sweep; see ``controller/controller_info.py``."""
+        """The process that runs the sweep; see ``controller/controller_info.py``."""
         return self.path / "controller.json"
 
     @property
     def controller_log(self) -> Path:
-        """What a controller in the background prints."""
+        """The output of a controller in the background."""
         return self.path / "controller.log"
 
     @property
@@ -106,7 +105,7 @@ class SweepFolder:
 
     @property
     def retry(self) -> Path:
-        """Asks the controller to run trials again that it has given up: one file for each, named by its number."""
+        """Requests to retry trials that were given up: one file each, named by the trial's index."""
         return self.path / "retry"
 
     def ask_to_retry(self, index: int) -> None:
@@ -114,35 +113,35 @@ class SweepFolder:
         (self.retry / str(index)).touch()
 
     def take_retries(self) -> list[int]:
-        """The numbers of the trials that somebody wants to be run again; each is given once. Called by the controller."""
+        """Indices of the trials to retry; removes the requests. Called by the controller."""
         if not self.retry.is_dir():
             return []
-        found = sorted(int(path.name) for path in self.retry.iterdir() if path.name.isdecimal())
-        for index in found:
+        indices = sorted(int(path.name) for path in self.retry.iterdir() if path.name.isdecimal())
+        for index in indices:
             (self.retry / str(index)).unlink(missing_ok=True)
-        return found
+        return indices
 
     @property
     def static_array(self) -> Path:
-        """There when trials were created ahead for an array of jobs, with the path of the code that they run with."""
+        """Exists when trials were created ahead for a SLURM array; holds the path of the code that they run with."""
         return self.path / ".made"
 
     @property
     def names(self) -> Path:
-        """Where names are reserved: shared by all sweeps of one output folder."""
+        """Reserved run names, shared by all sweeps of one output folder."""
         return (self.names_root or self.path.parent) / ".names"
 
     def agent_run_folders(self) -> list[SweepFolder]:
-        """The folders of the runs that agents made of this sweep, if it is such a one."""
+        """The folders of the sweep's runs when agents run it; else none."""
         if self.journal.exists() or not self.path.is_dir():
             return []
-        found = (
+        folders = (
             SweepFolder(path, self.path.parent) for path in sorted(self.path.iterdir()) if not path.name.startswith(".")
         )
-        return [folder for folder in found if folder.journal.is_file() and folder.belongs_to(self.path.name)]
+        return [folder for folder in folders if folder.journal.is_file() and folder.belongs_to(self.path.name)]
 
     def belongs_to(self, sweep_id: str) -> bool:
-        """Whether the journal is of that sweep."""
+        """Whether the journal is that sweep's."""
         with self.journal.open("rb") as file:
             first = file.readline()
         try:
@@ -182,12 +181,12 @@ class TrialFolder:
 
     @property
     def evaluation(self) -> Path:
-        """Every held-out pair's scores, of the untrained model and at the last evaluation."""
+        """The scores of every held-out pair, of the untrained model and at the last evaluation."""
         return self.path / "evaluation.json"
 
     @property
     def latents(self) -> Path:
-        """What the adapter learned, latent by latent; see ``trial/latent_statistics.py``."""
+        """Statistics of the adapter's latents; see ``trial/latent_statistics.py``."""
         return self.path / "latents.npz"
 
     @property
@@ -204,7 +203,7 @@ class TrialFolder:
 
     @property
     def card_digest(self) -> Path:
-        """A hash of the card as this package wrote it: a card that has another is somebody's own work."""
+        """A hash of the card as this package wrote it: with another hash a user has edited the card."""
         return self.path / ".card.sha256"
 
     @property
@@ -220,7 +219,7 @@ class TrialFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         try:
             write_json(self.spec, to_dict(spec))
-        except OSError:  # a full disk: leave no folder of a trial that there is not
+        except OSError:  # a full disk: leave no folder of a trial that does not exist
             with suppress(OSError):
                 self.path.rmdir()
             raise
@@ -229,17 +228,17 @@ class TrialFolder:
         return TrialSpec.from_json(json.loads(self.spec.read_text(encoding="utf-8")))
 
     def note_scores(self, step: int, scores: PairScores) -> None:
-        """Keep the scores of an evaluation: the untrained model's (step 0) and the last one's."""
-        kept = self.read_evaluation()
-        kept["untrained" if step == 0 else "trained"] = {"step": step, **dataclasses.asdict(scores)}
-        write_json(self.evaluation, kept)
+        """Save the scores of an evaluation: the untrained model's (step 0) or the latest."""
+        evaluations = self.read_evaluation()
+        evaluations["untrained" if step == 0 else "trained"] = {"step": step, **dataclasses.asdict(scores)}
+        write_json(self.evaluation, evaluations)
 
     def read_evaluation(self) -> dict[str, Any]:
         """``untrained`` and ``trained``, each with step, pairs, chosen and rejected; empty before the first evaluation."""
         return read_json(self.evaluation) or {}
 
     def begin_attempt(self, number: int) -> None:
-        """Fence off every earlier attempt, and forget an old request to stop. Called by the controller."""
+        """Fence off every earlier attempt, and remove an old request to stop. Called by the controller."""
         self.stop.unlink(missing_ok=True)
         write_json(self.attempt, {"attempt": number})
 
@@ -247,18 +246,18 @@ class TrialFolder:
         return int((read_json(self.attempt) or {"attempt": 0})["attempt"])
 
     def ask_to_stop(self, state: TrialState = TrialState.STOPPED) -> None:
-        """Ask the worker, wherever it runs, to write a checkpoint and end after its present step, in ``state``."""
+        """Ask the worker, wherever it runs, to write a checkpoint and end after its current step, in ``state``."""
         write_text(self.stop, state)
 
     def stop_asked(self) -> TrialState | None:
-        """The state in which the worker should end; None when nobody has asked for it."""
+        """The state in which the worker should end; None without a request to stop."""
         try:
             return TrialState(self.stop.read_text(encoding="utf-8") or TrialState.STOPPED)
         except FileNotFoundError:
             return None
 
     def read_status(self) -> TrialStatus:
-        """The worker's last message; empty (false) before its first one."""
+        """The worker's latest status; empty (false) before the first."""
         return read_status_file(self.status)
 
     def read_metrics(self) -> list[dict[str, Any]]:

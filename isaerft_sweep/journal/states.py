@@ -1,4 +1,4 @@
-"""The states of a trial, as journal and status file spell them."""
+"""The states of a trial, as in the journal and the status file."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class TrialState(StrEnum):
     DIVERGED = "diverged"
     FAILED = "failed"
     STOPPED = "stopped"
-    """Asked to end; a checkpoint lets it resume."""
+    """Ended on request, with a checkpoint from which it resumes."""
     PRUNED = "pruned"
-    """Stopped early by the sweep, with a checkpoint: over, unless the sweep revives it."""
+    """Stopped early by the pruner, with a checkpoint; the pruner may revive it."""
 
 
 FINAL = frozenset({TrialState.COMPLETED, TrialState.DIVERGED})
-"""States that are never run again; ``FAILED`` and ``STOPPED`` are, within bounds."""
+"""States that never run again; ``FAILED`` and ``STOPPED`` may."""
 EXITED = frozenset({*FINAL, TrialState.PRUNED, TrialState.STOPPED, TrialState.FAILED})
-"""States in which the worker has nothing more to do."""
+"""States in which the worker is done with the trial."""

@@ -1,4 +1,4 @@
-"""``status.json``: what a trial's worker says of its attempt."""
+"""``status.json``: the state of a trial's attempt, written by its worker."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OLD_NAMES = {"untold": "wandb_not_notified"}
 
 @dataclass(frozen=True)
 class TrialStatus:
-    """The worker's last message; false before its first one. Times are in seconds since the epoch."""
+    """The worker's latest status; false before the first. Times are in seconds since the epoch."""
 
     attempt: int = 0
     state: TrialState | None = None
@@ -28,7 +28,7 @@ class TrialStatus:
     ended: float | None = None
     message: str = ""
     phase: str = ""
-    """What it does at the moment, for people: ``frozen layers 43 %``."""
+    """What it does now, for display: ``frozen layers 43 %``."""
     step: int | None = None
     max_steps: int | None = None
     loss: float | None = None
@@ -37,19 +37,19 @@ class TrialStatus:
     evaluations: tuple[float, ...] = ()
     """The sweep's metric at each evaluation after the first step."""
     trained_from: int = 0
-    """The step from which this attempt trains."""
+    """The step at which this attempt began to train."""
     trained_since: float | None = None
     checkpoint: int = 0
     """The last step that a checkpoint was written after."""
     begun: bool = True
-    """False when the worker ended for another trial's sake before this one began."""
+    """False when another trial's stop or error ended the worker before this one began."""
     user_error: bool = False
-    """Whether an error of the user's ended it, which another attempt would meet again."""
+    """Whether it ended with a user's error, which another attempt would repeat."""
     wandb_not_notified: bool = False
     metrics: Mapping[str, float] = field(default_factory=dict)
     """At the trial's end, by W&B name."""
     untrained: Mapping[str, float] = field(default_factory=dict)
-    """The untrained model's, where this trial evaluated it."""
+    """The untrained model's metrics, where this trial evaluated it."""
     seconds: float | None = None
     pairs: Mapping[str, Any] = field(default_factory=dict)
     """How many pairs were trained on, held out, left out and cut."""
@@ -69,32 +69,33 @@ class TrialStatus:
 
     @property
     def duration_s(self) -> float:
-        """From the attempt's start to its end or last message."""
+        """Seconds from the attempt's start to its end or last heartbeat."""
         return (self.ended or self.heartbeat) - self.started if self.started is not None else 0.0
 
     def of_attempt(self, attempt: int) -> TrialStatus:
-        """The same when it is that attempt's, else empty."""
+        """This status when it is that attempt's, else the empty one."""
         return self if self.attempt == attempt else NO_STATUS
 
 
 NO_STATUS = TrialStatus()
-_FIELDS = {one.name for one in dataclasses.fields(TrialStatus)}
+_FIELDS = {field.name for field in dataclasses.fields(TrialStatus)}
 
 
 def read_status_file(path: Path) -> TrialStatus:
-    """The status in ``path``, empty when there is none; keys of a newer version are left out.
+    """The status in ``path``, empty when the file does not exist; keys of a newer version are ignored.
 
-    Raises ValueError or TypeError when it is no status.
+    Raises ValueError or TypeError when the content is not a status.
     """
     content = {OLD_NAMES.get(key, key): value for key, value in (read_json(path) or {}).items()}
     if not content:
         return NO_STATUS
-    known = {key: value for key, value in content.items() if key in _FIELDS and value is not None}
-    known["evaluations"] = tuple(known.get("evaluations", ()))
-    return TrialStatus(**{**known, "state": TrialState(content["state"]), "heartbeat": float(known.get("heartbeat", 0.0))})
+    values = {key: value for key, value in content.items() if key in _FIELDS and value is not None}
+    values["evaluations"] = tuple(values.get("evaluations", ()))
+    values["heartbeat"] = float(values.get("heartbeat", 0.0))
+    return TrialStatus(**{**values, "state": TrialState(content["state"])})
 
 
 def write_status_file(path: Path, status: TrialStatus) -> None:
-    """Replace the status in ``path`` in one step; what was never set is left out."""
+    """Replace the status in ``path`` atomically; fields with their default value are left out."""
     default = dataclasses.asdict(NO_STATUS)
     write_json(path, {key: value for key, value in dataclasses.asdict(status).items() if value != default[key]})

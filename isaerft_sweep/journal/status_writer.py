@@ -1,4 +1,4 @@
-"""A worker's side of the protocol: what state its trial is in, as long as its attempt is the current one."""
+"""Writes a trial's status, as long as the worker's attempt is the current one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from isaerft_sweep.journal.status import TrialStatus, write_status_file
 
 
 class Superseded(IsaerftError):
-    """A newer attempt of the same trial has begun: this worker must end without writing."""
+    """A newer attempt of the same trial has begun: the worker must end without writing."""
 
 
 class StatusWriter:
@@ -35,7 +35,7 @@ class StatusWriter:
     def write(self, state: TrialState, *, force: bool = True, **changes: Any) -> None:
         """Replace the status. Without ``force`` at most every ``min_interval_s`` seconds.
 
-        ``changes``: fields of ``TrialStatus``; those that were given before and are not given now stay as they are.
+        ``changes``: fields of ``TrialStatus``; the other fields keep their earlier values.
         """
         self._status = dataclasses.replace(self._status, **changes)
         now = time.time()

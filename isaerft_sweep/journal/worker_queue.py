@@ -1,8 +1,8 @@
-"""The protocol between a controller and a resident worker, which runs one trial after the other, or some together.
+"""The task queue of a resident worker, which runs trials one after the other or several at a time.
 
-Tasks are numbered files. Number n belongs to whoever creates ``task-n.json`` first: the controller with a trial, or the
-worker (or a controller that has come back) with the word that it ends. So a task is never given to a worker that has
-gone, and never run twice; a worker that was killed leaves its task undone for everybody to see.
+Tasks are numbered files. Number n belongs to the process that creates ``task-n.json`` first: the controller with a trial,
+or the worker (or a restarted controller) with a task without a trial, which ends the worker. So no task goes to a worker
+that has ended, no task runs twice, and the task of a killed worker stays visibly unfinished.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from pathlib import Path
 from isaerft_sweep.journal.atomic_files import read_json, write_json
 
 STOP_AT = "ISAERFT_STOP_AT"
-"""The environment variable that tells a worker when it must begin to end, in seconds since the epoch."""
+"""The environment variable with the time at which a worker must begin to end, in seconds since the epoch."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One attempt of one trial; ``trial`` is its folder. The last task of a worker has none: the worker ends."""
+    """One attempt of one trial; ``trial`` is its folder. The last task of a worker has no trial: the worker ends."""
 
     trial: str | None
     attempt: int = 0
@@ -29,7 +29,7 @@ class Task:
 
 @dataclass(frozen=True)
 class TaskProgress:
-    """Which tasks of a worker are over: all up to ``upto``, and ``beyond`` some more. ``ending``: it takes no others."""
+    """The finished tasks of a worker: all up to ``upto``, and those in ``beyond``. ``ending``: it takes no more tasks."""
 
     upto: int = 0
     beyond: tuple[int, ...] = ()
@@ -43,7 +43,7 @@ class TaskProgress:
         return self.upto + len(self.beyond)
 
     def with_over(self, number: int) -> TaskProgress:
-        """After one more task."""
+        """The progress with one more finished task."""
         upto, beyond = self.upto, {*self.beyond, number}
         while upto + 1 in beyond:
             upto += 1
@@ -58,18 +58,18 @@ class WorkerFolder:
     path: Path
 
     def claim(self, task: Task, room: int | None = 1) -> int | None:
-        """Give the worker a task; its number, or None when it has ``room`` open ones already, ends, or somebody was first.
+        """Add a task; its number, or None when ``room`` tasks are open, the worker ends, or another process was first.
 
         Args:
-            task: a trial's attempt, or the word to end.
+            task: a trial's attempt, or the task without a trial that ends the worker.
             room: how many tasks may be open at a time, this one included; None: any number.
         """
         progress = self.progress()
         if progress.ending:
             return None
         number = progress.upto + 1
-        while (there := self.task(number)) is not None:
-            if there.trial is None:
+        while (existing := self.task(number)) is not None:
+            if existing.trial is None:
                 return None
             number += 1
         if room is not None and number - 1 - progress.count >= room:
@@ -79,7 +79,7 @@ class WorkerFolder:
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
                 json.dump({"trial": task.trial, "attempt": task.attempt}, file)
-            os.link(aside, self._task(number))  # fails when it is there, on network file systems too
+            os.link(aside, self._task(number))  # fails when it exists, on network file systems too
             return number
         except FileExistsError:
             return None
@@ -87,27 +87,27 @@ class WorkerFolder:
             Path(aside).unlink()
 
     def task(self, number: int) -> Task | None:
-        """A task; None while nobody has claimed its number."""
-        found = read_json(self._task(number))
-        return Task(**found) if found else None
+        """A task; None while its number is free."""
+        content = read_json(self._task(number))
+        return Task(**content) if content else None
 
     def note(self, progress: TaskProgress) -> None:
-        """Say what is over. Called by the worker."""
+        """Write the progress. Called by the worker."""
         write_json(self.path / "done.json", asdict(progress))
 
     def progress(self) -> TaskProgress:
-        """What the worker has said last."""
-        found = read_json(self.path / "done.json")
-        return TaskProgress(found["upto"], tuple(found["beyond"]), found["ending"]) if found else TaskProgress()
+        """The progress that the worker wrote last."""
+        content = read_json(self.path / "done.json")
+        return TaskProgress(content["upto"], tuple(content["beyond"]), content["ending"]) if content else TaskProgress()
 
     def note_room(self, room: int) -> None:
-        """Say how many trials the worker runs at a time, once it has measured that."""
+        """Write how many trials the worker runs at a time, once it has measured that."""
         write_json(self.path / "room.json", {"room": room})
 
     def room(self) -> int | None:
         """How many trials the worker runs at a time; None while it has not measured."""
-        found = read_json(self.path / "room.json")
-        return int(found["room"]) if found else None
+        content = read_json(self.path / "room.json")
+        return int(content["room"]) if content else None
 
     def _task(self, number: int) -> Path:
         return self.path / f"task-{number}.json"

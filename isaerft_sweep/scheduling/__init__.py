@@ -1,1 +1,1 @@
-"""Decides what a sweep does next. Pure: no files, clocks or processes; the controller and the server both use it."""
+"""Decides what a sweep does next, for the controller and the server. Pure: no files, clocks or processes."""

@@ -1,4 +1,4 @@
-"""Early stopping in a running sweep: keeps the trials' curves for the pruner, and which evaluations it has judged."""
+"""Early stopping in a running sweep: the trials' curves for the pruner, and how many of their evaluations it has judged."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from isaerft_sweep.search.pruning import GrowingCurves, Pruner
 
 
 class EarlyStopping:
-    """Curves come from the workers' status files, so a restarted controller has them again."""
+    """Keeps the curves, which a restarted controller reads again from the workers' status files."""
 
     def __init__(self, pruner: Pruner, sign: int, evaluations: int) -> None:
-        """``sign``: 1 when larger metrics are better, else -1. ``evaluations``: how many a whole trial has."""
+        """``sign``: 1 when larger metrics are better, else -1. ``evaluations``: the number in a complete trial."""
         self.pruner, self.sign, self.evaluations = pruner, sign, evaluations
         self.curves = GrowingCurves()
         self._judged: dict[int, int] = {}
         self._new_values = False
 
     def note(self, index: int, evaluations: Sequence[float], diverged: bool = False) -> None:
-        """Take in a trial's metric at each of its evaluations. A diverged trial is the worst from there on."""
+        """Record a trial's metric at each of its evaluations. A diverged trial ranks last from there on."""
         values = [self.sign * float(value) for value in evaluations]
         values = [value if math.isfinite(value) else -math.inf for value in values]
         if diverged:
@@ -38,11 +38,11 @@ class EarlyStopping:
         return self.pruner.stops(index, self.curves, judged)
 
     def forget(self, index: int) -> None:
-        """An attempt ended before a decision about it was carried out: the next one is judged again."""
+        """Judge a trial again: its attempt ended before it could be stopped."""
         self._judged.pop(index, None)
 
     def revived(self, pruned: Iterable[int]) -> int | None:
-        """The stopped trial to resume, if any; the pruner is asked only after something was evaluated."""
+        """The pruned trial to resume, if any. Calls the pruner only after new evaluations."""
         if not self._new_values:
             return None
         index = self.pruner.revived(pruned, self.curves)

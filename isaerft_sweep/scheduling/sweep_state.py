@@ -1,7 +1,7 @@
-"""Which trial runs next, what a finished attempt means, what is retried, and when a sweep is over.
+"""Decides which trial runs next, what a finished attempt means, what is retried, and when a sweep is over.
 
-One state machine for the controller and for the server. It reads no files, clocks or queues. Every change is written to the
-journal before it takes effect, so a restart replays the journal, calls ``restore`` and continues with the same state.
+One state machine for the controller and the server. It reads no files, clocks or queues. It writes every change to the
+journal before the change takes effect: after a restart, replay the journal, call ``restore``, and continue.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from isaerft_sweep.search.sampler import Point, PointSource
 
 
 class EventLog(Protocol):
-    """The journal: what it has written is applied to ``record`` at once."""
+    """The journal: ``write`` also applies the event to ``record``."""
 
     record: SweepRecord
 
@@ -28,14 +28,14 @@ class EventLog(Protocol):
 
 @dataclass(frozen=True)
 class AttemptOutcome:
-    """How an attempt ended. ``metric``: the sweep's, when it completed. ``message``: for people."""
+    """How an attempt ended. ``metric``: the sweep's, when it completed. ``message``: for display."""
 
     state: TrialState
     metric: float | None = None
     message: str = ""
     seconds: float = 0.0
     can_retry: bool = True
-    """False when another attempt would end the same way, or nobody wants one."""
+    """False when another attempt would end the same way, or is not wanted."""
     counted: bool = False
     """Whether it counts against ``SweepLimits.max_retries``."""
     checkpoint: int = 0
@@ -44,14 +44,14 @@ class AttemptOutcome:
 
 @dataclass(frozen=True)
 class SweepLimits:
-    """When a sweep ends. ``reached``: whether a metric is good enough to start no further trial; None: none is."""
+    """When a sweep ends. ``reached``: whether a metric has reached the target; None: the sweep has no target."""
 
     trials: float
-    """How many trials there are to be; infinite when nothing limits them."""
+    """The number of trials of the sweep; infinite without a limit."""
     max_retries: int
-    """How many counted failures a trial may have before it is given up."""
+    """How often a trial is retried after counted failures before it is given up."""
     max_failures: float = math.inf
-    """After so many trials given up and none completed the sweep ends."""
+    """The sweep ends when this many trials are given up and none has completed."""
     reached: Callable[[float | None], bool] | None = None
 
 
@@ -59,11 +59,11 @@ class SweepState:
     """The trials of one sweep, each in one place: ``waiting``, ``starting``, ``active``, or ended.
 
     Args:
-        journal: where every change goes first.
+        journal: records every change first.
         sampler: gives new points and learns the outcomes.
         limits: see ``SweepLimits``.
-        name_trial: makes what a new trial needs (its folder) and returns its name and run id.
-        early: stops poor trials early and revives good ones; None: none are.
+        name_trial: creates a new trial's folder and returns its name and run id.
+        early: stops poor trials early and revives good ones; None: every trial runs to its end.
     """
 
     def __init__(
@@ -79,18 +79,18 @@ class SweepState:
         self.records = journal.record.trials
         self.waiting: list[TrialRecord] = []
         self.starting: dict[int, TrialRecord] = {}
-        """Given out by ``next_trial``, and neither dispatched nor put back yet."""
+        """Returned by ``next_trial``, and neither dispatched nor put back yet."""
         self.active: dict[int, TrialRecord] = {}
         self._exhausted = False
         self._unrecorded: Point | None = None
-        """A point that the sampler gave and the journal could not take."""
+        """A point of the sampler's that could not be written to the journal yet."""
         self._completed = self._given_up = 0
 
     def restore(self, *, retry_given_up: bool = True, revive_pruned: bool = False) -> None:
         """Take over the journal's trials; call it once, before anything else.
 
-        ``retry_given_up``: whoever runs the sweep again has fixed what made them fail. ``revive_pruned``: resume trials that
-        were stopped early.
+        ``retry_given_up``: retry trials that were given up, since a user who runs the sweep again has fixed the cause.
+        ``revive_pruned``: resume trials that were stopped early.
         """
         for record in sorted(self.records.values(), key=lambda r: r.index):
             self.sampler.restore(record.point)
@@ -117,20 +117,20 @@ class SweepState:
         return record
 
     def put_back(self, records: Sequence[TrialRecord]) -> None:
-        """These could not be started now, or their jobs never heard of them: they are next again, in this order."""
+        """Put back trials that could not be started, or whose jobs did not receive them: they are next, in this order."""
         for record in records:
             self.starting.pop(record.index, None)
             self.active.pop(record.index, None)
         self.waiting[:0] = records
 
     def dispatched(self, record: TrialRecord, attempt: int, job: JobRef, event: str = "dispatch") -> None:
-        """An attempt has been handed to a job. ``event``: the journal's, ``takeover`` after ``unassign``."""
+        """Record that a job has an attempt. ``event``: the journal's, ``takeover`` after ``unassign``."""
         self.journal.write(event, index=record.index, attempt=attempt, job=job.to_json())
         self.starting.pop(record.index, None)
         self.active[record.index] = record
 
     def adopt(self, record: TrialRecord) -> None:
-        """A waiting trial turns out to have been run without this controller."""
+        """Make a waiting trial active that ran without this controller."""
         self.waiting.remove(record)
         self.active[record.index] = record
 
@@ -140,7 +140,7 @@ class SweepState:
         self.starting[record.index] = self.active.pop(record.index)
 
     def _revived(self) -> TrialRecord | None:
-        """A trial that was stopped early and has turned out to be worth resuming."""
+        """A trial that was stopped early and is worth resuming."""
         if self.early is None:
             return None
         taken = {*self.active, *self.starting, *(record.index for record in self.waiting)}
@@ -163,14 +163,14 @@ class SweepState:
         return self.records[index]
 
     def make_all(self) -> None:
-        """Make every trial now, for jobs that run them without a controller."""
+        """Create every trial now, for jobs that run them without a controller."""
         while (record := self._new_trial()) is not None:
             self.waiting.append(record)
 
     # -- what an attempt's end means
 
     def finished(self, record: TrialRecord, outcome: AttemptOutcome) -> None:
-        """An attempt has ended: the trial has ended with it, or waits for another attempt."""
+        """Record an attempt's end. The trial has ended with it, or waits for another attempt."""
         failures = record.failures + outcome.counted
         resumable = outcome.state in (TrialState.FAILED, TrialState.STOPPED)
         over_limit = outcome.counted and failures > self.limits.max_retries
@@ -195,7 +195,7 @@ class SweepState:
             self.waiting.append(record)
 
     def retry(self, record: TrialRecord) -> None:
-        """Give a trial that was given up another chance, with all its retries."""
+        """Retry a trial that was given up, with all its retries."""
         record.given_up, record.failures = False, 0
         self._reopen(record)
         self.waiting.append(record)
@@ -206,7 +206,7 @@ class SweepState:
         self.change_cap(0)
 
     def resume_attempt(self, record: TrialRecord, job: JobRef) -> None:
-        """An attempt that was taken for dead turns out to be alive: it continues, unless another has begun."""
+        """Continue an attempt that seemed dead and is alive, unless another has begun."""
         was_given_up = record.given_up
         self.dispatched(record, record.attempt, job)
         self.waiting = [other for other in self.waiting if other is not record]
@@ -218,12 +218,12 @@ class SweepState:
         self.sampler.pending_again(record.point)
 
     def _settle(self, record: TrialRecord) -> None:
-        """Count a trial that has ended, and tell the sampler."""
+        """Count a trial that has ended, and report it to the sampler."""
         if record.state in FINAL:
             self.sampler.tell(record.point, record.metric)
-        elif record.state is not TrialState.PRUNED:  # out of memory, a lost node, a person: nothing about the point
+        elif record.state is not TrialState.PRUNED:  # out of memory, a lost node, a user: unrelated to the point
             self.sampler.forget(record.point)
-        # a pruned one may be revived: until then it stays pending, which counts as poor
+        # a pruned one may be revived: it stays pending, which counts as bad
         self._completed += record.state is TrialState.COMPLETED
         self._given_up += record.given_up
 
@@ -231,12 +231,12 @@ class SweepState:
 
     @property
     def nothing_completes(self) -> bool:
-        """Whether trials only fail: none has completed and as many as allowed were given up."""
+        """Whether no trial has completed and ``max_failures`` were given up."""
         return self._completed == 0 and self._given_up >= self.limits.max_failures
 
     @property
     def has_all_trials(self) -> bool:
-        """Whether every trial has been made: as many as there are to be, all points, or one has reached the target."""
+        """Whether no more trials are created: the limit, the end of the space or the target is reached."""
         if self._exhausted or len(self.records) >= self.limits.trials:
             return True
         reached = self.limits.reached
@@ -244,7 +244,7 @@ class SweepState:
 
     @property
     def nothing_to_start(self) -> bool:
-        """Whether nothing can be started now, unless an attempt that runs fails."""
+        """Whether nothing can be started, unless a running attempt fails."""
         return self.nothing_completes or (not self.waiting and self.has_all_trials)
 
     @property
@@ -253,9 +253,9 @@ class SweepState:
         return not self.active and not self.starting and self.nothing_to_start
 
     def change_cap(self, trials: float) -> None:
-        """Another number of trials for a sweep that has begun."""
+        """Change the number of trials of a running sweep."""
         self.limits = replace(self.limits, trials=trials)
 
     def stop_early_with(self, early: EarlyStopping) -> None:
-        """Begin to stop poor trials early, once it is known how often a trial is evaluated."""
+        """Begin to stop poor trials early, once the number of evaluations is known."""
         self.early = early

@@ -1,1 +1,1 @@
-"""What to try: W&B sweep files, the space they describe, and the samplers that choose points in it."""
+"""W&B sweep files, the search spaces they describe, samplers and pruners."""

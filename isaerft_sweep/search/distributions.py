@@ -1,7 +1,7 @@
-"""W&B's parameter distributions, each as an inverse cumulative distribution: a number u in [0, 1] gives a value.
+"""W&B's parameter distributions, each as an inverse cumulative distribution function: u in [0, 1] gives a value.
 
-With it every sampler works on the unit cube: quasi-random points are spread by probability, a model-based sampler sees
-a log-uniform parameter on its log scale, and quantised ones as steps. Definitions: W&B, "Sweep configuration options".
+So every sampler works on the unit cube: quasi-random points are spread by probability, and a model-based sampler sees a
+log-uniform parameter on its log scale and a quantised one as steps. Definitions: W&B, "Sweep configuration options".
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 MAX_CHOICES = 10_000
-"""Above this a parameter with steps is drawn and shown as a continuous one."""
+"""A parameter with more values than this is sampled and shown as a continuous one."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Numeric:
         return round(value) if self.integer else float(value)
 
     def place(self, value: float) -> float:
-        """The cumulative probability at ``value``: the u of ``at`` before rounding, by bisection."""
+        """The cumulative probability at ``value``, by bisection: the inverse of ``at`` before rounding."""
         low, high = 0.0, 1.0
         for _ in range(60):
             middle = (low + high) / 2
@@ -121,7 +121,7 @@ class Numeric:
         return first, last
 
     def _clip_steps(self, steps: int) -> int:
-        """The step nearest to ``steps`` that is inside the limits, so that rounding never leaves the space."""
+        """The step nearest to ``steps`` inside the limits: rounding must not leave the space."""
         first, last = self._steps
         return int(min(max(steps, first), last))
 
@@ -151,7 +151,7 @@ class Numeric:
 
 @dataclass(frozen=True)
 class Truncated(Numeric):
-    """A distribution cut off at ``low`` and ``high``: what lies beyond is never drawn, the rest keeps its proportions.
+    """A distribution truncated at ``low`` and ``high``.
 
     The inverse of a truncated distribution is F⁻¹(F(low) + u·(F(high) − F(low))).
     """
@@ -169,7 +169,7 @@ class Truncated(Numeric):
 
     @property
     def share(self) -> float:
-        """How much of the whole distribution lies between the limits, from 0 to 1."""
+        """The probability between the limits in the untruncated distribution, from 0 to 1."""
         first, last = self._share
         return last - first
 
@@ -196,7 +196,7 @@ def _int_uniform(u: float, low: float, high: float) -> float:
 
 
 def _log_values(u: float, low: float, high: float) -> float:
-    # the ends are given back exactly: exp(log(x)) is not x
+    # the ends are exact: exp(log(x)) is not x
     return low if u == 0 else high if u == 1 else math.exp(_linear(u, math.log(low), math.log(high)))
 
 
@@ -211,7 +211,7 @@ def _inverse_log_values(u: float, low: float, high: float) -> float:
 
 
 def _inside(u: float) -> float:
-    """u away from 0 and 1, where the inverse is infinite or its root finding fails."""
+    """u clipped away from 0 and 1, where the inverse is infinite or its root finding fails."""
     return min(max(u, 1e-12), 1 - 1e-12)
 
 

@@ -1,4 +1,4 @@
-"""One parameter of a W&B sweep file: from its block to a distribution."""
+"""Parses one parameter block of a W&B sweep file into a distribution."""
 
 from __future__ import annotations
 
@@ -32,23 +32,21 @@ DISTRIBUTIONS: dict[str, tuple[str, ...]] = {
     "beta": ("a", "b"),
     "q_beta": ("a", "b"),
 }
-"""W&B's distributions and the keys that each needs; ``q_`` ones also take q, 1 when it is not given."""
+"""W&B's distributions and the keys that each needs; ``q_`` ones also take q, 1 by default."""
 DEFAULTS: dict[str, float] = {"mu": 0.0, "sigma": 1.0, "q": 1.0, "a": 1.0, "b": 1.0}
-"""W&B's own, of its schema."""
+"""The defaults of W&B's schema."""
 MAX_EXPONENT = 700
 """exp(709) is the largest power that a float holds."""
-
 TAIL_SIGMAS = 7.1
-"""How far out a normal distribution is drawn: see ``distributions._inside``."""
-
+"""The range of a sampled normal distribution, in sigmas: see ``distributions._inside``."""
 _NUMBER_TEXT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
 def read_parameter(key: str, block: Any) -> Distribution:
-    """The distribution of one parameter. Raises SpaceError that names the key, the value and the right form."""
+    """The distribution of one parameter. Raises SpaceError that names the key, its value and the right form."""
     if not isinstance(block, Mapping):
         raise SpaceError(f"{key} must be a mapping but got {block!r}. Right form: {{value: {block!r}}}.")
-    kind = str(block["distribution"] if "distribution" in block else _guess(key, block))
+    kind = str(block["distribution"] if "distribution" in block else _implied_kind(key, block))
     if kind not in DISTRIBUTIONS:
         raise SpaceError(f"{key}: unknown distribution '{kind}'." + suggest(kind, DISTRIBUTIONS))
     needed = DISTRIBUTIONS[kind]
@@ -68,8 +66,8 @@ def read_parameter(key: str, block: Any) -> Distribution:
     return _numeric(key, kind, block)
 
 
-def _guess(key: str, block: Mapping[str, Any]) -> str:
-    """W&B's own rule for a block without a distribution."""
+def _implied_kind(key: str, block: Mapping[str, Any]) -> str:
+    """The distribution of a block without one, by W&B's rule."""
     if "value" in block:
         return "constant"
     if "values" in block:
@@ -86,7 +84,7 @@ def _guess(key: str, block: Mapping[str, Any]) -> str:
 
 
 def _plain(key: str, name: str, value: Any) -> Any:
-    """``value`` itself, unless it is a number that YAML has read as text."""
+    """``value`` itself. Raises SpaceError when it is a number that YAML has read as text."""
     if isinstance(value, str) and _NUMBER_TEXT.fullmatch(value) and "e" in value.lower():
         raise SpaceError(f"{key}: {name} is the text '{value}', not a number. {_yaml_form(value)}")
     return value
@@ -110,27 +108,27 @@ def _categorical(key: str, block: Mapping[str, Any]) -> Distribution:
     if not isinstance(values, list) or not values:
         raise SpaceError(f"{key}: values must be a list with at least one value but got {values!r}.")
     values = [_plain(key, f"values[{i}]", value) for i, value in enumerate(values)]
-    if len({_same_text(v) for v in values}) < len(values):
+    if len({_comparison_key(v) for v in values}) < len(values):
         raise SpaceError(f"{key}: values must be different from each other but got {values}.")
     weights = block.get("probabilities")
     if weights is None:
         return Categorical(tuple(values), (1 / len(values),) * len(values))
-    good = isinstance(weights, list) and len(weights) == len(values)
-    if not good or any(isinstance(w, bool) or not isinstance(w, (int, float)) or w < 0 for w in weights):
+    has_all = isinstance(weights, list) and len(weights) == len(values)
+    if not has_all or any(isinstance(w, bool) or not isinstance(w, (int, float)) or w < 0 for w in weights):
         raise SpaceError(f"{key}: probabilities must be {len(values)} numbers of at least 0 but got {weights!r}.")
     if abs(sum(weights) - 1) > 1e-6:
         raise SpaceError(f"{key}: probabilities must sum to 1 but sum to {sum(weights):g}: {weights}.")
     return Categorical(tuple(values), tuple(float(w) for w in weights))
 
 
-def _same_text(value: Any) -> str:
-    """One text for equal values, whatever their type: 1 and 1.0 make the same trial, true and 1 do not."""
+def _comparison_key(value: Any) -> str:
+    """Equal for values that make the same trial: 1 and 1.0, but not true and 1."""
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     if isinstance(value, list):
-        return "[" + ",".join(map(_same_text, value)) + "]"
+        return "[" + ",".join(map(_comparison_key, value)) + "]"
     if isinstance(value, Mapping):
-        return "{" + ",".join(sorted(f"{name!r}:{_same_text(inner)}" for name, inner in value.items())) + "}"
+        return "{" + ",".join(sorted(f"{name!r}:{_comparison_key(inner)}" for name, inner in value.items())) + "}"
     return repr(value)
 
 
@@ -157,21 +155,21 @@ def _numeric(key: str, kind: str, block: Mapping[str, Any]) -> Distribution:
     if names == LIMITS and a == b and q is None and not kind.endswith("log_uniform"):
         return Constant(int(a) if whole else a)
     integer = whole or (q is not None and q.is_integer() and isinstance(block.get("q", 1), int))
-    read = Numeric(kind, a, b, q, integer)
+    distribution = Numeric(kind, a, b, q, integer)
     if names == MOMENTS and b == 0:
-        return Constant(read.at(0.5))
-    if q is not None and read.size == 0:
-        low, high = read.limits
-        given = f"q is {q:g}" + ("" if "q" in block else ", which is W&B's when it is left out")
+        return Constant(distribution.at(0.5))
+    if q is not None and distribution.size == 0:
+        low, high = distribution.limits
+        default = "" if "q" in block else ", which is W&B's when it is left out"
         raise SpaceError(
-            f"{key}: q must leave a multiple of itself between {low:g} and {high:g}, but {given}. Give a smaller q, such as "
-            f"q: {_round_step(low, high)}."
+            f"{key}: q must leave a multiple of itself between {low:g} and {high:g}, but q is {q:g}{default}. Give a "
+            f"smaller q, such as q: {_round_step(low, high)}."
         )
-    return read
+    return distribution
 
 
 def _round_step(low: float, high: float) -> str:
-    """A power of ten of which some multiples lie between the two."""
+    """A power of ten with multiples between the two."""
     width = (high - low) or abs(low) or 1.0
     exponent = math.floor(math.log10(width)) - 1
     return f"1.0e{exponent:+d}" if abs(exponent) > 4 else f"{10.0**exponent:g}"

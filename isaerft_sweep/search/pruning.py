@@ -1,7 +1,7 @@
-"""When to stop a trial early, and when to go on with one after all. Pure: curves in, decisions out.
+"""Pruners: which trials to stop early, and which of those to resume. Pure functions of the trials' curves.
 
-A curve is a trial's metric at its evaluations in order, larger is better. All trials evaluate after the same shares of their
-training, so values at the same place compare like with like.
+A curve is a trial's metric at each of its evaluations; larger is better. All trials evaluate after the same fractions of
+their training, so values at the same position are comparable.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ Curves = Mapping[int, Sequence[float]]
 
 
 class GrowingCurves(dict[int, Sequence[float]]):
-    """Curves that only grow, with all trials' values at each place in order: thousands of trials are not sorted anew."""
+    """Curves that only grow, with the values at each position kept sorted: thousands of trials are not sorted each time."""
 
     def __init__(self) -> None:
         super().__init__()
         self._at: dict[int, list[float]] = {}
 
     def __setitem__(self, index: int, curve: Sequence[float]) -> None:
-        for place in range(len(self.get(index, ())), len(curve)):
-            insort(self._at.setdefault(place, []), curve[place])
+        for position in range(len(self.get(index, ())), len(curve)):
+            insort(self._at.setdefault(position, []), curve[position])
         super().__setitem__(index, curve)
 
-    def at(self, place: int) -> list[float]:
-        """The values at a place, the least first."""
-        return self._at.get(place, [])
+    def at(self, position: int) -> list[float]:
+        """All trials' values at a position, the smallest first."""
+        return self._at.get(position, [])
 
 
 class Pruner(ABC):
@@ -39,56 +39,55 @@ class Pruner(ABC):
 
     @abstractmethod
     def stops(self, index: int, curves: Curves, since: int = 0) -> bool:
-        """Whether trial ``index`` should stop, by what it has evaluated after its first ``since`` evaluations."""
+        """Whether trial ``index`` should stop, judged by its evaluations after the first ``since``."""
 
     def revived(self, stopped: Iterable[int], curves: Curves) -> int | None:
-        """The best stopped trial that has turned out to be worth going on with; None when there is none."""
+        """The best stopped trial that is worth resuming; None when none is."""
         return None
 
 
 class SuccessiveHalving(Pruner):
     """ASHA (Li et al. 2020, arXiv 1810.05934), its stopping variant, with promotion of trials stopped too early.
 
-    A rung is a number of evaluations. A trial that reaches one goes on when it is among the best 1/eta of all that have
-    reached it so far; until eta trials have, everybody goes on. As more arrive, a stopped trial may turn out to be among
-    the best 1/eta: it is revived. ``strict`` as W&B has it: a trial is judged by its value at the rung, else by its best one
-    up to there.
+    A rung is a number of evaluations. A trial that reaches one continues when it is among the best 1/eta of all that have
+    reached it so far, or when fewer than eta have. As more trials reach the rung, a stopped trial may come to be among the
+    best 1/eta: it is revived. ``strict``, as in W&B: a trial's score is its value at the rung, else its best one so far.
     """
 
     def __init__(self, rungs: Sequence[int], eta: float, strict: bool = False) -> None:
         self.rungs, self.eta, self.strict = sorted(set(rungs)), eta, strict
         self._standing: dict[int, tuple[int, int, float]] = {}
-        """Of stopped trials: evaluations, highest rung, and what they are judged by there."""
+        """For stopped trials: number of evaluations, highest rung, score there."""
 
     def stops(self, index: int, curves: Curves, since: int = 0) -> bool:
         rung = self._rung(index, curves)
         if rung is None or rung <= since:
             return False
         threshold = self._threshold(rung, curves)
-        return threshold is not None and self._judged(curves[index], rung) < threshold
+        return threshold is not None and self._score(curves[index], rung) < threshold
 
     def revived(self, stopped: Iterable[int], curves: Curves) -> int | None:
         best: dict[int, tuple[float, int]] = {}
         for index in stopped:
-            rung, judged = self._stands(index, curves)
-            if rung and (rung not in best or judged > best[rung][0]):
-                best[rung] = judged, index
-        for rung in sorted(best, reverse=True):  # those that have come furthest first
+            rung, score = self._rung_and_score(index, curves)
+            if rung and (rung not in best or score > best[rung][0]):
+                best[rung] = score, index
+        for rung in sorted(best, reverse=True):
             threshold = self._threshold(rung, curves)
             if threshold is not None and best[rung][0] >= threshold:
                 return best[rung][1]
         return None
 
-    def _stands(self, index: int, curves: Curves) -> tuple[int, float]:
-        """The trial's highest rung, 0 before the first, and what it is judged by there."""
-        known, count = self._standing.get(index), len(curves.get(index, ()))
-        if known is None or known[0] != count:
+    def _rung_and_score(self, index: int, curves: Curves) -> tuple[int, float]:
+        """The trial's highest rung, 0 before the first, and its score there."""
+        cached, count = self._standing.get(index), len(curves.get(index, ()))
+        if cached is None or cached[0] != count:
             rung = self._rung(index, curves) or 0
-            known = self._standing[index] = (count, rung, self._judged(curves[index], rung) if rung else 0.0)
-        return known[1:]
+            cached = self._standing[index] = (count, rung, self._score(curves[index], rung) if rung else 0.0)
+        return cached[1:]
 
-    def _judged(self, curve: Sequence[float], rung: int) -> float:
-        """By what a trial is judged at a rung."""
+    def _score(self, curve: Sequence[float], rung: int) -> float:
+        """What decides about a trial at a rung."""
         return curve[rung - 1] if self.strict else max(curve[:rung])
 
     def _rung(self, index: int, curves: Curves) -> int | None:
@@ -96,20 +95,20 @@ class SuccessiveHalving(Pruner):
         return max((rung for rung in self.rungs if rung <= len(curves.get(index, ()))), default=None)
 
     def _threshold(self, rung: int, curves: Curves) -> float | None:
-        """The least value that is among the best 1/eta of those at the rung; None until eta trials are there."""
+        """The smallest value among the best 1/eta at the rung; None until eta trials have reached it."""
         if isinstance(curves, GrowingCurves):
             values = curves.at(rung - 1)
         else:
             values = sorted(curve[rung - 1] for curve in curves.values() if len(curve) >= rung)
-        places = math.floor(len(values) / self.eta)
-        return values[-places] if places else None
+        survivors = math.floor(len(values) / self.eta)
+        return values[-survivors] if survivors else None
 
 
 class MedianRule(Pruner):
     """The median stopping rule (Golovin et al. 2017, Google Vizier, section 3.2.2).
 
     After ``grace`` evaluations a trial stops when its best value so far is below the median of the other trials' running
-    means at the same place; three others must have come so far.
+    means at the same evaluation; at least three others must have reached it.
     """
 
     LEAST = 3
@@ -129,7 +128,7 @@ def make_pruner(early_terminate: Mapping[str, Any] | None, evaluations: int) -> 
     """The pruner of a sweep file's ``early_terminate``, for trials of ``evaluations`` evaluations each.
 
     ``hyperband`` as W&B defines its brackets: with ``min_iter`` at min_iter · eta^k, with ``max_iter`` and ``s`` at
-    max_iter / eta^k for k = 1 … s, rounded down. The last evaluation is no rung: nothing would be saved.
+    max_iter / eta^k for k = 1 … s, rounded down. The last evaluation is no rung: stopping there would save nothing.
     """
     if early_terminate is None:
         return None
@@ -140,15 +139,15 @@ def make_pruner(early_terminate: Mapping[str, Any] | None, evaluations: int) -> 
 
 
 def evaluations(fraction: float, max_steps: int) -> int:
-    """How often a trial is evaluated after its first step: after each ``fraction`` of its steps, in whole steps, and at the
-    end. Without ``max_steps`` (0 or less) its steps are the data's, and many enough not to matter."""
+    """The number of evaluations of a trial after its first step: one after each ``fraction`` of its steps, in whole steps,
+    and one at the end. Without ``max_steps`` (0 or less) rounding is ignored: epochs have many steps."""
     if max_steps > 0:
         return math.ceil(max_steps / steps_between(fraction, max_steps))
     return math.ceil(1 / fraction - 1e-9)
 
 
 def steps_between(fraction: float, steps: int) -> int:
-    """From one evaluation to the next."""
+    """Steps from one evaluation to the next."""
     return max(1, math.ceil(steps * fraction - 1e-9))
 
 
@@ -156,10 +155,10 @@ def rungs(early_terminate: Mapping[str, Any], evaluations: int) -> list[int]:
     """The numbers of evaluations at which hyperband decides."""
     eta = float(early_terminate.get("eta", 3))
     if "min_iter" in early_terminate:
-        found, rung = [], float(early_terminate["min_iter"])
+        numbers, rung = [], float(early_terminate["min_iter"])
         while rung < evaluations:
-            found.append(int(rung))
+            numbers.append(int(rung))
             rung *= eta
     else:
-        found = [int(early_terminate["max_iter"] / eta**k) for k in range(1, int(early_terminate["s"]) + 1)]
-    return sorted({rung for rung in found if 0 < rung < evaluations})
+        numbers = [int(early_terminate["max_iter"] / eta**k) for k in range(1, int(early_terminate["s"]) + 1)]
+    return sorted({rung for rung in numbers if 0 < rung < evaluations})

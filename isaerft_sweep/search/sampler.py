@@ -1,8 +1,8 @@
-"""Chooses the next point: grid, quasi-random or TPE. Pure: the space, the history and the seed decide.
+"""Chooses the next point: grid, quasi-random or TPE. A pure function of the space, the history and the seed.
 
 Points live on the unit cube (see ``distributions``). ``random`` takes scrambled Sobol points, which cover the cube more
 evenly than independent draws; ``bayes`` starts with them, then asks Optuna's multivariate TPE with the pending points
-counted as bad (constant liar), so that parallel trials do not crowd. No point is tried twice unless asked for.
+counted as bad (constant liar), so that parallel trials spread. No point repeats without ``sweep.repeats``.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 
 BLOCK = 1024
 STARTUP = 5
-"""Outcomes that are known before the first model-based point: of fewer a model knows nothing, and its points would be
-independent draws, less even than quasi-random ones."""
+"""Outcomes before the first model-based point: with fewer, TPE's points would be independent draws, less even than
+quasi-random ones."""
 ATTEMPTS = 200
-"""Draws that may repeat a tried point before the untried ones are searched one by one."""
+"""Draws that may repeat a tried point before the untried points are listed."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """Sampled values by dotted config key; ``unit`` holds each one's place in [0, 1]."""
+    """Sampled values by dotted config key; ``unit`` holds each one's u in [0, 1]."""
 
     params: Mapping[str, Any]
     unit: Mapping[str, float] = field(default_factory=dict)
@@ -43,9 +43,9 @@ class Point:
 
 
 class PointSource(Protocol):
-    """Whom the controller asks for points and tells their outcome.
+    """Gives the controller points and learns their outcomes.
 
-    ``size``: how many different points there are. ``repeats``: whether one may be tried twice. ``method``: for people.
+    ``size``: the number of different points. ``repeats``: whether a point may repeat. ``method``: for display.
     """
 
     method: str
@@ -61,17 +61,17 @@ class PointSource(Protocol):
         """The outcome of a pending point: the metric, or None for a trial that diverged."""
 
     def forget(self, point: Point) -> None:
-        """A pending point will have no outcome: its trial failed for a reason that says nothing of the point."""
+        """A pending point has no outcome: its trial failed for a reason unrelated to the point."""
 
     def restore(self, point: Point) -> None:
-        """Count a point of an earlier process as asked for."""
+        """Count a point of an earlier process as pending."""
 
     def pending_again(self, point: Point) -> None:
-        """The outcome of a point that was told of, or forgotten, is open again."""
+        """A point with an outcome, or a forgotten one, is pending again."""
 
 
 class FixedPoints:
-    """The points of a list, in order; those of an earlier process are left out."""
+    """The points of a list, in order, without those of an earlier process."""
 
     method, repeats = "given points", False
 
@@ -81,7 +81,7 @@ class FixedPoints:
 
     @property
     def size(self) -> float:
-        """How many different points there are, with those of an earlier, longer or other list."""
+        """The number of different points, including those of an earlier process with another list."""
         return len(self.tried | {point.key for point in self.points})
 
     def ask(self) -> Point | None:
@@ -104,7 +104,7 @@ class FixedPoints:
 
 
 class Sampler:
-    """Gives points and is told their outcome. Rebuild it with ``restore`` after a restart: it goes on the same way."""
+    """Gives points and learns their outcomes. After a restart ``restore`` rebuilds it, and it continues in the same way."""
 
     def __init__(
         self, space: Mapping[str, Distribution], method: str, seed: int = 0, sign: int = 1, repeats: bool = False
@@ -122,7 +122,7 @@ class Sampler:
 
     @cached_property
     def size(self) -> float:
-        """How many different points the space has; infinite when a parameter is continuous."""
+        """The number of different points; infinite when a parameter is continuous."""
         return math.prod(d.size for d in self.space.values())
 
     def ask(self) -> Point | None:
@@ -162,7 +162,7 @@ class Sampler:
             if self.repeats or point.key not in self.tried:
                 return point
         if self.size == math.inf:
-            return None  # steps without an end of which only tried ones are ever drawn
+            return None  # unbounded steps of which the draws repeat the tried ones
         left = [p for p in self._grid_points() if p.key not in self.tried]
         return left[np.random.default_rng([self.seed, self.count]).integers(len(left))]
 
@@ -177,18 +177,18 @@ class Sampler:
         return Point(params, {key: float(u) for key, u in unit.items()})
 
     def _grid_points(self) -> Iterator[Point]:
-        """Every point, the last parameter fastest; one at a time, since a grid may be larger than the memory."""
+        """Yield every point, the last parameter varying fastest: a grid may be larger than the memory."""
         sizes = {key: int(d.size) for key, d in self.space.items()}
         for number in range(math.prod(sizes.values())):
-            places: dict[str, int] = {}
+            choice: dict[str, int] = {}
             for key in reversed(sizes):
-                number, places[key] = divmod(number, sizes[key])
-            params = {key: d.nth(places[key]) for key, d in self.space.items()}
-            yield Point(params, {key: (places[key] + 0.5) / sizes[key] for key in self.free})
+                number, choice[key] = divmod(number, sizes[key])
+            params = {key: d.nth(choice[key]) for key, d in self.space.items()}
+            yield Point(params, {key: (choice[key] + 0.5) / sizes[key] for key in self.free})
 
 
 def load_libraries() -> None:
-    """Import what random and bayes need, which else happens at the first point: it takes a second."""
+    """Import what random and bayes need, which takes a second, before the first point needs it."""
     import optuna.samplers  # noqa: F401
 
     _sobol_block(1, 0, 0)
@@ -201,7 +201,7 @@ def _sobol(dimensions: int, seed: int, index: int) -> list[float]:
 
 @lru_cache(maxsize=4)
 def _sobol_block(dimensions: int, seed: int, block: int) -> list[list[float]]:
-    """``BLOCK`` rows: skipping ahead for each one would cost more with every trial."""
+    """``BLOCK`` rows at a time: fast-forwarding to a single row costs more with every trial."""
     from scipy.stats import qmc
 
     engine = qmc.Sobol(dimensions, scramble=True, rng=np.random.default_rng(seed))
@@ -212,7 +212,7 @@ def _sobol_block(dimensions: int, seed: int, block: int) -> list[list[float]]:
 
 
 class _Tpe:
-    """Optuna's TPE on the unit cube; categorical parameters by their number. Larger is better."""
+    """Optuna's TPE on the unit cube, with categorical parameters by their index. Larger is better."""
 
     def __init__(self, space: Mapping[str, Distribution], seed: int) -> None:
         import optuna
@@ -230,7 +230,7 @@ class _Tpe:
                 self.distributions[key] = optuna.distributions.FloatDistribution(0.0, 1.0)
 
     def suggest(self, number: int, attempt: int) -> dict[str, float]:
-        """Place of the next point on the unit cube, by key. Leaves the study as it was."""
+        """The next point on the unit cube, by key. Leaves no pending trial in the study."""
         import optuna
 
         seed = int(np.random.SeedSequence([self.seed, number, attempt]).generate_state(1)[0])
@@ -251,7 +251,7 @@ class _Tpe:
     def tell(self, point: Point, value: float | None) -> None:
         numbers = self.pending.get(point.key)
         if numbers:
-            # a point that diverged is worse than every other, whatever is told later; TPE looks at the order alone
+            # -inf: a diverged point ranks last, and TPE uses ranks only
             self.study.tell(numbers.pop(), -math.inf if value is None else value)
             self.outcomes += 1
 
@@ -263,7 +263,7 @@ class _Tpe:
             self.study.tell(numbers.pop(), state=optuna.trial.TrialState.FAIL)
 
     def _unit(self, key: str, value: Any) -> float:
-        """From Optuna's value to the unit interval: the middle of a category's share of probability."""
+        """Optuna's value as u in [0, 1]: for a category, the middle of its share of probability."""
         d = self.space[key]
         if not isinstance(d, Categorical):
             return float(value)

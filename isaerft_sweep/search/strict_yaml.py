@@ -1,4 +1,4 @@
-"""YAML in which a mapping may name each key once: PyYAML keeps the last of two and says nothing."""
+"""YAML without duplicate keys: PyYAML silently keeps the last of two."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from isaerft_sweep.errors import SpaceError
 
 
 class _OnceLoader(yaml.SafeLoader):
-    """PyYAML's safe loader, which refuses a key that is given twice in one mapping."""
+    """PyYAML's safe loader, which also refuses duplicate keys in a mapping."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: dict[Any, int] = {}
+        lines: dict[Any, int] = {}
         for key_node, _ in node.value:
             if key_node.tag == "tag:yaml.org,2002:merge":
                 continue  # `<<` gives defaults, which a key beside it may replace
             key, line = self.construct_object(key_node, deep=True), key_node.start_mark.line + 1
             if not isinstance(key, Hashable):
                 continue  # PyYAML itself refuses it
-            if key in seen:
-                raise SpaceError(f"line {line}: '{key}' is given twice, first in line {seen[key]}. Leave one of them out.")
-            seen[key] = line
+            if key in lines:
+                raise SpaceError(f"line {line}: '{key}' is given twice, first in line {lines[key]}. Leave one of them out.")
+            lines[key] = line
         return super().construct_mapping(node, deep)
 
 
 def parse_yaml(text: str) -> Any:
-    """The plain data of a YAML text. Raises SpaceError that names the line when it is not valid or names a key twice."""
+    """The plain data of a YAML text. Raises SpaceError that names the line of a syntax error or duplicate key."""
     try:
         return yaml.load(text, Loader=_OnceLoader)
     except yaml.YAMLError as error:

@@ -1,4 +1,4 @@
-"""Reads W&B sweep files strictly: a mistake gets an error with the key, the value and the right form."""
+"""Reads W&B sweep files strictly: each error names the key, its value and the right form."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ TEXT_KEYS = ("program", "name", "description", "project", "entity")
 TOP_KEYS = ("command", "method", "metric", "parameters", "early_terminate", "run_cap", *TEXT_KEYS)
 METRIC_KEYS = ("name", "goal", "target", "impute", "impute_while_running")
 EARLY_KEYS = {"hyperband": ("type", "min_iter", "max_iter", "eta", "s", "strict"), "median": ("type", "min_iter")}
-"""Of ``early_terminate``, by its type. W&B has hyperband alone."""
+"""Keys of ``early_terminate`` by its type. W&B itself has only hyperband."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """What a sweep optimises: one of ``metrics.METRICS`` and its direction."""
+    """The metric that a sweep optimises, one of ``metrics.METRICS``, and its direction."""
 
     name: str
     goal: str
@@ -41,8 +41,8 @@ class Metric:
 class SweepDefinition:
     """A sweep file's content, checked. ``parameters`` maps dotted config keys to their distributions.
 
-    ``target``: the metric's value at which no further trial is started. ``notes``: what a reader should know of how the
-    file was understood.
+    ``target``: once a trial's metric reaches it, no further trial starts. ``notes``: remarks to print, such as truncated
+    distributions.
     """
 
     method: str
@@ -59,13 +59,13 @@ class SweepDefinition:
     notes: tuple[str, ...] = ()
 
     def reached_by(self, value: float | None) -> bool:
-        """Whether ``value`` of the metric is the target or better. False where there is no target."""
+        """Whether ``value`` of the metric is the target or better. False without a target."""
         sign = self.metric.sign
         return self.target is not None and value is not None and sign * value >= sign * self.target
 
 
 def read_sweep_file(path: Path) -> SweepDefinition:
-    """Read and check a W&B sweep file. Raises SpaceError that names file, key, value and the right form."""
+    """Read and check a W&B sweep file. Raises SpaceError that names the file, the key, its value and the right form."""
     raw = read_yaml(path)
     try:
         return read_sweep(raw)
@@ -74,10 +74,9 @@ def read_sweep_file(path: Path) -> SweepDefinition:
 
 
 def read_sweep(raw: Any, ours: bool = True) -> SweepDefinition:
-    """Check a sweep file's content, given as plain data.
+    """Check a sweep file's content ``raw``, plain data.
 
-    ``ours``: whether it is a sweep of this package's trials, whose config keys and metrics are known; without it any
-    names may be swept and measured.
+    ``ours``: whether the sweep runs this package's trials; otherwise any names of parameters and metrics are valid.
     """
     if not isinstance(raw, Mapping):
         raise SpaceError("a sweep file must be a mapping with method, metric and parameters.")
@@ -109,10 +108,10 @@ def read_sweep(raw: Any, ours: bool = True) -> SweepDefinition:
 
 
 def read_parameters(raw: Any, prefix: str = "", ours: bool = True) -> dict[str, Distribution]:
-    """The ``parameters`` block, nested ones flattened to dotted keys."""
+    """The distributions of a ``parameters`` block, by dotted key; nested blocks are flattened."""
     if not isinstance(raw, Mapping) or not raw:
         raise SpaceError(f"{prefix or 'parameters'} must be a mapping of parameter names but got {raw!r}.")
-    found: dict[str, Distribution] = {}
+    parameters: dict[str, Distribution] = {}
     for name, block in raw.items():
         key = f"{prefix}.{name}" if prefix else str(name)
         if isinstance(block, Mapping) and "parameters" in block:
@@ -124,10 +123,10 @@ def read_parameters(raw: Any, prefix: str = "", ours: bool = True) -> dict[str, 
             if ours:
                 split_key(key)
             new = {key: read_parameter(key, block)}
-        for twice in new.keys() & found.keys():
-            raise SpaceError(f"{twice} is given twice, with a dot and as a nested block. Leave one of them out.")
-        found |= new
-    return found
+        for duplicate in new.keys() & parameters.keys():
+            raise SpaceError(f"{duplicate} is given twice, with a dot and as a nested block. Leave one of them out.")
+        parameters |= new
+    return parameters
 
 
 def check_grid(parameters: Mapping[str, Distribution]) -> None:
@@ -141,7 +140,7 @@ def check_grid(parameters: Mapping[str, Distribution]) -> None:
 
 
 def read_metric_name(name: str | None, own: Metric) -> Metric:
-    """The metric to rank by: ``name``, with the direction that makes it better, or the sweep's own for None."""
+    """The metric to rank by: ``name`` with its direction, or the sweep's own for None."""
     if name is None or name == own.name:
         return own
     if name not in METRICS:
@@ -151,7 +150,7 @@ def read_metric_name(name: str | None, own: Metric) -> Metric:
 
 def _read_metric(raw: Any, ours: bool) -> Metric:
     if raw is None and not ours:
-        return Metric("", "minimize")  # W&B wants one for bayes and for early stopping alone
+        return Metric("", "minimize")  # W&B requires one for bayes and early stopping only
     form = "metric: {name: eval/log_odds_chosen, goal: maximize}"
     if not isinstance(raw, Mapping) or "name" not in raw:
         raise SpaceError(f"metric must have a name and a goal but got {raw!r}. Right form: {form}.")
@@ -213,9 +212,9 @@ def _read_early_terminate(raw: Any) -> Mapping[str, Any] | None:
     for key, value in raw.items():
         if key not in keys:
             raise SpaceError(f"early_terminate has an unknown key '{key}'." + suggest(str(key), keys))
-        problem = _early_problem(key, value)
-        if problem:
-            raise SpaceError(f"early_terminate.{key} must be {problem} but got {value!r}.")
+        requirement = _unmet_requirement(key, value)
+        if requirement:
+            raise SpaceError(f"early_terminate.{key} must be {requirement} but got {value!r}.")
     if raw["type"] == "median" and "min_iter" not in raw:
         raise SpaceError(f"early_terminate must have min_iter but got {dict(raw)}. {form.replace('hyperband', 'median')}.")
     if ("min_iter" in raw) == ("max_iter" in raw and "s" in raw):
@@ -223,8 +222,8 @@ def _read_early_terminate(raw: Any) -> Mapping[str, Any] | None:
     return dict(raw)
 
 
-def _early_problem(key: str, value: Any) -> str:
-    """What ``value`` of early_terminate's ``key`` must be; empty when it is."""
+def _unmet_requirement(key: str, value: Any) -> str:
+    """What the value of early_terminate's ``key`` must be; empty when it is that."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if key in ("min_iter", "max_iter", "s") and not (number and value >= 1 and float(value).is_integer()):
         return "a whole number of at least 1"
