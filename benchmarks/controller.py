@@ -66,7 +66,7 @@ def measure(trials: int, method: str, output: str) -> tuple[float, float]:
         experiment = to_experiment(compose("config", [*asked, *place]))
     definition = to_definition(experiment.sweep, experiment)
     where = sweep_folder(experiment, definition)
-    journal = open_journal(where, sweep_fingerprint(experiment, definition))
+    journal = open_journal(where, [sweep_fingerprint(experiment, definition)])
     journal.write("sweep", sweep_id=new_sweep_id(), question="q", metric="eval/loss", goal="minimize")
     factory = TrialFactory(experiment, definition, where, "s", None)
     sampler = make_sampler(experiment, definition)

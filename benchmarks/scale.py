@@ -127,7 +127,7 @@ def simulate(trials: int, workers: int, median_s: float, output: str) -> dict[st
         experiment = to_experiment(compose("config", [*asked, "name=s", "launcher.poll_s=0.000001"]))
     definition = to_definition(experiment.sweep, experiment)
     where = sweep_folder(experiment, definition)
-    journal = open_journal(where, "q")
+    journal = open_journal(where, ["q"])
     journal.write("sweep", sweep_id="s", question="q", metric=definition.metric.name, goal=definition.metric.goal)
     factory = TrialFactory(experiment, definition, where, "s", None)
     sampler = make_sampler(experiment, definition)
@@ -144,7 +144,7 @@ def simulate(trials: int, workers: int, median_s: float, output: str) -> dict[st
             break
         except Killed:
             journal.close()
-            journal = open_journal(where, "q")
+            journal = open_journal(where, ["q"])
     cpu = time.process_time() - cpu
     journal.close()
     states = Counter(record.state for record in journal.record.trials.values())

@@ -10,7 +10,7 @@ import sys
 from typing import Any
 
 import hydra
-import hydra.core.hydra_config
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
@@ -22,49 +22,28 @@ from isaerft_sweep.guard import guarded
 from isaerft_sweep.paths import folder
 
 register()
-detaching = False
-failed = 0
-"""The worst exit code among the sweeps of a ``--multirun`` that has gone on."""
-
-
-@hydra.main(version_base="1.3", config_path=str(folder("conf")), config_name="config")
-def main(config: Any) -> None:
-    """Run the composed sweep; exit 2 on an error that the user can mend, 1 when no trial completed or one was given up, 130
-    on Ctrl-C."""
-    code = guarded(lambda: _run(config), "Stopped. The same command goes on.")
-    if code in (1, 2) and hydra.core.hydra_config.HydraConfig.get().mode == RunMode.MULTIRUN:
-        global failed
-        failed = max(failed, code)  # the other sweeps are none the worse for it
-    elif code:
-        sys.exit(code)
-
-
-def _run(config: Any) -> int:
-    from isaerft_sweep.config.boundary import to_experiment
-
-    experiment = to_experiment(config)
-    overrides = hydra.core.hydra_config.HydraConfig.get().overrides.task
-    if detaching:
-        from isaerft_sweep.controller.session import detach
-
-        return detach(experiment, overrides)
-    elif "WANDB_SWEEP_ID" in os.environ:
-        from isaerft_sweep.controller.agent import run_for_agent
-
-        return run_for_agent(experiment, overrides, os.environ)
-    else:
-        from isaerft_sweep.controller.run_sweep import run_sweep
-
-        return run_sweep(experiment, overrides)
 
 
 def run() -> None:
-    """The command line: Hydra's, and ``--detach``, which leaves the controller in the background."""
-    global detaching
+    """The command line: Hydra's, and ``--detach``, which leaves the controller in the background.
+
+    The exit code is 0; 1 when no trial completed or one was given up; 2 after an error that the user can fix; 130 after
+    Ctrl-C.
+    """
     detaching = "--detach" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--detach"]
+    failures = [0]
+    """Exit codes of the sweeps of a ``--multirun`` that failed while the others continued."""
 
-    def composed() -> int:
+    @hydra.main(version_base="1.3", config_path=str(folder("conf")), config_name="config")
+    def main(config: Any) -> None:
+        code = guarded(lambda: run_composed(config, detaching), "Stopped. The same command resumes.")
+        if code in (1, 2) and HydraConfig.get().mode == RunMode.MULTIRUN:
+            failures.append(code)
+        elif code:
+            sys.exit(code)
+
+    def compose_and_run() -> int:
         if "WANDB_SWEEP_ID" in os.environ:
             sys.argv[1:] = from_agent(sys.argv[1:], os.environ)
         sys.argv[1:] = with_present_names(sys.argv[1:])
@@ -73,9 +52,28 @@ def run() -> None:
             main()
         except (HydraException, OmegaConfBaseException) as error:
             raise explain(error) from error
-        return failed
+        return max(failures)
 
-    sys.exit(guarded(composed))
+    sys.exit(guarded(compose_and_run))
+
+
+def run_composed(config: Any, detaching: bool) -> int:
+    """Run what the composed config describes: a sweep, in the background when ``detaching``, or a W&B agent's trial."""
+    from isaerft_sweep.config.boundary import to_experiment
+
+    experiment = to_experiment(config)
+    overrides = HydraConfig.get().overrides.task
+    if detaching:
+        from isaerft_sweep.controller.session import detach
+
+        return detach(experiment, overrides)
+    if "WANDB_SWEEP_ID" in os.environ:
+        from isaerft_sweep.controller.agent import run_for_agent
+
+        return run_for_agent(experiment, overrides, os.environ)
+    from isaerft_sweep.controller.run_sweep import run_sweep
+
+    return run_sweep(experiment, overrides)
 
 
 if __name__ == "__main__":

@@ -21,10 +21,9 @@ HUB_LIMIT = 96
 """Longest repository id that the Hub accepts, in characters."""
 MODEL_LIMIT = 24
 """Longest model part of a run name, in characters: what the Hub's limit leaves beside the longest suffix."""
-METHOD = "-FT-ORPO-ISAERFT_"
 
 _PARSER = re.compile(
-    r"^(?:(?P<upper>.+?)-FT-ORPO-ISAERFT_)?(?P<prefix>run-)?(?P<model>.+)"
+    r"^(?:(?P<upper>.+?)-FT-[A-Z]+-ISAERFT_)?(?P<prefix>run-)?(?P<model>.+)"
     r"-lr(?P<lr>\d\.\de-?\d{2,3})-beta(?P<beta>[0-9.]+(?:e[+-]?\d+)?)"
     r"-(?P<date>\d{8})-(?P<time>\d{4}(?:\d{2})?)(?:-(?P<mark>[0-9a-f]{6}))?$"
 )
@@ -87,10 +86,11 @@ def run_name(
     return name
 
 
-def model_name(model: str, run: str) -> str:
+def model_name(model: str, run: str, loss: str = "orpo") -> str:
     """``GEMMA-2-2B-FT-ORPO-ISAERFT_run-…``: the repository's name; its first part is cut to the Hub's limit."""
-    room = HUB_LIMIT - len(METHOD) - len(run)
-    return clean(model).upper()[:room].rstrip("-._") + METHOD + run
+    method = f"-FT-{loss.upper()}-ISAERFT_"
+    room = HUB_LIMIT - len(method) - len(run)
+    return clean(model).upper()[:room].rstrip("-._") + method + run
 
 
 def tags(learning_rate: float, beta: float, extra: tuple[str, ...] = ()) -> tuple[str, ...]:

@@ -85,9 +85,9 @@ def test_a_worker_ends_with_one_line_and_its_trace_in_its_folder(tmp_path: Path,
 
 
 def test_every_command_goes_through_the_guard(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in [n for n in dir(cli) if n.startswith("_") and callable(getattr(cli, n))]:
+    for name in [n for n in dir(cli.parser) if n.startswith("_") and callable(getattr(cli.parser, n))]:
         if name in ("_leaderboard", "_best", "_report", "_card"):
-            monkeypatch.setattr(cli, name, lambda _args: fails(ZeroDivisionError("by zero"))())
+            monkeypatch.setattr(cli.parser, name, lambda _args: fails(ZeroDivisionError("by zero"))())
     for command in (["leaderboard", "x"], ["best", "x"], ["report", "x"], ["card", "x"]):
         assert cli.main(command) == 1
         assert capsys.readouterr().err.startswith("error: ZeroDivisionError: by zero")

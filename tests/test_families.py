@@ -12,7 +12,7 @@ import torch
 from conftest import TINY
 from helpers.plain_trl import orpo_rows
 from test_trial import OFF, Made, rows_of
-from test_trial_numbers import Collect, gradients  # noqa: F401  (a fixture)
+from test_trial_numbers import gradients  # noqa: F401  (a fixture)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 

@@ -28,6 +28,7 @@ def test_the_published_run_to_the_character() -> None:
     name = naming.run_name("google/gemma-2-2b", lr, beta, WHEN)
     assert name == "run-gemma-2-2b-lr3.6e-05-beta0.2-20250228-2228"
     assert naming.model_name("google/gemma-2-2b", name) == f"GEMMA-2-2B-FT-ORPO-ISAERFT_{name}"
+    assert naming.model_name("google/gemma-2-2b", name, "simpo") == f"GEMMA-2-2B-FT-SIMPO-ISAERFT_{name}"
     assert naming.tags(lr, beta, ("smol-course", "module_1")) == (
         "generated_from_trainer",
         "smol-course",

@@ -123,7 +123,7 @@ def test_a_worker_that_ran_others_takes_the_blame(trial: Made, tmp_path: Path, m
     compute = process_cache.stored_activations
 
     def slow_for_other(*args: Any) -> Any:
-        if str(args[3]) == str(tmp_path / "scratch"):
+        if args[3].folder == tmp_path / "scratch":
             time.sleep(30)
         return compute(*args)
 

@@ -322,7 +322,7 @@ def test_accounting_knows_what_squeue_has_forgotten(slurm: Bed, tmp_path: Path, 
     assert told.words.startswith("SLURM: FAILED")
     slurm.reconfigure("MinJobAge", "2")
     try:
-        job = refs[0]["id"].split("_")[0]
+        job = refs[0].id.split("_")[0]
         wait_for(lambda: job not in slurm.command("squeue", "-h", "-t", "all", "-o", "%A").split())
     finally:
         slurm.reconfigure("MinJobAge", "600")

@@ -200,7 +200,9 @@ class SweepMachine(RuleBasedStateMachine):
         given_up = [record for record in self.journal.record.trials.values() if record.given_up]
         record = data.draw(st.sampled_from(given_up))
         self.ended_as.pop(record.index)
-        if alive:  # it was only taken for dead
+        if (
+            alive or self.server
+        ):  # it was only taken for dead; only a controller is asked for retries, and its restart retries all
             self.state.resume_attempt(record, LocalJob(record.index))
             self.running[record.index] = record.attempt
         else:

@@ -40,7 +40,7 @@ def run_controller(factory: TrialFactory, state: SweepState, dispatcher: Dispatc
         stop = StopRequest(folder.cancel, agent, notify=lambda request: view.note(request.message(launcher.grace_s)))
         with stop.signals_counted(), write_controller_info(folder, trials, factory.overrides), closed_in_the_end(dispatcher):
             SweepController(state, folder, dispatcher, launcher, view, lambda: stop.urgency).run()
-            return stop.urgency  # before ``heard`` removes the file that may have asked
+            return stop.urgency  # before ``signals_counted`` removes the file that may have asked
 
 
 @contextmanager

@@ -62,7 +62,7 @@ class TrialFactory:
         spec = TrialSpec(
             index=index,
             name=name,
-            model_name=naming.model_name(experiment.model.name, name),
+            model_name=naming.model_name(experiment.model.name, name, orpo.loss),
             run_id=self.agent_run.run_id if self.agent_run else naming.run_id(self.sweep_id, index),
             sweep_id=self.sweep_id,
             sweep_name=(self.agent_run.parent_sweep if self.agent_run else self.folder).path.name,
