@@ -105,8 +105,8 @@ def test_identity_is_pinned_and_ignores_what_cannot_change_a_result(experiment) 
 def test_composing_loads_nothing_heavy_and_is_quick() -> None:
     """A fresh process: `--cfg job` in under a second of processor time, without torch and its kin."""
     probe = (
-        "import sys, isaerft_sweep.launch as l; sys.argv=['launch','--cfg','job']; l.main();"
-        f"print([m for m in {HEAVY!r} if m in sys.modules], file=sys.stderr)"
+        "import atexit, sys, isaerft_sweep.launch as l; sys.argv=['launch','--cfg','job'];"
+        f"atexit.register(lambda: print([m for m in {HEAVY!r} if m in sys.modules], file=sys.stderr)); l.run()"
     )
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
