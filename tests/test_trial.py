@@ -174,7 +174,7 @@ def test_what_a_trial_leaves(trial: Made) -> None:
         "adapter_config.json", "adapter_model.safetensors", "README.md", "tokenizer.json", "chat_template.jinja",
     }  # fmt: skip
     environment = json.loads(folder.environment.read_text())
-    assert {"torch", "trl", "peft", "isaerft-sweep"} <= set(environment["packages"])
+    assert {"torch", "transformers", "peft", "isaerft-sweep"} <= set(environment["packages"])
     assert not folder.checkpoints.exists()
     assert all(p.stat().st_mode & 0o044 == 0o044 for p in folder.adapter.iterdir()), "others on the cluster can read it"
 
@@ -193,7 +193,7 @@ def test_the_card_has_all_that_the_published_card_has(trial: Made) -> None:
     assert {"library_name", "licence", "license", "pipeline_tag"} <= set(front)
     for wanted in (
         f"# Model Card for {spec.model_name}", "## Quick start", 'pipeline("text-generation"', "huggingface.co/papers/2403.07691",
-        "### Framework versions", "- TRL: ", "- Tokenizers: ", "@article{hong2024orpo", "@misc{vonwerra2022trl",
+        "### Framework versions", "- Transformers: ", "- Tokenizers: ", "@article{hong2024orpo", "@misc{vonwerra2022trl",
         spec.name, spec.run_id, spec.command, "random-64x256", "24 trained on, 8 held out, none left out, 0 cut",
     ):  # fmt: skip
         assert wanted in card, wanted
