@@ -1,7 +1,7 @@
 """Other versions of libraries, each in an environment of its own: ``nox`` for all, ``nox -s "wandb(0.19.11)"`` for one.
 
-``wandb``: the server against a client of that version; the server runs in the interpreter that runs nox. ``oldest``: trials with
-the oldest model libraries that pyproject.toml allows, and without TRL.
+``wandb``: the server against a client of that version; the server runs in the interpreter that runs nox. ``oldest``: trials
+with the oldest model libraries that pyproject.toml allows, and without TRL.
 """
 
 import sys
