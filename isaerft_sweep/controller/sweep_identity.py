@@ -228,11 +228,11 @@ def open_journal(
 def differences(folder: SweepFolder, now: Mapping[str, Any], files: Mapping[str, str]) -> str:
     """Which settings of the sweep in ``folder`` differ from ``now``, or which of its files have changed, as text."""
     try:
-        config = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
+        config = to_dict(folder.read_config())
         then = _flat({section: config[section] for section in (*TUNABLE, "sweep")}) | _search_settings(
             yaml.safe_load(folder.definition.read_text(encoding="utf-8")) or {}
         )
-    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError):
+    except (OSError, yaml.YAMLError, FolderError, TypeError, AttributeError):
         return "its config.yaml or sweep.yaml cannot be read, to say which settings differ"
     changes = [
         f"{key} was {_short(then.get(key))} and is now {_short(now.get(key))}"

@@ -164,6 +164,13 @@ def _lock_exclusively(handle: IO[str]) -> None:
             time.sleep(0.05)
 
 
+def read_record(folder: SweepFolder) -> SweepRecord:
+    """The journal of a sweep, replayed; empty when there is none."""
+    record = SweepRecord()
+    replay(folder.journal, record)
+    return record
+
+
 def replay(path: Path, record: SweepRecord) -> int:
     """Apply the journal in ``path`` to ``record``; returns the length of its complete lines, in bytes."""
     lines, end = whole_lines(path)

@@ -15,7 +15,7 @@ import numpy as np
 import yaml
 
 from isaerft_sweep.errors import ConfigError, FolderError, SpaceError
-from isaerft_sweep.journal.journal import SweepRecord, TrialRecord, is_held, replay
+from isaerft_sweep.journal.journal import TrialRecord, is_held, read_record
 from isaerft_sweep.journal.layout import SweepFolder, TrialFolder
 from isaerft_sweep.journal.states import TrialState
 from isaerft_sweep.results.caveats import dependence
@@ -24,7 +24,7 @@ from isaerft_sweep.results.cost import device_seconds
 from isaerft_sweep.results.statistics import interval, pair_values, probability_best
 from isaerft_sweep.search.distributions import Distribution
 from isaerft_sweep.search.sweep_file import Metric, read_metric_name, read_sweep
-from isaerft_sweep.spec_fields import canonical_json, from_mapping
+from isaerft_sweep.spec_fields import canonical_json
 from isaerft_sweep.specs import Experiment, OrpoSpec
 
 SEED = "orpo.seed"
@@ -176,10 +176,9 @@ def read_sweep_folder(path: Path, metric: str | None = None, ending: bool = Fals
     parts = folder.agent_run_folders() or [folder]
     if not parts[0].journal.is_file():
         raise FolderError(f"'{path}' must be a sweep's folder with a journal.jsonl, but there is none.")
-    record, entries = SweepRecord(), []
+    entries = []
     for part in parts:
-        record = SweepRecord()
-        replay(part.journal, record)
+        record = read_record(part)
         entries += [_entry(trial, part) for trial in record.trials.values()]
     if len(parts) > 1:
         _number(entries)
@@ -265,10 +264,8 @@ def read_space(folder: SweepFolder) -> Mapping[str, Distribution]:
 
 def _experiment(folder: SweepFolder) -> Experiment | None:
     try:
-        raw = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
-        experiment: Experiment = from_mapping(Experiment, raw, "")
-        return experiment
-    except (OSError, yaml.YAMLError, ConfigError, TypeError):
+        return folder.read_config()
+    except FolderError:
         return None
 
 

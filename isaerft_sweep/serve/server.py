@@ -127,9 +127,8 @@ class Server:
     def _on_sweep(self, event: Mapping[str, Any]) -> None:
         folder = SweepFolder(self.folder / "sweeps" / event["id"])
         stored_only = event["imported"] or self._read_only  # another process may be writing the journal
-        sweep = ServedSweep(
-            folder, event["entity"], event["project"], event["id"], event["config"], event["t"], stored_only=stored_only
-        )
+        place = event["entity"], event["project"]
+        sweep = ServedSweep(folder, place, event["config"], event["t"], stored_only=stored_only)
         sweep.apply_update(event["t"], None, _sweep_metadata(event))
         self.sweeps[sweep.id] = sweep
 

@@ -42,20 +42,20 @@ from isaerft_sweep.trial.process_cache import ProcessCache, cached_activations, 
 from isaerft_sweep.trial.recorder import Recorder
 from isaerft_sweep.trial.reference import compute_reference
 from isaerft_sweep.trial.sparsity import make_sparsity
-from isaerft_sweep.trial.stop_request import AskedToStop, asked_state, stop_requests
+from isaerft_sweep.trial.stop_request import AskedToStop, StopFlags, asked_state, stop_requests
 from isaerft_sweep.trial.strategy import ForwardStrategy
 from isaerft_sweep.trial.train_loop import TrainLoop
 
 
 def run_trial(
-    folder: TrialFolder, attempt: int, shared: ProcessCache | None = None, stopping: dict[str, bool] | None = None
+    folder: TrialFolder, attempt: int, shared: ProcessCache | None = None, flags: StopFlags | None = None
 ) -> TrialState:
     """Run or resume the trial in ``folder`` by itself; see ``trial_steps``."""
-    return run_alone(trial_steps(folder, attempt, shared, stopping))
+    return run_alone(trial_steps(folder, attempt, shared, flags))
 
 
 def trial_steps(
-    folder: TrialFolder, attempt: int, shared: ProcessCache | None = None, stopping: dict[str, bool] | None = None
+    folder: TrialFolder, attempt: int, shared: ProcessCache | None = None, flags: StopFlags | None = None
 ) -> Steps[TrialState]:
     """One attempt, as a generator that yields the passes that it needs; returns its state, which is also in its status file.
 
@@ -63,7 +63,7 @@ def trial_steps(
         folder: the trial's.
         attempt: the attempt's number.
         shared: what earlier trials of this process have loaded.
-        stopping: set by the caller's own ``stop_requests``; None: this one listens itself.
+        flags: set by the caller's own ``stop_requests``; None: this one listens itself.
 
     The state is ``failed`` when an error ended it (the message is in the status), ``diverged`` when the loss did,
     ``stopped`` when a signal or the controller asked for it and a checkpoint lets it resume, ``pruned`` when the sweep
@@ -74,8 +74,8 @@ def trial_steps(
     status.write(TrialState.RUNNING, step=0)
     shared = shared or ProcessCache()
     try:
-        with stop_requests() if stopping is None else nullcontext(stopping) as asked:
-            return (yield from _run(spec, Phases(status, asked), shared))
+        with stop_requests() if flags is None else nullcontext(flags) as heard:
+            return (yield from _run(spec, Phases(status, heard), shared))
     except Superseded:
         raise
     except AskedToStop:
@@ -120,7 +120,7 @@ def _train(
     print(pairs.summary, flush=True)
     write_json(folder.environment, describe_environment(torch_device=_device_name()))
     run = open_run(spec, folder.path / "wandb")
-    recorder = Recorder(spec, status, run, lambda: asked_state(phases.stopping, run.told))
+    recorder = Recorder(spec, status, run, lambda: asked_state(phases.flags, run.told))
     checkpoints = complete_checkpoints(folder.checkpoints)
     cut_off = False
     try:
@@ -128,7 +128,7 @@ def _train(
         changes = [] if recorder.stopped else learned(model, pairs.evaluation)
     except AskedToStop:
         cut_off = True
-        recorder.cut_off(asked_state(phases.stopping, run.told) or TrialState.STOPPED)
+        recorder.cut_off(asked_state(phases.flags, run.told) or TrialState.STOPPED)
     except TrialDiverged as error:
         print(f"diverged: {error}", flush=True)
         run.finish({"state": TrialState.DIVERGED}, exit_code=1)
