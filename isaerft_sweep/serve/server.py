@@ -69,6 +69,7 @@ class Server:
             for leftover in self.staging.iterdir():  # of a server that was killed
                 leftover.unlink()
         except BlockingIOError as error:
+            self._handle.close()
             raise FolderError(
                 f"{self.folder} is in use by another server. Stop it, or choose another: --data PATH."
             ) from error

@@ -126,7 +126,9 @@ class TrainLoop:
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if spec.gradient_checkpointing:
             # reentrant checkpointing would need inputs that require a gradient, down through the frozen layers
-            self.base.gradient_checkpointing_enable({"use_reentrant": False})
+            # its name in newer transformers, then the earlier one
+            enable = getattr(self.base, "activation_checkpointing_enable", None) or self.base.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
 
     def reached_rows(self) -> Dataset:
         """The training pairs that the steps will reach: all of them from one epoch on."""
