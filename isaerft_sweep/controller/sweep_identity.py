@@ -94,6 +94,8 @@ def result_files(experiment: Experiment, definition: SweepDefinition) -> dict[st
     digests: dict[str, str] = {}
     for variant in variants(experiment, definition):
         data, model = variant.data, variant.model
+        if data.neutral_path:
+            digests |= _file_digests([data.neutral_path])
         if data.source == "files":
             digests |= _file_digests(path for path in (data.path, data.eval_path) if path)
         elif data.source == "hub":

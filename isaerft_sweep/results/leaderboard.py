@@ -19,7 +19,7 @@ from isaerft_sweep.results.reading import Entry, ReadSweep
 from isaerft_sweep.results.statistics import show_probability
 from isaerft_sweep.search.sweep_file import Metric
 
-ALWAYS_SHOWN = ("eval/log_odds_chosen", "eval/rewards/accuracies", "eval/nll_loss")
+ALWAYS_SHOWN = ("eval/log_odds_chosen", "eval/rewards/accuracies", "eval/neutral_nll_rise", "eval/kl_base", "eval/nll_loss")
 
 
 def columns(metric: Metric) -> list[str]:
@@ -90,6 +90,8 @@ def short_name(metric: str) -> str:
         "eval/rewards/accuracies": "accuracy",
         "eval/rewards/margins": "margin",
         "eval/nll_loss": "NLL",
+        "eval/kl_base": "KL to base",
+        "eval/neutral_nll_rise": "neutral +",
     }
     return short.get(metric, metric.removeprefix("eval/"))
 

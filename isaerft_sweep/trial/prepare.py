@@ -27,6 +27,7 @@ from isaerft_sweep.specs import Experiment
 from isaerft_sweep.trial.attach import adapter_config
 from isaerft_sweep.trial.data import Pairs, Progress, largest_token, load_pairs, longest_sequence
 from isaerft_sweep.trial.exact import PLAIN, exact_way
+from isaerft_sweep.trial.harm import read_neutral
 from isaerft_sweep.trial.optimizers import OPTIMIZERS
 
 SMALL = 5e8
@@ -70,6 +71,7 @@ def prepare(experiment: Experiment, seen: dict[str, Any] | None = None) -> dict[
     tell, kept = Progress(sys.stderr, PROGRESS), cache_folder(experiment.cache) / "pairs"
     pairs = once(lambda: load_pairs(data, tokenizer, max_length, tell, kept), "pairs", *named, to_dict(data), max_length)
     _check_tokens(experiment, config, tokenizer, pairs)
+    once(lambda: read_neutral(data.neutral_path, tokenizer, max_length), "neutral", *named, data.neutral_path, max_length)
     return {
         "model": f"{model.name}: {text.num_hidden_layers} layers, hidden size {text.hidden_size}"
         + ("" if tried else "; no step could be tried without its weights, the first trial will tell"),
