@@ -44,6 +44,8 @@ def sweep_fingerprint(experiment: Experiment, definition: SweepDefinition) -> st
         "repeats": experiment.sweep.repeats,
         "files": [file_digest(path) for path in _data_and_saes(experiment)],
     }
+    if definition.constraints:  # sweeps without any keep their fingerprint
+        content["constraints"] = list(map(str, definition.constraints))
     return hashlib.sha256(canonical_json(content).encode()).hexdigest()[:12]
 
 

@@ -197,7 +197,10 @@ class ServedSweep:
         if run.state is RunState.FINISHED:
             value = run.summary_value(self.metric, self.goal)
             message = "" if value is not None else f"it logged no finite {self.metric}"
-            return AttemptOutcome(TrialState.COMPLETED, value, message)
+            assert self.definition is not None
+            names = {constraint.metric for constraint in self.definition.constraints}
+            metrics = {name: number for name in names if (number := run.summary_value(name)) is not None}
+            return AttemptOutcome(TrialState.COMPLETED, value, message, violation=self.definition.violation(metrics))
         if run.stop == "pruner":
             return AttemptOutcome(TrialState.PRUNED, message="stopped early; its checkpoint is kept")
         if run.stop:
