@@ -255,7 +255,7 @@ def test_the_size_of_a_pack_is_measured(
     sizes: list[int] = []
     assert pack(folder, trials, None, sizes) == 4
     assert folder.room() == 4 and sorted(set(tried)) == [1, 2, 4, 8], "8 take 0.46 s each, 4 took 0.48"
-    assert "4 trials at a time pay here" in capfd.readouterr().out
+    assert "trials per pass: 4 (measured" in capfd.readouterr().out
     assert sizes.count(4) > 4, "and so many go together"
     assert_near(trials[0], alone)
 
