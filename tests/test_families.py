@@ -179,7 +179,7 @@ def test_the_routers_loss_is_trls(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("router", [False, True])
-def test_packed_trials_of_a_mixture_of_experts(router: bool, trial: Made, tmp_path: Path) -> None:
+def test_co_batched_trials_of_a_mixture_of_experts(router: bool, trial: Made, tmp_path: Path) -> None:
     """Together where that is exact, one after the other where the router's loss needs the whole model."""
     folder = saved("mixtral", tmp_path / "model", output_router_logits=router, router_aux_loss_coef=0.5)
     alone, *both = (

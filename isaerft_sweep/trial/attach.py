@@ -22,7 +22,7 @@ def attach_adapter(loaded: LoadedModel, spec: AdapterSpec, seed: int, revision: 
 def adapter_config(spec: AdapterSpec) -> IsaerftConfig:
     """PEFT's config of an adapter. Raises ConfigError when its settings contradict each other."""
     return IsaerftConfig(
-        sites=[{k: v for k, v in to_dict(site).items() if v is not None} for site in spec.sites],
+        sites=[{k: v for k, v in to_dict(hook_point).items() if v is not None} for hook_point in spec.sites],
         kind=spec.kind,
         rank=spec.rank,
         hidden_size=spec.hidden_size,

@@ -124,9 +124,10 @@ def load_pairs(
     def make() -> Tokenised:
         return _tokenised(splits, PairTokenizer(tokenizer, max_length), spec, report or Progress())
 
-    large = sum(map(len, splits.values())) >= MIN_CACHED_PAIRS
-    cached = token_cache is not None and large
-    tokenised = kept_tokens(token_cache, _key(splits, tokenizer, max_length), make) if token_cache and cached else make()
+    if token_cache is not None and sum(map(len, splits.values())) >= MIN_CACHED_PAIRS:
+        tokenised = kept_tokens(token_cache, _key(splits, tokenizer, max_length), make)
+    else:
+        tokenised = make()
     counts = dict(left_out + Counter(tokenised.left_out))
     return Pairs(tokenised.sets["train"], tokenised.sets["evaluation"], counts, tokenised.truncated, dict(notes))
 
@@ -319,7 +320,7 @@ def _from_hub(spec: DataSpec, split: str) -> Iterator[Written]:
         rows = load_dataset(spec.name, split=split)
     except Exception as error:  # the Hub's client, its HTTP library and datasets raise different types
         raise DataError(
-            f"data.name must be a data set that can be loaded, but '{spec.name}' ({split}) could not be had from this "
+            f"data.name must be a data set that can be loaded, but '{spec.name}' ({split}) could not be loaded from this "
             f"machine's cache or the Hub. First reason: {(str(error) or repr(error)).splitlines()[0]} Check name and "
             f"split, or on a machine with internet run `hf download --repo-type dataset {spec.name}`, or give a file: "
             "data=jsonl data.path=PATH."
