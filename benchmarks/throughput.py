@@ -9,8 +9,8 @@ wall second, largest resident memory, on a GPU also the device's, and the metric
     (i)   TRL's ORPOTrainer, the adapter as a forward hook with SAE encode, decode and error term
     (ii)  the same with the bias as x + b @ W_dec
     ours  a trial without reuse; with lean logits and groups of near length; with the activation cache; with both; with
-          shared prompts too; all of it in one resident worker for all trials; in that worker 2 and 4 trials at a time; and the
-          whole command with early stopping (8 trials at a time, 4 evaluations each, ASHA from the first, eta 3)
+          shared prompts too; all of it in one resident worker for all trials; in that worker 2 and 4 trials at a time; and
+          the whole command with early stopping (8 trials at a time, 4 evaluations each, ASHA from the first, eta 3)
 
 Up to the resident worker every trial has a process of its own, so that one costs what another does: ``--sample N`` runs N of
 them and multiplies. The frozen layers' output is made once per sweep, by the first trial, which is counted once. The metrics
@@ -53,8 +53,8 @@ LEVELS = {
     "ours, both": ("ours", {**OFF, **LEAN, **CACHE}),
     "ours, and shared prompts": ("ours", ALL),
     "ours, all, resident worker": ("resident", ALL),
-    "ours, all, 2 trials at a time": ("packed 2", ALL),
-    "ours, all, 4 trials at a time": ("packed 4", ALL),
+    "ours, all, 2 trials at a time": ("co-batched 2", ALL),
+    "ours, all, 4 trials at a time": ("co-batched 4", ALL),
     "ours, all, early stopping": ("sweep", {**ALL, "orpo.eval_fraction": "0.25", "launcher.trials_per_pass": "8"}),
 }
 RATES = (0.3, 0.1, 0.05, 0.2, 0.15, 0.07, 0.25, 0.04)

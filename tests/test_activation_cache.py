@@ -46,7 +46,7 @@ def test_the_cache_is_shared_verified_and_bounded(trial: Made, tmp_path: Path, c
     third = trial(*options, name="c")
     capsys.readouterr()
     assert run_trial(third, 1) == "completed"
-    assert "are damaged: made again" in capsys.readouterr().out and rows_of(third) == rows_of(first)
+    assert "are damaged and are computed again" in capsys.readouterr().out and rows_of(third) == rows_of(first)
     tiny = trial(*OFF, f"launcher.scratch={tmp_path / 'none'}", "launcher.activation_cache_gb=0.000001", name="d")
     capsys.readouterr()
     assert run_trial(tiny, 1) == "completed"

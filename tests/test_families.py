@@ -200,7 +200,7 @@ def test_co_batched_trials_of_a_mixture_of_experts(router: bool, trial: Made, tm
 def test_a_model_without_a_residual_stream_is_refused(experiment: Callable[..., Any], tmp_path: Path) -> None:
     """Gemma 3n hands four streams from layer to layer."""
     folder = saved("gemma3n_text", tmp_path / "model")
-    with pytest.raises(ModelError, match=r"gives out \[.*\] and not \[batch, position, hidden\]"):
+    with pytest.raises(ModelError, match=r"returns \[.*\] and not \[batch, position, hidden\]"):
         prepare(experiment(*TINY, *options(folder, 64)))
 
 

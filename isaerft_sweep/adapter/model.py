@@ -16,7 +16,7 @@ from isaerft_sweep.errors import ConfigError
 
 
 class IsaerftModel(BaseTuner):
-    """A model with ISAERFT adapters; made by ``peft.get_peft_model(model, IsaerftConfig(...))``."""
+    """A model with ISAERFT adapters; created by ``peft.get_peft_model(model, IsaerftConfig(...))``."""
 
     prefix = "isaerft_"
     tuner_layer_cls = IsaerftLayer

@@ -126,7 +126,7 @@ def _read(release: str | None, sae_id: str | None, path: str | None) -> Any:
     if path:
         return _from_folder(check_sae_folder(path))
     if release == OWN_RELEASE:
-        return _own(str(sae_id))
+        return _shipped_or_random(str(sae_id))
     try:
         return SAE.from_pretrained(str(release), str(sae_id), dtype="float32")
     except Exception as error:  # each release has its own reader, which can raise anything
@@ -180,7 +180,7 @@ def _check_kind(sae: Any, name: str) -> None:
         raise ModelError(f"the SAE {name} must hold finite numbers but {bad[0]} has NaN or infinity. Copy its folder again.")
 
 
-def _own(sae_id: str) -> Any:
+def _shipped_or_random(sae_id: str) -> Any:
     from sae_lens import SAE, StandardSAE, StandardSAEConfig
 
     size = re.fullmatch(r"random-([1-9]\d*)x([1-9]\d*)", sae_id)

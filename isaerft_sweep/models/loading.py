@@ -39,8 +39,8 @@ def resolve(spec: ModelSpec, cache: str | None) -> tuple[str, str]:
         "random": random_model.made_folder,
     }
     if spec.source in makers:
-        made = str(makers[spec.source](spec, cache_folder(cache)))
-        return made, made
+        folder = str(makers[spec.source](spec, cache_folder(cache)))
+        return folder, folder
     return spec.name, spec.tokenizer or spec.name
 
 

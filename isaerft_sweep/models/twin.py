@@ -49,15 +49,15 @@ def small_twin(config: Any) -> PreTrainedModel | None:
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            kept = {name: value for name, value in settings.items() if name not in ("architectures", "quantization_config")}
-            made: PreTrainedModel = AutoModelForCausalLM.from_config(type(text)(**{**kept, **small}))
+            rest = {name: value for name, value in settings.items() if name not in ("architectures", "quantization_config")}
+            twin: PreTrainedModel = AutoModelForCausalLM.from_config(type(text)(**{**rest, **small}))
             ids = torch.zeros(1, 2, dtype=torch.long)
             with torch.no_grad():
-                made.eval()(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+                twin.eval()(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     except Exception:  # these sizes fit together in most families but not in this one
         return None
-    made.requires_grad_(False)
-    return made
+    twin.requires_grad_(False)
+    return twin
 
 
 def _accepted(config_class: type) -> set[str]:

@@ -135,7 +135,7 @@ def stored_activations(
     }
     name = hashlib.sha256(canonical_json(identity).encode()).hexdigest()[:20]
 
-    def make(aside: Path) -> None:
+    def write_entry(aside: Path) -> None:
         with locked(folder / ".room"):
             _make_room(folder, limit_gb * 1e9 - needed_bytes)
             values = _reserve(aside / "values.npy", shape, _STORED[dtype], needed_bytes)
@@ -145,16 +145,16 @@ def stored_activations(
 
     try:
         for _ in range(2):
-            entry = create_once(folder / name, make)
+            entry = create_once(folder / name, write_entry)
             values = _open(entry, shape)
             if values is not None:
                 os.utime(entry)  # marks the entry as recently used
                 return StoredActivations(values, places_of(sequences), dtype)
-            print(f"the stored activations in {entry} are damaged: made again", flush=True)
+            print(f"the stored activations in {entry} are damaged and are computed again", flush=True)
             shutil.rmtree(entry, ignore_errors=True)
     except OSError as error:
-        raise NotStored(f"{folder} cannot be written ({error.strerror}); another place: launcher.scratch=PATH") from error
-    raise NotStored(f"the disk of {folder} does not keep what is written to it; another place: launcher.scratch=PATH")
+        raise NotStored(f"{folder} cannot be written ({error.strerror}); set another one: launcher.scratch=PATH") from error
+    raise NotStored(f"the disk of {folder} returns other data than was written; set another one: launcher.scratch=PATH")
 
 
 def _make_room(folder: Path, allowed_bytes: float) -> None:

@@ -88,19 +88,19 @@ class RunningTrial(Generic[T]):
         if isinstance(request, ForwardPass):
             self.forward = request
 
-    def answer(self, numbers: TokenLogps) -> None:
+    def answer(self, outputs: TokenLogps) -> None:
         """Give the trial the outputs of its forward pass, detached."""
-        self._graph = numbers if self.trains else None
-        self._answer = self._detached = numbers.detached(self.trains)
+        self._graph = outputs if self.trains else None
+        self._answer = self._detached = outputs.detached(self.trains)
 
     def fail(self, error: Exception) -> None:
         """Raise the error of a failed pass inside the trial."""
         # the traceback would keep the tensors of the failed pass in memory
         self._answer = error.with_traceback(None)
 
-    def recomputed(self, numbers: TokenLogps) -> None:
+    def recomputed(self, outputs: TokenLogps) -> None:
         """Replace the graph after a failed backward pass, which has freed the old one."""
-        self._graph = numbers
+        self._graph = outputs
 
     def outputs_and_gradients(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Where the backward pass starts: the forward pass's outputs, and the gradients of the trial's loss for them."""
@@ -138,21 +138,21 @@ def _forward(joint: MultiTrialModel | None, trials: Sequence[RunningTrial[Any]])
     """One pass for all trials. If it fails, each half runs separately; a single trial receives its own error."""
     if not trials:
         return
-    numbers = None
+    outputs = None
     try:
-        numbers = _run(joint, trials)
+        outputs = _run(joint, trials)
     except Exception as error:
         if len(trials) == 1:
             trials[0].fail(error)
             return
         _log_failure(error, len(trials))
-    if numbers is None:  # outside the except block, where the error no longer holds the failed pass's tensors
+    if outputs is None:  # outside the except block, where the error no longer holds the failed pass's tensors
         torch.cuda.empty_cache()
         _forward(joint, trials[: len(trials) // 2])
         _forward(joint, trials[len(trials) // 2 :])
         return
-    for trial, outputs in zip(trials, numbers, strict=True):
-        trial.answer(outputs)
+    for trial, trial_outputs in zip(trials, outputs, strict=True):
+        trial.answer(trial_outputs)
 
 
 def _run(joint: MultiTrialModel | None, trials: Sequence[RunningTrial[Any]]) -> list[TokenLogps]:
@@ -180,8 +180,8 @@ def _try_backward(joint: MultiTrialModel | None, trials: Sequence[RunningTrial[A
     """Whether the pass succeeded; its graphs are freed either way. A single trial receives its own error."""
     try:
         if again:
-            for trial, numbers in zip(trials, _run(joint, trials), strict=True):
-                trial.recomputed(numbers)
+            for trial, trial_outputs in zip(trials, _run(joint, trials), strict=True):
+                trial.recomputed(trial_outputs)
         starts = [trial.outputs_and_gradients() for trial in trials]
         torch.autograd.backward([t for outputs, _ in starts for t in outputs], [g for _, grads in starts for g in grads])
         return True

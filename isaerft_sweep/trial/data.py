@@ -252,7 +252,7 @@ def _with_prompts(rows: Iterable[Written], left_out: Counter[str], notes: Counte
                     f"{row.where}: a row of messages must have a prompt of messages, or answers that begin with the same "
                     f"ones, but chosen begins with {str(chosen[0])[:80]!r} and rejected with {str(rejected[0])[:80]!r}."
                 )
-            if chosen.endswith(" "):  # TRL would take chosen for the prompt of both
+            if chosen.endswith(" "):  # TRL would use chosen as the prompt of both
                 left_out[NO_PROMPT] += 1
                 continue
         prompted = with_prompt(row.row)
@@ -289,9 +289,9 @@ def _empty(spec: DataSpec, split: str, rows: Sequence[Written], left_out: Counte
     if rows and len({_group(row) for row in rows}) == 1 < len(rows):
         problem += f": all {len(rows)} pairs have the same prompt, and a prompt is trained on or held out with all its pairs"
     elif rows:
-        problem += f": data.eval_size={spec.eval_size or 1} holds out all {len(rows)} pairs that there are"
+        problem += f": data.eval_size={spec.eval_size or 1} holds out all {len(rows)} pairs"
     left = "".join(f" ({count} left out: {reason})" for reason, count in left_out.items() if count)
-    return f"{problem}{left}. Give more rows, or a smaller data.eval_size, or a file of its own: data.eval_path=PATH."
+    return f"{problem}{left}. Give more rows, or a smaller data.eval_size, or a separate file: data.eval_path=PATH."
 
 
 def split_by_prompt(rows: list[Written], eval_size: int, seed: int) -> tuple[list[Written], list[Written]]:

@@ -139,9 +139,8 @@ class _Probe:
             bias.data = (BIAS_STD * torch.randn(bias.shape, generator=generator)).to(bias)
 
     def _with_adapter(self) -> peft.PeftModel:
-        config = IsaerftConfig(
-            sites=[{k: v for k, v in hook_point.items() if v is not None} for hook_point in self.sites], kind="bias"
-        )
+        sites = [{key: value for key, value in hook_point.items() if value is not None} for hook_point in self.sites]
+        config = IsaerftConfig(sites=sites, kind="bias")
         with torch.random.fork_rng(devices=[]):
             return peft.get_peft_model(sharing_weights(self.model), config).train()
 

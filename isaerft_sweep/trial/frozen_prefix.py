@@ -67,16 +67,16 @@ def streams_of(
     rows = in_pairs(sequences) if share else [(number, number) for number in range(len(sequences))]
     for group in _groups(rows, sequences, CALL_TOKENS.get(device.type, CALL_TOKENS["cuda"])):
         members = sorted({number for row in group for number in row})
-        place = {number: i for i, number in enumerate(members)}
+        index = {number: i for i, number in enumerate(members)}
         width = max(len(sequences[number]) for number in members)
         ids = torch.tensor([[*sequences[n], *[0] * (width - len(sequences[n]))] for n in members], device=device)
         mask = torch.tensor([[1] * len(sequences[n]) + [0] * (width - len(sequences[n])) for n in members], device=device)
-        batch = Batch(ids, mask, mask[:, 1:].bool(), tuple((place[a], place[b]) for a, b in group))
+        batch = Batch(ids, mask, mask[:, 1:].bool(), tuple((index[a], index[b]) for a, b in group))
         layout = shared_prefix_rows(batch) if share else one_row_per_sequence(batch)
         all_rows, row_width = list(range(len(layout.ids))), layout.ids.shape[1]
         stream = stream_at(base, layer, layout.inputs(all_rows, row_width, base.config.get_text_config(), dtype))
         for number in members:
-            tokens = place[number], slice(0, len(sequences[number]))
+            tokens = index[number], slice(0, len(sequences[number]))
             yield number, stream[layout.row[tokens], layout.column[tokens]]
 
 

@@ -86,8 +86,8 @@ class MultiTrialModel:
         above = parts[0].strategy.above
         layer = decoder_layers(self.base)[self.hook_layer]
         stream = above.hidden(ids, mask) if above else stream_of(self.base, layer, ids, mask)
-        place = {row: i for i, row in enumerate(rows)}
-        return stream[[place[first[key]] for key in keys]]
+        index = {row: i for i, row in enumerate(rows)}
+        return stream[[index[first[key]] for key in keys]]
 
     def _add_changes(self, number: int, _layer: nn.Module, _args: Any, output: Any) -> Any:
         """Forward hook on every layer from the hook point on: each trial's adapter changes that trial's rows."""
@@ -135,7 +135,7 @@ def measure_trials_per_pass(
 def _step_seconds(joint: MultiTrialModel, parts: list[ForwardPass]) -> float:
     _synchronize()
     started = time.perf_counter()
-    torch.autograd.backward([numbers.logps.sum() for numbers in joint.forward(parts)])
+    torch.autograd.backward([outputs.logps.sum() for outputs in joint.forward(parts)])
     _synchronize()
     return time.perf_counter() - started
 

@@ -29,13 +29,13 @@ def make_optimizer(spec: OrpoSpec, model: nn.Module, folder: Path) -> torch.opti
         use_cpu=not torch.cuda.is_available(),
         report_to=[],
     )
-    optimizer, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     decayed = [parameter for name, parameter in trained if not NOT_DECAYED.search(name)]
     others = [parameter for name, parameter in trained if NOT_DECAYED.search(name)]
     groups = [{"params": decayed, "weight_decay": spec.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    made: torch.optim.Optimizer = optimizer(groups, **options)
-    return made
+    optimizer: torch.optim.Optimizer = optimizer_class(groups, **options)
+    return optimizer
 
 
 def make_schedule(spec: OrpoSpec, optimizer: torch.optim.Optimizer, steps: int) -> Any:

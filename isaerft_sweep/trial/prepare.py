@@ -83,7 +83,7 @@ def prepare(experiment: Experiment, cache: dict[str, Any] | None = None) -> dict
 
 
 def _check_packages(experiment: Experiment) -> None:
-    """Optimiser and attention must be known, and what they need must be installed."""
+    """Raise ConfigError unless the optimiser is known and the packages of optimiser and attention are installed."""
     optimizer, attention = experiment.orpo.optimizer, experiment.model.attention
     if optimizer not in ("auto", *OPTIMIZERS):
         raise ConfigError(f"orpo.optimizer is unknown: {optimizer}." + suggest(optimizer, OPTIMIZERS))

@@ -137,7 +137,7 @@ def why_not_shared(model: PreTrainedModel) -> str | None:
     config = model.config.get_text_config()
     attention = getattr(config, "_attn_implementation", None)
     if attention not in ("sdpa", "eager"):
-        return f"attention '{attention}' accepts no mask of that kind"
+        return f"attention '{attention}' does not accept an additive mask"
     windows = [name for name in WINDOWS if getattr(config, name, None)]
     if windows and (windows != ["sliding_window"] or not getattr(config, "layer_types", None)):
         return "its config does not say which layers have its sliding window"
