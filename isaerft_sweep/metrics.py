@@ -16,8 +16,11 @@ _SHARED = (
     "logits/chosen",
     "logits/rejected",
 )
+HARM = ("eval/kl_base", "eval/neutral_nll", "eval/neutral_nll_rise")
+"""KL(base ‖ adapted) in nats per answer token; NLL of neutral text in nats per token, and its rise over the base model's."""
 METRICS = (
     *(f"eval/{name}" for name in _SHARED),
+    *HARM,
     *(f"train/{name}" for name in _SHARED),
     "train/grad_norm",
     "train/learning_rate",
@@ -26,7 +29,16 @@ METRICS = (
 )
 """The names that a sweep's ``metric`` may have."""
 
-LESS_IS_BETTER = ("loss", "nll_loss", "rewards/rejected", "logps/rejected", "grad_norm")
+LESS_IS_BETTER = (
+    "loss",
+    "nll_loss",
+    "kl_base",
+    "neutral_nll",
+    "neutral_nll_rise",
+    "rewards/rejected",
+    "logps/rejected",
+    "grad_norm",
+)
 
 CONTAINS_BETA = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins")
 """Metrics that contain beta: reward = beta · mean log-probability, loss = NLL + beta · odds-ratio term."""

@@ -86,7 +86,17 @@ class DataSpec:
     train_size: int | None = option("Number of training pairs; null: all.", None, at_least=1)
     eval_size: int | None = option("Number of held-out pairs; null: all of the evaluation split or file.", None, at_least=1)
     seed: int = option("Seed of the choice of held-out pairs.", 0, at_least=0)
+    neutral_path: str | None = option(
+        "Text that has nothing to do with the pairs, a text per line, on which harm is measured; null: the package's own.",
+        None,
+        omit_from_hash_if_default=True,
+    )
     license: str | None = option("License of the data, for the model card.", None, affects_result=False)
+
+    def with_absolute_paths(self) -> DataSpec:
+        """A copy with absolute paths of local files."""
+        neutral = absolute(self.neutral_path)
+        return dataclasses.replace(self, path=absolute(self.path), eval_path=absolute(self.eval_path), neutral_path=neutral)
 
 
 @dataclass(frozen=True)
@@ -159,6 +169,11 @@ class OrpoSpec:
         "(always), or never.",
         "first",
         choices=("first", "always", "never"),
+        affects_result=False,
+    )
+    eval_harm: bool = option(
+        "Measure in each evaluation how far the adapter moves the model: KL to the base, NLL of neutral text.",
+        True,
         affects_result=False,
     )
     checkpoint_every_steps: int = option("Most steps between two checkpoints.", 50, at_least=1, affects_result=False)
@@ -290,7 +305,7 @@ class Experiment:
         data, model, adapter = self.data, self.model, self.adapter
         return dataclasses.replace(
             self,
-            data=dataclasses.replace(data, path=absolute(data.path), eval_path=absolute(data.eval_path)),
+            data=data.with_absolute_paths(),
             model=dataclasses.replace(
                 model,
                 name=absolute_if_folder(model.name) if model.source == "hub" else model.name,

@@ -37,6 +37,7 @@ from isaerft_sweep.search.sampler import FixedPoints, Point
 from isaerft_sweep.search.sweep_file import Metric, SweepDefinition
 from isaerft_sweep.trial.pair_tokenizer import PairTokenizer
 from isaerft_sweep.trial.runner import run_trial
+from isaerft_sweep.trial.stop_request import StopFlags
 from isaerft_sweep.trial.worker import serve_trials
 
 Made = Callable[..., TrialFolder]
@@ -304,8 +305,8 @@ def test_a_worker_told_to_stop_within_a_step_is_given_nothing_more(
 ) -> None:
     """A trial given between the word that the last one is over and the word that the worker ends would be lost with it."""
 
-    def stopped_in_its_last_step(_trial: TrialFolder, _attempt: int, _shared: Any, stopping: dict[str, bool]) -> Any:
-        stopping["asked"] = True
+    def stopped_in_its_last_step(_trial: TrialFolder, _attempt: int, _shared: Any, flags: StopFlags) -> Any:
+        flags.asked = True
         return TrialState.STOPPED
         yield  # a generator, as a trial is
 

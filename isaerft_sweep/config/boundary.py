@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from isaerft_sweep.errors import ConfigError, SpaceError
+from isaerft_sweep.metrics import HARM
 from isaerft_sweep.search.distributions import Categorical, Constant, Distribution, Numeric, Truncated
 from isaerft_sweep.search.sweep_file import Metric, SweepDefinition, check_grid, read_parameters, read_sweep_file
 from isaerft_sweep.spec_fields import canonical_json, from_mapping, overrides, to_dict
@@ -29,7 +30,7 @@ CHECKED_TOGETHER = ("adapter.", "data.", "orpo.gradient_checkpointing")
 """Prefixes of the keys that ``check`` compares with each other."""
 CHECKED_ALONE = ("model.", "orpo.optimizer", "orpo.max_length")
 """Prefixes of further keys that name a resource that must exist."""
-PATH_KEYS = ("data.path", "data.eval_path", "model.name", "model.tokenizer")
+PATH_KEYS = ("data.path", "data.eval_path", "data.neutral_path", "model.name", "model.tokenizer")
 """Keys whose values may be local files or folders."""
 MOST_POINTS = 10_000
 MOST_VARIANTS = 100
@@ -129,6 +130,9 @@ def check_definition(definition: SweepDefinition, experiment: Experiment) -> Swe
             f"early_terminate must go with a metric of evaluations (eval/…) but got {definition.metric.name}: that of a "
             "single training batch is mostly noise."
         )
+    harm = {definition.metric.name, *(constraint.metric for constraint in definition.constraints)} & set(HARM)
+    if harm and not experiment.orpo.eval_harm:
+        raise ConfigError(f"orpo.eval_harm must be true but is false: the sweep file names {', '.join(sorted(harm))}.")
     if definition.method == "grid":
         check_grid(definition.parameters)
     fitted = {key: fit_to_key(key, distribution) for key, distribution in definition.parameters.items()}

@@ -23,7 +23,7 @@ from isaerft_sweep.controller.run_sweep import SweepRun, run_trials
 from isaerft_sweep.controller.sweep_identity import write_definition
 from isaerft_sweep.controller.trial_factory import AgentRun
 from isaerft_sweep.errors import LaunchError
-from isaerft_sweep.journal.journal import SweepRecord, TrialRecord, replay
+from isaerft_sweep.journal.journal import TrialRecord, read_record
 from isaerft_sweep.journal.layout import SweepFolder, TrialFolder
 from isaerft_sweep.journal.states import FINAL, TrialState
 from isaerft_sweep.search.distributions import Distribution
@@ -91,9 +91,7 @@ def ended_trial(folder: SweepFolder) -> TrialFolder | None:
 
 def trial_records(folder: SweepFolder) -> list[TrialRecord]:
     """The trials in the folder's journal; none before it exists."""
-    record = SweepRecord()
-    replay(folder.journal, record)
-    return list(record.trials.values())
+    return list(read_record(folder).trials.values())
 
 
 def id_from_agent(environment: Mapping[str, str], variable: str) -> str:

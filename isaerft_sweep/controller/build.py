@@ -57,7 +57,7 @@ def make_state(
     """
     launcher, definition = factory.experiment.launcher, factory.definition
     reached = None if definition.target is None else definition.reached_by
-    limits = SweepLimits(trials, launcher.max_retries, launcher.max_failures, reached)
+    limits = SweepLimits(trials, launcher.max_retries, launcher.max_failures, reached, definition.violation)
     return SweepState(journal, sampler, limits, factory.create, early)
 
 

@@ -15,7 +15,7 @@ from isaerft_sweep.config.boundary import to_definition
 from isaerft_sweep.controller.run_sweep import SweepRun, run_trials
 from isaerft_sweep.controller.sweep_identity import check_files, known_fingerprints, result_files
 from isaerft_sweep.errors import ConfigError, FolderError
-from isaerft_sweep.journal.journal import SweepRecord, replay
+from isaerft_sweep.journal.journal import read_record
 from isaerft_sweep.results import confirmation
 from isaerft_sweep.results.card import refresh_cards
 from isaerft_sweep.results.leaderboard import print_whole, short_path
@@ -124,8 +124,7 @@ def with_settings(experiment: Experiment, settings: Sequence[str]) -> Experiment
 def _check_unchanged(sweep: ReadSweep) -> str:
     """The first sweep's fingerprint. Raises FolderError when its config, data or SAE have changed."""
     assert sweep.folder is not None and sweep.experiment is not None
-    record = SweepRecord()
-    replay(sweep.folder.journal, record)
+    record = read_record(sweep.folder)
     spec = sweep.experiment.sweep
     if spec.file is not None:
         spec = dataclasses.replace(spec, file=str(sweep.folder.definition))

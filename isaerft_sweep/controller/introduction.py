@@ -34,11 +34,11 @@ def introduction(
     target = (
         "" if definition.target is None else f"\n       ends when {definition.metric.name} reaches {definition.target:g}"
     )
+    bounds = "".join(f"\n       {constraint}" for constraint in definition.constraints)
     notes = "".join(f"\n       {note}" for note in definition.notes)
     early = describe_early_stopping(experiment, definition)
-    return (
-        f"sweep  {folder.path}{name}\n       {trials} trials{size}, method {definition.method}{done}{target}{early}{notes}"
-    )
+    details = f"{target}{bounds}{early}{notes}"
+    return f"sweep  {folder.path}{name}\n       {trials} trials{size}, method {definition.method}{done}{details}"
 
 
 def describe_early_stopping(experiment: Experiment, definition: SweepDefinition) -> str:

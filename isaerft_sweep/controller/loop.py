@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 from isaerft_sweep.controller.attempt_outcome import classify_exit
@@ -248,6 +249,8 @@ class SweepController:
     def _finish_attempt(self, record: TrialRecord, status: TrialStatus) -> None:
         self._note_curve(record, status)
         outcome = classify_exit(record, status, self.dispatcher, asked_to_stop=record.index in self._stop_sent)
+        if outcome.state is TrialState.COMPLETED:
+            outcome = replace(outcome, violation=self.state.limits.violation(status.metrics))
         self.state.finished(record, outcome)
         for times in (self._stop_sent, self._suspended, self._killed):
             times.pop(record.index, None)

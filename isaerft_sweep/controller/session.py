@@ -11,8 +11,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
 from isaerft_sweep.config.boundary import to_definition
 from isaerft_sweep.controller.build import launcher_of_jobs, make_dispatcher, make_state
 from isaerft_sweep.controller.controller_info import controller_alive, last_controller_info
@@ -25,7 +23,7 @@ from isaerft_sweep.controller.static_array import cancel_arrays, running_arrays
 from isaerft_sweep.controller.stop_signal import AT_ONCE, IN_ORDER, ask_to_stop
 from isaerft_sweep.controller.sweep_identity import sweep_folder
 from isaerft_sweep.controller.trial_factory import TrialFactory
-from isaerft_sweep.errors import ConfigError, FolderError
+from isaerft_sweep.errors import FolderError
 from isaerft_sweep.journal.append_log import whole_lines
 from isaerft_sweep.journal.journal import Journal, SweepRecord
 from isaerft_sweep.journal.layout import SweepFolder
@@ -34,7 +32,6 @@ from isaerft_sweep.journal.status import NO_STATUS
 from isaerft_sweep.results.confirmation import first_sweep
 from isaerft_sweep.search.sampler import FixedPoints
 from isaerft_sweep.search.sweep_file import Metric, SweepDefinition
-from isaerft_sweep.spec_fields import from_mapping
 from isaerft_sweep.specs import Experiment
 from isaerft_sweep.terminal import make_console
 
@@ -224,16 +221,7 @@ def wait_for_end(folder: SweepFolder, at_once: bool) -> None:
 
 def read_experiment(folder: SweepFolder) -> Experiment:
     """The config of the sweep in ``folder``, which may have been moved. Raises FolderError when it cannot be read."""
-    if not folder.config.is_file():
-        raise FolderError(
-            f"{folder.path} must have a config.yaml, but its sweep ended before any trial began (a check that failed, or "
-            "Ctrl-C). Give the sweep's command again."
-        )
-    try:
-        raw = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
-        experiment: Experiment = from_mapping(Experiment, raw, "")
-    except (OSError, yaml.YAMLError, ConfigError, TypeError, AttributeError) as error:
-        raise FolderError(f"{folder.config} must hold the sweep's config but cannot be read: {error}.") from error
+    experiment = folder.read_config()
     sweep = experiment.sweep
     if sweep.file is not None:
         sweep = dataclasses.replace(sweep, file=str(folder.definition))

@@ -27,7 +27,7 @@ from isaerft_sweep.dispatch.job import TrialJob
 from isaerft_sweep.dispatch.snapshot import code_snapshot
 from isaerft_sweep.errors import ConfigError, FolderError, LaunchError
 from isaerft_sweep.journal.atomic_files import write_text
-from isaerft_sweep.journal.journal import SweepRecord, replay
+from isaerft_sweep.journal.journal import read_record
 from isaerft_sweep.journal.layout import SweepFolder
 from isaerft_sweep.journal.states import TrialState
 from isaerft_sweep.provenance import git_commit
@@ -116,8 +116,7 @@ def argument(command: str, submitted_from: Path) -> Path:
 def run_static_trial(path: Path, index: int) -> int:
     """Run or resume one trial in this process; exit code 0, 1 when it failed, ``TRY_AGAIN`` when it was stopped."""
     folder = SweepFolder(path.expanduser().absolute())
-    sweep = SweepRecord()
-    replay(folder.journal, sweep)
+    sweep = read_record(folder)
     if index not in sweep.trials:
         raise FolderError(
             f"the sweep in {folder.path} has no trial {index}: it has {len(sweep.trials)}, numbered from 0. "

@@ -44,6 +44,8 @@ def sweep_fingerprint(experiment: Experiment, definition: SweepDefinition) -> st
         "repeats": experiment.sweep.repeats,
         "files": [file_digest(path) for path in _data_and_saes(experiment)],
     }
+    if definition.constraints:  # sweeps without any keep their fingerprint
+        content["constraints"] = list(map(str, definition.constraints))
     return hashlib.sha256(canonical_json(content).encode()).hexdigest()[:12]
 
 
@@ -94,6 +96,8 @@ def result_files(experiment: Experiment, definition: SweepDefinition) -> dict[st
     digests: dict[str, str] = {}
     for variant in variants(experiment, definition):
         data, model = variant.data, variant.model
+        if data.neutral_path:
+            digests |= _file_digests([data.neutral_path])
         if data.source == "files":
             digests |= _file_digests(path for path in (data.path, data.eval_path) if path)
         elif data.source == "hub":
@@ -228,11 +232,11 @@ def open_journal(
 def differences(folder: SweepFolder, now: Mapping[str, Any], files: Mapping[str, str]) -> str:
     """Which settings of the sweep in ``folder`` differ from ``now``, or which of its files have changed, as text."""
     try:
-        config = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
+        config = to_dict(folder.read_config())
         then = _flat({section: config[section] for section in (*TUNABLE, "sweep")}) | _search_settings(
             yaml.safe_load(folder.definition.read_text(encoding="utf-8")) or {}
         )
-    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError):
+    except (OSError, yaml.YAMLError, FolderError, TypeError, AttributeError):
         return "its config.yaml or sweep.yaml cannot be read, to say which settings differ"
     changes = [
         f"{key} was {_short(then.get(key))} and is now {_short(now.get(key))}"

@@ -37,6 +37,8 @@ class TrialRecord:
     message: str = ""
     seconds: float = 0.0
     failures: int = 0
+    violation: float = 0.0
+    """How far its metrics break the sweep's constraints; see ``search/constraints.py``."""
     checkpoint: int = 0
     """The last step that a checkpoint was written after."""
     given_up: bool = False
@@ -93,6 +95,7 @@ class SweepRecord:
             trial.spans.append((worker, event["time"] - event["seconds"], event["time"]))
         trial.job, trial.state, trial.message = None, TrialState(event["state"]), event["message"]
         trial.metric, trial.given_up = event["metric"], event["given_up"]
+        trial.violation = event.get("violation", 0.0)
         trial.seconds += event["seconds"]
         trial.failures += event.get("counted", trial.state is TrialState.FAILED)
         trial.checkpoint = max(trial.checkpoint, event.get("checkpoint", 0))
@@ -162,6 +165,13 @@ def _lock_exclusively(handle: IO[str]) -> None:
             if attempts_left == 1:
                 raise
             time.sleep(0.05)
+
+
+def read_record(folder: SweepFolder) -> SweepRecord:
+    """The journal of a sweep, replayed; empty when there is none."""
+    record = SweepRecord()
+    replay(folder.journal, record)
+    return record
 
 
 def replay(path: Path, record: SweepRecord) -> int:

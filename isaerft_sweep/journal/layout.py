@@ -13,11 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from isaerft_sweep.errors import ConfigError, FolderError
 from isaerft_sweep.journal.atomic_files import read_json, read_rows, write_json, write_text
 from isaerft_sweep.journal.states import TrialState
 from isaerft_sweep.journal.status import TrialStatus, read_status_file
-from isaerft_sweep.spec_fields import to_dict
-from isaerft_sweep.specs import TrialSpec
+from isaerft_sweep.spec_fields import from_mapping, to_dict
+from isaerft_sweep.specs import Experiment, TrialSpec
 
 
 @dataclass
@@ -148,6 +151,19 @@ class SweepFolder:
             return bool(json.loads(first).get("sweep_id") == sweep_id)
         except (ValueError, AttributeError):
             return False
+
+    def read_config(self) -> Experiment:
+        """The composed config. Raises FolderError when there is none that can be read."""
+        if not self.config.is_file():
+            raise FolderError(
+                f"{self.path} must have a config.yaml, but its sweep ended before any trial began (a check that failed, or "
+                "Ctrl-C). Give the sweep's command again."
+            )
+        try:
+            experiment: Experiment = from_mapping(Experiment, yaml.safe_load(self.config.read_text(encoding="utf-8")), "")
+            return experiment
+        except (OSError, yaml.YAMLError, ConfigError, TypeError, AttributeError) as error:
+            raise FolderError(f"{self.config} must hold the sweep's config but cannot be read: {error}.") from error
 
     def trial(self, name: str) -> TrialFolder:
         return TrialFolder(self.path / "trials" / name)

@@ -12,20 +12,17 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from isaerft_sweep.controller.build import evaluations_per_trial, make_inner_dispatcher
 from isaerft_sweep.controller.trial_factory import TrialFactory
 from isaerft_sweep.dispatch.job import TrialJob
 from isaerft_sweep.errors import ConfigError, IsaerftError, LaunchError
-from isaerft_sweep.journal.journal import SweepRecord, replay
+from isaerft_sweep.journal.journal import read_record
 from isaerft_sweep.journal.layout import SweepFolder, TrialFolder
 from isaerft_sweep.journal.states import TrialState
 from isaerft_sweep.journal.status import TrialStatus
 from isaerft_sweep.results.cost import device_seconds
 from isaerft_sweep.search.sampler import Point
 from isaerft_sweep.search.sweep_file import SweepDefinition
-from isaerft_sweep.spec_fields import from_mapping
 from isaerft_sweep.specs import Experiment, comparable
 
 STEPS = 8
@@ -49,13 +46,11 @@ def from_earlier_sweeps(experiment: Experiment, swept: Collection[str]) -> Estim
     for journal in sorted(Path(experiment.output).expanduser().absolute().glob("*/journal.jsonl")):
         folder = SweepFolder(journal.parent)
         try:
-            raw = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
-            earlier = from_mapping(Experiment, raw, "")
+            earlier = folder.read_config()
             if comparable(earlier, swept) != comparable(experiment, swept):
                 continue
-            record = SweepRecord()
-            replay(journal, record)
-        except (OSError, yaml.YAMLError, IsaerftError, TypeError, AttributeError):
+            record = read_record(folder)
+        except IsaerftError:
             continue  # written by another version, or incomplete
         completed = [trial for trial in record.trials.values() if trial.state == TrialState.COMPLETED and trial.seconds > 0]
         if completed:

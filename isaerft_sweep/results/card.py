@@ -16,7 +16,7 @@ from isaerft_sweep.errors import CardError
 from isaerft_sweep.journal.atomic_files import read_json, write_text
 from isaerft_sweep.journal.layout import TrialFolder
 from isaerft_sweep.journal.status import TrialStatus
-from isaerft_sweep.metrics import depends_on_beta
+from isaerft_sweep.metrics import HARM, depends_on_beta
 from isaerft_sweep.paths import asset
 from isaerft_sweep.results.card_data import front_matter, is_repository
 from isaerft_sweep.results.card_text import (
@@ -36,7 +36,14 @@ from isaerft_sweep.specs import TrialSpec
 
 TEMPLATE = "card.md.jinja"
 BADGE = "https://raw.githubusercontent.com/wandb/assets/main/wandb-github-badge-28.svg"
-SHOWN_METRICS = ("eval/log_odds_chosen", "eval/rewards/accuracies", "eval/rewards/margins", "eval/nll_loss", "eval/loss")
+SHOWN_METRICS = (
+    "eval/log_odds_chosen",
+    "eval/rewards/accuracies",
+    "eval/rewards/margins",
+    "eval/nll_loss",
+    "eval/loss",
+    *HARM,
+)
 MAX_LATENTS = 10
 
 

@@ -14,6 +14,8 @@ EVALUATED = {
     "eval/log_odds_chosen": "Log odds ratio of chosen over rejected",
     "eval/rewards/accuracies": "Accuracy of preferring the chosen answer",
     "eval/nll_loss": "NLL of prompt and chosen answer",
+    "eval/kl_base": "KL from the base model, nats per answer token",
+    "eval/neutral_nll_rise": "Rise of the NLL on neutral text, nats per token",
 }
 """Metrics in ``model-index``: those that can be compared between runs of different beta."""
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from rich.table import Table
 
-from isaerft_sweep.journal.journal import SweepRecord, replay
+from isaerft_sweep.journal.journal import read_record
 from isaerft_sweep.journal.layout import SweepFolder
 from isaerft_sweep.results.leaderboard import number, short_name
 from isaerft_sweep.results.reading import SEED, Entry, ReadSweep, read_sweep_folder, without_seed
@@ -52,9 +52,7 @@ def first_sweep(again: SweepFolder) -> SweepFolder | None:
     first = SweepFolder(again.path.with_name(again.path.name.removesuffix(SUFFIX)))
     if first.path == again.path or not first.journal.is_file():
         return None
-    original, rerun = SweepRecord(), SweepRecord()
-    replay(first.journal, original)
-    replay(again.journal, rerun)
+    original, rerun = read_record(first), read_record(again)
     return first if rerun.fingerprint == confirmation_fingerprint(original.fingerprint) else None
 
 

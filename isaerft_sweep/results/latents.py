@@ -52,7 +52,7 @@ def read_latents(path: Path) -> list[SiteLatents]:
         return []
     names = ("moved", "vector", "share", "before", "after")
     try:
-        with np.load(path) as arrays:
+        with path.open("rb") as file, np.load(file) as arrays:  # np.load itself leaves a torn file open
             return [
                 SiteLatents(
                     layer=site["layer"],

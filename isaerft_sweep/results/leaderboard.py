@@ -19,7 +19,7 @@ from isaerft_sweep.results.reading import Entry, ReadSweep
 from isaerft_sweep.results.statistics import show_probability
 from isaerft_sweep.search.sweep_file import Metric
 
-ALWAYS_SHOWN = ("eval/log_odds_chosen", "eval/rewards/accuracies", "eval/nll_loss")
+ALWAYS_SHOWN = ("eval/log_odds_chosen", "eval/rewards/accuracies", "eval/neutral_nll_rise", "eval/kl_base", "eval/nll_loss")
 
 
 def columns(metric: Metric) -> list[str]:
@@ -64,7 +64,7 @@ def _table(sweep: ReadSweep, rows: int, extra: list[str], with_best: bool, with_
         shown.add_column(header, justify="right", no_wrap=True)
     for entry in sweep.entries[:rows]:
         cells = [
-            str(entry.rank or "–"),
+            show_rank(entry),
             str(entry.record.index + 1),
             *(column.show(entry.params) for column in swept),
             number(entry.metrics.get(name)) if entry.rank else "",
@@ -74,7 +74,7 @@ def _table(sweep: ReadSweep, rows: int, extra: list[str], with_best: bool, with_
         cells += [chance] if with_best else []
         cells += [number(entry.metrics.get(n)) if entry.rank else "" for n in extra]
         cells += [f"{entry.record.seconds:.0f} s" if entry.rank else entry.state] if with_time else []
-        shown.add_row(*cells, style="bold green" if entry.rank == 1 else "")
+        shown.add_row(*cells, style="bold green" if entry is sweep.winner else "dim" if entry.violation else "")
     untrained = next((e.untrained for e in sweep.entries if e.untrained), None)
     if untrained:
         cells = ["", "untrained", *([""] * len(swept)), number(untrained.get(name)), "", *([""] if with_best else [])]
@@ -90,8 +90,17 @@ def short_name(metric: str) -> str:
         "eval/rewards/accuracies": "accuracy",
         "eval/rewards/margins": "margin",
         "eval/nll_loss": "NLL",
+        "eval/kl_base": "KL to base",
+        "eval/neutral_nll_rise": "neutral +",
     }
     return short.get(metric, metric.removeprefix("eval/"))
+
+
+def show_rank(entry: Entry) -> str:
+    """The rank; in brackets for a trial that breaks a constraint, and a dash for one without a rank."""
+    if not entry.rank:
+        return "–"
+    return f"({entry.rank})" if entry.violation else str(entry.rank)
 
 
 def show_interval(entry: Entry) -> str:
@@ -106,9 +115,11 @@ def show_interval(entry: Entry) -> str:
 def caveats(sweep: ReadSweep) -> list[str]:
     """Problems while reading the sweep, and reasons why the ranking may mislead."""
     texts = [*sweep.problems, *(f"Trial {e.record.index + 1}: {e.problem}" for e in sweep.entries if e.problem)]
-    best = next((e for e in sweep.entries if e.rank == 1), None)
+    best = sweep.winner
     if best is None:
         return texts
+    if any(entry.rank and entry.violation for entry in sweep.entries):
+        texts.append(f"In brackets: trials that break a constraint ({', '.join(map(str, sweep.constraints))}).")
     texts += sweep.dependence
     texts += edges(sweep.space, best.record.point)
     if best.probability_best is not None:
@@ -126,7 +137,7 @@ def caveats(sweep: ReadSweep) -> list[str]:
 
 def notes(sweep: ReadSweep) -> list[Text]:
     """The caveats and the commands that use the winner."""
-    best = next((e for e in sweep.entries if e.rank == 1), None)
+    best = sweep.winner
     if best is None:
         reasons = [Text(text, style="yellow") for text in caveats(sweep)]
         return [*reasons, Text(f"No winner{' yet' if sweep.is_run else ''}: {sweep.why_unranked()}", style="red")]
@@ -152,13 +163,13 @@ def write_csv(sweep: ReadSweep, path: Path) -> None:
     metrics = sorted({key for e in entries for key in e.metrics})
     text = io.StringIO()
     writer = csv.writer(text)
-    added = ("low_95", "high_95", "probability_best")
+    added = ("low_95", "high_95", "probability_best", "violation")
     writer.writerow(["rank", "trial", "run_id", "state", *params, *metrics, *added, "seconds", "message"])
     for e in entries:
         r = e.record
         values: list[Any] = [e.rank or "", r.name, r.run_id, r.state, *(e.params.get(k, "") for k in params)]
         low, high = e.interval or ("", "")
-        uncertainty = [low, high, "" if e.probability_best is None else e.probability_best]
+        uncertainty = [low, high, "" if e.probability_best is None else e.probability_best, e.violation if e.rank else ""]
         writer.writerow([*values, *(e.metrics.get(k, "") for k in metrics), *uncertainty, round(r.seconds, 1), r.message])
     write_text(path, text.getvalue())
 

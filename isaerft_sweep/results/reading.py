@@ -15,16 +15,17 @@ import numpy as np
 import yaml
 
 from isaerft_sweep.errors import ConfigError, FolderError, SpaceError
-from isaerft_sweep.journal.journal import SweepRecord, TrialRecord, is_held, replay
+from isaerft_sweep.journal.journal import TrialRecord, is_held, read_record
 from isaerft_sweep.journal.layout import SweepFolder, TrialFolder
 from isaerft_sweep.journal.states import TrialState
 from isaerft_sweep.results.caveats import dependence
 from isaerft_sweep.results.columns import Column, columns_for
 from isaerft_sweep.results.cost import device_seconds
 from isaerft_sweep.results.statistics import interval, pair_values, probability_best
+from isaerft_sweep.search.constraints import Constraint, read_constraints, violation
 from isaerft_sweep.search.distributions import Distribution
 from isaerft_sweep.search.sweep_file import Metric, read_metric_name, read_sweep
-from isaerft_sweep.spec_fields import canonical_json, from_mapping
+from isaerft_sweep.spec_fields import canonical_json
 from isaerft_sweep.specs import Experiment, OrpoSpec
 
 SEED = "orpo.seed"
@@ -40,7 +41,7 @@ class Entry:
     """One trial, ranked by the requested metric; ``rank`` is None when it did not complete.
 
     ``state``: from the journal, or from the worker's status while the job runs. ``problem``: why the trial's files cannot
-    be read, else empty.
+    be read, else empty. ``violation``: how far the trial's metrics break the sweep's constraints.
     ``device_s``: device time of all attempts; time shared with other trials is divided among them.
     ``scores``: those of each held-out pair, from ``TrialFolder.read_evaluation``. ``interval``: 95 % bootstrap interval of
     the metric over held-out pairs. ``probability_best``: how often the trial is best in resamples of the pairs.
@@ -55,6 +56,7 @@ class Entry:
     interval: tuple[float, float] | None = None
     probability_best: float | None = None
     state: str = ""
+    violation: float = 0.0
     problem: str = ""
     device_s: float = 0.0
 
@@ -88,7 +90,7 @@ class ReadSweep:
 
     ``space``: distributions of the swept parameters, empty when unknown. ``experiment``: the composed config. ``source``:
     the sweep's folder or URL. ``is_run``: whether a controller or an array runs it. ``read_rows``: returns a trial's logged
-    rows. ``problems``: what else could not be read, one message each.
+    rows. ``problems``: what else could not be read, one message each. ``constraints``: those of the sweep file.
     """
 
     name: str
@@ -97,6 +99,7 @@ class ReadSweep:
     metric: Metric
     entries: list[Entry]
     space: Mapping[str, Distribution] = field(default_factory=dict)
+    constraints: tuple[Constraint, ...] = ()
     experiment: Experiment | None = None
     folder: SweepFolder | None = None
     sweep_id: str = ""
@@ -105,9 +108,14 @@ class ReadSweep:
     problems: list[str] = field(default_factory=list)
     read_rows: Callable[[Entry], list[dict[str, Any]]] = lambda _: []
 
+    @property
+    def winner(self) -> Entry | None:
+        """The first trial, if it has completed and meets the constraints."""
+        return next((entry for entry in self.entries if entry.rank == 1 and not entry.violation), None)
+
     def best(self) -> Entry:
-        """The winner. Raises FolderError when no trial has completed yet."""
-        winner = next((entry for entry in self.entries if entry.rank == 1), None)
+        """The winner. Raises FolderError when no trial has completed yet, or none meets the constraints."""
+        winner = self.winner
         if winner is None:
             raise FolderError(f"the sweep {self.source} has no winner: {self.why_unranked()}")
         return winner
@@ -121,6 +129,14 @@ class ReadSweep:
         completed = [entry for entry in self.entries if entry.record.state == TrialState.COMPLETED]
         if not completed:
             return self._why_incomplete()
+        if self.entries[0].rank == 1:
+            nearest = self.entries[0]
+            values = ", ".join(f"{c.metric} {nearest.metrics.get(c.metric, math.nan):.4g}" for c in self.constraints)
+            bounds = ", ".join(map(str, self.constraints))
+            return (
+                f"none of {len(completed)} completed trials meets the constraints ({bounds}). "
+                f"The nearest is trial {nearest.record.index + 1}: {values}. Search a milder range, or relax it."
+            )
         logged = sorted({name for entry in completed for name in entry.metrics if name.startswith("eval/")})
         return (
             f"{len(completed)} trials have completed but none has {self.metric.name}. Rank by another with --metric: "
@@ -176,10 +192,9 @@ def read_sweep_folder(path: Path, metric: str | None = None, ending: bool = Fals
     parts = folder.agent_run_folders() or [folder]
     if not parts[0].journal.is_file():
         raise FolderError(f"'{path}' must be a sweep's folder with a journal.jsonl, but there is none.")
-    record, entries = SweepRecord(), []
+    entries = []
     for part in parts:
-        record = SweepRecord()
-        replay(part.journal, record)
+        record = read_record(part)
         entries += [_entry(trial, part) for trial in record.trials.values()]
     if len(parts) > 1:
         _number(entries)
@@ -191,6 +206,7 @@ def read_sweep_folder(path: Path, metric: str | None = None, ending: bool = Fals
         metric=read_metric_name(metric, own),
         entries=entries,
         space=read_space(folder),
+        constraints=_constraints(folder),
         experiment=_experiment(folder),
         folder=folder,
         sweep_id=record.sweep_id,
@@ -263,12 +279,19 @@ def read_space(folder: SweepFolder) -> Mapping[str, Distribution]:
         return {}  # the file may have been edited: a report must not fail because of it
 
 
+def _constraints(folder: SweepFolder) -> tuple[Constraint, ...]:
+    """The constraints of ``sweep.yaml``; none when it cannot be read."""
+    try:
+        raw = yaml.safe_load(folder.definition.read_text(encoding="utf-8"))
+        return read_constraints(raw.get("constraints"), ours=False) if isinstance(raw, Mapping) else ()
+    except (OSError, yaml.YAMLError, SpaceError):
+        return ()
+
+
 def _experiment(folder: SweepFolder) -> Experiment | None:
     try:
-        raw = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
-        experiment: Experiment = from_mapping(Experiment, raw, "")
-        return experiment
-    except (OSError, yaml.YAMLError, ConfigError, TypeError):
+        return folder.read_config()
+    except FolderError:
         return None
 
 
@@ -276,9 +299,13 @@ def rank(sweep: ReadSweep) -> None:
     """Sort the entries, completed trials from best to worst, then the others by number; set ranks and uncertainties."""
     name, sign = sweep.metric.name, sweep.metric.sign
 
-    def key(entry: Entry) -> tuple[bool, float]:
+    def key(entry: Entry) -> tuple[bool, float, float]:
         value = entry.value(name) if entry.record.state == TrialState.COMPLETED else None
-        return (value is None, entry.record.index if value is None else -sign * value)
+        return (value is None, entry.violation, entry.record.index if value is None else -sign * value)
+
+    for entry in sweep.entries:
+        completed = entry.record.state == TrialState.COMPLETED
+        entry.violation = violation(sweep.constraints, entry.metrics) if completed else 0.0
 
     sweep.entries.sort(key=key)
     for position, entry in enumerate(sweep.entries, 1):
@@ -295,7 +322,7 @@ def _compare(sweep: ReadSweep) -> None:
     Trials of one point are one candidate: different seeds show the variance over seeds, an equal seed repeats the trial.
     """
     tables: dict[str, dict[Any, dict[str, float]]] = {}
-    leaders = [entry for entry in sweep.entries[:MAX_COMPARED] if entry.interval]
+    leaders = [entry for entry in sweep.entries[:MAX_COMPARED] if entry.interval and not entry.violation]
     for entry in leaders:
         scored = entry.pair_values(sweep.metric.name, sweep.orpo)
         assert scored is not None

@@ -49,7 +49,7 @@ def make_samples(sweep: ReadSweep, prompts: Sequence[str], max_new_tokens: int) 
 
 def stale(samples: Mapping[str, Any], sweep: ReadSweep) -> bool:
     """Whether the best trial is now, or by this metric, another one than in the samples."""
-    best = next((entry for entry in sweep.entries if entry.rank == 1), None)
+    best = sweep.winner
     return best is not None and samples.get("trials", {}).get("best") != best.record.name
 
 

@@ -7,7 +7,7 @@ journal before the change takes effect: after a restart, replay the journal, cal
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -38,13 +38,18 @@ class AttemptOutcome:
     """False when another attempt would end the same way, or is not wanted."""
     counted: bool = False
     """Whether it counts against ``SweepLimits.max_retries``."""
+    violation: float = 0.0
+    """How far the trial's metrics break the sweep's constraints."""
     checkpoint: int = 0
     """The last step that a checkpoint was written after."""
 
 
 @dataclass(frozen=True)
 class SweepLimits:
-    """When a sweep ends. ``reached``: whether a metric has reached the target; None: the sweep has no target."""
+    """When a sweep ends. ``reached``: whether a metric has reached the target; None: the sweep has no target.
+
+    ``violation``: how far a trial's metrics break the sweep's constraints; 0 when they meet all.
+    """
 
     trials: float
     """The number of trials of the sweep; infinite without a limit."""
@@ -53,6 +58,7 @@ class SweepLimits:
     max_failures: float = math.inf
     """The sweep ends when this many trials are given up and none has completed."""
     reached: Callable[[float | None], bool] | None = None
+    violation: Callable[[Mapping[str, float]], float] = lambda _metrics: 0.0
 
 
 class SweepState:
@@ -186,6 +192,7 @@ class SweepState:
             given_up=resumable and (over_limit or not outcome.can_retry),
             counted=outcome.counted,
             checkpoint=outcome.checkpoint,
+            **({"violation": outcome.violation} if outcome.violation else {}),
         )
         self.active.pop(record.index, None)
         self.starting.pop(record.index, None)
@@ -220,7 +227,7 @@ class SweepState:
     def _settle(self, record: TrialRecord) -> None:
         """Count a trial that has ended, and report it to the sampler."""
         if record.state in FINAL:
-            self.sampler.tell(record.point, record.metric)
+            self.sampler.tell(record.point, record.metric, record.violation)
         elif record.state is not TrialState.PRUNED:  # out of memory, a lost node, a user: unrelated to the point
             self.sampler.forget(record.point)
         # a pruned one may be revived: it stays pending, which counts as bad
@@ -240,7 +247,9 @@ class SweepState:
         if self._exhausted or len(self.records) >= self.limits.trials:
             return True
         reached = self.limits.reached
-        return reached is not None and any(reached(record.metric) for record in self.records.values())
+        return reached is not None and any(
+            reached(record.metric) and not record.violation for record in self.records.values()
+        )
 
     @property
     def nothing_to_start(self) -> bool:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import optuna
 
 BLOCK = 1024
+INFEASIBLE = 1e12
+"""Larger than any metric."""
 STARTUP = 5
 """Outcomes before the first model-based point: with fewer, TPE's points would be independent draws, less even than
 quasi-random ones."""
@@ -57,8 +59,11 @@ class PointSource(Protocol):
     def ask(self) -> Point | None:
         """The next point, now pending; None when every point has been tried."""
 
-    def tell(self, point: Point, value: float | None) -> None:
-        """The outcome of a pending point: the metric, or None for a trial that diverged."""
+    def tell(self, point: Point, value: float | None, violation: float = 0.0) -> None:
+        """The outcome of a pending point: the metric, or None for a trial that diverged.
+
+        ``violation``: how far it breaks the sweep's constraints; see ``search/constraints.py``.
+        """
 
     def forget(self, point: Point) -> None:
         """A pending point has no outcome: its trial failed for a reason unrelated to the point."""
@@ -90,7 +95,7 @@ class FixedPoints:
             self.tried.add(point.key)
         return point
 
-    def tell(self, point: Point, value: float | None) -> None:
+    def tell(self, point: Point, value: float | None, violation: float = 0.0) -> None:
         """Nothing follows from it."""
 
     def forget(self, point: Point) -> None:
@@ -131,9 +136,11 @@ class Sampler:
             self._note(point)
         return point
 
-    def tell(self, point: Point, value: float | None) -> None:
+    def tell(self, point: Point, value: float | None, violation: float = 0.0) -> None:
         if self._model:
-            self._model.tell(point, None if value is None else self.sign * value)
+            signed = None if value is None else self.sign * value
+            # TPE looks at the order alone: a point that breaks a constraint is behind all others, by how far it does
+            self._model.tell(point, -INFEASIBLE * (1 + min(violation, 1e6)) if violation and signed is not None else signed)
 
     def forget(self, point: Point) -> None:
         if self._model:

@@ -10,6 +10,7 @@ from typing import Any
 
 from isaerft_sweep.errors import ConfigError, SpaceError, suggest
 from isaerft_sweep.metrics import LESS_IS_BETTER, METRICS
+from isaerft_sweep.search.constraints import Constraint, read_constraints, violation
 from isaerft_sweep.search.distributions import Distribution
 from isaerft_sweep.search.parameters import read_parameter
 from isaerft_sweep.search.strict_yaml import read_yaml
@@ -18,7 +19,7 @@ from isaerft_sweep.specs import split_key
 METHODS = ("grid", "random", "bayes")
 GOALS = ("minimize", "maximize")
 TEXT_KEYS = ("program", "name", "description", "project", "entity")
-TOP_KEYS = ("command", "method", "metric", "parameters", "early_terminate", "run_cap", *TEXT_KEYS)
+TOP_KEYS = ("command", "method", "metric", "parameters", "constraints", "early_terminate", "run_cap", *TEXT_KEYS)
 METRIC_KEYS = ("name", "goal", "target", "impute", "impute_while_running")
 EARLY_KEYS = {"hyperband": ("type", "min_iter", "max_iter", "eta", "s", "strict"), "median": ("type", "min_iter")}
 """Keys of ``early_terminate`` by its type. W&B itself has only hyperband."""
@@ -41,8 +42,8 @@ class Metric:
 class SweepDefinition:
     """A sweep file's content, checked. ``parameters`` maps dotted config keys to their distributions.
 
-    ``target``: once a trial's metric reaches it, no further trial starts. ``notes``: remarks to print, such as truncated
-    distributions.
+    ``constraints``: bounds of other metrics; trials that break one rank behind all others. ``target``: once a trial's metric
+    reaches it, no further trial starts. ``notes``: remarks to print, such as truncated distributions.
     """
 
     method: str
@@ -54,9 +55,14 @@ class SweepDefinition:
     entity: str | None = None
     target: float | None = None
     early_terminate: Mapping[str, Any] | None = None
+    constraints: tuple[Constraint, ...] = ()
     command: tuple[str, ...] = ()
     raw: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    def violation(self, metrics: Mapping[str, float]) -> float:
+        """How far a trial's metrics break the constraints; 0 when they meet all."""
+        return violation(self.constraints, metrics)
 
     def reached_by(self, value: float | None) -> bool:
         """Whether ``value`` of the metric is the target or better. False without a target."""
@@ -102,6 +108,7 @@ def read_sweep(raw: Any, ours: bool = True) -> SweepDefinition:
         entity=raw.get("entity"),
         target=_read_target(raw.get("metric")),
         early_terminate=_read_early_terminate(raw.get("early_terminate")),
+        constraints=read_constraints(raw.get("constraints"), ours),
         command=_read_command(raw.get("command")),
         raw=dict(raw),
     )

@@ -69,6 +69,7 @@ class Server:
             for leftover in self.staging.iterdir():  # of a server that was killed
                 leftover.unlink()
         except BlockingIOError as error:
+            self._handle.close()
             raise FolderError(
                 f"{self.folder} is in use by another server. Stop it, or choose another: --data PATH."
             ) from error
@@ -127,9 +128,8 @@ class Server:
     def _on_sweep(self, event: Mapping[str, Any]) -> None:
         folder = SweepFolder(self.folder / "sweeps" / event["id"])
         stored_only = event["imported"] or self._read_only  # another process may be writing the journal
-        sweep = ServedSweep(
-            folder, event["entity"], event["project"], event["id"], event["config"], event["t"], stored_only=stored_only
-        )
+        place = event["entity"], event["project"]
+        sweep = ServedSweep(folder, place, event["config"], event["t"], stored_only=stored_only)
         sweep.apply_update(event["t"], None, _sweep_metadata(event))
         self.sweeps[sweep.id] = sweep
 

@@ -35,10 +35,8 @@ class ServedSweep:
     """A sweep with its trials.
 
     Args:
-        folder: holds the sweep's journal.
-        entity: the owner of the project.
-        project: the project that the sweep belongs to.
-        sweep_id: W&B's id of the sweep.
+        folder: holds the sweep's journal; named by W&B's id of the sweep.
+        place: the owner of the project, and the project that the sweep belongs to.
         config: the text of the sweep file.
         created: when the sweep was created, in seconds since the epoch.
         stored_only: whether the server only stores and shows the sweep and never assigns runs of it.
@@ -47,15 +45,14 @@ class ServedSweep:
     def __init__(
         self,
         folder: SweepFolder,
-        entity: str,
-        project: str,
-        sweep_id: str,
+        place: tuple[str, str],
         config: str,
         created: float,
         *,
         stored_only: bool,
     ) -> None:
-        self.folder, self.entity, self.project, self.id, self.config = folder, entity, project, sweep_id, config
+        self.folder, self.id, self.config = folder, folder.path.name, config
+        self.entity, self.project = place
         self.stored_only = stored_only
         self.state = SweepRunState.FINISHED if stored_only else SweepRunState.RUNNING
         self.metadata: dict[str, Any] = {}
@@ -200,7 +197,10 @@ class ServedSweep:
         if run.state is RunState.FINISHED:
             value = run.summary_value(self.metric, self.goal)
             message = "" if value is not None else f"it logged no finite {self.metric}"
-            return AttemptOutcome(TrialState.COMPLETED, value, message)
+            assert self.definition is not None
+            names = {constraint.metric for constraint in self.definition.constraints}
+            metrics = {name: number for name in names if (number := run.summary_value(name)) is not None}
+            return AttemptOutcome(TrialState.COMPLETED, value, message, violation=self.definition.violation(metrics))
         if run.stop == "pruner":
             return AttemptOutcome(TrialState.PRUNED, message="stopped early; its checkpoint is kept")
         if run.stop:

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from isaerft_sweep.journal.states import TrialState
 from isaerft_sweep.journal.status_writer import StatusWriter
-from isaerft_sweep.trial.stop_request import at_once
+from isaerft_sweep.trial.stop_request import StopFlags, at_once
 
 LOADING, ADAPTER, READING = "loading the model", "loading the SAE", "reading the data"
 FROZEN, TRAINING, EVALUATING, SAVING = "frozen layers", "training", "evaluating", "saving"
@@ -17,10 +17,10 @@ T = TypeVar("T")
 
 
 class Phases:
-    """Writes the phase of one attempt into the trial's status. ``stopping``: what ``stop_requests`` gave."""
+    """Writes the phase of one attempt into the trial's status. ``flags``: what ``stop_requests`` gave."""
 
-    def __init__(self, status: StatusWriter, stopping: dict[str, bool]) -> None:
-        self.status, self.stopping = status, stopping
+    def __init__(self, status: StatusWriter, flags: StopFlags) -> None:
+        self.status, self.flags = status, flags
         self.now = ""
 
     def enter(self, phase: str) -> None:
@@ -34,5 +34,5 @@ class Phases:
     def prepared(self, phase: str, make: Callable[[], T]) -> T:
         """What ``make`` gives. Raises AskedToStop as soon as somebody asks for a stop."""
         self.enter(phase)
-        with at_once(self.stopping, self.status.folder):
+        with at_once(self.flags, self.status.folder):
             return make()

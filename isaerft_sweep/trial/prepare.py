@@ -27,6 +27,7 @@ from isaerft_sweep.specs import Experiment
 from isaerft_sweep.trial.attach import adapter_config
 from isaerft_sweep.trial.data import Pairs, Progress, largest_token, load_pairs, longest_sequence
 from isaerft_sweep.trial.exact import PLAIN, exact_way
+from isaerft_sweep.trial.harm import read_neutral
 from isaerft_sweep.trial.optimizers import OPTIMIZERS
 
 SMALL = 5e8
@@ -73,6 +74,8 @@ def prepare(experiment: Experiment, cache: dict[str, Any] | None = None) -> dict
         lambda: load_pairs(data, tokenizer, max_length, report, token_cache), "pairs", *model_key, to_dict(data), max_length
     )
     _check_tokens(experiment, config, tokenizer, pairs)
+    neutral_key = ("neutral", *model_key, data.neutral_path, max_length)
+    once(lambda: read_neutral(data.neutral_path, tokenizer, max_length), *neutral_key)
     return {
         "model": f"{model.name}: {text.num_hidden_layers} layers, hidden size {text.hidden_size}"
         + ("" if step_checked else "; too large for a trial step here, so the first trial checks it"),

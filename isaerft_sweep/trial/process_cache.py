@@ -14,11 +14,10 @@ from isaerft_sweep.models.loading import LoadedModel
 from isaerft_sweep.paths import cache_folder
 from isaerft_sweep.spec_fields import canonical_json, to_dict
 from isaerft_sweep.specs import Experiment
-from isaerft_sweep.trial.activation_cache import CachePlace, NotStored, StoredActivations, sequences_of, stored_activations
+from isaerft_sweep.trial.activation_cache import CachePlace, NotStored, StoredActivations, stored_activations
 from isaerft_sweep.trial.exact import Way, exact_way
 from isaerft_sweep.trial.phases import FROZEN, Phases
 from isaerft_sweep.trial.strategy import ForwardStrategy, why_not_shared
-from isaerft_sweep.trial.train_loop import TrainLoop
 from isaerft_sweep.trial.upper_layers import UpperLayers, only_upper_layers
 
 T = TypeVar("T")
@@ -44,7 +43,7 @@ def data_key(experiment: Experiment) -> str:
 def activations_key(experiment: Experiment) -> str:
     """Equal for experiments that can use the same stored output of the frozen layers."""
     launcher, lowest = experiment.launcher, min(site.layer for site in experiment.adapter.sites)
-    settings = [launcher.scratch, launcher.activation_cache_gb, launcher.share_prompts]
+    settings = [launcher.scratch, launcher.activation_cache_gb, launcher.share_prompts, experiment.orpo.eval_harm]
     return canonical_json([data_key(experiment), lowest, *settings])
 
 
@@ -57,9 +56,9 @@ def reference_key(experiment: Experiment, strategy: ForwardStrategy) -> str:
 
 @contextmanager
 def cached_activations(
+    sequences: list[list[int]],
     experiment: Experiment,
     model: peft.PeftModel,
-    loop: TrainLoop,
     way: Way,
     shared: ProcessCache,
     phases: Phases,
@@ -78,7 +77,6 @@ def cached_activations(
     def compute() -> StoredActivations | None:
         started = time.monotonic()
         try:
-            sequences = sequences_of(loop.reached_rows(), loop.pairs.evaluation)
             place = CachePlace(folder, limit_gb)
             stored = stored_activations(model, experiment.model, sequences, place, way.share, phases.tell)
         except NotStored as reason:

@@ -9,6 +9,7 @@ import time
 import traceback
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from isaerft_sweep.trial.attach import attach_adapter
 from isaerft_sweep.trial.checkpoints import complete_checkpoints, step_of
 from isaerft_sweep.trial.co_batching import run_alone
 from isaerft_sweep.trial.data import Pairs, load_pairs
+from isaerft_sweep.trial.harm import HarmProbe, measure_baseline, measure_harm, read_neutral
 from isaerft_sweep.trial.latent_statistics import learned, write_changes
 from isaerft_sweep.trial.passes import Steps
 from isaerft_sweep.trial.phases import Phases
@@ -42,20 +44,20 @@ from isaerft_sweep.trial.process_cache import ProcessCache, cached_activations, 
 from isaerft_sweep.trial.recorder import Recorder
 from isaerft_sweep.trial.reference import compute_reference
 from isaerft_sweep.trial.sparsity import make_sparsity
-from isaerft_sweep.trial.stop_request import AskedToStop, asked_state, stop_requests
+from isaerft_sweep.trial.stop_request import AskedToStop, StopFlags, asked_state, stop_requests
 from isaerft_sweep.trial.strategy import ForwardStrategy
-from isaerft_sweep.trial.train_loop import TrainLoop
+from isaerft_sweep.trial.train_loop import PassContext, TrainLoop
 
 
 def run_trial(
-    folder: TrialFolder, attempt: int, shared: ProcessCache | None = None, stopping: dict[str, bool] | None = None
+    folder: TrialFolder, attempt: int, shared: ProcessCache | None = None, flags: StopFlags | None = None
 ) -> TrialState:
     """Run or resume the trial in ``folder`` by itself; see ``trial_steps``."""
-    return run_alone(trial_steps(folder, attempt, shared, stopping))
+    return run_alone(trial_steps(folder, attempt, shared, flags))
 
 
 def trial_steps(
-    folder: TrialFolder, attempt: int, shared: ProcessCache | None = None, stopping: dict[str, bool] | None = None
+    folder: TrialFolder, attempt: int, shared: ProcessCache | None = None, flags: StopFlags | None = None
 ) -> Steps[TrialState]:
     """One attempt, as a generator that yields the passes that it needs; returns its state, which is also in its status file.
 
@@ -63,7 +65,7 @@ def trial_steps(
         folder: the trial's.
         attempt: the attempt's number.
         shared: what earlier trials of this process have loaded.
-        stopping: set by the caller's own ``stop_requests``; None: this one listens itself.
+        flags: set by the caller's own ``stop_requests``; None: this one listens itself.
 
     The state is ``failed`` when an error ended it (the message is in the status), ``diverged`` when the loss did,
     ``stopped`` when a signal or the controller asked for it and a checkpoint lets it resume, ``pruned`` when the sweep
@@ -74,8 +76,8 @@ def trial_steps(
     status.write(TrialState.RUNNING, step=0)
     shared = shared or ProcessCache()
     try:
-        with stop_requests() if stopping is None else nullcontext(stopping) as asked:
-            return (yield from _run(spec, Phases(status, asked), shared))
+        with stop_requests() if flags is None else nullcontext(flags) as heard:
+            return (yield from _run(spec, Phases(status, heard), shared))
     except Superseded:
         raise
     except AskedToStop:
@@ -118,17 +120,18 @@ def _train(
         lambda: shared.get("pairs", data_key(experiment), lambda: load_pairs(*_pairs_of(experiment, loaded))),
     )
     print(pairs.summary, flush=True)
+    neutral = read_neutral(experiment.data.neutral_path, loaded.tokenizer, experiment.orpo.max_length)
     write_json(folder.environment, describe_environment(torch_device=_device_name()))
     run = open_run(spec, folder.path / "wandb")
-    recorder = Recorder(spec, status, run, lambda: asked_state(phases.stopping, run.told))
+    recorder = Recorder(spec, status, run, lambda: asked_state(phases.flags, run.told))
     checkpoints = complete_checkpoints(folder.checkpoints)
     cut_off = False
     try:
-        yield from _steps(spec, phases, shared, _Loaded(model, loaded, pairs), recorder)
+        yield from _steps(spec, phases, shared, _Loaded(model, loaded, pairs, neutral), recorder)
         changes = [] if recorder.stopped else learned(model, pairs.evaluation)
     except AskedToStop:
         cut_off = True
-        recorder.cut_off(asked_state(phases.stopping, run.told) or TrialState.STOPPED)
+        recorder.cut_off(asked_state(phases.flags, run.told) or TrialState.STOPPED)
     except TrialDiverged as error:
         print(f"diverged: {error}", flush=True)
         run.finish({"state": TrialState.DIVERGED}, exit_code=1)
@@ -169,6 +172,8 @@ class _Loaded:
     model: peft.PeftModel
     base: LoadedModel
     pairs: Pairs
+    neutral: list[list[int]]
+    """Token ids of text that has nothing to do with the pairs."""
 
 
 def _steps(spec: TrialSpec, phases: Phases, shared: ProcessCache, loaded: _Loaded, recorder: Recorder) -> Steps[None]:
@@ -181,21 +186,28 @@ def _steps(spec: TrialSpec, phases: Phases, shared: ProcessCache, loaded: _Loade
     resume = next(reversed(complete_checkpoints(checkpoints)), None)
     recorder.rewind(step_of(resume) if resume else -1)
     untrained = {"first": spec.index == 0, "always": True, "never": False}[orpo.eval_untrained]
-    with cached_activations(experiment, model, loop, way, shared, phases) as above:
+    more = loaded.neutral if orpo.eval_harm else []
+    with cached_activations(loop.texts(more), experiment, model, way, shared, phases) as above:
         base = loaded.base.model if way.above and way.lean else None
         strategy = ForwardStrategy(above, way.share, way.lean, base)
-        reference = None
+        key = reference_key(experiment, strategy)
+        reference, harm = None, None
         if loop.loss.needs_reference:
             data = [loop.reached_rows(), loaded.pairs.evaluation]
             reference = phases.prepared(
                 phase.REFERENCE,
                 lambda: shared.get(
-                    "reference",
-                    reference_key(experiment, strategy),
-                    lambda: compute_reference(model, data, strategy, pad, orpo.eval_batch_size),
+                    "reference", key, lambda: compute_reference(model, data, strategy, pad, orpo.eval_batch_size)
                 ),
             )
-        yield from loop.run(strategy, reference, make_sparsity(experiment.adapter), resume, untrained and resume is None)
+        if orpo.eval_harm:
+            probe = HarmProbe(loaded.pairs.evaluation, loaded.neutral, pad, orpo.eval_batch_size)
+            baseline = phases.prepared(
+                phase.REFERENCE, lambda: shared.get("baseline", key, lambda: measure_baseline(model, probe, strategy))
+            )
+            harm = partial(measure_harm, model, probe, strategy, baseline)
+        context = PassContext(strategy, reference, harm)
+        yield from loop.run(context, make_sparsity(experiment.adapter), resume, untrained and resume is None)
 
 
 def _cut_off(shared: ProcessCache, checkpoints: list[Path]) -> dict[str, Any]:

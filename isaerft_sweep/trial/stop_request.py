@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 from isaerft_sweep.journal.layout import TrialFolder
@@ -19,6 +20,19 @@ LOOK_S = 0.2
 """How often a trial that prepares looks whether its clock or a file asks it to stop."""
 
 
+@dataclass
+class StopFlags:
+    """What has asked a worker's process to stop, and how soon it hears of it."""
+
+    asked: bool = False
+    by_signal: bool = False
+    """Whether one of the signals was no interrupt: wandb sends interrupts."""
+    at_once: bool = False
+    """Whether a request raises AskedToStop: nothing that runs now could be kept by a checkpoint."""
+    woken: bool = False
+    """Whether the next signal only wakes the process."""
+
+
 class AskedToStop(BaseException):
     """The trial shall end at once: nothing that it does now could be kept by a checkpoint.
 
@@ -27,13 +41,13 @@ class AskedToStop(BaseException):
 
 
 @contextmanager
-def stop_requests() -> Iterator[dict[str, bool]]:
+def stop_requests() -> Iterator[StopFlags]:
     """While the block runs, a signal to end only sets ``asked``: the step is finished and a checkpoint written first.
 
     So does a clock when the job's time is nearly over: a scheduler's own signal comes up to a minute early, which is all of
     a short job, and a C extension (NCCL) may swallow it.
     """
-    asked = {"asked": False}
+    flags = StopFlags()
     if signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ()):
         # a controller shields its workers from the terminal that way, but wandb interrupts with SIGINT: out of the
         # terminal's reach it can be let through again; one of the terminal's that waits is dropped
@@ -44,7 +58,7 @@ def stop_requests() -> Iterator[dict[str, bool]]:
 
     def time_is_over() -> None:
         print("the job's time limit is near: checkpoint, then stop", flush=True)
-        asked["asked"] = True
+        flags.asked = True
 
     clock = threading.Timer(max(0.0, float(os.environ.get(STOP_AT, "inf")) - time.time()), time_is_over)
     clock.daemon = True
@@ -52,61 +66,61 @@ def stop_requests() -> Iterator[dict[str, bool]]:
         clock.start()
 
     def note(number: int, _frame: Any) -> None:
-        if not asked.pop("woken", False):
+        if not flags.woken:
             print(f"received {signal.Signals(number).name}: checkpoint, then stop", flush=True)
-            asked["asked"] = True
-            asked["by_signal"] = asked.get("by_signal", False) or number != signal.SIGINT
-        if asked.pop("at_once", False):
+            flags.asked, flags.by_signal = True, flags.by_signal or number != signal.SIGINT
+        flags.woken, at_once_now, flags.at_once = False, flags.at_once, False
+        if at_once_now:
             raise AskedToStop
 
     before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
     try:
-        yield asked
+        yield flags
     finally:
         clock.cancel()
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def asked_state(stopping: dict[str, bool], by_wandb: bool) -> TrialState | None:
+def asked_state(flags: StopFlags, by_wandb: bool) -> TrialState | None:
     """The state in which the trial shall end; None when nobody has asked for it.
 
     wandb interrupts its process when the run is to be stopped for good, in W&B's page or by its early termination. No other
     SIGINT comes here: the terminal's is the controller's.
     """
-    if not stopping["asked"]:
+    if not flags.asked:
         return None
-    return TrialState.STOPPED if stopping.get("by_signal") or not by_wandb else TrialState.PRUNED
+    return TrialState.STOPPED if flags.by_signal or not by_wandb else TrialState.PRUNED
 
 
 @contextmanager
-def at_once(stopping: dict[str, bool], folder: TrialFolder) -> Iterator[None]:
+def at_once(flags: StopFlags, folder: TrialFolder) -> Iterator[None]:
     """While the block runs, a request to stop raises AskedToStop wherever it finds the trial, be it waiting for a lock.
 
-    For what comes before the first step: no checkpoint could keep it. ``stopping``: what ``stop_requests`` gave. A file that
+    For what comes before the first step: no checkpoint could keep it. ``flags``: what ``stop_requests`` gave. A file that
     asks for an early stop can wait: that is for the sake of other trials, and a checkpoint lets this one come back.
     """
 
     def is_asked() -> bool:
-        return stopping["asked"] or folder.stop_asked() == TrialState.STOPPED
+        return flags.asked or folder.stop_asked() == TrialState.STOPPED
 
     def look() -> None:
         while not over.wait(LOOK_S):
             if is_asked():
-                stopping["woken"] = True
+                flags.woken = True
                 # a signal, since it also ends a wait inside the kernel; the handler above raises
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
                 return
 
     over, watch = threading.Event(), threading.Thread(target=lambda: look(), daemon=True)
     try:
-        stopping["at_once"] = True
+        flags.at_once = True
         if is_asked():
             raise AskedToStop
         watch.start()
         yield
     finally:
-        stopping.pop("at_once", None)
+        flags.at_once = False
         over.set()
         if watch.ident is not None:
             watch.join()  # a signal of its own must not come after the handlers have gone

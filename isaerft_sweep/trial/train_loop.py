@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +24,7 @@ from datasets import Dataset
 from isaerft_sweep.journal.layout import PairScores
 from isaerft_sweep.search.pruning import steps_between
 from isaerft_sweep.specs import OrpoSpec, total_steps
+from isaerft_sweep.trial.activation_cache import sequences_of
 from isaerft_sweep.trial.batch_layout import TokenLogps
 from isaerft_sweep.trial.checkpoints import load_checkpoint, save_checkpoint
 from isaerft_sweep.trial.data import Pairs
@@ -40,6 +42,19 @@ from isaerft_sweep.trial.strategy import ForwardStrategy
 def _permutation(count: int, seed: int) -> list[int]:
     order: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
     return order
+
+
+@dataclass(frozen=True)
+class PassContext:
+    """What passes through the model need.
+
+    ``strategy``: how batches go through it. ``reference``: the log-probabilities of the model without the adapter, where the
+    loss needs them. ``harm``: measures the adapter's harm, by metric.
+    """
+
+    strategy: ForwardStrategy
+    reference: Reference | None = None
+    harm: Callable[[], dict[str, float]] | None = None
 
 
 @dataclass(frozen=True)
@@ -126,17 +141,22 @@ class TrainLoop:
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if spec.gradient_checkpointing:
             # reentrant checkpointing would need inputs that require a gradient, down through the frozen layers
-            self.base.gradient_checkpointing_enable({"use_reentrant": False})
+            # its name in newer transformers, then the earlier one
+            enable = getattr(self.base, "activation_checkpointing_enable", None) or self.base.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
 
     def reached_rows(self) -> Dataset:
         """The training pairs that the steps will reach: all of them from one epoch on."""
         reached = self.order.reached(self.steps)
         return self.pairs.train if len(reached) == len(self.pairs.train) else self.pairs.train.select(reached)
 
+    def texts(self, more: list[list[int]]) -> list[list[int]]:
+        """The token sequences that the trial will show the model, ``more`` among them."""
+        return sequences_of(self.reached_rows(), self.pairs.evaluation) + more
+
     def run(
         self,
-        strategy: ForwardStrategy,
-        reference: Reference | None,
+        context: PassContext,
         sparsity: Sparsity,
         resume: Path | None,
         evaluate_first: bool,
@@ -144,37 +164,34 @@ class TrainLoop:
         """Train to the end, or until the recorder stops it.
 
         Args:
-            strategy: how batches go through the model.
-            reference: the log-probabilities of the model without the adapter, where the loss needs them.
+            context: what passes through the model need.
             sparsity: what follows each optimiser step.
             resume: the checkpoint to start from; None: the beginning.
             evaluate_first: whether to evaluate the untrained model.
         """
         step = load_checkpoint(resume, self.model, self.optimizer, self.schedule) if resume else 0
         if evaluate_first:
-            yield from self._evaluate(0, strategy, reference)
+            yield from self._evaluate(0, context)
         while step < self.steps and not self.recorder.stopped:
             self.recorder.begins(step, self.steps)
-            metrics = yield from self._step(step, strategy, reference, sparsity)
+            metrics = yield from self._step(step, context, sparsity)
             step += 1
             actions = self.recorder.after_step(step, self.steps)
             self.recorder.log(_prefixed("train", metrics), step, self.steps)
             if step % steps_between(self.spec.eval_fraction, self.steps) == 0 or step == self.steps:
-                yield from self._evaluate(step, strategy, reference)
+                yield from self._evaluate(step, context)
             if actions.save or self.recorder.stopped:
                 save_checkpoint(self.checkpoints, step, self.model, self.optimizer, self.schedule)
                 self.recorder.saved(step)
 
-    def _step(
-        self, number: int, strategy: ForwardStrategy, reference: Reference | None, sparsity: Sparsity
-    ) -> Steps[dict[str, float]]:
+    def _step(self, number: int, context: PassContext, sparsity: Sparsity) -> Steps[dict[str, float]]:
         """One optimiser step; its metrics."""
         self.model.train()
         mean, total = _Mean(), 0.0
         batches = self.order.step(number)
         for pairs in batches:
             batch = self._batch(self.pairs.train[pairs], read_prompt=self.loss.reads_prompt)
-            logps, tokens = yield from self._forward(batch, strategy, reference, trains=True)
+            logps, tokens = yield from self._forward(batch, context, trains=True)
             loss = self._loss(logps, tokens) / len(batches)
             loss.backward()
             yield BackwardPass()
@@ -192,13 +209,13 @@ class TrainLoop:
         progress = {"num_tokens": self.recorder.tokens_seen, "epoch": self.order.epochs_after(number + 1)}
         return {"loss": total, "grad_norm": float(norm), "learning_rate": rate, **mean.over_batches(), **progress}
 
-    def _evaluate(self, step: int, strategy: ForwardStrategy, reference: Reference | None) -> Steps[None]:
+    def _evaluate(self, step: int, context: PassContext) -> Steps[None]:
         self.model.eval()
         rows, size = self.pairs.evaluation, self.spec.eval_batch_size
         mean, scores, number = _Mean(), PairScores(), math.ceil(len(rows) / size)
         for done, start in enumerate(range(0, len(rows), size), 1):
             batch = self._batch(rows[start : start + size], read_prompt=True)
-            logps, tokens = yield from self._forward(batch, strategy, reference, trains=False)
+            logps, tokens = yield from self._forward(batch, context, trains=False)
             mean.add(self._metrics(logps, tokens, batch), batch)
             scores.add(batch.keys, logps.chosen.tolist(), logps.rejected.tolist())
             self.recorder.evaluating(step, done, number)
@@ -207,6 +224,7 @@ class TrainLoop:
         metrics["loss"] = metrics.pop("pair_loss") + metrics.pop("router_loss", 0.0)
         metrics["loss"] += self.loss.nll_weight * metrics["nll_loss" if self.loss.reads_prompt else "answer_nll"]
         metrics.pop("answer_nll")
+        metrics |= context.harm() if context.harm else {}
         self.recorder.note_scores(step, scores)
         epoch = {"train/epoch": self.order.epochs_after(step)}
         self.recorder.log({**_prefixed("eval", metrics), **epoch}, step, self.steps)
@@ -215,13 +233,13 @@ class TrainLoop:
     def _batch(self, rows: Any, read_prompt: bool) -> PairBatch:
         return pair_batch(rows, self.pad, self.base.device, read_prompt)
 
-    def _forward(
-        self, batch: PairBatch, strategy: ForwardStrategy, reference: Reference | None, trains: bool
-    ) -> Steps[tuple[PairLogps, TokenLogps]]:
-        tokens = yield ForwardPass(self.base, batch.batch, strategy, trains)
+    def _forward(self, batch: PairBatch, context: PassContext, trains: bool) -> Steps[tuple[PairLogps, TokenLogps]]:
+        tokens = yield ForwardPass(self.base, batch.batch, context.strategy, trains)
         assert tokens is not None
         logps = batch.pair_logps(tokens.logps)
-        return (replace(logps, **reference.of(batch, tokens.logps.device)) if reference else logps), tokens
+        if context.reference is not None:
+            logps = replace(logps, **context.reference.of(batch, tokens.logps.device))
+        return logps, tokens
 
     def _loss(self, logps: PairLogps, tokens: TokenLogps) -> torch.Tensor:
         loss = self.loss(logps)

@@ -26,7 +26,7 @@ from isaerft_sweep.trial.optimizers import resolve_optimizer
 from isaerft_sweep.trial.passes import Steps
 from isaerft_sweep.trial.process_cache import ProcessCache, activations_key
 from isaerft_sweep.trial.runner import trial_steps
-from isaerft_sweep.trial.stop_request import stop_requests
+from isaerft_sweep.trial.stop_request import StopFlags, stop_requests
 
 POLL_S = 0.05
 IDLE_S = 60.0
@@ -45,15 +45,15 @@ def serve_trials(folder: WorkerFolder, idle_s: float = IDLE_S, trials_per_pass: 
     """
     if folder.progress().ending:  # a scheduler restarted a worker that had ended
         return 0
-    with stop_requests() as stopping:
-        return _Worker(folder, idle_s, trials_per_pass, stopping).serve()
+    with stop_requests() as flags:
+        return _Worker(folder, idle_s, trials_per_pass, flags).serve()
 
 
 class _Worker:
     """The running trials and their shared state."""
 
-    def __init__(self, folder: WorkerFolder, idle_s: float, trials_per_pass: int | None, stopping: dict[str, bool]) -> None:
-        self.folder, self.idle_s, self.trials_per_pass, self.stopping = folder, idle_s, trials_per_pass, stopping
+    def __init__(self, folder: WorkerFolder, idle_s: float, trials_per_pass: int | None, flags: StopFlags) -> None:
+        self.folder, self.idle_s, self.trials_per_pass, self.flags = folder, idle_s, trials_per_pass, flags
         self.cache = WorkerCache()
         self.trials: dict[int, RunningTrial[bool]] = {}
         self.progress, self.number, self.count = folder.progress(), 0, 0
@@ -66,7 +66,7 @@ class _Worker:
     def serve(self) -> int:
         idle_since = time.monotonic()
         while not self.closed or self.trials:
-            if self.stopping["asked"] and not self.closed:
+            if self.flags.asked and not self.closed:
                 self._close()
             self._start_waiting()
             if self.trials:
@@ -136,7 +136,7 @@ class _Worker:
                 self.count += 1
                 self.progress = self.progress.with_over(number)
                 # close before noting the trial's end: otherwise the controller would give this worker another task
-                if (must_end or self.stopping["asked"]) and not self.closed:
+                if (must_end or self.flags.asked) and not self.closed:
                     self._close()
                 else:
                     self._note(self.progress)
@@ -163,7 +163,7 @@ class _Worker:
             with logged_to(trial.log):
                 try:
                     shared = _CountedCache(self.cache, self.count)
-                    state = yield from trial_steps(trial, attempt, shared, self.stopping)
+                    state = yield from trial_steps(trial, attempt, shared, self.flags)
                 except Superseded as error:
                     print(f"ended: {error}", flush=True)
                     return True

@@ -42,8 +42,8 @@ def space_map(report: Report) -> go.Figure | None:
         mode="markers",
         name="completed",
         marker={
-            "size": [20 if ranked[i].rank == 1 else 12 for i in best_first],
-            "symbol": ["star" if ranked[i].rank == 1 else "circle" for i in best_first],
+            "size": [20 if ranked[i] is report.sweep.winner else 12 for i in best_first],
+            "symbol": ["star" if ranked[i] is report.sweep.winner else "circle" for i in best_first],
             "color": [values[i] for i in best_first],
             "colorscale": "Viridis",
             "reversescale": report.sweep.metric.goal == "minimize",

@@ -12,7 +12,7 @@ from plotly.offline import get_plotlyjs
 
 from isaerft_sweep import __version__
 from isaerft_sweep.paths import asset
-from isaerft_sweep.results.leaderboard import caveats, columns, number, short_name, show_interval
+from isaerft_sweep.results.leaderboard import caveats, columns, number, short_name, show_interval, show_rank
 from isaerft_sweep.results.reading import Entry
 from isaerft_sweep.results.report import figures
 from isaerft_sweep.results.report.gather import COMPARED, Report, SiteAcrossTrials
@@ -102,7 +102,7 @@ def _row(report: Report, entry: Entry, names: list[str]) -> list[str]:
     chance = "" if entry.probability_best is None else show_probability(entry.probability_best)
     params = [column.show(entry.params) for column in report.columns]
     time_s = f"{entry.record.seconds:.0f} s" if entry.rank else entry.state
-    return [str(entry.rank or "–"), f"#{entry.record.index + 1}", *params, values[0], show_interval(entry), chance,
+    return [show_rank(entry), f"#{entry.record.index + 1}", *params, values[0], show_interval(entry), chance,
             *values[1:], time_s]  # fmt: skip
 
 
