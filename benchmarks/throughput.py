@@ -8,9 +8,9 @@ wall second, largest resident memory, on a GPU also the device's, and the metric
 
     (i)   TRL's ORPOTrainer, the adapter as a forward hook with SAE encode, decode and error term
     (ii)  the same with the bias as x + b @ W_dec
-    ours  a trial without reuse; with lean logits and groups of near length; with the reused trunk; with both; with shared
-          prompts too; all of it in one resident worker for all trials; in that worker 2 and 4 trials at a time; and the
-          whole command with early stopping (8 trials at a time, 4 evaluations each, ASHA from the first, eta 3)
+    ours  a trial without reuse; with lean logits and groups of near length; with the activation cache; with both; with
+          shared prompts too; all of it in one resident worker for all trials; in that worker 2 and 4 trials at a time; and
+          the whole command with early stopping (8 trials at a time, 4 evaluations each, ASHA from the first, eta 3)
 
 Up to the resident worker every trial has a process of its own, so that one costs what another does: ``--sample N`` runs N of
 them and multiplies. The frozen layers' output is made once per sweep, by the first trial, which is counted once. The metrics
@@ -38,23 +38,23 @@ from rich.table import Table
 from isaerft_sweep.dispatch.job import importing
 
 OFF = {"launcher.activation_cache_gb": "0", "launcher.lean_logits": "false", "launcher.share_prompts": "false"}
-LEAN, TRUNK, PROMPTS = (
+LEAN, CACHE, PROMPTS = (
     {"launcher.lean_logits": "true"},
     {"launcher.activation_cache_gb": "8"},
     {"launcher.share_prompts": "true"},
 )
-ALL = {**LEAN, **TRUNK, **PROMPTS}
+ALL = {**LEAN, **CACHE, **PROMPTS}
 LEVELS = {
     "(i) TRL, hook with encode and decode": ("hook", {}),
     "(ii) TRL, x + b @ W_dec": ("vector", {}),
     "ours, no reuse": ("ours", OFF),
     "ours, lean logits": ("ours", {**OFF, **LEAN}),
-    "ours, reused trunk": ("ours", {**OFF, **TRUNK}),
-    "ours, both": ("ours", {**OFF, **LEAN, **TRUNK}),
+    "ours, activation cache": ("ours", {**OFF, **CACHE}),
+    "ours, both": ("ours", {**OFF, **LEAN, **CACHE}),
     "ours, and shared prompts": ("ours", ALL),
     "ours, all, resident worker": ("resident", ALL),
-    "ours, all, 2 trials at a time": ("packed 2", ALL),
-    "ours, all, 4 trials at a time": ("packed 4", ALL),
+    "ours, all, 2 trials at a time": ("co-batched 2", ALL),
+    "ours, all, 4 trials at a time": ("co-batched 4", ALL),
     "ours, all, early stopping": ("sweep", {**ALL, "orpo.eval_fraction": "0.25", "launcher.trials_per_pass": "8"}),
 }
 RATES = (0.3, 0.1, 0.05, 0.2, 0.15, 0.07, 0.25, 0.04)
@@ -133,8 +133,8 @@ def run_ours(experiment: Any, folder: Path, sweep: str, shared: Any) -> dict[str
     return metrics_of(trial)
 
 
-def run_packed(rates: list[str], overrides: list[str], folder: Path, packed: int) -> list[dict[str, float]]:
-    """All trials in one worker, ``packed`` at a time."""
+def run_co_batched(rates: list[str], overrides: list[str], folder: Path, trials_per_pass: int) -> list[dict[str, float]]:
+    """All trials in one worker, ``trials_per_pass`` at a time."""
     from isaerft_sweep.journal.worker_queue import Task, WorkerFolder
     from isaerft_sweep.trial.worker import serve_trials
 
@@ -143,7 +143,7 @@ def run_packed(rates: list[str], overrides: list[str], folder: Path, packed: int
         trials.append(make_trial(compose_experiment([f"orpo.learning_rate={rate}", *overrides]), folder, f"s{number}"))
         worker.claim(Task(str(trials[-1].path), 1), room=None)
     worker.claim(Task(None), room=None)
-    serve_trials(worker, trials_per_pass=packed)
+    serve_trials(worker, trials_per_pass=trials_per_pass)
     return [metrics_of(trial) for trial in trials]
 
 
@@ -171,13 +171,13 @@ def child(kind: str, rates: list[str], overrides: list[str], folder: Path) -> No
     """Run the trials of ``rates`` and print what the best one found and what all cost."""
     started = time.perf_counter()
     steps: list[tuple[float, int]] = []
-    if kind in ("ours", "resident") or kind.startswith("packed"):
+    if kind in ("ours", "resident") or kind.startswith("co-batched"):
         with importing():  # as our workers do
             import isaerft_sweep.trial.worker  # noqa: F401
     if kind == "sweep":
         results = run_sweep(rates, overrides, folder)
-    elif kind.startswith("packed"):
-        results = run_packed(rates, overrides, folder, int(kind.split()[1]))
+    elif kind.startswith("co-batched"):
+        results = run_co_batched(rates, overrides, folder, int(kind.split()[1]))
     else:
         steps = count_steps()
         results = run_each(kind, rates, overrides, folder)
@@ -250,7 +250,7 @@ def run_level(kind: str, options: dict[str, str], args: argparse.Namespace) -> d
                 f"orpo.max_steps={args.steps}",
                 f"data.train_size={args.steps * 4}",
                 "orpo.eval_untrained=never",
-                f"launcher.scratch={scratch}/trunk",
+                f"launcher.scratch={scratch}/activations",
                 *(f"{k}={v}" for k, v in options.items()),
             ]
             command = [sys.executable, __file__, "--child", kind, scratch, ",".join(together), *overrides]

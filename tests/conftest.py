@@ -56,7 +56,7 @@ TINY = (
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One cache of tiny models, trunks and checks for all tests, of all processes that run them."""
+    """One cache of tiny models, activations and checks for all tests, of all processes that run them."""
     own = tmp_path_factory.getbasetemp()
     folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "cache"
     folder.mkdir(exist_ok=True)

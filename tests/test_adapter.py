@@ -149,7 +149,7 @@ def test_gradient_of_the_bias_against_finite_differences(saes: dict, cache: Path
         assert block.bias.grad[i].item() == pytest.approx((values[0] - values[1]) / (2 * h), rel=2e-2, abs=1e-6)
 
 
-def test_gradient_checkpointing_stays_out_of_the_frozen_trunk(saes: dict, cache: Path) -> None:
+def test_gradient_checkpointing_leaves_out_the_frozen_layers(saes: dict, cache: Path) -> None:
     model = base_model("llama", cache)
     seen: dict[int, bool] = {}
     for i, layer in enumerate(decoder_layers(model)):

@@ -53,9 +53,9 @@ def test_what_the_preflight_finds_is_the_command_s_error(launch, tmp_path: Path)
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        (("model=gemma-2-2b", "orpo.max_length=64"), "'google/gemma-2-2b' could not be had"),
+        (("model=gemma-2-2b", "orpo.max_length=64"), "'google/gemma-2-2b' could not be loaded"),
         (("model.architecture=gpt9",), "model.architecture is unknown: 'gpt9'"),
-        (("data=ultrafeedback",), "'trl-lib/ultrafeedback_binarized' (train[:1000]) could not be had"),
+        (("data=ultrafeedback",), "'trl-lib/ultrafeedback_binarized' (train[:1000]) could not be loaded"),
         (("adapter.sites.0.layer=4",), "between 0 and 3 for this model but got 4"),
         (("adapter.sites.0.sae_id=random-32x64",), "hidden size 64, but isaerft-sweep/random-32x64 reads 32"),
         (("adapter.sites.0.sae_id=mine",), "has no SAE 'mine'"),

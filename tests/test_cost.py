@@ -43,10 +43,10 @@ def test_shares_add_up_to_the_time_in_which_a_worker_ran_anything(spans: list[tu
         assert shares[i] == pytest.approx(sum(1 / n for n in others))
 
 
-def test_packed_trials_and_devices_with_several_workers() -> None:
-    packed = replayed([("a", 0, 10), ("a", 0, 10), ("a", 5, 10), ("b", 0, 10)])
-    assert device_seconds(packed.trials.values()) == pytest.approx({0: 2.5 + 5 / 3, 1: 2.5 + 5 / 3, 2: 5 / 3 + 5, 3: 10})
-    assert sum(device_seconds(packed.trials.values(), per_device=2).values()) == pytest.approx(12.5)
+def test_co_batched_trials_and_devices_with_several_workers() -> None:
+    shared = replayed([("a", 0, 10), ("a", 0, 10), ("a", 5, 10), ("b", 0, 10)])
+    assert device_seconds(shared.trials.values()) == pytest.approx({0: 2.5 + 5 / 3, 1: 2.5 + 5 / 3, 2: 5 / 3 + 5, 3: 10})
+    assert sum(device_seconds(shared.trials.values(), per_device=2).values()) == pytest.approx(12.5)
 
 
 def test_a_plan_learns_from_earlier_sweeps(experiment: Any, tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def test_a_trial_stopped_too_early_comes_back_where_it_was(experiment: Any, tmp_
 
 
 def test_trials_that_evaluate_together_are_judged_together(experiment: Any, tmp_path: Path) -> None:
-    """As those of a pack do: the first of them is not let through because the others have not been read yet."""
+    """As co-batched trials do: the first of them is not let through because the others have not been read yet."""
     curves = {0.1: [0.1] * 6, 0.2: [0.2] * 6, 0.3: [0.4] * 6, 0.4: [0.3] * 6}
     _, journal = run(tmp_path / "s", experiment, curves, trials=4, slots=4)
     folder = SweepFolder(tmp_path / "s")

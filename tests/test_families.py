@@ -179,7 +179,7 @@ def test_the_routers_loss_is_trls(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("router", [False, True])
-def test_packed_trials_of_a_mixture_of_experts(router: bool, trial: Made, tmp_path: Path) -> None:
+def test_co_batched_trials_of_a_mixture_of_experts(router: bool, trial: Made, tmp_path: Path) -> None:
     """Together where that is exact, one after the other where the router's loss needs the whole model."""
     folder = saved("mixtral", tmp_path / "model", output_router_logits=router, router_aux_loss_coef=0.5)
     alone, *both = (
@@ -200,7 +200,7 @@ def test_packed_trials_of_a_mixture_of_experts(router: bool, trial: Made, tmp_pa
 def test_a_model_without_a_residual_stream_is_refused(experiment: Callable[..., Any], tmp_path: Path) -> None:
     """Gemma 3n hands four streams from layer to layer."""
     folder = saved("gemma3n_text", tmp_path / "model")
-    with pytest.raises(ModelError, match=r"gives out \[.*\] and not \[batch, position, hidden\]"):
+    with pytest.raises(ModelError, match=r"returns \[.*\] and not \[batch, position, hidden\]"):
         prepare(experiment(*TINY, *options(folder, 64)))
 
 

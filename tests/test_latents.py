@@ -81,11 +81,11 @@ def test_tokens_are_counted_also_across_a_stop(lean: bool, trial: Made, monkeypa
     assert folder.read_status().metrics["train/num_tokens"] == counted > 0
 
 
-@pytest.mark.parametrize("trunk_gb", [0, 1])
+@pytest.mark.parametrize("cache_gb", [0, 1])
 @pytest.mark.parametrize("kind", ["bias", "scale", "mlp"])
-def test_what_was_learned_agrees_with_the_formula(kind: str, trunk_gb: int, trial: Made) -> None:
+def test_what_was_learned_agrees_with_the_formula(kind: str, cache_gb: int, trial: Made) -> None:
     folder = trial(
-        *OFF, f"adapter={kind}", f"launcher.activation_cache_gb={trunk_gb}", "data.eval_size=2", "orpo.learning_rate=0.1"
+        *OFF, f"adapter={kind}", f"launcher.activation_cache_gb={cache_gb}", "data.eval_size=2", "orpo.learning_rate=0.1"
     )
     assert run_trial(folder, 1) == "completed"
     found = np.load(folder.latents)

@@ -67,7 +67,7 @@ def test_a_beginning_that_a_trial_s_sequences_share_is_read_once(
     trials: list[list[tuple[list[int], list[int]]]], beginning: list[int], random: random.Random
 ) -> None:
     """Nothing is taken from another trial, and only what has the same tokens before it and the same next token."""
-    # as a pack joins its trials: each one's chosen, then its rejected ones
+    # as co-batched trials are joined: each one's chosen, then its rejected ones
     sequences: list[list[int]] = []
     starts = []
     for trial in trials:

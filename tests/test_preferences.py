@@ -395,8 +395,8 @@ def test_many_pairs_are_tokenised_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What one process has tokenised the next one reads; other rows, another template or length are tokenised anew."""
-    monkeypatch.setattr(data, "MANY", 20)
-    monkeypatch.setattr(data, "SAY_S", -1)
+    monkeypatch.setattr(data, "MIN_CACHED_PAIRS", 20)
+    monkeypatch.setattr(data, "LOG_INTERVAL_S", -1)
     tokenised: list[Row] = []
     real = data.PairTokenizer.__call__
     monkeypatch.setattr(data.PairTokenizer, "__call__", lambda self, row: (tokenised.append(row), real(self, row))[1])

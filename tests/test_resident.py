@@ -67,16 +67,16 @@ def serve(folder: WorkerFolder, trials: list[TrialFolder]) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trunk_gb", [0, 1])
+@pytest.mark.parametrize("cache_gb", [0, 1])
 @pytest.mark.parametrize("kind", ["bias", "mlp"])
 def test_a_trial_has_the_same_numbers_after_others_in_one_process(
-    kind: str, trunk_gb: int, trial: Made, tmp_path: Path
+    kind: str, cache_gb: int, trial: Made, tmp_path: Path
 ) -> None:
-    options = (*OFF, f"adapter={kind}", f"launcher.activation_cache_gb={trunk_gb}", "orpo.learning_rate=0.1")
+    options = (*OFF, f"adapter={kind}", f"launcher.activation_cache_gb={cache_gb}", "orpo.learning_rate=0.1")
     alone = trial(*options, name="alone")
     assert run_trial(alone, 1) == "completed"
     others = [
-        trial(*OFF, "adapter=scale", "orpo.seed=7", f"launcher.activation_cache_gb={trunk_gb}", name="scale"),
+        trial(*OFF, "adapter=scale", "orpo.seed=7", f"launcher.activation_cache_gb={cache_gb}", name="scale"),
         trial(*options, "orpo.beta=2.0", name="beta"),
         trial(*options, "model.architecture=gemma2", name="gemma"),
     ]
@@ -131,7 +131,7 @@ def test_what_a_stopped_trial_had_switched_on_is_switched_off_again(trial: Made,
     assert run_trial(alone, 1) == "completed"
     stopped = trial(*OFF, "orpo.gradient_checkpointing=true", name="stopped")
     stopped.ask_to_stop(TrialState.PRUNED)
-    after = trial(*options, f"launcher.scratch={tmp_path / 'trunk'}", name="after")
+    after = trial(*options, f"launcher.scratch={tmp_path / 'cache'}", name="after")
     assert serve(WorkerFolder(tmp_path / "worker"), [stopped, after]) == 2
     assert stopped.read_status().state == "pruned" and rows_of(after) == rows_of(alone)
 

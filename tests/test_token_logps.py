@@ -108,13 +108,14 @@ def test_in_a_short_dtype_within_its_rounding(dtype: torch.dtype, models: dict[s
     head = module.model_head(model)
     assert isinstance(head, module.LinearHead)
     hidden, targets = torch.randn(50, HIDDEN).to(dtype), torch.randint(0, 262, (50,))
-    numbers = [each.numbers(hidden, targets, True) for each in (head, module.own_head(model))]
-    for found, own in zip(*numbers, strict=True):
+    outputs = [each.outputs(hidden, targets, True) for each in (head, module.own_head(model))]
+    for found, own in zip(*outputs, strict=True):
         assert found is not None and own is not None and found.dtype == own.dtype
         assert float((found - own).float().norm()) < torch.finfo(dtype).eps * float(own.float().norm())
 
 
 def test_a_model_that_is_gone_leaves_nothing_behind() -> None:
+    gc.collect()
     before = len(module._LINEAR)
     for make in (with_scaled_logits, lambda: copy.deepcopy(with_scaled_logits())):
         module.model_head(make())

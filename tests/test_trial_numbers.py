@@ -52,12 +52,12 @@ def gradients(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
 
 LEVELS = {
     "whole": (0, False, False),
-    "trunk": (1, False, False),
+    "activation cache": (1, False, False),
     "logits": (0, True, False),
     "prompts": (0, True, True),
     "all": (1, True, True),
 }
-"""Reused trunk, lean logits, shared prompts."""
+"""Activation cache, lean logits, shared prompts."""
 FAMILIES = ["llama", "gemma2", "gemma3_text", "qwen2", "qwen3", "gpt_neox"]
 
 
@@ -72,12 +72,12 @@ def test_the_numbers_are_trls(
     """At every level of reuse, gradients too."""
     theirs: list[dict[str, float]] = []
     expected: list[torch.Tensor] = []
-    for level, (trunk_gb, lean, prompts) in LEVELS.items():
+    for level, (cache_gb, lean, prompts) in LEVELS.items():
         folder = trial(
             *OFF,
             f"model.architecture={family}",
             f"model.dtype={dtype}",
-            f"launcher.activation_cache_gb={trunk_gb}",
+            f"launcher.activation_cache_gb={cache_gb}",
             f"launcher.lean_logits={lean}",
             f"launcher.share_prompts={prompts}",
             f"adapter={kind}",

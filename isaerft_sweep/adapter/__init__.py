@@ -1,4 +1,4 @@
-"""ISAERFT as a PEFT method: importing this room makes PEFT know it."""
+"""ISAERFT as a PEFT method: importing this package registers it."""
 
 from isaerft_sweep.adapter.config import IsaerftConfig
 from isaerft_sweep.adapter.load import load_model

@@ -1,4 +1,4 @@
-"""Where the decoder layers of a transformers model are."""
+"""Locates the decoder layers of a transformers model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def decoder_layers_name(model: nn.Module) -> str:
 
 
 def decoder_name(model: nn.Module) -> str:
-    """The attribute of a causal language model that is its decoder, all but the head."""
+    """The attribute of a causal language model that holds its decoder, that is, everything but the head."""
     prefix = str(getattr(model, "base_model_prefix", ""))
-    # a text model cut out of one for pictures may be called otherwise than its class says
+    # a text model extracted from a vision model may have another attribute than its class declares
     return prefix if prefix and hasattr(model, prefix) else decoder_layers_name(model).partition(".")[0]

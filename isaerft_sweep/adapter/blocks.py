@@ -39,13 +39,13 @@ class ScaleBlock(nn.Module):
 
 
 class FeedForwardBlock(nn.Module):
-    """Δf = an MLP of f with ReLU between its maps; no hidden layer makes it linear. The last map starts at zero.
+    """Δf = an MLP of f with ReLU between its maps; without hidden layers it is linear. The last map starts at zero.
 
     Map i is x ↦ W x + c with ``weight_i`` [d_out, d_in] and ``bias_i``; of low rank it is W D x + c with ``down_i``
     [rank, d_in] and ``weight_i`` [d_out, rank] (as LoRA, arXiv 2106.09685, without a frozen base).
     """
 
-    # all parameters are the block's own: PEFT takes the adapter's name out of a saved key only one level up
+    # no submodules: PEFT removes the adapter's name from a saved key only one level up
     needs_latents = True
 
     def __init__(self, d_sae: int, hidden_layers: int, hidden_size: int | None, rank: int | None) -> None:

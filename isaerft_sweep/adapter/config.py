@@ -16,12 +16,12 @@ SITE_KEYS = ("layer", "sae_release", "sae_id", "sae_path", "fingerprint")
 
 @dataclass
 class IsaerftConfig(PeftConfig):
-    """ISAERFT: a trainable block on the latents of a frozen SAE at one or more residual-stream sites.
+    """ISAERFT: a trainable block on the latents of a frozen SAE at one or more hook points in the residual stream.
 
     Args:
-        sites: one mapping per site: ``layer`` (index of the decoder layer whose output is the site) and its SAE, by
-            ``sae_release`` and ``sae_id`` (sae_lens) or by ``sae_path`` (a local folder). ``fingerprint`` is filled in
-            when the SAE is first read and checked ever after.
+        sites: one mapping per hook point: ``layer`` (index of the decoder layer whose output it is) and its SAE, by
+            ``sae_release`` and ``sae_id`` (sae_lens) or by ``sae_path`` (a local folder). ``fingerprint`` is set when
+            the SAE is first read and checked from then on.
         kind: ``bias`` (f + b), ``scale`` (f · (1 + s)), ``linear`` (f + Wf + c) or ``mlp`` (f + MLP(f)), each zero at
             the start, with f the SAE's latents of shape [batch, position, d_sae].
         rank: low-rank matrices of this rank for ``linear`` and ``mlp``; None: full matrices.
@@ -51,16 +51,16 @@ class IsaerftConfig(PeftConfig):
         self._check_sites()
 
     def _check_sites(self) -> None:
-        layers = [site.get("layer") for site in self.sites]
+        layers = [hook_point.get("layer") for hook_point in self.sites]
         if len(set(layers)) != len(layers):
             raise ConfigError(f"sites must have different layers but got {layers}.")
-        for site in self.sites:
-            unknown = set(site) - set(SITE_KEYS)
+        for hook_point in self.sites:
+            unknown = set(hook_point) - set(SITE_KEYS)
             if unknown:
-                raise ConfigError(f"a site's keys must be among {', '.join(SITE_KEYS)} but got {sorted(unknown)}.")
-            named = bool(site.get("sae_release")) and bool(site.get("sae_id"))
-            if not isinstance(site.get("layer"), int) or named == bool(site.get("sae_path")):
+                raise ConfigError(f"a hook point's keys must be among {', '.join(SITE_KEYS)} but got {sorted(unknown)}.")
+            named = bool(hook_point.get("sae_release")) and bool(hook_point.get("sae_id"))
+            if not isinstance(hook_point.get("layer"), int) or named == bool(hook_point.get("sae_path")):
                 raise ConfigError(
-                    "a site must have an integer layer and either sae_release with sae_id, or sae_path, "
-                    f"but got {dict(site)}."
+                    "a hook point must have an integer layer and either sae_release with sae_id, or sae_path, "
+                    f"but got {dict(hook_point)}."
                 )

@@ -1,9 +1,7 @@
-"""Answers to prompts with and without an adapter, to see what it does.
+"""Answers to prompts with and without an adapter, for comparison.
 
-    python -m isaerft_sweep.adapter.generate < request.json
-
-is how the orchestrator, which has no torch, asks for them: a JSON object with the arguments of ``side_by_side`` gives one
-JSON line, ``{"ok": rows}`` or ``{"error": message}``.
+The orchestrator has no torch, so it runs ``python -m isaerft_sweep.adapter.generate < request.json``. The request is a JSON
+object with the arguments of ``side_by_side``; the output is one JSON line, ``{"ok": rows}`` or ``{"error": message}``.
 """
 
 from __future__ import annotations
@@ -30,9 +28,15 @@ def compare(adapter: str, prompts: Sequence[str], max_new_tokens: int, cache: st
 
 
 def side_by_side(adapters: Sequence[str], prompts: Sequence[str], max_new_tokens: int, cache: str | None) -> list[list[str]]:
-    """For each prompt a row: the prompt, the untrained model's answer and each adapter's.
+    """For each prompt a row: the prompt, the answer of the first adapter's base model, and each adapter's answer.
 
-    One model is in memory at a time; the adapters may belong to different ones, and the first one's answers untrained.
+    One model is in memory at a time; the adapters may have different base models.
+
+    Args:
+        adapters: folders or Hub repositories.
+        prompts: user messages.
+        max_new_tokens: maximum length of an answer.
+        cache: folder of converted models; None: the user's cache folder.
     """
     columns: list[list[str]] = []
     for adapter in adapters:
@@ -42,7 +46,7 @@ def side_by_side(adapters: Sequence[str], prompts: Sequence[str], max_new_tokens
 
 
 def answer(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int) -> str:
-    """The model's answer to one prompt, in its chat template where it has one."""
+    """The model's answer to one prompt, by greedy decoding, in its chat template if it has one."""
     chat = bool(tokenizer.chat_template)
     text = prompt
     if chat:
@@ -58,10 +62,10 @@ def main() -> int:
     """Answer one request."""
     request = json.load(sys.stdin)
     try:
-        told: dict[str, Any] = {"ok": side_by_side(**request)}
+        result: dict[str, Any] = {"ok": side_by_side(**request)}
     except IsaerftError as error:
-        told = {"error": str(error)}
-    print(json.dumps(told), flush=True)
+        result = {"error": str(error)}
+    print(json.dumps(result), flush=True)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Whether an SAE was trained on the very place that an adapter puts it to, by what the SAE's own config says."""
+"""Checks, from an SAE's own config, that it was trained at the hook point where an adapter uses it."""
 
 from __future__ import annotations
 
@@ -26,82 +26,86 @@ INPUTS = (
 """Names of the residual stream before decoder layer N, which is the one after layer N − 1."""
 
 
-def check_hook(frozen: FrozenSae, site: Mapping[str, Any], model: str, index: int = 0) -> None:
-    """Raise ModelError unless the SAE was trained on the output of the site's layer of ``model``, or does not say.
+def check_hook(frozen: FrozenSae, hook_point: Mapping[str, Any], model: str, index: int = 0) -> None:
+    """Raise ModelError if the SAE's config names another model or another place than the output of the hook point's layer.
 
-    ``index``: the site's number, for the error.
+    Args:
+        frozen: the SAE.
+        hook_point: its entry in ``adapter.sites``.
+        model: name of the model.
+        index: of the entry, for the message.
     """
-    said = _said(frozen, site)
-    hook, trained_on = said.get("hook_name"), said.get("model_name")
-    layer = residual_layer(hook, said.get("hook_layer")) if hook else site["layer"]
+    metadata = _metadata(frozen, hook_point)
+    hook, trained_on = metadata.get("hook_name"), metadata.get("model_name")
+    layer = residual_layer(hook, metadata.get("hook_layer")) if hook else hook_point["layer"]
     of_model = trained_on is None or same_model(trained_on, model)
-    if layer == site["layer"] and of_model:
+    if layer == hook_point["layer"] and of_model:
         return
     nearest = ""
-    if layer is not None and layer >= 0 and layer != site["layer"] and of_model:
+    if layer is not None and layer >= 0 and layer != hook_point["layer"] and of_model:
         nearest = f" Set the layer: adapter.sites.{index}.layer={layer}."
     raise ModelError(
-        f"the SAE must have been trained on the output of decoder layer {site['layer']} (blocks.{site['layer']}."
-        f"hook_resid_post) of '{model}', but {describe(site)} says it was trained on {hook or 'a hook without a name'} "
-        f"of '{trained_on or 'a model without a name'}'.{nearest} Choose the SAE of this place, or insist that it is "
-        "the right one: adapter.force_hook=true."
+        f"the SAE must have been trained on the output of decoder layer {hook_point['layer']} (blocks.{hook_point['layer']}."
+        f"hook_resid_post) of '{model}', but {describe(hook_point)} says it was trained on "
+        f"{hook or 'a hook without a name'} of '{trained_on or 'a model without a name'}'.{nearest} "
+        "Choose the SAE of this hook point, or skip this check: adapter.force_hook=true."
     )
 
 
 def residual_layer(hook: str, layer: Any = None) -> int | None:
-    """The decoder layer whose output ``hook`` names (−1: the embeddings); None when it is no residual stream.
+    """The decoder layer whose output ``hook`` names (−1: the embeddings); None when it is not a residual stream.
 
-    ``layer``: what older configs have besides, for names such as ``blocks.{layer}.hook_resid_post``.
+    ``layer``: from older configs, which have it separately, for names such as ``blocks.{layer}.hook_resid_post``.
     """
     name = hook.replace("{layer}", str(layer))
-    for patterns, before in ((OUTPUTS, 0), (INPUTS, 1)):
+    for patterns, offset in ((OUTPUTS, 0), (INPUTS, 1)):
         for pattern in patterns:
-            found = re.fullmatch(pattern, name)
-            if found:
-                return int(found[1]) - before
+            match = re.fullmatch(pattern, name)
+            if match:
+                return int(match[1]) - offset
     return None
 
 
-def _said(frozen: FrozenSae, site: Mapping[str, Any]) -> dict[str, Any]:
-    """``hook_name``, ``hook_layer`` and ``model_name``, as far as the SAE's config or sae_lens's directory have them."""
-    sources = [frozen.sae.cfg.metadata.to_dict(), *_written(site), *_in_directory(site)]
-    said: dict[str, Any] = {}
+def _metadata(frozen: FrozenSae, hook_point: Mapping[str, Any]) -> dict[str, Any]:
+    """``hook_name``, ``hook_layer`` and ``model_name``, if the SAE's config or sae_lens's directory have them."""
+    sources = [frozen.sae.cfg.metadata.to_dict(), *_raw_configs(hook_point), *_directory_entry(hook_point)]
+    metadata: dict[str, Any] = {}
     for source in sources:
-        found = {
+        values = {
             "hook_name": source.get("hook_name") or source.get("hook_point") or source.get("hf_hook_name"),
             "hook_layer": source.get("hook_layer", source.get("hook_point_layer")),
             "model_name": source.get("model_name"),
         }
-        said |= {name: value for name, value in found.items() if value is not None and name not in said}
-    return said
+        metadata |= {name: value for name, value in values.items() if value is not None and name not in metadata}
+    return metadata
 
 
-def _written(site: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The config of a local folder as it was written: sae_lens drops what it holds by another version's names."""
-    if not site.get("sae_path"):
+def _raw_configs(hook_point: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The config file of a local folder: sae_lens drops keys that another version named differently."""
+    if not hook_point.get("sae_path"):
         return
     with suppress(OSError, ValueError):
-        raw = json.loads((expanded(str(site["sae_path"])) / "cfg.json").read_text(encoding="utf-8"))
+        raw = json.loads((expanded(str(hook_point["sae_path"])) / "cfg.json").read_text(encoding="utf-8"))
         yield from (part for part in (raw.get("metadata"), raw) if isinstance(part, dict))
 
 
-def _in_directory(site: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """What sae_lens's list of releases says of the SAE."""
+def _directory_entry(hook_point: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The SAE's entry in sae_lens's list of releases."""
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
-    entry = get_pretrained_saes_directory().get(str(site.get("sae_release")))
+    entry = get_pretrained_saes_directory().get(str(hook_point.get("sae_release")))
     if entry is not None:
-        hook = str(site["sae_id"]) if re.fullmatch(r"blocks\.\d+\.hook_\w+", str(site["sae_id"])) else None
+        hook = str(hook_point["sae_id"]) if re.fullmatch(r"blocks\.\d+\.hook_\w+", str(hook_point["sae_id"])) else None
         yield {"hook_name": hook, "model_name": entry.model}
 
 
 def same_model(one: str, other: str) -> bool:
-    """Whether two names are of the same model: with and without owner, TransformerLens's short names, local folders."""
+    """Whether two names mean one model: with or without owner, TransformerLens's short names, local folders."""
     return not _names(one).isdisjoint(_names(other))
 
 
 def _names(model: str) -> set[str]:
-    """All that ``model`` may be called, in small letters and without owner."""
+    """All names of ``model``, in lower case and without owner."""
     from transformer_lens.loading_from_pretrained import get_official_model_name
 
     names = {model}

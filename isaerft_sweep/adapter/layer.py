@@ -1,4 +1,4 @@
-"""One site: a decoder layer whose output passes through the SAE's latents and the trainable block."""
+"""One hook point: a decoder layer whose output passes through the SAE's latents and the trainable block."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from isaerft_sweep.errors import ModelError
 class IsaerftLayer(nn.Module, BaseTunerLayer):
     """Wraps a decoder layer with output x: x + decode(f + Δf) − decode(f), f = encode(x), Δf the block's change.
 
-    The decoder is affine, so this is x + Δf @ W_dec: the SAE's reconstruction error is kept to the last bit, and for
-    the bias (Δf = b) nothing is encoded at all. It is computed in float32 and rounded once, to x's dtype.
+    The decoder is affine, so this is x + Δf @ W_dec: the SAE's reconstruction error cancels exactly, and the bias (Δf = b)
+    needs no encoding. The change is computed in float32 and rounded once, to x's dtype.
     """
 
     adapter_layer_names = ("isaerft_block",)
@@ -27,17 +27,17 @@ class IsaerftLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.isaerft_block = nn.ModuleDict()
-        # a plain dict: the SAE is neither trained nor saved with the adapter
+        # a plain dict, not a ModuleDict: the SAE is neither trained nor saved with the adapter
         self.saes: dict[str, FrozenSae] = {}
         self.merged_adapters: list[str] = []
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, sae)
 
     def update_layer(self, adapter_name: str, config: IsaerftConfig, sae: FrozenSae) -> None:
-        """Add the block of one more adapter."""
+        """Add the block of another adapter."""
         self.saes[adapter_name] = sae
         self.isaerft_block[adapter_name] = make_block(config, sae.d_sae)
-        # float32 whatever the model's dtype: the sum with the residual stream is rounded once, and Adam needs the bits
+        # float32 for any dtype of the model: the change is rounded once, and Adam needs the precision
         self.isaerft_block[adapter_name].to(next(self.base_layer.parameters()).device)
         self.register_buffer(f"decoder_{adapter_name}", sae.decoder, persistent=False)
         self.set_adapter(adapter_name, inference_mode=config.inference_mode)
@@ -62,7 +62,7 @@ class IsaerftLayer(nn.Module, BaseTunerLayer):
             return added
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base layer's output with the active adapters' changes; first element when it is a tuple."""
+        """The base layer's output with the active adapters' changes; in a tuple, the first element changes."""
         output = self.base_layer(*args, **kwargs)
         if isinstance(output, tuple):
             return (self.changed(output[0]), *output[1:])
@@ -85,7 +85,7 @@ class IsaerftLayer(nn.Module, BaseTunerLayer):
                 self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
-        """Take every merged constant out again."""
+        """Subtract every merged constant."""
         while self.merged_adapters:
             self._add_constant(self.merged_adapters.pop(), -1)
 

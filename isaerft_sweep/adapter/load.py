@@ -1,4 +1,4 @@
-"""From a saved adapter to a model that generates."""
+"""Loads a saved adapter with its base model, ready to generate."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def load_model(
 
     Args:
         adapter: a folder with ``adapter_config.json``, or a Hub repository.
-        base: the base model; None: the one of the trial that the folder belongs to, else the one that the adapter names.
-        cache: where converted models are kept; None: the user's cache folder.
+        base: the base model; None: that of the trial whose folder holds the adapter, else the one that the adapter names.
+        cache: folder of converted models; None: the user's cache folder.
         dtype: ``float32``, ``bfloat16``, ``float16`` or ``auto``; None: the base's.
     """
     try:
@@ -53,7 +53,7 @@ def load_model(
     loaded.model.config.use_cache = True
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")
-        # PEFT asks by transformers' old name
+        # PEFT uses transformers' deprecated name
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*is deprecated", category=FutureWarning)
         try:
             model = PeftModel.from_pretrained(loaded.model, adapter)
@@ -68,12 +68,12 @@ def load_model(
 
 
 def _tokenizer(adapter: str) -> str | None:
-    """``adapter`` when it holds the tokenizer that it was trained with (the base's own may have no chat template)."""
-    wanted = "tokenizer_config.json"
+    """``adapter`` if it holds the tokenizer used in training (the base model's may have no chat template), else None."""
+    filename = "tokenizer_config.json"
     if Path(adapter).is_dir():
-        return adapter if (Path(adapter) / wanted).is_file() else None
+        return adapter if (Path(adapter) / filename).is_file() else None
     try:
-        hf_hub_download(adapter, wanted)
+        hf_hub_download(adapter, filename)
     except (EntryNotFoundError, LocalEntryNotFoundError):
         return None
     return adapter

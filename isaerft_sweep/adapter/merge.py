@@ -1,8 +1,8 @@
-"""Where the constant b @ W_dec of a bias adapter fits into a model's own weights without changing what it computes.
+"""Merges the constant b @ W_dec of a bias adapter into a model's own weights, where that is exact.
 
 A decoder layer ends in ``residual + last_linear(...)`` in the families below, so a constant added to the residual
-stream is a constant added to that linear map's bias. Where a norm stands between (Gemma 2 and 3), or the
-architecture has no bias there and no config switch for one (Qwen), nothing in the weights can hold the constant.
+stream is a constant added to that linear map's bias. With a norm in between (Gemma 2 and 3), or
+without a bias and a config switch for one (Qwen), no weight can hold the constant.
 """
 
 from __future__ import annotations

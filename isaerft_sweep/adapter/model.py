@@ -1,4 +1,4 @@
-"""The tuner that PEFT drives: puts an ``IsaerftLayer`` around the decoder layer of every site."""
+"""The PEFT tuner: wraps the decoder layer of every hook point in an ``IsaerftLayer``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from isaerft_sweep.errors import ConfigError
 
 
 class IsaerftModel(BaseTuner):
-    """A model with ISAERFT adapters; made by ``peft.get_peft_model(model, IsaerftConfig(...))``."""
+    """A model with ISAERFT adapters; created by ``peft.get_peft_model(model, IsaerftConfig(...))``."""
 
     prefix = "isaerft_"
     tuner_layer_cls = IsaerftLayer
@@ -24,19 +24,19 @@ class IsaerftModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: IsaerftConfig, model_config: dict[str, Any]) -> IsaerftConfig:
         if not peft_config.sites:
-            raise ConfigError("sites must name at least one site, for example [{'layer': 20, 'sae_path': '/path'}].")
+            raise ConfigError("sites must name at least one hook point, for example [{'layer': 20, 'sae_path': '/path'}].")
         return peft_config
 
     def _prepare_model(self, peft_config: IsaerftConfig, model: nn.Module) -> None:
         name, count = decoder_layers_name(model), len(decoder_layers(model))
         embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
         width = embeddings.weight.shape[-1]
-        for site in peft_config.sites:
-            sae = load_sae(site)
-            check_fits(sae, site, width, count)
-            site["fingerprint"] = sae.fingerprint
-        peft_config.target_modules = [f"{name}.{site['layer']}" for site in peft_config.sites]
-        if getattr(model, "_require_grads_hooks", None):  # somebody turned checkpointing on before
+        for hook_point in peft_config.sites:
+            sae = load_sae(hook_point)
+            check_fits(sae, hook_point, width, count)
+            hook_point["fingerprint"] = sae.fingerprint
+        peft_config.target_modules = [f"{name}.{hook_point['layer']}" for hook_point in peft_config.sites]
+        if getattr(model, "_require_grads_hooks", None):  # gradient checkpointing was enabled before
             model.disable_input_require_grads()  # type: ignore[operator]
         model.enable_input_require_grads = _do_nothing  # type: ignore[assignment]
 
@@ -53,16 +53,16 @@ class IsaerftModel(BaseTuner):
         parent: nn.Module,
         current_key: str,
     ) -> None:
-        site = peft_config.sites[(peft_config.target_modules or []).index(current_key)]
+        hook_point = peft_config.sites[(peft_config.target_modules or []).index(current_key)]
         if isinstance(target, IsaerftLayer):
-            target.update_layer(adapter_name, peft_config, load_sae(site))
+            target.update_layer(adapter_name, peft_config, load_sae(hook_point))
             return
-        layer = IsaerftLayer(target, adapter_name, peft_config, load_sae(site))
+        layer = IsaerftLayer(target, adapter_name, peft_config, load_sae(hook_point))
         layer.train(target.training)
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        setattr(parent, child_name, new_module)  # PEFT's own looks for a weight to copy; a decoder layer has none
+        setattr(parent, child_name, new_module)  # PEFT's version copies a weight; a decoder layer has none
 
     def _merging(self, names: list[str] | None) -> None:
         make_room(self.model, {self.peft_config[name].kind for name in names or self.active_adapters})
@@ -79,9 +79,9 @@ class IsaerftModel(BaseTuner):
 
 
 def _do_nothing() -> None:
-    """In place of a model's ``enable_input_require_grads``.
+    """Replaces a model's ``enable_input_require_grads``.
 
-    With gradient checkpointing on, transformers, PEFT and TRL call it to make the embeddings' output require a gradient,
-    which drags the backward pass through the whole frozen trunk. With non-reentrant checkpointing the block's own
-    parameters suffice, and gradients begin at the lowest site.
+    With gradient checkpointing, transformers, PEFT and TRL call it to make the embeddings' output require a gradient, so
+    the backward pass would run through all frozen layers. Non-reentrant checkpointing does not need that: gradients end
+    at the lowest hook point.
     """

@@ -1,4 +1,4 @@
-"""The one place that adds ISAERFT to PEFT's fixed list of methods.
+"""Adds ISAERFT to PEFT's fixed list of methods.
 
 ``peft.register_peft_method`` refuses every name that is not a member of the ``PeftType`` enum, and PEFT has no public
 way to add one (seen with peft 0.21.2). ``PeftType`` is a ``str`` enum, so a member is a string with a name.
@@ -25,7 +25,7 @@ def _add_member() -> None:
 
 
 def own_member() -> Any:
-    """The member; whoever unpickles it imports this module and with it the room, which adds it."""
+    """The member. Unpickling it imports this module's package, which adds the member first."""
     return PeftType[NAME]
 
 
@@ -34,7 +34,7 @@ def _reduced(member: Any) -> Any:
 
 
 def register(config_class: Any, model_class: Any) -> None:
-    """Make ``get_peft_model`` and ``PeftModel.from_pretrained`` know ISAERFT. Safe to call again."""
+    """Register ISAERFT with ``get_peft_model`` and ``PeftModel.from_pretrained``. Safe to call again."""
     if NAME not in PeftType.__members__:
         _add_member()
         register_peft_method(name=NAME.lower(), config_cls=config_class, model_cls=model_class)

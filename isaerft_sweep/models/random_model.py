@@ -1,4 +1,4 @@
-"""Tiny models with random weights, a tokenizer and SAEs made on the spot: the same code paths without a download."""
+"""Tiny models with random weights and a byte tokenizer, created locally: the same code paths without a download."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 
 def made_folder(spec: ModelSpec, cache: Path) -> Path:
-    """The folder with the tiny model of ``spec.architecture``; made at first use."""
+    """The folder with the tiny model of ``spec.architecture``; created at first use."""
     architecture = spec.architecture or "llama"
     if architecture not in ARCHITECTURES:
         raise ModelError(f"model.architecture is unknown: '{architecture}'." + suggest(architecture, ARCHITECTURES))
@@ -48,7 +48,7 @@ def made_folder(spec: ModelSpec, cache: Path) -> Path:
 
 
 def make(architecture: str, folder: Path, seed: int = 0) -> None:
-    """Write a random model of 4 layers, hidden size 64, and a byte-level tokenizer into ``folder``."""
+    """Write a random model with 4 layers and hidden size 64, and a byte-level tokenizer, into ``folder``."""
     tokenizer = byte_tokenizer()
     ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "vocab_size": len(tokenizer)}
     config = AutoConfig.for_model(architecture, **ARCHITECTURES[architecture], **ids)
@@ -60,7 +60,7 @@ def make(architecture: str, folder: Path, seed: int = 0) -> None:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer with one token per byte and a chat template: nothing to learn or download."""
+    """A tokenizer with one token per byte and a chat template."""
     vocabulary = {token: i for i, token in enumerate(SPECIAL)}
     for symbol in sorted(pre_tokenizers.ByteLevel.alphabet()):
         vocabulary[symbol] = len(vocabulary)

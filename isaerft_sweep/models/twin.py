@@ -1,4 +1,4 @@
-"""A model like another, only small and with random weights: whether a family can be trained is known without its weights."""
+"""A small random model of the same family as another: shows without that model's weights whether it can be trained."""
 
 from __future__ import annotations
 
@@ -31,46 +31,46 @@ SIZES: dict[str, int] = {
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 16),
     **{"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_n_groups": 1, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
 }
-"""What configs call their widths and counts, with small ones that go together; the layers stay as many as they are."""
+"""Names of widths and counts in model configs, with small values that fit together; the number of layers stays."""
 
 
 def small_twin(config: Any) -> PreTrainedModel | None:
-    """A small random model of ``config``'s family, with its layers, their kinds and its switches; None when it cannot be."""
+    """A small random model with the family, layers and other settings of ``config``; None when it cannot be built."""
     text = config.get_text_config()
-    given = text.to_dict()
+    settings = text.to_dict()
     accepted = _accepted(type(text))
     small = {
-        name: size for name, size in SIZES.items() if given.get(name) is not None and (name in accepted or not accepted)
+        name: size for name, size in SIZES.items() if settings.get(name) is not None and (name in accepted or not accepted)
     }
-    if "qk_rope_head_dim" in given:  # latent attention turns this part of a head alone, and calls it the head's size
+    if "qk_rope_head_dim" in settings:  # latent attention rotates only this part of a head and calls it head_dim
         small["head_dim"] = SIZES["qk_rope_head_dim"]
-    if {"expand", "num_heads", "head_dim"} <= small.keys() | given.keys():  # Mamba 2: its heads share the widened states
-        small["head_dim"] = HIDDEN * int(given["expand"]) // HEADS
+    if {"expand", "num_heads", "head_dim"} <= small.keys() | settings.keys():  # Mamba 2: its heads share the expanded states
+        small["head_dim"] = HIDDEN * int(settings["expand"]) // HEADS
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            kept = {name: value for name, value in given.items() if name not in ("architectures", "quantization_config")}
-            made: PreTrainedModel = AutoModelForCausalLM.from_config(type(text)(**{**kept, **small}))
+            rest = {name: value for name, value in settings.items() if name not in ("architectures", "quantization_config")}
+            twin: PreTrainedModel = AutoModelForCausalLM.from_config(type(text)(**{**rest, **small}))
             ids = torch.zeros(1, 2, dtype=torch.long)
             with torch.no_grad():
-                made.eval()(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-    except Exception:  # sizes that go together in most families do not in this one
+                twin.eval()(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    except Exception:  # these sizes fit together in most families but not in this one
         return None
-    made.requires_grad_(False)
-    return made
+    twin.requires_grad_(False)
+    return twin
 
 
 def _accepted(config_class: type) -> set[str]:
-    """The settings that a config takes by name."""
+    """The settings that a config class accepts by name."""
     if dataclasses.is_dataclass(config_class):
         return {field.name for field in dataclasses.fields(config_class)}
     return set(inspect.signature(config_class).parameters) - {"self", "kwargs"}
 
 
 def count_parameters(config: Any) -> float:
-    """Parameters of a model of ``config``, without its memory; infinite where that cannot be told."""
+    """Number of parameters of a model with ``config``, without allocating them; infinite if it cannot be determined."""
     try:
         with torch.device("meta"):
             return float(sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters()))
-    except Exception:  # a few families look at numbers while they are made
+    except Exception:  # a few families read values in their constructors
         return float("inf")

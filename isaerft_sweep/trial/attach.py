@@ -1,4 +1,4 @@
-"""Puts a fresh adapter on a model."""
+"""Puts a new adapter on a model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from isaerft_sweep.specs import AdapterSpec
 
 
 def attach_adapter(loaded: LoadedModel, spec: AdapterSpec, seed: int, revision: str | None = None) -> peft.PeftModel:
-    """The model with a fresh adapter on it; the same numbers for the same seed."""
+    """The model with a new adapter; equal seeds give equal initial weights."""
     set_seed(seed)
     config = adapter_config(spec)
     config.revision = revision
@@ -20,9 +20,9 @@ def attach_adapter(loaded: LoadedModel, spec: AdapterSpec, seed: int, revision: 
 
 
 def adapter_config(spec: AdapterSpec) -> IsaerftConfig:
-    """PEFT's config of an adapter. Raises ConfigError when its settings do not go together."""
+    """PEFT's config of an adapter. Raises ConfigError when its settings contradict each other."""
     return IsaerftConfig(
-        sites=[{k: v for k, v in to_dict(site).items() if v is not None} for site in spec.sites],
+        sites=[{k: v for k, v in to_dict(hook_point).items() if v is not None} for hook_point in spec.sites],
         kind=spec.kind,
         rank=spec.rank,
         hidden_size=spec.hidden_size,

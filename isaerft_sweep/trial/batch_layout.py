@@ -1,9 +1,7 @@
-"""How the sequences of a batch lie in the rows that the decoder runs: one to a row, or a pair's two answers behind the
-prompt that they share.
+"""Layout of a batch in the decoder's rows: one sequence per row, or both answers of a pair after their shared prompt.
 
-Both answers of a pair follow the same prompt, and a token's state depends only on what is before it. So the prompt's states
-are the same for both, and need to be computed once, if the rejected answer looks past the chosen one: it gets the positions
-that it would have alone, and a mask that hides the chosen answer from it.
+A token's state depends only on earlier tokens, so the prompt's states are the same for both answers of a pair and are
+computed once. The rejected answer gets the position ids that it would have alone, and a mask that hides the chosen answer.
 """
 
 from __future__ import annotations
@@ -17,26 +15,26 @@ import torch
 @dataclass(frozen=True)
 class Batch:
     """Token sequences, padded at the end: ``ids`` and ``mask`` [sequence, position]; ``read`` [sequence, position − 1] is
-    true where the loss reads the log-probability of the next token; ``pairs``: the chosen and the rejected one of each."""
+    true where the loss reads the log-probability of the next token; ``pairs``: indices of (chosen, rejected) sequences."""
 
     ids: torch.Tensor
     mask: torch.Tensor
     read: torch.Tensor
     pairs: tuple[tuple[int, int], ...]
     trials: tuple[int, ...] = (0,)
-    """The first sequence of each trial, in order: with another adapter the same tokens have other states."""
+    """Index of each trial's first sequence, ascending: states depend on the trial's adapter."""
 
 
 class TokenLogps(NamedTuple):
-    """Of each token that a batch reads, in float32: log-probability [n] and mean of its logits [n]; of a model whose router
-    has a loss, that loss (scalar)."""
+    """For each token that a batch reads, float32: log-probability [n] and mean of its logits [n]; the router's loss (scalar)
+    if the model has one."""
 
     logps: torch.Tensor
     mean_logits: torch.Tensor
     router_loss: torch.Tensor | None = None
 
     def detached(self, trains: bool) -> TokenLogps:
-        """The same numbers as leaves, which the trial's loss leaves its gradient in when it ``trains``."""
+        """The same values as leaf tensors, which receive the loss's gradient when the trial ``trains``."""
         router = None if self.router_loss is None else self.router_loss.detach().requires_grad_(trains)
         return TokenLogps(self.logps.detach().requires_grad_(trains), self.mean_logits.detach(), router)
 
@@ -46,7 +44,7 @@ class TokenLogps(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """Rows for the decoder. ``row`` and ``column`` [sequence, position] say where a batch's token lies, ``shared`` whether
+    """Rows for the decoder. ``row`` and ``column`` [sequence, position] locate each token of the batch; ``shared``: whether
     rows hold pairs. ``branch`` [row, column]: 0 for the prompt, 1 and 2 for the answers, −1 for padding."""
 
     ids: torch.Tensor
@@ -67,18 +65,21 @@ class Layout:
         if not self.shared:
             return {"input_ids": ids, "attention_mask": (branch >= 0).long()}
         positions = self.positions[rows, :width]
-        back = positions[:, :, None] - positions[:, None, :]
-        there, here = branch[:, None, :], branch[:, :, None]
-        seen = (there >= 0) & (back >= 0) & ((there == 0) | (there == here))
-        seen |= torch.eye(width, dtype=torch.bool, device=ids.device)  # padding sees itself: no row of a softmax is empty
-        mask: Any = _additive(seen, dtype)
+        distance = positions[:, :, None] - positions[:, None, :]
+        key_branch, query_branch = branch[:, None, :], branch[:, :, None]
+        visible = (key_branch >= 0) & (distance >= 0) & ((key_branch == 0) | (key_branch == query_branch))
+        visible |= torch.eye(width, dtype=torch.bool, device=ids.device)  # padding sees itself: a softmax needs one entry
+        mask: Any = _additive_mask(visible, dtype)
         if getattr(config, "layer_types", None):
             window = getattr(config, "sliding_window", None)
-            mask = {"full_attention": mask, "sliding_attention": _additive(seen & (back < (window or width)), dtype)}
+            mask = {
+                "full_attention": mask,
+                "sliding_attention": _additive_mask(visible & (distance < (window or width)), dtype),
+            }
         return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
 
     def arranged(self, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Values [sequence, position, hidden] of the batch's tokens, as they lie in the rows."""
+        """Values [sequence, position, hidden] of the batch's tokens, rearranged to [row, column, hidden]."""
         out = values.new_zeros(*self.ids.shape, values.shape[-1])
         kept = mask.bool()
         out[self.row[kept], self.column[kept]] = values[kept]
@@ -86,7 +87,7 @@ class Layout:
 
 
 def one_row_per_sequence(batch: Batch) -> Layout:
-    """Every sequence has a row of its own."""
+    """One row per sequence."""
     count, width = batch.ids.shape
     device = batch.ids.device
     row = torch.arange(count, device=device)[:, None].expand(count, width)
@@ -95,47 +96,49 @@ def one_row_per_sequence(batch: Batch) -> Layout:
 
 
 def shared_prefix_rows(batch: Batch) -> Layout:
-    """Every pair has a row: what both begin with, the rest of the chosen one, the rest of the rejected one."""
+    """One row per pair: the common prefix, the rest of the chosen sequence, the rest of the rejected one."""
     width, device = batch.ids.shape[1], batch.ids.device
     chosen, rejected = (torch.tensor(side, device=device) for side in zip(*batch.pairs, strict=True))
     mask = batch.mask.bool()
     same = (batch.ids[chosen] == batch.ids[rejected]) & mask[chosen] & mask[rejected]
     prefix = same.long().cumprod(1).sum(1)[:, None]
-    at = torch.arange(width, device=device).expand(len(chosen), width)
+    position = torch.arange(width, device=device).expand(len(chosen), width)
     row, column = torch.empty_like(batch.ids), torch.empty_like(batch.ids)
     row[chosen] = row[rejected] = torch.arange(len(chosen), device=device)[:, None].expand(-1, width)
-    column[chosen] = at
-    column[rejected] = torch.where(at < prefix, at, mask[chosen].sum(1)[:, None] + at - prefix)
+    column[chosen] = position
+    column[rejected] = torch.where(position < prefix, position, mask[chosen].sum(1)[:, None] + position - prefix)
     longest = int(column[mask].max()) + 1
     ids, positions = (batch.ids.new_zeros(len(chosen), longest) for _ in range(2))
     branch = torch.full_like(ids, -1)
     for side, number in ((rejected, 2), (chosen, 1)):
         kept = mask[side]
         place = row[side][kept], column[side][kept]
-        ids[place], positions[place] = batch.ids[side][kept], at[kept]
-        branch[place] = torch.where(at < prefix, 0, number)[kept]
+        ids[place], positions[place] = batch.ids[side][kept], position[kept]
+        branch[place] = torch.where(position < prefix, 0, number)[kept]
     return Layout(ids, positions, branch, row, column, shared=True)
 
 
 def unique_read_positions(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which of the read tokens [n] to look at, so that none is looked at twice, and for every read token its place in that.
+    """Indices [m] of the distinct read tokens, and for every read token [n] its index among those.
 
-    Chat templates let all sequences begin alike. What a sequence has in common with the first one of its trial, next token
-    included, has the same log-probabilities there.
+    With a chat template all sequences share a beginning. Where a sequence equals the first one of its trial, next token
+    included, its log-probabilities are the same and are computed once.
     """
     count, device = len(batch.ids), batch.ids.device
     starts = torch.tensor(batch.trials, device=device)
     first = starts[torch.searchsorted(starts, torch.arange(count, device=device), right=True) - 1]
     mask = batch.mask.bool()
-    alike = ((batch.ids == batch.ids[first]) & mask & mask[first]).long().cumprod(1).bool()[:, 1:]
-    known = alike & batch.read & batch.read[first]
-    known[starts] = False
-    number = torch.full(batch.read.shape, -1, device=device)
-    number[batch.read & ~known] = torch.arange(int((batch.read & ~known).sum()), device=device)
-    number = torch.where(known, number[first], number)
-    return (~known)[batch.read].nonzero()[:, 0], number[batch.read]
+    common = ((batch.ids == batch.ids[first]) & mask & mask[first]).long().cumprod(1).bool()[:, 1:]
+    duplicate = common & batch.read & batch.read[first]
+    duplicate[starts] = False
+    index = torch.full(batch.read.shape, -1, device=device)
+    index[batch.read & ~duplicate] = torch.arange(int((batch.read & ~duplicate).sum()), device=device)
+    index = torch.where(duplicate, index[first], index)
+    return (~duplicate)[batch.read].nonzero()[:, 0], index[batch.read]
 
 
-def _additive(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _additive_mask(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A mask [row, 1, query, key] to add to attention scores."""
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, torch.finfo(dtype).min)[
+        :, None
+    ]

@@ -1,6 +1,6 @@
-"""Checkpoints of a trial: adapter, optimiser, schedule and random numbers, whole or not at all.
+"""Checkpoints of a trial: adapter, optimiser, schedule and random state; incomplete ones are ignored.
 
-The files' names and contents are those of transformers' Trainer, so checkpoints of earlier versions resume too.
+File names and contents are those of transformers' Trainer, so checkpoints of earlier versions resume too.
 """
 
 from __future__ import annotations
@@ -14,28 +14,36 @@ import torch
 from safetensors.torch import load_file
 
 COMPLETE = ".complete"
-"""Written into a checkpoint last: one without it was cut short by a crash and is ignored."""
+"""Written into a checkpoint last: a checkpoint without it was interrupted by a crash."""
 KEPT = 2
 RANDOM = "random.pt"
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints in ``folder``, oldest first."""
-    whole = [mark.parent for mark in folder.glob(f"checkpoint-*/{COMPLETE}")]
-    return sorted(whole, key=step_of)
+    """The complete checkpoints in ``folder``, oldest first."""
+    complete = [mark.parent for mark in folder.glob(f"checkpoint-*/{COMPLETE}")]
+    return sorted(complete, key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step that a checkpoint was written after."""
+    """The step after which a checkpoint was written."""
     return int(checkpoint.name.split("-")[1])
 
 
 def save_checkpoint(folder: Path, step: int, model: peft.PeftModel, optimizer: torch.optim.Optimizer, schedule: Any) -> None:
-    """Write ``checkpoint-STEP`` into ``folder``; only the latest ones are kept."""
+    """Write ``checkpoint-STEP`` into ``folder`` and delete all but the latest ``KEPT`` checkpoints.
+
+    Args:
+        folder: of the trial's checkpoints.
+        step: the last finished step.
+        model: with the trained adapter.
+        optimizer: of the adapter's parameters.
+        schedule: of the learning rate.
+    """
     path = folder / f"checkpoint-{step}"
-    shutil.rmtree(path, ignore_errors=True)  # one that a crash cut short
+    shutil.rmtree(path, ignore_errors=True)  # left by a crash
     path.mkdir(parents=True)
-    # the embeddings are frozen; asked to look, PEFT would search the Hub for the base model's vocabulary
+    # the embeddings are frozen; with the default, PEFT would look up the base model's vocabulary on the Hub
     model.save_pretrained(path, save_embedding_layers=False)
     torch.save(optimizer.state_dict(), path / "optimizer.pt")
     torch.save(schedule.state_dict(), path / "scheduler.pt")
@@ -46,12 +54,12 @@ def save_checkpoint(folder: Path, step: int, model: peft.PeftModel, optimizer: t
 
 
 def load_checkpoint(path: Path, model: peft.PeftModel, optimizer: torch.optim.Optimizer, schedule: Any) -> int:
-    """Put back what ``save_checkpoint`` wrote; the step that it was written after."""
+    """Restore what ``save_checkpoint`` wrote and return its step."""
     device = next(model.parameters()).device
     peft.set_peft_model_state_dict(model, load_file(path / "adapter_model.safetensors"))
     optimizer.load_state_dict(torch.load(path / "optimizer.pt", map_location=device, weights_only=True))
     schedule.load_state_dict(torch.load(path / "scheduler.pt", weights_only=True))
-    if (path / RANDOM).is_file():  # an earlier version's has them in another form; only few models draw any
+    if (path / RANDOM).is_file():  # earlier versions have another format; few models draw random numbers
         state = torch.load(path / RANDOM, weights_only=True)
         torch.set_rng_state(state["cpu"])
         if state["cuda"]:

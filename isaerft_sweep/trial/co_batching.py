@@ -1,8 +1,8 @@
-"""Runs trials pass by pass: one by itself, or the passes of several trials at once.
+"""Runs trials pass by pass: one trial alone, or co-batched trials whose passes run together.
 
-Each trial is a generator that runs until it needs a pass (``passes.py``). When every trial needs one, their forward passes
-run as one, and their backward passes as one. Trials join and leave between passes. The loss of a trial writes its gradient
-into detached log-probabilities, so a backward pass starts from there and never enters another trial's loss.
+Each trial is a generator that runs until it needs a pass (``passes.py``). When every trial waits for one, one forward pass
+runs for all that need it, and one backward pass likewise. Trials join and leave between passes. Each trial's loss writes its
+gradient into the detached log-probs; the backward pass starts there and never enters another trial's loss.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ProcessState:
-    """What a process has once although each of its trials needs its own: output streams and torch's random numbers."""
+    """Process-wide state that each trial needs separately: output streams and torch's random state."""
 
     streams: tuple[TextIO, TextIO]
     random: torch.Tensor
@@ -31,8 +31,8 @@ class ProcessState:
 
     @classmethod
     def now(cls) -> ProcessState:
-        """The present state, copied."""
-        # only where CUDA is in use already: asking would start it
+        """A copy of the current state."""
+        # only if CUDA is initialised: reading the state would initialise it
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         return cls((sys.stdout, sys.stderr), torch.get_rng_state(), cuda)
 
@@ -45,22 +45,22 @@ class ProcessState:
 
 
 class RunningTrial(Generic[T]):
-    """A trial that has begun, with the pass that it waits for. ``advance`` starts it."""
+    """A trial and the pass that it waits for. The first ``advance`` starts it."""
 
     def __init__(self, steps: Steps[T]) -> None:
         self._steps = steps
         self._state = ProcessState.now()
         self._answer: TokenLogps | Exception | None = None
         self.forward: ForwardPass | None = None
-        """The last forward pass that it asked for."""
+        """The last forward pass that the trial requested."""
         self.wants_forward = False
-        """Whether it waits for that, or for its backward pass."""
+        """True while the trial waits for a forward pass, False for a backward pass."""
         self.result: T | None = None
         self.ended = False
         self._graph: TokenLogps | None = None
-        """The numbers of the last forward pass, with the graph that leads to the trial's parameters."""
+        """Outputs of the last forward pass, with the autograd graph to the trial's parameters."""
         self._detached: TokenLogps | None = None
-        """The same numbers as the trial got them; its loss leaves its gradient there."""
+        """The same values, detached, as the trial received them; its loss writes its gradient here."""
 
     @property
     def joinable(self) -> bool:
@@ -72,7 +72,7 @@ class RunningTrial(Generic[T]):
         return self.forward is not None and self.forward.trains
 
     def advance(self) -> None:
-        """Run the trial until it needs a pass, or to its end."""
+        """Run the trial until it needs a pass or ends."""
         outer = ProcessState.now()
         self._state.restore()
         answer, self._answer = self._answer, None
@@ -88,22 +88,22 @@ class RunningTrial(Generic[T]):
         if isinstance(request, ForwardPass):
             self.forward = request
 
-    def answer(self, numbers: TokenLogps) -> None:
-        """Hand the trial its numbers, cut off from the graph."""
-        self._graph = numbers if self.trains else None
-        self._answer = self._detached = numbers.detached(self.trains)
+    def answer(self, outputs: TokenLogps) -> None:
+        """Give the trial the outputs of its forward pass, detached."""
+        self._graph = outputs if self.trains else None
+        self._answer = self._detached = outputs.detached(self.trains)
 
     def fail(self, error: Exception) -> None:
-        """Let the pass fail where the trial asked for it."""
-        # the traceback would keep the failed pass in memory
+        """Raise the error of a failed pass inside the trial."""
+        # the traceback would keep the tensors of the failed pass in memory
         self._answer = error.with_traceback(None)
 
-    def recomputed(self, numbers: TokenLogps) -> None:
-        """The last forward pass once more: a failed backward pass has used up its graph."""
-        self._graph = numbers
+    def recomputed(self, outputs: TokenLogps) -> None:
+        """Replace the graph after a failed backward pass, which has freed the old one."""
+        self._graph = outputs
 
     def outputs_and_gradients(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Where the backward pass starts: the forward pass's outputs, and the gradients that the trial's loss left."""
+        """Where the backward pass starts: the forward pass's outputs, and the gradients of the trial's loss for them."""
         assert self._graph is not None and self._detached is not None
         leaves = zip(self._graph.differentiable(), self._detached.differentiable(), strict=True)
         pairs = [(output, leaf.grad) for output, leaf in leaves if leaf.grad is not None]
@@ -124,64 +124,64 @@ def run_alone(steps: Steps[T]) -> T:
 
 
 def run_passes(joint: MultiTrialModel | None, trials: Sequence[RunningTrial[Any]]) -> None:
-    """Give every trial the pass that it waits for. ``joint``: for passes of several trials; None: each runs by itself."""
+    """Run the pass that each trial waits for. ``joint``: the model for co-batched trials; None: each trial runs alone."""
     groups = [[trial for trial in trials if trial.joinable], *([trial] for trial in trials if not trial.joinable)]
     for group in groups:
-        together = joint if len(group) > 1 else None
-        _backward(together, [trial for trial in group if not trial.wants_forward])
+        model = joint if len(group) > 1 else None
+        _backward(model, [trial for trial in group if not trial.wants_forward])
         for trains in (True, False):
             with torch.set_grad_enabled(trains):
-                _forward(together, [trial for trial in group if trial.wants_forward and trial.trains == trains])
+                _forward(model, [trial for trial in group if trial.wants_forward and trial.trains == trains])
 
 
 def _forward(joint: MultiTrialModel | None, trials: Sequence[RunningTrial[Any]]) -> None:
-    """One pass for all; in halves where it does not fit into the device's memory. The error of a single trial goes to it."""
+    """One pass for all trials. If it fails, each half runs separately; a single trial receives its own error."""
     if not trials:
         return
-    numbers = None
+    outputs = None
     try:
-        numbers = _run(joint, trials)
+        outputs = _run(joint, trials)
     except Exception as error:
         if len(trials) == 1:
             trials[0].fail(error)
             return
-        _say_why(error, len(trials))
-    if numbers is None:  # out here the error is gone, and with it all that the failed pass held
+        _log_failure(error, len(trials))
+    if outputs is None:  # outside the except block, where the error no longer holds the failed pass's tensors
         torch.cuda.empty_cache()
         _forward(joint, trials[: len(trials) // 2])
         _forward(joint, trials[len(trials) // 2 :])
         return
-    for trial, its in zip(trials, numbers, strict=True):
-        trial.answer(its)
+    for trial, trial_outputs in zip(trials, outputs, strict=True):
+        trial.answer(trial_outputs)
 
 
 def _run(joint: MultiTrialModel | None, trials: Sequence[RunningTrial[Any]]) -> list[TokenLogps]:
-    """The last forward pass of each."""
+    """The last requested forward pass of each trial."""
     passes = [trial.forward for trial in trials if trial.forward is not None]
-    return joint.forward(passes) if joint is not None else [one.run() for one in passes]
+    return joint.forward(passes) if joint is not None else [forward.run() for forward in passes]
 
 
 def _backward(joint: MultiTrialModel | None, trials: Sequence[RunningTrial[Any]], again: bool = False) -> None:
-    """One backward pass for all, or in halves as above: ``again``, since a failed pass has used up the forward one."""
+    """One backward pass for all, or in halves as above. ``again``: repeat the forward pass first, as its graph is freed."""
     if not trials:
         return
     models = [trial.forward.model for trial in trials if trial.forward is not None] if len(trials) > 1 else []
-    before = [pair for model in models for pair in set_gradients_aside(model)]
-    done = _went_back(joint, trials, again)
-    for parameter, gradient in before:
-        _put_back(parameter, gradient, keep=done)
-    if not done and len(trials) > 1:
+    earlier = [pair for model in models for pair in set_gradients_aside(model)]
+    succeeded = _try_backward(joint, trials, again)
+    for parameter, gradient in earlier:
+        _restore_gradient(parameter, gradient, keep_new=succeeded)
+    if not succeeded and len(trials) > 1:
         torch.cuda.empty_cache()
         _backward(joint, trials[: len(trials) // 2], again=True)
         _backward(joint, trials[len(trials) // 2 :], again=True)
 
 
-def _went_back(joint: MultiTrialModel | None, trials: Sequence[RunningTrial[Any]], again: bool) -> bool:
-    """Whether the pass succeeded; nothing holds what is left of it afterwards. The error of a single trial goes to it."""
+def _try_backward(joint: MultiTrialModel | None, trials: Sequence[RunningTrial[Any]], again: bool) -> bool:
+    """Whether the pass succeeded; its graphs are freed either way. A single trial receives its own error."""
     try:
         if again:
-            for trial, numbers in zip(trials, _run(joint, trials), strict=True):
-                trial.recomputed(numbers)
+            for trial, trial_outputs in zip(trials, _run(joint, trials), strict=True):
+                trial.recomputed(trial_outputs)
         starts = [trial.outputs_and_gradients() for trial in trials]
         torch.autograd.backward([t for outputs, _ in starts for t in outputs], [g for _, grads in starts for g in grads])
         return True
@@ -189,30 +189,30 @@ def _went_back(joint: MultiTrialModel | None, trials: Sequence[RunningTrial[Any]
         if len(trials) == 1:
             trials[0].fail(error)
         else:
-            _say_why(error, len(trials))
+            _log_failure(error, len(trials))
         return False
     finally:
         for trial in trials:
             trial.free_graph()
 
 
-def _put_back(parameter: torch.nn.Parameter, before: torch.Tensor | None, keep: bool) -> None:
-    """Give a parameter its earlier gradient back, with the new one added to it if that is to ``keep``."""
-    new = parameter.grad if keep else None
-    if before is not None and new is not None:
-        new = before.add_(new)  # as autograd does
-    parameter.grad = before if new is None else new
+def _restore_gradient(parameter: torch.nn.Parameter, earlier: torch.Tensor | None, keep_new: bool) -> None:
+    """Give a parameter its earlier gradient back, plus the new one if ``keep_new``."""
+    new = parameter.grad if keep_new else None
+    if earlier is not None and new is not None:
+        new = earlier.add_(new)  # in place, as autograd accumulates
+    parameter.grad = earlier if new is None else new
 
 
-def _say_why(error: Exception, trials: int) -> None:
+def _log_failure(error: Exception, trials: int) -> None:
     if not isinstance(error, torch.cuda.OutOfMemoryError):
-        print(f"a pass of {trials} trials failed ({error}); run in halves", flush=True)
+        print(f"a pass of {trials} co-batched trials failed ({error}); running it in halves", flush=True)
 
 
 def best_trials_per_pass(joint: MultiTrialModel, forward: ForwardPass) -> int:
-    """How many trials pay on this device, measured with one trial's batch."""
+    """The fastest number of trials per pass on this device, measured with one trial's batch."""
     best, seconds, failed = measure_trials_per_pass(joint, forward)
-    times = ", ".join(f"{number}: {each:.3f}" for number, each in seconds.items())
+    times = ", ".join(f"{trials}: {trial_s:.3f}" for trials, trial_s in seconds.items())
     more = f"; a pass of {failed[0]} failed: {failed[1]}" if failed else ""
-    print(f"{best} trials at a time pay here (seconds per trial and step by number of trials: {times}{more})", flush=True)
+    print(f"trials per pass: {best} (measured seconds per trial and step, by trials per pass: {times}{more})", flush=True)
     return best

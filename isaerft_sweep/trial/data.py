@@ -1,5 +1,4 @@
-"""Preference pairs for a trial: read, split by prompt, tokenised, and rid of those that cannot be trained on, which are
-counted."""
+"""Preference pairs for a trial: read, split by prompt, tokenised, and filtered; unusable pairs are counted by reason."""
 
 from __future__ import annotations
 
@@ -38,28 +37,28 @@ FEATURES = Features(
     | {f"{name}_ids": List(Value("int32")) for name in ANSWERS}
     | {f"{name}_prompt_length": Value("int32") for name in ANSWERS}
 )
-"""A tokenised pair: its texts, and for each answer the ids of prompt and answer and how many of them are the prompt's."""
+"""A tokenised pair: its texts, and for each answer the token ids of prompt + answer and the number of prompt tokens."""
 SPLITS = ("train", "evaluation")
 FORMAT = 2
-"""Of what is kept; another one when pairs are tokenised in another way."""
-MANY = 2000
-"""Pairs that are worth keeping: tokenising them takes seconds."""
+"""Version of the token cache; raise it when the tokenisation changes."""
+MIN_CACHED_PAIRS = 2000
+"""From this many pairs on, tokenising takes seconds and the tokens are cached."""
 CHUNK = 512
-"""Pairs that are tokenised in one call."""
-SAY_S = 10.0
-"""Between two lines about how far it is."""
+"""Pairs per call of the tokenizer."""
+LOG_INTERVAL_S = 10.0
+"""Seconds between two lines of progress."""
 
-Tell = Callable[[int, int], None]
-"""Hears how many of all pairs are tokenised."""
+Report = Callable[[int, int], None]
+"""Called with the numbers of tokenised pairs and of all pairs."""
 
 disable_progress_bars()
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Tokenised pairs for training and evaluation; how many were left out by reason; how many are cut at ``max_length``.
+    """Tokenised pairs for training and evaluation; numbers of pairs left out, by reason, and of pairs cut at ``max_length``.
 
-    ``notes``: what else people should know of them, with how many it concerns.
+    ``notes``: other remarks for the user, with the number of pairs that each concerns.
     """
 
     train: Dataset
@@ -75,17 +74,17 @@ class Pairs:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """For the trial's status and its card."""
+        """Counts for the trial's status and its card."""
         counts = {"trained": len(self.train), "held_out": len(self.evaluation), "cut": self.truncated}
         return {**counts, "left_out": self.left_out, "notes": self.notes}
 
     @property
     def summary(self) -> str:
-        words = [f"{len(self.train)} pairs to train on", f"{len(self.evaluation)} held out"]
-        words += [f"{count} left out ({reason})" for reason, count in self.left_out.items() if count]
-        words += [f"{self.truncated} cut at max_length"] if self.truncated else []
-        words += [f"{count} {note}" for note, count in self.notes.items() if count]
-        return ", ".join(words)
+        phrases = [f"{len(self.train)} pairs to train on", f"{len(self.evaluation)} held out"]
+        phrases += [f"{count} left out ({reason})" for reason, count in self.left_out.items() if count]
+        phrases += [f"{self.truncated} cut at max_length"] if self.truncated else []
+        phrases += [f"{count} {note}" for note, count in self.notes.items() if count]
+        return ", ".join(phrases)
 
 
 def largest_token(pairs: Pairs) -> int:
@@ -94,12 +93,12 @@ def largest_token(pairs: Pairs) -> int:
 
 
 def longest_sequence(pairs: Pairs) -> int:
-    """Tokens of the longest prompt with its answer."""
+    """Tokens of the longest prompt + answer."""
     return max(int(pc.max(pc.list_value_length(column)).as_py()) for column in _sequences(pairs))
 
 
 def _sequences(pairs: Pairs) -> list[Any]:
-    """Columns of token sequences, as Arrow keeps them."""
+    """Arrow columns of token ids."""
     return [data.data.column(f"{side}_ids") for data in (pairs.train, pairs.evaluation) for side in ANSWERS]
 
 
@@ -107,60 +106,62 @@ def load_pairs(
     spec: DataSpec,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
-    tell: Tell | None = None,
-    kept: Path | None = None,
+    report: Report | None = None,
+    token_cache: Path | None = None,
 ) -> Pairs:
-    """Read, check, split, filter and tokenise. Raises DataError when nothing usable is there.
+    """Read, check, split, filter and tokenise. Raises DataError when no usable pair is left.
 
     Args:
         spec: where the pairs are.
-        tokenizer: of the model.
-        max_length: tokens of a prompt with its answer, at most.
-        tell: hears how far it is; None: a line is printed from time to time.
-        kept: a folder where many tokens are kept, for the next process that wants the same; None: nowhere.
+        tokenizer: the model's tokenizer.
+        max_length: maximum tokens of a prompt + answer.
+        report: called with the progress; None: print a line every ``LOG_INTERVAL_S``.
+        token_cache: folder that caches the tokens of large data sets for other processes; None: no cache.
     """
     left_out, notes = Counter[str](), Counter[str]()
     splits = dict(zip(SPLITS, _read(spec, left_out, notes), strict=True))
 
     def make() -> Tokenised:
-        return _tokenised(splits, PairTokenizer(tokenizer, max_length), spec, tell or Progress())
+        return _tokenised(splits, PairTokenizer(tokenizer, max_length), spec, report or Progress())
 
-    many = kept is not None and sum(map(len, splits.values())) >= MANY
-    found = kept_tokens(kept, _key(splits, tokenizer, max_length), make) if kept and many else make()
-    counts = dict(left_out + Counter(found.left_out))
-    return Pairs(found.sets["train"], found.sets["evaluation"], counts, found.truncated, dict(notes))
+    if token_cache is not None and sum(map(len, splits.values())) >= MIN_CACHED_PAIRS:
+        tokenised = kept_tokens(token_cache, _key(splits, tokenizer, max_length), make)
+    else:
+        tokenised = make()
+    counts = dict(left_out + Counter(tokenised.left_out))
+    return Pairs(tokenised.sets["train"], tokenised.sets["evaluation"], counts, tokenised.truncated, dict(notes))
 
 
-def _tokenised(splits: dict[str, list[Written]], tokenize: PairTokenizer, spec: DataSpec, tell: Tell) -> Tokenised:
+def _tokenised(splits: dict[str, list[Written]], tokenize: PairTokenizer, spec: DataSpec, report: Report) -> Tokenised:
     left_out: Counter[str] = Counter()
     total, done, sets, truncated = sum(map(len, splits.values())), 0, {}, 0
     for name, rows in splits.items():
-        of_split: Counter[str] = Counter()
+        left_out_here: Counter[str] = Counter()
         chunks = []
         for start in range(0, len(rows), CHUNK):
-            usable = list(_usable(tokenize, rows[start : start + CHUNK], of_split))
+            usable = list(_usable(tokenize, rows[start : start + CHUNK], left_out_here))
             truncated += sum(any(len(row[f"{side}_ids"]) >= tokenize.max_length for side in ANSWERS) for row in usable)
             columns = {column: [row[column] for row in usable] for column in FEATURES}
             chunks.append(Dataset.from_dict(columns, features=FEATURES))
             done += len(rows[start : start + CHUNK])
-            tell(done, total)
+            report(done, total)
         sets[name] = concatenate_datasets(chunks)
         if not len(sets[name]):
             where = f"the {name} split of {spec.name}"
-            raise DataError(_nothing_left(where, of_split, len(rows), tokenize.max_length))
-        left_out += of_split
+            raise DataError(_nothing_left(where, left_out_here, len(rows), tokenize.max_length))
+        left_out += left_out_here
     return Tokenised(sets, dict(left_out), truncated)
 
 
 def _key(splits: dict[str, list[Written]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> str | None:
-    """A hash of all that decides the tokens; None where a tokenizer cannot be told from another."""
+    """A hash of everything that determines the tokens; None if the tokenizer cannot be serialised."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None
     digest = hashlib.sha256(backend.to_str().encode())
-    own = [type(tokenizer).__name__, tokenizer.chat_template, tokenizer.bos_token_id, tokenizer.eos_token_id]
+    settings = [type(tokenizer).__name__, tokenizer.chat_template, tokenizer.bos_token_id, tokenizer.eos_token_id]
     versions = [importlib.metadata.version(name) for name in ("transformers", "tokenizers", "isaerft-sweep")]
-    digest.update(canonical_json([own, versions, max_length, FORMAT]).encode())
+    digest.update(canonical_json([settings, versions, max_length, FORMAT]).encode())
     for name, rows in splits.items():
         digest.update(name.encode())
         for row in rows:
@@ -169,19 +170,19 @@ def _key(splits: dict[str, list[Written]], tokenizer: PreTrainedTokenizerBase, m
 
 
 class Progress:
-    """Says from time to time how many pairs are tokenised. ``before``: what each line begins with."""
+    """Prints how many pairs are tokenised, at most every ``LOG_INTERVAL_S``. ``prefix``: start of each line."""
 
-    def __init__(self, stream: TextIO | None = None, before: str = "") -> None:
-        self._stream, self._before, self._said_s = stream, before, time.monotonic()
+    def __init__(self, stream: TextIO | None = None, prefix: str = "") -> None:
+        self._stream, self._prefix, self._logged_s = stream, prefix, time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
-        if time.monotonic() - self._said_s > SAY_S:
-            self._said_s = time.monotonic()
-            print(f"{self._before}tokenised {done} of {total} pairs", file=self._stream, flush=True)
+        if time.monotonic() - self._logged_s > LOG_INTERVAL_S:
+            self._logged_s = time.monotonic()
+            print(f"{self._prefix}tokenised {done} of {total} pairs", file=self._stream, flush=True)
 
 
 def _usable(tokenize: PairTokenizer, rows: Sequence[Written], left_out: Counter[str]) -> Iterator[Row]:
-    """Tokenised rows, without those that cannot teach a preference."""
+    """Tokenised rows, without those that carry no preference."""
     texts = [_tried(row, tokenize.texts) for row in rows]
     tokenize.prepare(texts)
     for row, text in zip(rows, texts, strict=True):
@@ -196,14 +197,15 @@ def _usable(tokenize: PairTokenizer, rows: Sequence[Written], left_out: Counter[
         yield tokens
 
 
-def _tried(row: Written, what: Callable[[Row], Row]) -> Row:
+def _tried(row: Written, convert: Callable[[Row], Row]) -> Row:
+    """``convert`` applied to the row. Raises DataError, with the row's place, when it fails."""
     try:
-        return what(row.row)
-    except Exception as error:  # a chat template raises whatever it wants
+        return convert(row.row)
+    except Exception as error:  # a chat template can raise anything
         reason = (str(error) or repr(error)).splitlines()[0]
         raise DataError(
-            f"{row.where}: the row cannot be tokenised ({reason}). Mend or remove it, or choose a tokenizer whose chat "
-            f"template takes it: model.tokenizer=NAME. It is {json.dumps(row.row)[:300]}"
+            f"{row.where}: the row cannot be tokenised ({reason}). Fix or remove it, or choose a tokenizer whose chat "
+            f"template accepts it: model.tokenizer=NAME. The row: {json.dumps(row.row)[:300]}"
         ) from error
 
 
@@ -240,60 +242,60 @@ def _read(spec: DataSpec, left_out: Counter[str], notes: Counter[str]) -> tuple[
 
 
 def _with_prompts(rows: Iterable[Written], left_out: Counter[str], notes: Counter[str]) -> Iterator[Written]:
-    """The rows, each with a prompt of its own, where there is one."""
+    """The rows, each with an explicit prompt where it has one."""
     for row in rows:
         chosen, rejected = (row.row[name] for name in ANSWERS)
-        given = row.row.get("prompt")
-        if (given is None or row.is_chat != isinstance(given, list)) and chosen[0] != rejected[0]:
+        prompt = row.row.get("prompt")
+        if (prompt is None or row.is_chat != isinstance(prompt, list)) and chosen[0] != rejected[0]:
             if row.is_chat:
                 raise DataError(
                     f"{row.where}: a row of messages must have a prompt of messages, or answers that begin with the same "
                     f"ones, but chosen begins with {str(chosen[0])[:80]!r} and rejected with {str(rejected[0])[:80]!r}."
                 )
-            if chosen.endswith(" "):  # TRL would take chosen for the prompt of both
+            if chosen.endswith(" "):  # TRL would use chosen as the prompt of both
                 left_out[NO_PROMPT] += 1
                 continue
-        found = with_prompt(row.row)
-        if row.is_chat and isinstance(given, str):
-            texts = [str(joined(message)["content"]).strip() for message in found["prompt"]]
-            notes[OTHER_PROMPT] += given.strip() not in texts
-        yield replace(row, row=found)
+        prompted = with_prompt(row.row)
+        if row.is_chat and isinstance(prompt, str):
+            texts = [str(joined(message)["content"]).strip() for message in prompted["prompt"]]
+            notes[OTHER_PROMPT] += prompt.strip() not in texts
+        yield replace(row, row=prompted)
 
 
 def _apart(
     spec: DataSpec, train: list[Written], evaluation: list[Written], notes: Counter[str]
 ) -> tuple[list[Written], list[Written]]:
-    """Training and held-out rows that come from different places. Raises DataError when they are the same pairs."""
+    """Training and held-out rows from different sources. Raises DataError when both hold the same pairs."""
     for name, rows in (("train", train), ("evaluation", evaluation)):
         if not rows:
             raise DataError(_empty(spec, name, rows, Counter()))
     trained, held_out = ([json.dumps(row.row, sort_keys=True) for row in rows] for rows in (train, evaluation))
-    known = set(trained)
-    if known == set(held_out):
+    trained_set = set(trained)
+    if trained_set == set(held_out):
         where = "data.eval_split" if spec.source == "hub" else "data.eval_path"
         raise DataError(
             f"{where} must hold other pairs than are trained on but those of {spec.name} are the same: trials would be "
             "judged by what they were trained on. Give other pairs, or let data.eval_size hold some out."
         )
-    notes[ALSO_TRAINED] += sum(row in known for row in held_out)
+    notes[ALSO_TRAINED] += sum(row in trained_set for row in held_out)
     return train, evaluation
 
 
 def _empty(spec: DataSpec, split: str, rows: Sequence[Written], left_out: Counter[str]) -> str:
-    said = f"the {split} split of {spec.name} must have at least one pair but is empty"
+    problem = f"the {split} split of {spec.name} must have at least one pair but is empty"
     if spec.source == "hub":
         slices = f"data.train_split (now {spec.train_split}), data.eval_split (now {spec.eval_split})"
-        return f"{said}. Choose other slices: {slices}."
+        return f"{problem}. Choose other slices: {slices}."
     if rows and len({_group(row) for row in rows}) == 1 < len(rows):
-        said += f": all {len(rows)} pairs have the same prompt, and a prompt is trained on or held out with all its pairs"
+        problem += f": all {len(rows)} pairs have the same prompt, and a prompt is trained on or held out with all its pairs"
     elif rows:
-        said += f": data.eval_size={spec.eval_size or 1} holds out all {len(rows)} pairs that there are"
+        problem += f": data.eval_size={spec.eval_size or 1} holds out all {len(rows)} pairs"
     left = "".join(f" ({count} left out: {reason})" for reason, count in left_out.items() if count)
-    return f"{said}{left}. Give more rows, or a smaller data.eval_size, or a file of its own: data.eval_path=PATH."
+    return f"{problem}{left}. Give more rows, or a smaller data.eval_size, or a separate file: data.eval_path=PATH."
 
 
 def split_by_prompt(rows: list[Written], eval_size: int, seed: int) -> tuple[list[Written], list[Written]]:
-    """Shuffle, then hold out whole prompts until ``eval_size`` pairs are there: no prompt is on both sides."""
+    """Shuffle, then hold out whole prompts until ``eval_size`` pairs are reached: no prompt is on both sides."""
     groups: dict[str, list[Written]] = {}
     for row in rows:
         groups.setdefault(_group(row), []).append(row)
@@ -308,20 +310,20 @@ def split_by_prompt(rows: list[Written], eval_size: int, seed: int) -> tuple[lis
 
 
 def _group(row: Written) -> str:
-    """What keeps rows together: their prompt; without one, all of the row."""
+    """The key of rows that stay on one side: the prompt, or the whole row if it has none."""
     prompt = row.row["prompt"]
     return json.dumps(prompt if prompt else [row.row[name] for name in TEXTS])
 
 
 def _from_hub(spec: DataSpec, split: str) -> Iterator[Written]:
     try:
-        found = load_dataset(spec.name, split=split)
-    except Exception as error:  # the Hub's client, its HTTP library and datasets each raise their own
+        rows = load_dataset(spec.name, split=split)
+    except Exception as error:  # the Hub's client, its HTTP library and datasets raise different types
         raise DataError(
-            f"data.name must be a data set that can be loaded, but '{spec.name}' ({split}) could not be had from this "
+            f"data.name must be a data set that can be loaded, but '{spec.name}' ({split}) could not be loaded from this "
             f"machine's cache or the Hub. First reason: {(str(error) or repr(error)).splitlines()[0]} Check name and "
             f"split, or on a machine with internet run `hf download --repo-type dataset {spec.name}`, or give a file: "
             "data=jsonl data.path=PATH."
         ) from error
-    places = ((f"{spec.name} ({split}), row {i}", row) for i, row in enumerate(found))
-    return alike(Written(where, check_row(row, where)) for where, row in places)
+    located = ((f"{spec.name} ({split}), row {i}", row) for i, row in enumerate(rows))
+    return alike(Written(where, check_row(row, where)) for where, row in located)

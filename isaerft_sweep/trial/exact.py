@@ -1,8 +1,8 @@
-"""Which of the ways to save work give a model's own numbers: tried on a few tokens before anything is trained.
+"""Chooses the optimisations that are exact for a model, by trying them on a few tokens before training.
 
-Families differ in what their layers take and give, and not every one can be cut at a site or run without its own head. What
-a way gives is compared with the plain model and a forward hook written from the formula, gradients too. A way that is not
-exact is not taken; a model that even the plain way does not fit is refused.
+Families differ in what their layers accept and return; some cannot be cut at a hook point or run without their own head.
+Log-probabilities and gradients are compared with the plain model and a forward hook written from the formula. An inexact
+optimisation is switched off; a model that fails even without any is refused.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import peft
@@ -27,23 +27,27 @@ from isaerft_sweep.models.loading import sharing_weights
 from isaerft_sweep.trial.activation_cache import StoredActivations, layer_at_hook_point, lowest_hook_point, places_of
 from isaerft_sweep.trial.batch_layout import Batch
 from isaerft_sweep.trial.frozen_prefix import streams_of
-from isaerft_sweep.trial.strategy import make_layout, small_batch, token_numbers
+from isaerft_sweep.trial.strategy import make_layout, read_logps, small_batch
 from isaerft_sweep.trial.upper_layers import only_upper_layers
 
-NUMBERS = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-GRADIENTS = {torch.float32: 1e-3, torch.float16: 1e-1, torch.bfloat16: 2.5e-1}
-"""How far log-probabilities and gradients may be apart, relative to their size."""
-SIZE = 0.1
-"""Of the numbers that the adapter adds to the latents: enough to matter."""
+LOGP_BOUNDS = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+GRADIENT_BOUNDS = {torch.float32: 1e-3, torch.float16: 1e-1, torch.bfloat16: 2.5e-1}
+"""Largest relative error of log-probabilities and gradients, by the model's dtype."""
+BIAS_STD = 0.1
+"""Standard deviation of the probe adapter's bias: large enough to change the outputs."""
 
-Numbers = tuple[torch.Tensor, torch.Tensor]
-"""Log-probabilities of the read tokens [n], and the gradient of their sum with respect to all biases [sites · d_sae]."""
+
+class ProbeResult(NamedTuple):
+    """Both float32. ``logps``: of the read tokens [n]; ``gradient``: of their sum, by all biases [hook points · d_sae]."""
+
+    logps: torch.Tensor
+    gradient: torch.Tensor
 
 
 @dataclass(frozen=True)
 class Way:
-    """``above``: stored output stands in for the layers up to the site; ``share``: a pair lies behind one prompt (lean
-    only); ``lean``: logits only where the loss reads them, in place of the model's own forward pass."""
+    """Which optimisations are on. ``above``: cached output replaces the layers up to the hook point; ``share``: both answers
+    of a pair follow one prompt (needs ``lean``); ``lean``: logits only where the loss reads them."""
 
     above: bool = False
     share: bool = False
@@ -59,14 +63,14 @@ WAYS = (
     Way(above=True),
     PLAIN,
 )
-"""From the one that saves most."""
+"""Ordered by how much they save, most first."""
 
 
 def exact_way(model: PreTrainedModel, sites: Sequence[Mapping[str, Any]], wanted: Way) -> tuple[Way, str]:
-    """The way that saves most of what is ``wanted`` with the model's own numbers, and why it is not all of it.
+    """The exact way that saves most within ``wanted``, and the reason if it is not all of ``wanted``.
 
-    ``model`` as it was loaded. Raises ModelError when no adapter can be trained on it. Random numbers that are drawn
-    meanwhile are drawn again afterwards: a trial's own do not depend on whether it was checked.
+    ``model``: as loaded, without an adapter. Raises ModelError when no adapter can be trained on it. The random state is
+    restored afterwards, so a trial's random numbers do not depend on this check.
     """
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         return _exact_way(model, sites, wanted)
@@ -77,16 +81,16 @@ def _exact_way(model: PreTrainedModel, sites: Sequence[Mapping[str, Any]], wante
     if getattr(model.config, "output_router_logits", False):
         wanted, reasons = PLAIN, ["its config has output_router_logits=true, and that loss reads every layer"]
     probe = _Probe(model, sites)
-    before = torch.get_rng_state(), _device_state(model)
+    random_state = torch.get_rng_state(), _device_state(model)
     expected = probe.expected()
-    if not all(map(torch.equal, before, (torch.get_rng_state(), _device_state(model)))):
+    if not all(map(torch.equal, random_state, (torch.get_rng_state(), _device_state(model)))):
         wanted, reasons = PLAIN, ["its layers draw random numbers while it trains"]  # routers that add noise
     for way in WAYS:
         if (way.above and not wanted.above) or (way.share and not wanted.share) or (way.lean and not wanted.lean):
             continue
         try:
-            reason = _apart(probe.numbers(way), expected, probe.dtype)
-        except Exception as error:  # every family may object in its own way
+            reason = _difference(probe.result(way), expected, probe.dtype)
+        except Exception as error:  # families raise different types
             if way == PLAIN:
                 raise _refused(model, first_line(error)) from error
             reason = f"{type(error).__name__}: {first_line(error)[:100]}"
@@ -99,30 +103,29 @@ def _exact_way(model: PreTrainedModel, sites: Sequence[Mapping[str, Any]], wante
 
 
 def _device_state(model: PreTrainedModel) -> torch.Tensor:
-    """The state of the random numbers of the model's GPU; empty on a processor."""
+    """The random state of the model's GPU; empty on a CPU."""
     return torch.cuda.get_rng_state(model.device) if model.device.type == "cuda" else torch.empty(0)
 
 
 def _refused(model: PreTrainedModel, reason: str) -> ModelError:
     return ModelError(
-        f"the model must be one whose decoder layers hand on a residual stream that an adapter can be trained on, but a "
+        f"the model must be one whose decoder layers pass on a residual stream that an adapter can be trained on, but a "
         f"step of {type(model).__name__} with one failed: {reason.rstrip('.')}. Choose another model: model.name=NAME."
     )
 
 
-def _apart(found: Numbers, expected: Numbers, dtype: torch.dtype) -> str | None:
-    """How far the numbers are apart, when that is too much for a model of ``dtype``."""
-    for what, mine, plain, bounds in zip(
-        ("log-probabilities", "gradients"), found, expected, (NUMBERS, GRADIENTS), strict=True
-    ):
-        apart = float((mine - plain).norm() / plain.norm())
-        if not apart <= bounds.get(dtype, 1e-4):
-            return f"its {what} would change by {apart:.1g} of their size"
+def _difference(actual: ProbeResult, expected: ProbeResult, dtype: torch.dtype) -> str | None:
+    """The relative error in words if it is too large for a model of ``dtype``, else None."""
+    names, bounds_of = ("log-probabilities", "gradients"), (LOGP_BOUNDS, GRADIENT_BOUNDS)
+    for name, value, plain, bounds in zip(names, actual, expected, bounds_of, strict=True):
+        error = float((value - plain).norm() / plain.norm())
+        if not error <= bounds.get(dtype, 1e-4):  # also for NaN
+            return f"its {name} would change by {error:.1g} of their size"
     return None
 
 
 class _Probe:
-    """A small batch, and a bias adapter with numbers in it at the sites."""
+    """A small batch, and a bias adapter with random values at the hook points."""
 
     def __init__(self, model: PreTrainedModel, sites: Sequence[Mapping[str, Any]]) -> None:
         self.model, self.sites, self.dtype = model, sites, next(model.parameters()).dtype
@@ -133,19 +136,20 @@ class _Probe:
         layers = decoder_layers(self.adapted.get_base_model())
         self.biases = [_bias(layer) for layer in layers if isinstance(layer, IsaerftLayer)]
         for bias in self.biases:
-            bias.data = (SIZE * torch.randn(bias.shape, generator=generator)).to(bias)
+            bias.data = (BIAS_STD * torch.randn(bias.shape, generator=generator)).to(bias)
 
     def _with_adapter(self) -> peft.PeftModel:
-        config = IsaerftConfig(sites=[{k: v for k, v in site.items() if v is not None} for site in self.sites], kind="bias")
+        sites = [{key: value for key, value in hook_point.items() if value is not None} for hook_point in self.sites]
+        config = IsaerftConfig(sites=sites, kind="bias")
         with torch.random.fork_rng(devices=[]):
             return peft.get_peft_model(sharing_weights(self.model), config).train()
 
-    def expected(self) -> Numbers:
-        """The plain model's, with x + b @ W_dec at each site by a forward hook."""
+    def expected(self) -> ProbeResult:
+        """The result of the plain model with x + b @ W_dec added by a forward hook at each hook point."""
         plain = sharing_weights(self.model).train()
-        layers, own = decoder_layers(plain), decoder_layers(self.adapted.get_base_model())
+        layers, adapted_layers = decoder_layers(plain), decoder_layers(self.adapted.get_base_model())
         with ExitStack() as stack:
-            for index, layer in enumerate(own):
+            for index, layer in enumerate(adapted_layers):
                 if isinstance(layer, IsaerftLayer):
                     stack.callback(layers[index].register_forward_hook(_adding(layer, index)).remove)
             try:
@@ -153,27 +157,27 @@ class _Probe:
             except Exception as error:
                 raise _refused(self.model, first_line(error)) from error
 
-    def numbers(self, way: Way) -> Numbers:
-        """Of one way."""
+    def result(self, way: Way) -> ProbeResult:
+        """The result with the optimisations of ``way``."""
         base: Any = self.adapted.get_base_model()
         batch, layout = self.batch, make_layout(self.batch, way.share)
         if not way.above:
-            return self._read(lambda: token_numbers(base, batch, layout)[0] if way.lean else self._logps(self.adapted))
+            return self._read(lambda: read_logps(base, batch, layout)[0] if way.lean else self._logps(self.adapted))
         stored = self._stored(way.share)
         stream = stored.batch(batch.ids, batch.mask, batch.ids.device)
         assert stream is not None
         with only_upper_layers(self.adapted, stored) as above:
             if not way.lean:
-                above.give(stream)
+                above.set_hidden(stream)
                 return self._read(lambda: self._logps(self.adapted))
-            rows_of = layout.arranged(stream, batch.mask)
+            hidden = layout.arranged(stream, batch.mask)
 
             def prepare(rows: list[int], width: int) -> None:
-                above.give(rows_of[rows, :width])
+                above.set_hidden(hidden[rows, :width])
 
-            return self._read(lambda: token_numbers(base, batch, layout, prepare)[0])
+            return self._read(lambda: read_logps(base, batch, layout, prepare)[0])
 
-    def _read(self, forward: Callable[[], torch.Tensor]) -> Numbers:
+    def _read(self, forward: Callable[[], torch.Tensor]) -> ProbeResult:
         for bias in self.biases:
             bias.grad = None
         logps = forward()
@@ -181,15 +185,15 @@ class _Probe:
         gradients = [bias.grad for bias in self.biases if bias.grad is not None]
         if len(gradients) < len(self.biases):
             raise ValueError("no gradient reaches the adapter")
-        return logps.detach().float(), torch.cat([gradient.flatten().float() for gradient in gradients])
+        return ProbeResult(logps.detach().float(), torch.cat([gradient.flatten().float() for gradient in gradients]))
 
     def _logps(self, model: Any) -> torch.Tensor:
-        """log p of the read tokens by the model's own forward pass."""
+        """log p of the read tokens [n], by the model's own forward pass."""
         batch = self.batch
         logits = model(batch.ids, attention_mask=batch.mask, use_cache=False).logits.float()
         table = logits[:, :-1].log_softmax(-1).gather(-1, batch.ids[:, 1:, None])[..., 0]
-        read: torch.Tensor = table[batch.read]
-        return read
+        logps: torch.Tensor = table[batch.read]
+        return logps
 
     def _stored(self, share: bool) -> StoredActivations:
         base: Any = self.adapted.get_base_model()
@@ -207,13 +211,13 @@ def _bias(layer: IsaerftLayer) -> nn.Parameter:
 
 
 def _adding(layer: IsaerftLayer, index: int) -> Callable[..., Any]:
-    """A forward hook on the plain layer: x + b @ W_dec."""
+    """A forward hook that adds b @ W_dec to the output of the plain layer."""
 
     def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
         x = output[0] if isinstance(output, tuple) else output
         if not isinstance(x, torch.Tensor) or x.dim() != 3:
             shape = list(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
-            raise ValueError(f"decoder layer {index} gives out {shape} and not [batch, position, hidden]")
+            raise ValueError(f"decoder layer {index} returns {shape} and not [batch, position, hidden]")
         vector = _bias(layer) @ layer.decoder("default")
         changed = x + vector.to(x.dtype)
         return (changed, *output[1:]) if isinstance(output, tuple) else changed

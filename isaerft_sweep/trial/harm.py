@@ -127,7 +127,7 @@ def _states(model: PreTrainedModel, batch: Batch, strategy: ForwardStrategy) -> 
     above, hidden = strategy.above, strategy.above.hidden(batch.ids, batch.mask)
 
     def prepare(rows: list[int], width: int) -> None:
-        above.give(hidden[rows, :width])
+        above.set_hidden(hidden[rows, :width])
 
     return read_states(model, batch, layout, prepare)
 

@@ -1,4 +1,4 @@
-"""Tokenised pairs on the disk, so that the check and every worker of a node need not tokenise the same."""
+"""Disk cache of tokenised pairs, shared by the check and every worker of a node."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from datasets import Dataset
 from isaerft_sweep.journal.atomic_files import create_once, read_json, write_json
 
 KEPT = 4
-"""Data sets that are kept; the least recently used goes first. A process that reads one keeps its files until it ends."""
+"""Cached data sets; the least recently used is deleted first. A process that reads one keeps its files open."""
 
 
 @dataclass(frozen=True)
 class Tokenised:
-    """Data sets by split, how many pairs were left out by reason, and how many are cut at ``max_length``."""
+    """Data sets by split, and the numbers of pairs left out, by reason, and of pairs cut at ``max_length``."""
 
     sets: dict[str, Dataset]
     left_out: dict[str, int]
@@ -28,8 +28,10 @@ class Tokenised:
 
 
 def kept_tokens(folder: Path, key: str | None, make: Callable[[], Tokenised]) -> Tokenised:
-    """What is kept under ``key`` in ``folder``, or what ``make`` gives, which is kept then. A disk that does not take it
-    costs only the time; ``key`` None: not kept."""
+    """The entry ``key`` of the cache in ``folder``; if missing, ``make()``, which is then cached.
+
+    A folder that cannot be written only costs time. ``key`` None: no caching.
+    """
     if key is None:
         return make()
     made: list[Tokenised] = []
@@ -38,28 +40,28 @@ def kept_tokens(folder: Path, key: str | None, make: Callable[[], Tokenised]) ->
         made.append(make())
         for name, data in made[0].sets.items():
             data.save_to_disk(aside / name)
-        facts = {"left_out": made[0].left_out, "truncated": made[0].truncated, "splits": list(made[0].sets)}
-        write_json(aside / "facts.json", facts)
+        metadata = {"left_out": made[0].left_out, "truncated": made[0].truncated, "splits": list(made[0].sets)}
+        write_json(aside / "facts.json", metadata)
 
     with suppress(OSError):
         entry = create_once(folder / key, write)
         with suppress(OSError):
             os.utime(entry)
         _make_room(folder)
-        found = made[0] if made else _read(entry)
-        if found is not None:
-            return found
+        tokenised = made[0] if made else _read(entry)
+        if tokenised is not None:
+            return tokenised
         shutil.rmtree(entry, ignore_errors=True)
     return made[0] if made else make()
 
 
 def _read(entry: Path) -> Tokenised | None:
-    """An entry; None when it is not what was written."""
+    """An entry; None when it is missing or damaged."""
     try:
-        facts: Any = read_json(entry / "facts.json")
-        sets = {name: Dataset.load_from_disk(str(entry / name)) for name in facts["splits"]}
-        return Tokenised(sets, facts["left_out"], facts["truncated"])
-    except Exception:  # Arrow and datasets each raise their own
+        metadata: Any = read_json(entry / "facts.json")
+        sets = {name: Dataset.load_from_disk(str(entry / name)) for name in metadata["splits"]}
+        return Tokenised(sets, metadata["left_out"], metadata["truncated"])
+    except Exception:  # Arrow and datasets raise different types
         return None
 
 

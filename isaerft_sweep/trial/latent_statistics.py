@@ -1,4 +1,4 @@
-"""What an adapter has learned, latent by latent: how far each one moved, and how often it is active before and after."""
+"""What an adapter has learned, by latent: the mean change, and how often the latent is active without and with it."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from isaerft_sweep.adapter.layer import IsaerftLayer
 from isaerft_sweep.trial.frozen_prefix import Reached
 
 MAX_TOKENS = 2048
-"""Tokens of held-out text that are looked at: enough to tell latents that are active on one token in a hundred."""
+"""Tokens of held-out text to measure on: enough for latents that are active on one token in a hundred."""
 
 
 @dataclass(frozen=True)
 class SiteChange:
-    """One site's change, over the tokens looked at. Arrays are float32.
+    """The adapter's change at one hook point, over the measured tokens. Arrays are float32.
 
-    ``moved`` [d_sae]: mean change of each latent (for the bias: b itself). ``vector`` [d_in]: moved @ W_dec, what is
-    added to the residual stream in the mean. ``share`` [d_sae]: the part of ``vector`` along itself that each latent
-    brings, (moved_i · W_dec,i · vector) / ‖vector‖², which sums to 1. ``before`` and ``after`` [d_sae]: share of tokens on
+    ``moved`` [d_sae]: mean change of each latent (for the bias: b itself). ``vector`` [d_in]: moved @ W_dec, the mean
+    change of the residual stream. ``share`` [d_sae]: each latent's contribution to ``vector``,
+    (moved_i · W_dec,i · vector) / ‖vector‖², which sums to 1. ``before`` and ``after`` [d_sae]: fraction of tokens on
     which the latent is active in the residual stream without and with the adapter.
     """
 
     layer: int
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
     moved: np.ndarray
     vector: np.ndarray
     share: np.ndarray
@@ -43,10 +43,10 @@ class SiteChange:
 
 @torch.no_grad()
 def learned(model: peft.PeftModel, rows: Any, max_tokens: int = MAX_TOKENS) -> list[SiteChange]:
-    """What each site's block does on the tokenised held-out ``rows``.
+    """What each hook point's block does on the tokenised held-out ``rows``.
 
     The first token of each sequence is left out: it is an attention sink, with a residual stream unlike all others.
-    With several sites, each is looked at on the stream that the untrained model has there.
+    With several hook points, each one is measured on the residual stream of the untrained model.
     """
     batches, was_training = _batches(rows, max_tokens), model.training
     model.eval()
@@ -59,44 +59,44 @@ def learned(model: peft.PeftModel, rows: Any, max_tokens: int = MAX_TOKENS) -> l
 
 
 def _batches(rows: Any, max_tokens: int) -> list[list[int]]:
-    """Token sequences of chosen and rejected answers in turn, until there are ``max_tokens``."""
-    found: list[list[int]] = []
+    """Token sequences of chosen and rejected answers in turn, up to ``max_tokens`` in total."""
+    sequences: list[list[int]] = []
     total = 0
     for row in rows:
         for side in ("chosen", "rejected"):
             sequence = list(row[f"{side}_ids"])
-            if total + len(sequence) > max_tokens and found:
-                return found
-            found.append(sequence)
+            if total + len(sequence) > max_tokens and sequences:
+                return sequences
+            sequences.append(sequence)
             total += len(sequence)
-    return found
+    return sequences
 
 
 def _streams(model: peft.PeftModel, sequences: list[list[int]]) -> dict[int, torch.Tensor]:
-    """The residual stream [tokens, d_in] after each site, float32, by layer."""
+    """The residual stream [tokens, d_in] at each hook point, float32, by layer."""
     base: Any = model.get_base_model()
     decoder = getattr(base, decoder_name(base))
-    found: dict[int, list[torch.Tensor]] = {}
+    streams: dict[int, list[torch.Tensor]] = {}
 
     def keep(index: int) -> Any:
         def hook(_module: Any, _inputs: Any, output: Any) -> None:
             stream = output[0] if isinstance(output, tuple) else output
-            found.setdefault(index, []).append(stream[0, 1:].float())
+            streams.setdefault(index, []).append(stream[0, 1:].float())
             if index == highest:
                 raise Reached
 
         return hook
 
-    sites = {i: layer for i, layer in enumerate(decoder_layers(base)) if isinstance(layer, IsaerftLayer)}
-    highest = max(sites)
+    hook_points = {i: layer for i, layer in enumerate(decoder_layers(base)) if isinstance(layer, IsaerftLayer)}
+    highest = max(hook_points)
     with ExitStack() as stack:
-        for index, layer in sites.items():
+        for index, layer in hook_points.items():
             stack.callback(layer.register_forward_hook(keep(index)).remove)
         for sequence in sequences:
             ids = torch.tensor([sequence], device=next(model.parameters()).device)
             with suppress(Reached):
                 decoder(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-    return {index: torch.cat(streams) for index, streams in found.items()}
+    return {index: torch.cat(parts) for index, parts in streams.items()}
 
 
 def _change(index: int, layer: IsaerftLayer, before: torch.Tensor, after: torch.Tensor) -> SiteChange:
@@ -108,19 +108,18 @@ def _change(index: int, layer: IsaerftLayer, before: torch.Tensor, after: torch.
     vector = moved @ decoder
     share = moved * (decoder @ vector) / vector.dot(vector).clamp_min(torch.finfo(torch.float32).tiny)
     arrays = [moved, vector, share, (latents > 0).float().mean(0), (sae.encode(after) > 0).float().mean(0)]
-    metadata = sae.sae.cfg.metadata
-    facts = {
+    metadata = {
         "tokens": len(before),
         "d_sae": decoder.shape[0],
-        "neuronpedia_id": metadata.get("neuronpedia_id"),
+        "neuronpedia_id": sae.sae.cfg.metadata.get("neuronpedia_id"),
         "fingerprint": sae.fingerprint,
     }
-    return SiteChange(index, facts, *(a.cpu().numpy() for a in arrays))
+    return SiteChange(index, metadata, *(a.cpu().numpy() for a in arrays))
 
 
 def write_changes(path: Path, changes: list[SiteChange]) -> None:
-    """One file for all sites, written aside and renamed: arrays ``<layer>.moved`` and so on, and ``sites`` as JSON."""
-    arrays: dict[str, Any] = {"sites": json.dumps([{"layer": c.layer, **c.facts} for c in changes])}
+    """Write one file for all hook points, atomically: arrays ``<layer>.moved`` and so on, and ``sites`` as JSON."""
+    arrays: dict[str, Any] = {"sites": json.dumps([{"layer": c.layer, **c.metadata} for c in changes])}
     for change in changes:
         for name in ("moved", "vector", "share", "before", "after"):
             arrays[f"{change.layer}.{name}"] = getattr(change, name).astype(np.float32)

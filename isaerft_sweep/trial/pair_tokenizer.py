@@ -1,8 +1,8 @@
 """Preference pairs as token ids.
 
-The rules are those of TRL's ORPOTrainer, which the tests compare with token by token: messages become text by the chat
-template, prompt and answer are tokenised together (a tokenizer may merge the prompt's last token with the answer's first),
-BOS stands in front, EOS behind, and an answer is cut where the sequence reaches ``max_length``.
+The rules are those of TRL's ORPOTrainer (the tests compare every token): the chat template turns messages into text, prompt
+and answer are tokenised together (a tokenizer may merge the prompt's last token with the answer's first), BOS comes first,
+EOS last, and an answer is cut where the sequence reaches ``max_length``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TEXTS = ("prompt", *ANSWERS)
 
 @dataclass(frozen=True)
 class TokenizedAnswer:
-    """A prompt with one answer: token ids, of which the first ``prompt_length`` are the prompt's."""
+    """A prompt with one answer: token ids; the first ``prompt_length`` belong to the prompt."""
 
     ids: list[int]
     prompt_length: int
@@ -36,8 +36,7 @@ class PairTokenizer:
         self._takes_parts: bool | None = None
 
     def __call__(self, row: Row) -> Row:
-        """Texts, token ids and prompt lengths of one row. Raises ValueError when its prompt and answers cannot be told apart
-        in tokens."""
+        """Texts, token ids and prompt lengths of a row. Raises ValueError when the prompt's tokens depend on the answer."""
         texts = self.texts(row)
         answers = {name: self._answer(texts["prompt"], texts[name]) for name in ANSWERS}
         _check_prompts(*answers.values())
@@ -55,23 +54,23 @@ class PairTokenizer:
         return self._rendered(row)
 
     def prepare(self, texts: Sequence[Row]) -> None:
-        """Tokenise what the next rows will need in one call."""
+        """Tokenise all texts that the next rows need in one call."""
         needed = dict.fromkeys(t for row in texts for t in (row["prompt"], *(row["prompt"] + row[a] for a in ANSWERS)))
         try:
             ids = self.tokenizer(list(needed), add_special_tokens=False)["input_ids"] if needed else []
-        except Exception:  # one of them is at fault: the error comes with its row
+        except Exception:  # the bad row raises it again, with its place
             ids = []
         self._cached = dict(zip(needed, ids, strict=False))
 
     @property
     def takes_parts(self) -> bool:
-        """Whether the chat template reads content that is given as parts, as those of models with pictures do."""
+        """Whether the chat template reads content as a list of parts, as those of vision models do."""
         if self._takes_parts is None:
             parts = [{"type": "text", "text": "part1"}, {"type": "text", "text": "part2"}]
             try:
                 probe = self._template([{"role": role, "content": parts} for role in ("user", "assistant")], {})
                 self._takes_parts = len(re.findall(r"part1\s*part2", probe)) == 2
-            except Exception:  # a template may object in its own way
+            except Exception:  # a template can raise anything
                 self._takes_parts = False
         return self._takes_parts
 
@@ -83,28 +82,28 @@ class PairTokenizer:
             raise ValueError(f"the prompt's last message must be of role user, tool or assistant but is of {role!r}")
         continued = {"continue_final_message": role == "assistant", "add_generation_prompt": role != "assistant"}
         prompt = self._template(row["prompt"], {**options, **continued})
-        whole = {name: self._template(row["prompt"] + row[name], options) for name in ANSWERS}
-        # a template may add more to a prompt (an opened <think>) than it writes before an answer
-        prompt = os.path.commonprefix([prompt, *whole.values()])  # noqa: RUF071  (of texts, not of paths)
-        return {"prompt": prompt, **{name: text[len(prompt) :] for name, text in whole.items()}}
+        texts = {name: self._template(row["prompt"] + row[name], options) for name in ANSWERS}
+        # a template may append more to a prompt (an opened <think>) than it writes before an answer
+        prompt = os.path.commonprefix([prompt, *texts.values()])  # noqa: RUF071  (of texts, not of paths)
+        return {"prompt": prompt, **{name: text[len(prompt) :] for name, text in texts.items()}}
 
     def _template(self, messages: list[Row], options: Row) -> str:
         return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **options))
 
     def _ids(self, text: str) -> list[int]:
-        known = self._cached.get(text)
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if known is None else known
+        cached = self._cached.get(text)
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if cached is None else cached
 
     def _answer(self, prompt: str, answer: str) -> TokenizedAnswer:
-        """Prompt and answer tokenised together, and where the prompt ends in that."""
-        ids, alone = self._ids(prompt + answer), self._ids(prompt)
-        if len(ids) < len(alone):
+        """Prompt and answer tokenised together, and the number of prompt tokens."""
+        ids, prompt_ids = self._ids(prompt + answer), self._ids(prompt)
+        if len(ids) < len(prompt_ids):
             raise ValueError("the tokenizer makes fewer tokens of prompt and answer together than of the prompt alone")
-        merged = ids[: len(alone)] != alone
-        return TokenizedAnswer(list(ids), len(alone) - merged)
+        merged = ids[: len(prompt_ids)] != prompt_ids
+        return TokenizedAnswer(list(ids), len(prompt_ids) - merged)
 
     def _framed(self, answer: TokenizedAnswer) -> TokenizedAnswer:
-        """With BOS in front and EOS behind, unless they are there, and not longer than ``max_length`` or the prompt."""
+        """Add BOS and EOS where missing, then cut to ``max_length``, but not into the prompt."""
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         ids, length = answer.ids, answer.prompt_length
         if len(ids) == length or ids[-1] != eos:
@@ -115,7 +114,7 @@ class PairTokenizer:
 
 
 def _check_prompts(chosen: TokenizedAnswer, rejected: TokenizedAnswer) -> None:
-    """Raise ValueError unless both prompts are the same tokens, but for a last one that is merged with the answer."""
+    """Raise ValueError unless both prompts have the same tokens, except for a last one that is merged with the answer."""
     prompts = [answer.ids[: answer.prompt_length] for answer in (chosen, rejected)]
     different = sum(a != b for a, b in zip(*prompts, strict=False))
     if different > 1 or abs(chosen.prompt_length - rejected.prompt_length) > 1:
@@ -123,9 +122,9 @@ def _check_prompts(chosen: TokenizedAnswer, rejected: TokenizedAnswer) -> None:
 
 
 def with_prompt(row: Row) -> Row:
-    """The row with a prompt of its own kind: where it has none, or a text before messages, what its answers begin with.
+    """The row with a prompt of the same type as its answers: if missing, or text with message answers, their common prefix.
 
-    As TRL does it: message by message or character by character, and a space before the difference belongs to the answers.
+    As in TRL: by message or by character; a space before the first difference belongs to the answers.
     """
     chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
     if prompt is not None and isinstance(prompt, str) == isinstance(chosen, str):
@@ -137,6 +136,6 @@ def with_prompt(row: Row) -> Row:
 
 
 def joined(message: Row) -> Row:
-    """A message with its parts of text as one text, as templates that read parts write them: one behind the other."""
+    """A message with its text parts concatenated, as templates that read parts render them."""
     content = message["content"]
     return message if isinstance(content, str) else {**message, "content": "".join(part["text"] for part in content)}

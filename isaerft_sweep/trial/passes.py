@@ -1,7 +1,7 @@
-"""What a trial asks for while it trains: forward and backward passes.
+"""Requests of a trial while it trains: forward and backward passes.
 
-A trial is a generator that yields these requests and receives the answers, so whoever drives it decides how they run: one
-trial's at a time, or those of many trials in one pass (``co_batching.py``).
+A trial is a generator that yields these requests and receives the answers. Its driver decides how they run: one trial at a
+time, or many trials in one pass (``co_batching.py``).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ T = TypeVar("T")
 class ForwardPass:
     """One trial's batch through its model, which carries its adapter. The answer is a detached ``TokenLogps``.
 
-    ``trains``: whether a backward pass follows. ``strategy``: how the batch goes through the model by itself.
+    ``trains``: whether a backward pass follows. ``strategy``: how the batch runs when the trial is alone.
     """
 
     model: PreTrainedModel
@@ -31,15 +31,15 @@ class ForwardPass:
     trains: bool
 
     def run(self) -> TokenLogps:
-        """By itself."""
+        """Run the pass for this trial alone."""
         return self.strategy.forward(self.model, self.batch)
 
 
 @dataclass(frozen=True)
 class BackwardPass:
-    """The backward pass of the last ``ForwardPass``: the gradient is in its answer's tensors now. There is no answer."""
+    """The backward pass of the last ``ForwardPass``, whose answer's tensors now hold the gradient. Has no answer."""
 
 
 Request = ForwardPass | BackwardPass
 Steps = Generator[Request, TokenLogps | None, T]
-"""A trial, or a part of one, that yields requests and returns T."""
+"""A trial, or part of one: yields requests and returns T."""

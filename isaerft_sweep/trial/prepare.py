@@ -1,7 +1,7 @@
-"""Checks everything a trial will need, in a process of its own, before any trial is dispatched.
+"""Checks everything that a trial needs, in a separate process, before any trial is dispatched.
 
-Makes what has to be made once (converted weights, tiny models), so that workers find it. Reads experiments as JSON from
-standard input and prints one JSON line: ``{"ok": …}`` with facts for people, or ``{"error": …}``.
+Also creates what workers share (converted weights, tiny models). Reads experiments as JSON from standard input and prints
+one JSON line: ``{"ok": …}`` with a summary for the user, or ``{"error": …}``.
 """
 
 from __future__ import annotations
@@ -31,50 +31,54 @@ from isaerft_sweep.trial.harm import read_neutral
 from isaerft_sweep.trial.optimizers import OPTIMIZERS
 
 SMALL = 5e8
-"""Parameters of a model that is loaded itself where its small twin does not tell."""
+"""Up to this many parameters, a model without a usable small twin is loaded for the check."""
 
 T = TypeVar("T")
 
 
-def prepare(experiment: Experiment, seen: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Facts about model, SAEs and data. Raises IsaerftError when a trial could not run.
+def prepare(experiment: Experiment, cache: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A summary of model, SAEs and data. Raises IsaerftError when a trial could not run.
 
-    ``seen``: what earlier calls have read, by what it is.
+    ``cache``: results of earlier calls, which this call reads and extends.
     """
-    seen = {} if seen is None else seen
+    cache = {} if cache is None else cache
 
-    def once(make: Callable[[], T], *what: Any) -> T:
-        key = canonical_json(what)
-        if key not in seen:
-            seen[key] = make()
-        found: T = seen[key]
-        return found
+    def once(make: Callable[[], T], *key_parts: Any) -> T:
+        key = canonical_json(key_parts)
+        if key not in cache:
+            cache[key] = make()
+        result: T = cache[key]
+        return result
 
     model, data, max_length = experiment.model, experiment.data, experiment.orpo.max_length
     _check_packages(experiment)
     adapter_config(experiment.adapter)
     if experiment.launcher.compile:
         once(_check_compiler, "compiler")
-    named = (to_dict(model), experiment.cache)
-    config = once(lambda: load_config(model, experiment.cache), "config", *named)
+    model_key = (to_dict(model), experiment.cache)
+    config = once(lambda: load_config(model, experiment.cache), "config", *model_key)
     text = config.get_text_config()
     saes = []
-    for index, site in enumerate(to_dict(s) for s in experiment.adapter.sites):
-        sae = once(lambda site=site: load_sae(site), "sae", site)  # type: ignore[misc]
-        check_fits(sae, site, text.hidden_size, text.num_hidden_layers)
+    for index, hook_point in enumerate(to_dict(s) for s in experiment.adapter.sites):
+        sae = once(lambda hook_point=hook_point: load_sae(hook_point), "sae", hook_point)  # type: ignore[misc]
+        check_fits(sae, hook_point, text.hidden_size, text.num_hidden_layers)
         if not experiment.adapter.force_hook:
-            check_hook(sae, site, model.name, index)
-        saes.append(_describe_sae(site, sae))
-    layers = [site.layer for site in experiment.adapter.sites]
-    tried = once(lambda: _check_step(experiment, config, layers), "step", *named, layers)
-    tokenizer = _checked_tokenizer(experiment, once(lambda: load_tokenizer(model, experiment.cache), "tokenizer", *named))
-    tell, kept = Progress(sys.stderr, PROGRESS), cache_folder(experiment.cache) / "pairs"
-    pairs = once(lambda: load_pairs(data, tokenizer, max_length, tell, kept), "pairs", *named, to_dict(data), max_length)
+            check_hook(sae, hook_point, model.name, index)
+        saes.append(_describe_sae(hook_point, sae))
+    layers = [hook_point.layer for hook_point in experiment.adapter.sites]
+    step_checked = once(lambda: _check_step(experiment, config, layers), "step", *model_key, layers)
+    tokenizer = once(lambda: load_tokenizer(model, experiment.cache), "tokenizer", *model_key)
+    tokenizer = _checked_tokenizer(experiment, tokenizer)
+    report, token_cache = Progress(sys.stderr, PROGRESS), cache_folder(experiment.cache) / "pairs"
+    pairs = once(
+        lambda: load_pairs(data, tokenizer, max_length, report, token_cache), "pairs", *model_key, to_dict(data), max_length
+    )
     _check_tokens(experiment, config, tokenizer, pairs)
-    once(lambda: read_neutral(data.neutral_path, tokenizer, max_length), "neutral", *named, data.neutral_path, max_length)
+    neutral_key = ("neutral", *model_key, data.neutral_path, max_length)
+    once(lambda: read_neutral(data.neutral_path, tokenizer, max_length), *neutral_key)
     return {
         "model": f"{model.name}: {text.num_hidden_layers} layers, hidden size {text.hidden_size}"
-        + ("" if tried else "; no step could be tried without its weights, the first trial will tell"),
+        + ("" if step_checked else "; too large for a trial step here, so the first trial checks it"),
         "saes": saes,
         "data": f"{data.path or data.name}: {pairs.summary}",
         "pairs": len(pairs.train),
@@ -82,12 +86,12 @@ def prepare(experiment: Experiment, seen: dict[str, Any] | None = None) -> dict[
 
 
 def _check_packages(experiment: Experiment) -> None:
-    """Optimiser and attention must be known, and what they need must be installed."""
+    """Raise ConfigError unless the optimiser is known and the packages of optimiser and attention are installed."""
     optimizer, attention = experiment.orpo.optimizer, experiment.model.attention
     if optimizer not in ("auto", *OPTIMIZERS):
         raise ConfigError(f"orpo.optimizer is unknown: {optimizer}." + suggest(optimizer, OPTIMIZERS))
     needs = {
-        f"orpo.optimizer={optimizer}": "bitsandbytes" if any(word in optimizer for word in ("8bit", "paged", "bnb")) else "",
+        f"orpo.optimizer={optimizer}": "bitsandbytes" if any(part in optimizer for part in ("8bit", "paged", "bnb")) else "",
         f"model.attention={attention}": "flash_attn" if attention == "flash_attention_2" else "",
     }
     for option, package in needs.items():
@@ -101,7 +105,7 @@ def _check_packages(experiment: Experiment) -> None:
 def _check_compiler() -> None:
     try:
         torch.compile(torch.sin)(torch.ones(2))
-    except Exception as error:  # every backend has errors of its own
+    except Exception as error:  # backends raise different types
         raise ConfigError(
             "launcher.compile=true needs a compiler that torch.compile can use (g++ on a processor, Triton on a GPU), but "
             f"a first function could not be compiled: {(str(error) or repr(error)).splitlines()[0]} Install one, or leave "
@@ -113,14 +117,14 @@ def _checked_tokenizer(experiment: Experiment, tokenizer: PreTrainedTokenizerBas
     if tokenizer.eos_token_id is None:
         name = experiment.model.tokenizer or experiment.model.name
         raise ModelError(
-            f"the tokenizer must have an end-of-sequence token, which stands behind every answer, but that of '{name}' "
+            f"the tokenizer must have an end-of-sequence token, which follows every answer, but that of '{name}' "
             "has none. Choose another one: model.tokenizer=NAME, or set eos_token in its tokenizer_config.json."
         )
     return tokenizer
 
 
 def _check_tokens(experiment: Experiment, config: Any, tokenizer: PreTrainedTokenizerBase, pairs: Pairs) -> None:
-    """Raise ModelError unless the model has an embedding for every token and a place for every position."""
+    """Raise ModelError unless the model has an embedding for every token and supports every position."""
     text = config.get_text_config()
     largest = max(largest_token(pairs), tokenizer.pad_token_id or 0)
     if largest >= text.vocab_size:
@@ -130,31 +134,31 @@ def _check_tokens(experiment: Experiment, config: Any, tokenizer: PreTrainedToke
             f"{text.vocab_size - 1}, but that of '{name}' ({len(tokenizer)} tokens) gives {largest}. "
             "Choose the model's own: model.tokenizer=null."
         )
-    places, longest = getattr(text, "max_position_embeddings", None), longest_sequence(pairs)
-    twin = small_twin(config) if isinstance(places, int) and longest > places else None
+    positions, longest = getattr(text, "max_position_embeddings", None), longest_sequence(pairs)
+    twin = small_twin(config) if isinstance(positions, int) and longest > positions else None
     if twin is not None:
         ids = torch.zeros(1, longest, dtype=torch.long)
         try:
             with torch.no_grad():
                 twin(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-        except Exception as error:  # a table of positions that ends
+        except Exception as error:  # a table of position embeddings that is too short
             raise ModelError(
-                f"orpo.max_length must be at most {places} for this model, which knows no later positions, but the longest "
+                f"orpo.max_length must be at most {positions} for this model, which has no later positions, but the longest "
                 f"pair has {longest} tokens (orpo.max_length={experiment.orpo.max_length})."
             ) from error
 
 
 def _check_step(experiment: Experiment, config: Any, layers: list[int]) -> bool:
-    """Raise ModelError unless a step with an adapter can be made on a small twin of the model, or the model itself.
+    """Raise ModelError unless a training step with an adapter works on a small twin of the model, or the model itself.
 
-    False when there is no twin and the model is too large for a check.
+    Returns False, without a check, when the model has no twin and is too large to load.
     """
     twin = small_twin(config)
     if twin is not None:
         try:
             _step(twin, layers)
             return True
-        except ModelError:  # perhaps for the twin's sizes
+        except ModelError:  # perhaps only because of the twin's sizes
             if count_parameters(config) > SMALL:
                 raise
     if count_parameters(config) > SMALL:
@@ -169,20 +173,20 @@ def _step(model: PreTrainedModel, layers: list[int]) -> None:
     exact_way(model, sites, PLAIN)
 
 
-def _describe_sae(site: dict[str, Any], sae: FrozenSae) -> str:
-    words = f"layer {site['layer']}, {sae.d_sae} latents ({describe(site)})"
+def _describe_sae(hook_point: dict[str, Any], sae: FrozenSae) -> str:
+    description = f"layer {hook_point['layer']}, {sae.d_sae} latents ({describe(hook_point)})"
     quality = sae.sae.cfg.metadata.get("quality")
     if quality:
-        words += f", variance explained {1 - quality['fvu']:.2f}, L0 {quality['l0']:.0f}"
-    return words
+        description += f", variance explained {1 - quality['fvu']:.2f}, L0 {quality['l0']:.0f}"
+    return description
 
 
 def main() -> int:
-    """Read the experiments from standard input, write the answer as the last line of standard output."""
-    seen: dict[str, Any] = {}
+    """Read the experiments from standard input; write the result as the last line of standard output."""
+    cache: dict[str, Any] = {}
     try:
-        facts = [prepare(from_mapping(Experiment, raw, ""), seen) for raw in json.load(sys.stdin)]
-        answer: dict[str, Any] = {"ok": {**facts[0], "more": len(facts) - 1}}
+        summaries = [prepare(from_mapping(Experiment, raw, ""), cache) for raw in json.load(sys.stdin)]
+        answer: dict[str, Any] = {"ok": {**summaries[0], "more": len(summaries) - 1}}
     except IsaerftError as error:
         answer = {"error": str(error)}
     print(json.dumps(answer), flush=True)

@@ -1,4 +1,4 @@
-"""Log-probabilities of the model without the adapter, which DPO compares with; computed once for all pairs."""
+"""Reference log-probabilities for DPO: those of the model without the adapter, computed once for all pairs."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from isaerft_sweep.trial.strategy import ForwardStrategy
 
 @dataclass(frozen=True)
 class Reference:
-    """Sums over the answers' tokens by pair (``PairBatch.keys``): chosen, rejected."""
+    """(chosen, rejected) sums of log-probabilities over the answer's tokens, by pair (``PairBatch.keys``)."""
 
     sums: dict[str, tuple[float, float]]
 
     def of(self, batch: PairBatch, device: torch.device) -> dict[str, torch.Tensor]:
-        """The fields of ``PairLogps``, float32 [pair]."""
+        """The reference fields of ``PairLogps``, float32 [pair]."""
         chosen, rejected = zip(*(self.sums[key] for key in batch.keys), strict=True)
         return {
             "reference_chosen": torch.tensor(chosen, device=device),
@@ -34,11 +34,11 @@ def compute_reference(
     """Run all pairs of ``datasets`` through the model with its adapter off.
 
     Args:
-        model: with the adapter on it.
+        model: with its adapter.
         datasets: tokenised pairs.
-        strategy: how batches go through the model.
+        strategy: how batches run through the model.
         pad: id of the padding token.
-        batch_size: pairs at a time.
+        batch_size: pairs per batch.
     """
     base, sums, was_training = model.get_base_model(), dict[str, tuple[float, float]](), model.training
     model.eval()
@@ -47,7 +47,7 @@ def compute_reference(
             for start in range(0, len(rows), batch_size):
                 batch = pair_batch(rows[start : start + batch_size], pad, base.device, read_prompt=False)
                 logps = batch.pair_logps(strategy.forward(base, batch.batch).logps)
-                both = zip(logps.chosen_sum.tolist(), logps.rejected_sum.tolist(), strict=True)
-                sums.update(zip(batch.keys, both, strict=True))
+                pair_sums = zip(logps.chosen_sum.tolist(), logps.rejected_sum.tolist(), strict=True)
+                sums.update(zip(batch.keys, pair_sums, strict=True))
     model.train(was_training)
     return Reference(sums)

@@ -1,7 +1,7 @@
 """Adapters that move few latents: an L1 proximal step, or the k latents that steer most.
 
-Adam divides each gradient by its own size, so every latent's number moves by about the learning rate, and none stays at
-zero. Both act on the parameters right after the optimiser's step, where Adam does not undo them.
+Adam normalises each gradient, so every latent's parameter moves by about the learning rate and none stays at zero. Both
+methods act on the parameters right after the optimiser's step, so Adam does not undo them.
 """
 
 from __future__ import annotations
@@ -15,17 +15,24 @@ from isaerft_sweep.specs import AdapterSpec
 
 
 class Sparsity:
-    """What follows each optimiser step; here nothing."""
+    """Hooks around each optimiser step; this class does nothing."""
 
     def before_step(self, model: torch.nn.Module) -> None:
         """Called before the optimiser's step."""
 
     def after_step(self, model: torch.nn.Module, rate: float, step: int, steps: int) -> None:
-        """Called after it. ``rate``: its learning rate. ``step``: its number, from 1, of ``steps``."""
+        """Called after the optimiser's step.
+
+        Args:
+            model: with the trial's adapter.
+            rate: the step's learning rate.
+            step: the step's number, from 1.
+            steps: total number of steps.
+        """
 
 
 def make_sparsity(spec: AdapterSpec) -> Sparsity:
-    """What ``adapter.l1`` or ``adapter.top_k`` asks for."""
+    """The method set by ``adapter.l1`` or ``adapter.top_k``."""
     if spec.l1:
         return L1Proximal(spec.l1)
     return TopK(spec.top_k) if spec.top_k else Sparsity()
@@ -43,15 +50,15 @@ class L1Proximal(Sparsity):
 
     @torch.no_grad()
     def after_step(self, model: torch.nn.Module, rate: float, step: int, steps: int) -> None:
-        for parameter, _ in _numbers_per_latent(model):
+        for parameter, _ in _latent_parameters(model):
             parameter.copy_(torch.nn.functional.softshrink(parameter, rate * self.l1))
 
 
 class TopK(Sparsity):
-    """In the middle of training all but k latents per site are set to zero, and stay there.
+    """In the middle of training all but k latents per hook point are set to zero, and stay zero.
 
     The k with the largest |p_i| · ‖W_dec,i‖ are kept: for the bias, the latents with the longest part in the steering
-    vector. Which ones they are can be read from the parameters themselves, so a resumed trial continues the same way.
+    vector. The parameters themselves show which ones they are, so a resumed trial continues the same way.
     """
 
     def __init__(self, k: int) -> None:
@@ -60,22 +67,22 @@ class TopK(Sparsity):
 
     @torch.no_grad()
     def before_step(self, model: torch.nn.Module) -> None:
-        self._kept = [parameter != 0 for parameter, _ in _numbers_per_latent(model)]
+        self._kept = [parameter != 0 for parameter, _ in _latent_parameters(model)]
 
     @torch.no_grad()
     def after_step(self, model: torch.nn.Module, rate: float, step: int, steps: int) -> None:
         middle = max(1, steps // 2)
         if step < middle:
             return
-        for kept, (parameter, decoder) in zip(self._kept, _numbers_per_latent(model), strict=True):
+        for kept, (parameter, decoder) in zip(self._kept, _latent_parameters(model), strict=True):
             if step == middle:
                 weight = parameter.abs() * decoder.norm(dim=-1)
                 kept = torch.zeros_like(kept).index_fill(0, weight.topk(min(self.k, len(weight))).indices, True)
             parameter.mul_(kept)
 
 
-def _numbers_per_latent(model: torch.nn.Module) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
-    """For each site the block's vector [d_sae] and the SAE's decoder [d_sae, d_in]."""
+def _latent_parameters(model: torch.nn.Module) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
+    """For each hook point the block's parameter [d_sae] and the SAE's decoder [d_sae, d_in]."""
     for module in model.modules():
         if isinstance(module, IsaerftLayer):
             for name, block in module.isaerft_block.items():

@@ -1,4 +1,4 @@
-"""A model that runs only what is above the lowest site: the layers up to it hand out their stored output."""
+"""A model that runs only the layers above the lowest hook point: the layers up to it return their cached output."""
 
 from __future__ import annotations
 
@@ -21,115 +21,116 @@ Compute = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """From ids and mask [sequence, position] to the residual stream [sequence, position, hidden]."""
 
 
-class _StandsIn(nn.Module):
-    """A layer in the place of another, whose attributes it has: decoders ask their layers of which kind they are."""
+class _ReplacementLayer(nn.Module):
+    """Replaces a layer and has its attributes: decoders read, for instance, their layers' ``attention_type``."""
 
     def __init__(self, layer: nn.Module, outputs: int) -> None:
-        """``outputs``: how many things the layer gives out in a tuple; 0: its states alone."""
+        """``outputs``: length of the tuple that the layer returns; 0: it returns its states without a tuple."""
         super().__init__()
-        self.__dict__["stood_in_for"] = layer  # not a module of this one: its weights are not to be run, moved or saved
+        self.__dict__["replaced"] = layer  # not a submodule: its weights must not be run, moved or saved
         self._outputs = outputs
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(self.__dict__["stood_in_for"], name)
+            return getattr(self.__dict__["replaced"], name)
 
-    def _given(self, states: torch.Tensor) -> Any:
+    def _output(self, states: torch.Tensor) -> Any:
         return (states, *[None] * (self._outputs - 1)) if self._outputs else states
 
 
-class IdentityLayer(_StandsIn):
-    """A layer below the site: gives back what it got."""
+class IdentityLayer(_ReplacementLayer):
+    """Replaces a layer below the hook point: returns its input."""
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        return self._given(hidden_states)
+        return self._output(hidden_states)
 
 
-class Inject(_StandsIn):
-    """The site's own layer: gives out the stored residual stream [row, position, hidden] of the present call."""
+class CachedLayer(_ReplacementLayer):
+    """Replaces the layer at the hook point: returns the cached residual stream [row, position, hidden] of this call."""
 
     hidden: torch.Tensor | None = None
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         assert self.hidden is not None
-        return self._given(self.hidden)
+        return self._output(self.hidden)
 
 
-def stand_ins(model: PreTrainedModel, site: int) -> tuple[list[IdentityLayer], Inject]:
-    """What takes the places of the layers below ``site`` and of the site's own, for a model without an adapter."""
+def replacement_layers(model: PreTrainedModel, hook_layer: int) -> tuple[list[IdentityLayer], CachedLayer]:
+    """Replacements of the layers below ``hook_layer`` and of that layer, for a model without an adapter."""
     layers, outputs = decoder_layers(model), dict[int, int]()
 
     def note(index: int) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
             outputs[index] = len(output) if isinstance(output, tuple) else 0
-            if index == site:
+            if index == hook_layer:
                 raise Reached
 
         return hook
 
     ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
     with ExitStack() as stack, torch.no_grad():
-        for index in range(site + 1):
+        for index in range(hook_layer + 1):
             stack.callback(layers[index].register_forward_hook(note(index)).remove)
         with suppress(Reached):
             model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-    return [IdentityLayer(layers[i], outputs[i]) for i in range(site)], Inject(layers[site], outputs[site])
+    below = [IdentityLayer(layers[i], outputs[i]) for i in range(hook_layer)]
+    return below, CachedLayer(layers[hook_layer], outputs[hook_layer])
 
 
 class UpperLayers:
-    """What hands out stored values in the place of the layers up to the site."""
+    """Supplies the cached output of the layers up to the hook point."""
 
-    def __init__(self, stored: StoredActivations, inject: Inject, device: torch.device, compute: Compute) -> None:
-        """``inject`` stands at the site; ``compute`` gives what is not stored."""
-        self.stored, self.device, self.inject, self._compute = stored, device, inject, compute
+    def __init__(self, stored: StoredActivations, layer: CachedLayer, device: torch.device, compute: Compute) -> None:
+        """``layer``: at the hook point. ``compute``: computes batches that are not in the cache."""
+        self.stored, self.device, self.layer, self._compute = stored, device, layer, compute
         self.computed = 0
-        """Batches that held a sequence which is not stored."""
-        self._given: torch.Tensor | None = None
+        """Number of batches that were not in the cache."""
+        self._next_hidden: torch.Tensor | None = None
 
     def hidden(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """The residual stream [sequence, position, hidden] for ids and mask [sequence, position]."""
-        found = self.stored.batch(ids, mask, self.device)
-        if found is None:
+        stream = self.stored.batch(ids, mask, self.device)
+        if stream is None:
             self.computed += 1
-            found = self._compute(ids, mask) * mask.unsqueeze(-1)
-        return found
+            stream = self._compute(ids, mask) * mask.unsqueeze(-1)
+        return stream
 
-    def give(self, hidden: torch.Tensor) -> None:
-        """What to hand out in the next call, in the order of its rows; without it the call's ids and mask decide."""
-        self._given = hidden
+    def set_hidden(self, hidden: torch.Tensor) -> None:
+        """Set the stream [row, position, hidden] of the next call; else the call's ids and mask determine it."""
+        self._next_hidden = hidden
 
     def before_call(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A hook on the decoder."""
+        """Forward pre-hook on the decoder."""
         ids = args[0] if args else kwargs["input_ids"]
-        given, self._given = self._given, None
-        self.inject.hidden = self.hidden(ids, kwargs["attention_mask"]) if given is None else given
+        hidden, self._next_hidden = self._next_hidden, None
+        self.layer.hidden = self.hidden(ids, kwargs["attention_mask"]) if hidden is None else hidden
 
 
 @contextmanager
 def only_upper_layers(model: peft.PeftModel, stored: StoredActivations) -> Iterator[UpperLayers]:
-    """While the block runs, the model's layers up to the site hand out stored values instead of computing them.
+    """Inside the block, the model's layers up to the hook point return cached values instead of computing them.
 
-    The layers keep their places and names, so that saving and loading the adapter work meanwhile.
+    Positions and names of the layers stay, so saving and loading the adapter work inside the block.
     """
     base = model.get_base_model()
     layers = decoder_layers(base)
-    site = lowest_hook_point(layers)
-    wrapped, below = layer_at_hook_point(layers, site), list(layers[:site])
-    own = wrapped.base_layer
-    whole = sharing_weights(base)
-    passes, inject = stand_ins(whole, site)
-    compute = partial(stream_of, whole, layer_at_hook_point(decoder_layers(whole), site).base_layer)
-    above = UpperLayers(stored, inject, next(own.parameters()).device, compute)
+    hook_layer = lowest_hook_point(layers)
+    wrapped, below = layer_at_hook_point(layers, hook_layer), list(layers[:hook_layer])
+    original_layer = wrapped.base_layer
+    full_model = sharing_weights(base)
+    identities, cached_layer = replacement_layers(full_model, hook_layer)
+    compute = partial(stream_of, full_model, layer_at_hook_point(decoder_layers(full_model), hook_layer).base_layer)
+    above = UpperLayers(stored, cached_layer, next(original_layer.parameters()).device, compute)
     handle = getattr(base, decoder_name(base)).register_forward_pre_hook(above.before_call, with_kwargs=True)
-    for i in range(site):
-        layers[i] = passes[i]
-    wrapped.base_layer = above.inject
+    for i in range(hook_layer):
+        layers[i] = identities[i]
+    wrapped.base_layer = above.layer
     try:
         yield above
     finally:
         handle.remove()
-        wrapped.base_layer = own
+        wrapped.base_layer = original_layer
         for i, layer in enumerate(below):
             layers[i] = layer

@@ -1,4 +1,4 @@
-"""A worker that runs one trial after the other, or some together: what they have in common is loaded once."""
+"""A worker that runs trials in sequence or co-batched, and loads what they have in common once."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from isaerft_sweep.trial.stop_request import StopFlags, stop_requests
 
 POLL_S = 0.05
 IDLE_S = 60.0
-"""A worker that is given nothing for so long ends: its controller has gone."""
+"""A worker without a new task for so long ends: its controller has gone."""
 
 OVER = (*FINAL, TrialState.PRUNED)
 
@@ -38,30 +38,29 @@ T = TypeVar("T")
 
 
 def serve_trials(folder: WorkerFolder, idle_s: float = IDLE_S, trials_per_pass: int | None = 1) -> int:
-    """Run the tasks in ``folder`` until the last one; returns how many trials were run.
+    """Run the tasks in ``folder`` until the last one; returns the number of trials that ran.
 
-    Ends after a trial that failed, since an error may have left anything behind, when it is asked to stop, and when nobody
-    has given it anything for ``idle_s``. ``trials_per_pass``: how many trials advance together; None: as many as pay,
-    measured.
+    Ends early after a failed trial, since an error may leave the process in any state, on a request to stop, and when no
+    task arrives for ``idle_s`` seconds. ``trials_per_pass``: number of co-batched trials; None: measure the fastest.
     """
-    if folder.progress().ending:  # a scheduler has started a worker again that was over
+    if folder.progress().ending:  # a scheduler restarted a worker that had ended
         return 0
     with stop_requests() as flags:
         return _Worker(folder, idle_s, trials_per_pass, flags).serve()
 
 
 class _Worker:
-    """The trials that run now, and what they share."""
+    """The running trials and their shared state."""
 
     def __init__(self, folder: WorkerFolder, idle_s: float, trials_per_pass: int | None, flags: StopFlags) -> None:
-        self.folder, self.idle_s, self.room, self.flags = folder, idle_s, trials_per_pass, flags
-        self.kept = WorkerCache()
+        self.folder, self.idle_s, self.trials_per_pass, self.flags = folder, idle_s, trials_per_pass, flags
+        self.cache = WorkerCache()
         self.trials: dict[int, RunningTrial[bool]] = {}
         self.progress, self.number, self.count = folder.progress(), 0, 0
         self.closed = False
-        self._pack: str | None = None
-        self._next_up: tuple[int, TrialFolder, int, Experiment] | None = None
-        self._site = 0
+        self._pass_key: str | None = None
+        self._pending: tuple[int, TrialFolder, int, Experiment] | None = None
+        self._hook_layer = 0
         self._joint: MultiTrialModel | None = None
 
     def serve(self) -> int:
@@ -76,34 +75,34 @@ class _Worker:
             elif not self.closed:
                 time.sleep(POLL_S)
                 if time.monotonic() - idle_since > self.idle_s:
-                    self.folder.claim(Task(None))  # or a trial has come at the last moment: then that is next
+                    self.folder.claim(Task(None))  # fails if a trial has just arrived: that runs next
         self._note(self.progress)
         return self.count
 
     def _start_waiting(self) -> None:
-        """Begin the tasks that there is room for; one that cannot share a pass with those at hand waits for them."""
-        while not self.closed and len(self.trials) < (self.room or 1):
-            if self._next_up is None:
-                self._next_up = self._read_next()
-            if self._next_up is None:
+        """Start waiting tasks up to ``trials_per_pass``; a task that cannot be co-batched waits until the others end."""
+        while not self.closed and len(self.trials) < (self.trials_per_pass or 1):
+            if self._pending is None:
+                self._pending = self._read_next()
+            if self._pending is None:
                 return
-            number, trial, attempt, experiment = self._next_up
-            pack = pass_key(experiment)
-            if self.trials and (pack is None or pack != self._pack):
+            number, trial, attempt, experiment = self._pending
+            key = pass_key(experiment)
+            if self.trials and (key is None or key != self._pass_key):
                 return
-            self.number, self._pack, self._next_up = number, pack, None
-            self._site = min(site.layer for site in experiment.adapter.sites)
+            self.number, self._pass_key, self._pending = number, key, None
+            self._hook_layer = min(hook_point.layer for hook_point in experiment.adapter.sites)
             self.trials[number] = RunningTrial(self._run(trial, attempt, experiment))
 
     def _read_next(self) -> tuple[int, TrialFolder, int, Experiment] | None:
-        """The first task that has not begun: its number, trial, attempt and what it is about. The word to end closes."""
+        """The first waiting task: number, trial, attempt, experiment. A task without a trial closes the worker."""
         while (task := self.folder.task(number := self._next())) is not None:
             if task.trial is None:
                 self.closed = True
                 return None
             trial = TrialFolder(Path(task.trial))
             try:
-                if trial.current_attempt() > task.attempt:  # another worker has taken it over before this one was started
+                if trial.current_attempt() > task.attempt:  # another worker has taken it over
                     self._pass_over(number)
                     continue
                 return number, trial, task.attempt, trial.read_spec().experiment
@@ -112,7 +111,7 @@ class _Worker:
         return None
 
     def _cannot_begin(self, number: int, trial: TrialFolder, attempt: int, error: Exception) -> None:
-        """A trial whose folder cannot be read has failed; the others of this worker have not."""
+        """Fail a trial whose folder cannot be read; the worker's other trials continue."""
         _note_failure(trial, attempt, error)
         self._pass_over(number)
 
@@ -121,48 +120,49 @@ class _Worker:
         self._note(self.progress)
 
     def _next(self) -> int:
-        """The number of the first task that has not begun."""
+        """The number of the first waiting task."""
         number = max(self.number, self.progress.upto) + 1
         while self.progress.over(number):
             number += 1
         return number
 
     def _advance(self) -> None:
-        """Let every trial continue to its next pass, then run the passes of all."""
+        """Let every trial continue to its next pass, then run all these passes."""
         for number, running in list(self.trials.items()):
             running.advance()
             if running.ended:
-                spoiled = running.result
+                must_end = running.result
                 del self.trials[number], running
                 self.count += 1
                 self.progress = self.progress.with_over(number)
-                # before the trial's end is noted: a worker that has room and is about to go must be given nothing
-                if (spoiled or self.flags.asked) and not self.closed:
+                # close before noting the trial's end: otherwise the controller would give this worker another task
+                if (must_end or self.flags.asked) and not self.closed:
                     self._close()
                 else:
                     self._note(self.progress)
-                gc.collect()  # a trainer and its model refer to each other
+                gc.collect()  # training loop and model form reference cycles
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
         if not self.trials:
-            self._joint = None  # the next trial may want another model: one at a time is in memory
+            self._joint = None  # the next trial may use another model: keep one in memory
             return
         waiting = list(self.trials.values())
         joint = self._joint_model(waiting)
-        if self.room is None and waiting[0].wants_forward and waiting[0].trains and waiting[0].forward is not None:
-            # a trial that goes through the model by itself would only wait for others
-            self.room = 1 if joint is None else best_trials_per_pass(joint, waiting[0].forward)
-            self.folder.note_room(self.room)
+        first = waiting[0]
+        if self.trials_per_pass is None and first.wants_forward and first.trains and first.forward is not None:
+            # a trial that cannot be co-batched would only wait for others
+            self.trials_per_pass = 1 if joint is None else best_trials_per_pass(joint, first.forward)
+            self.folder.note_room(self.trials_per_pass)
         run_passes(joint, waiting)
 
     def _run(self, trial: TrialFolder, attempt: int, experiment: Experiment) -> Steps[bool]:
         """One attempt; returns whether the worker should end after it."""
         try:
             if trial.read_status().of_attempt(attempt).state in OVER:
-                return False  # a scheduler that started this worker again does not know that the trial has ended
+                return False  # the trial had ended when a scheduler restarted this worker
             with logged_to(trial.log):
                 try:
-                    shared = _CountedCache(self.kept, self.count)
+                    shared = _CountedCache(self.cache, self.count)
                     state = yield from trial_steps(trial, attempt, shared, self.flags)
                 except Superseded as error:
                     print(f"ended: {error}", flush=True)
@@ -170,18 +170,18 @@ class _Worker:
         except Exception as error:  # its folder cannot be read or written
             _note_failure(trial, attempt, error)
             return True
-        # bitsandbytes never gives the paged state of large parameters back
+        # bitsandbytes never frees the paged state of large parameters
         paged = resolve_optimizer(experiment.orpo.optimizer).startswith("paged")
         return (paged and experiment.adapter.kind in ("linear", "mlp")) or state not in (*OVER, TrialState.STOPPED)
 
     def _close(self) -> None:
-        """Take no further task; those that were given and have not begun go back as they came."""
-        self.closed, self._next_up = True, None
+        """Take no further task; hand waiting tasks back to the controller."""
+        self.closed, self._pending = True, None
         while True:
             number = self._next()
             task = self.folder.task(number)
             if task is None:
-                self.folder.claim(Task(None), room=None)  # in vain where a trial comes at this moment: that goes back too
+                self.folder.claim(Task(None), room=None)  # fails if a trial has just arrived: hand that back too
                 continue
             if task.trial is None:
                 break
@@ -195,56 +195,56 @@ class _Worker:
         self.folder.note(replace(progress, ending=self.closed))
 
     def _joint_model(self, trials: Sequence[RunningTrial[bool]]) -> MultiTrialModel | None:
-        """The model that several trials' passes go through; None where each runs by itself."""
+        """The model for co-batched trials; None if no trial can be co-batched."""
         bases = [trial.forward.strategy.base for trial in trials if trial.forward is not None and trial.joinable]
         base = bases[0] if bases else None
         if base is None:
             return None
-        if self._joint is None or self._joint.base is not base or self._joint.site != self._site:
-            self._joint = MultiTrialModel(base, self._site)
+        if self._joint is None or self._joint.base is not base or self._joint.hook_layer != self._hook_layer:
+            self._joint = MultiTrialModel(base, self._hook_layer)
         return self._joint
 
 
 def _note_failure(trial: TrialFolder, attempt: int, error: Exception) -> None:
-    """Say in a trial's status, as far as that can be written, that its folder is of no use."""
+    """Write to the trial's status, if possible, that its folder could not be used."""
     traceback.print_exception(error)
-    with suppress(Exception):  # then it has died without a word
+    with suppress(Exception):  # the status cannot be written either
         message = f"its folder could not be used: {type(error).__name__}: {error}"
         StatusWriter(trial, attempt).write(TrialState.FAILED, message=message[:2000])
 
 
 def pass_key(experiment: Experiment) -> str | None:
-    """Equal for experiments that can go through the model together; None for one that goes alone."""
+    """Equal for experiments that can be co-batched; None for one that cannot."""
     if not experiment.launcher.lean_logits or experiment.orpo.gradient_checkpointing:
         return None
     return activations_key(experiment)
 
 
 class _CountedCache(ProcessCache):
-    """What a trial has in common with others, with how many its worker has run before."""
+    """The worker's cache, with the number of trials that it has run before."""
 
-    def __init__(self, kept: WorkerCache, served: int) -> None:
-        self.kept, self.served = kept, served
+    def __init__(self, cache: WorkerCache, served: int) -> None:
+        self.cache, self.served = cache, served
 
     def get(self, what: str, key: str, make: Callable[[], T]) -> T:
-        return self.kept.get(what, key, make)
+        return self.cache.get(what, key, make)
 
 
 class WorkerCache(ProcessCache):
-    """Keeps the last model, its pairs and its stored activations for the next trial that asks for the same."""
+    """Keeps the last model, pairs, activations and so on for the next trial with the same keys."""
 
     def __init__(self) -> None:
-        self._kept: dict[str, tuple[str, Any]] = {}
+        self._entries: dict[str, tuple[str, Any]] = {}
 
     def get(self, what: str, key: str, make: Callable[[], T]) -> T:
-        if self._kept.get(what, ("", None))[0] != key:
-            self._kept.pop(what, None)  # one at a time is in memory
-            self._kept[what] = (key, make())
-        found: T = self._kept[what][1]
-        return found
+        if self._entries.get(what, ("", None))[0] != key:
+            self._entries.pop(what, None)  # first free the old one: memory may hold only one
+            self._entries[what] = (key, make())
+        value: T = self._entries[what][1]
+        return value
 
 
-class _Both:
+class _Tee:
     """Writes to two streams."""
 
     def __init__(self, first: TextIO, second: TextIO) -> None:
@@ -265,10 +265,10 @@ class _Both:
 
 @contextmanager
 def logged_to(path: Path) -> Iterator[None]:
-    """While the block runs, what Python prints also goes to ``path``: the worker's own log holds many trials."""
+    """Inside the block, copy what Python prints to ``path``: the worker's own log mixes all its trials."""
     before = sys.stdout, sys.stderr
     with path.open("a", encoding="utf-8", buffering=1) as file:
-        sys.stdout, sys.stderr = _Both(sys.stdout, file), _Both(sys.stderr, file)
+        sys.stdout, sys.stderr = _Tee(sys.stdout, file), _Tee(sys.stderr, file)
         try:
             yield
         finally:

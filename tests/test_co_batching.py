@@ -47,8 +47,10 @@ def assert_near(found: TrialFolder, expected: TrialFolder, bound: float = 2e-4) 
         torch.testing.assert_close(tensor, weights[1][name], atol=0.02 * 0.1, rtol=bound)  # of a learning rate of 0.1
 
 
-def pack(folder: WorkerFolder, trials: list[TrialFolder], packed: int | None, sizes: list[int] | None = None) -> int:
-    """Give a worker in this process all ``trials`` at once and the word to end; how many trials each pass had."""
+def run_together(
+    folder: WorkerFolder, trials: list[TrialFolder], trials_per_pass: int | None, sizes: list[int] | None = None
+) -> int:
+    """Run all ``trials`` in a worker in this process; ``sizes`` receives the number of trials of each pass."""
     for trial in trials:
         assert folder.claim(Task(str(trial.path), trial.current_attempt()), room=None)
     folder.claim(Task(None), room=None)
@@ -61,13 +63,13 @@ def pack(folder: WorkerFolder, trials: list[TrialFolder], packed: int | None, si
             return forward(self, parts)
 
         patch.setattr(MultiTrialModel, "forward", counted)
-        return serve_trials(folder, trials_per_pass=packed)
+        return serve_trials(folder, trials_per_pass=trials_per_pass)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "trunk_gb"), [*((family, 1) for family in FAMILIES), ("llama", 0), ("gemma2", 0)])
-def test_packed_trials_have_the_numbers_of_trials_alone(family: str, trunk_gb: int, trial: Made, tmp_path: Path) -> None:
-    shared = (*OFF, f"model.architecture={family}", f"launcher.activation_cache_gb={trunk_gb}", "orpo.eval_fraction=0.5")
+@pytest.mark.parametrize(("family", "cache_gb"), [*((family, 1) for family in FAMILIES), ("llama", 0), ("gemma2", 0)])
+def test_co_batched_trials_have_the_numbers_of_trials_alone(family: str, cache_gb: int, trial: Made, tmp_path: Path) -> None:
+    shared = (*OFF, f"model.architecture={family}", f"launcher.activation_cache_gb={cache_gb}", "orpo.eval_fraction=0.5")
     settings = [
         ("orpo.beta=2.0",),
         ("orpo.beta=0.1", "orpo.seed=7", "orpo.gradient_accumulation=2"),
@@ -75,23 +77,23 @@ def test_packed_trials_have_the_numbers_of_trials_alone(family: str, trunk_gb: i
         ("adapter=mlp", "adapter.hidden_size=8", "orpo.max_steps=2", "orpo.eval_untrained=always"),
     ]
     alone = [trial(*shared, *own, name=f"alone{i}") for i, own in enumerate(settings)]
-    together = [trial(*shared, *own, name=f"packed{i}") for i, own in enumerate(settings)]
+    together = [trial(*shared, *own, name=f"together{i}") for i, own in enumerate(settings)]
     for one in alone:
         assert run_trial(one, 1) == "completed"
     sizes: list[int] = []
-    assert pack(WorkerFolder(tmp_path / "worker"), together, 4, sizes) == 4
+    assert run_together(WorkerFolder(tmp_path / "worker"), together, 4, sizes) == 4
     assert 4 in sizes, "they went together"
     for mine, expected in zip(together, alone, strict=True):
         assert_near(mine, expected)
 
 
 @pytest.mark.slow
-def test_one_trial_in_a_pack_has_the_same_bits_as_alone(trial: Made, tmp_path: Path) -> None:
-    alone, packed = (trial(*OFF, "adapter=mlp", "adapter.hidden_size=8", name=name) for name in ("alone", "packed"))
+def test_a_single_trial_has_the_same_bits_with_room_for_more(trial: Made, tmp_path: Path) -> None:
+    alone, single = (trial(*OFF, "adapter=mlp", "adapter.hidden_size=8", name=name) for name in ("alone", "single"))
     assert run_trial(alone, 1) == "completed"
-    assert pack(WorkerFolder(tmp_path / "worker"), [packed], 3) == 1
-    assert rows_of(packed) == rows_of(alone)
-    weights = [(t.adapter / "adapter_model.safetensors").read_bytes() for t in (alone, packed)]
+    assert run_together(WorkerFolder(tmp_path / "worker"), [single], 3) == 1
+    assert rows_of(single) == rows_of(alone)
+    weights = [(t.adapter / "adapter_model.safetensors").read_bytes() for t in (alone, single)]
     assert weights[0] == weights[1]
 
 
@@ -135,13 +137,13 @@ def test_what_becomes_of_one_trial_leaves_the_others_alone(trial: Made, tmp_path
     checkpointing = trial(*settings, "orpo.gradient_checkpointing=true", name="checkpointing")
     trials = [pruned, fine, diverging, other_data, checkpointing]
     sizes: list[int] = []
-    assert pack(WorkerFolder(tmp_path / "worker"), trials, 3, sizes) == 5
+    assert run_together(WorkerFolder(tmp_path / "worker"), trials, 3, sizes) == 5
     states = [t.read_status().state for t in trials]
     assert states == ["pruned", "completed", "diverged", "completed", "completed"]
     assert max(sizes) == 3, "those with other data, or a pass of their own kind, came afterwards"
     assert_near(fine, alone)
     pruned.begin_attempt(2)
-    assert run_trial(pruned, 2) == "completed", "it goes on from its checkpoint, alone"
+    assert run_trial(pruned, 2) == "completed", "it resumes from its checkpoint, alone"
     expected = trial(*settings, "orpo.beta=0.5", name="expected")
     assert run_trial(expected, 1) == "completed"
     assert_near(pruned, expected)
@@ -185,13 +187,13 @@ def test_an_error_in_a_pass_belongs_to_one_trial(
     def breaking(self: Any, running: Any) -> Any:
         passes[0] += 1
         if passes[0] > 2 and len(self.trials) == 2 and self.trials[2].wants_forward and self.trials[2].trains:
-            decoder_layers(self.trials[2].forward.model)[self._site].broken = True
+            decoder_layers(self.trials[2].forward.model)[self._hook_layer].broken = True
         return make(self, running)
 
     monkeypatch.setattr(IsaerftLayer, "changed", changed)
     monkeypatch.setattr(worker._Worker, "_joint_model", breaking)
     folder = WorkerFolder(tmp_path / "worker")
-    assert pack(folder, [good, bad, never], 2) == 2
+    assert run_together(folder, [good, bad, never], 2) == 2
     assert good.read_status().state == "completed"
     assert_near(good, alone)
     assert bad.read_status().state == "failed" and "this adapter is broken" in bad.read_status().message
@@ -201,13 +203,13 @@ def test_an_error_in_a_pass_belongs_to_one_trial(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["log", "status"])
-def test_a_trial_that_cannot_write_leaves_the_others_of_its_pack_alone(
+def test_a_trial_that_cannot_write_leaves_co_batched_trials_alone(
     what: str, trial: Made, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     fine, broken = trial(*OFF, name="fine"), trial(*OFF, name="broken")
     (broken.log if what == "log" else broken.status).mkdir()
     folder = WorkerFolder(tmp_path / "worker")
-    assert pack(folder, [fine, broken], 2) == 2
+    assert run_together(folder, [fine, broken], 2) == 2
     assert fine.read_status().state == "completed"
     if what == "log":
         assert "could not be used: IsADirectoryError" in broken.read_status().message
@@ -217,7 +219,7 @@ def test_a_trial_that_cannot_write_leaves_the_others_of_its_pack_alone(
 
 
 @pytest.mark.slow
-def test_a_pack_that_does_not_fit_into_memory_goes_in_halves(
+def test_a_pass_that_does_not_fit_into_memory_runs_in_halves(
     trial: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forward = MultiTrialModel.forward
@@ -229,12 +231,12 @@ def test_a_pack_that_does_not_fit_into_memory_goes_in_halves(
 
     monkeypatch.setattr(MultiTrialModel, "forward", small)
     trials = [trial(*OFF, f"orpo.beta={i + 1}.0", name=f"t{i}") for i in range(3)]
-    assert pack(WorkerFolder(tmp_path / "worker"), trials, 3) == 3
+    assert run_together(WorkerFolder(tmp_path / "worker"), trials, 3) == 3
     assert {t.read_status().state for t in trials} == {"completed"}
 
 
 @pytest.mark.slow
-def test_the_size_of_a_pack_is_measured(
+def test_the_number_of_trials_per_pass_is_measured(
     trial: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The times are made up; that they are taken, and nothing but them is changed by it, is not."""
@@ -253,15 +255,15 @@ def test_the_size_of_a_pack_is_measured(
     alone = trial(*OFF, "orpo.gradient_accumulation=2", "orpo.beta=1.0", name="alone")
     assert run_trial(alone, 1) == "completed"
     sizes: list[int] = []
-    assert pack(folder, trials, None, sizes) == 4
+    assert run_together(folder, trials, None, sizes) == 4
     assert folder.room() == 4 and sorted(set(tried)) == [1, 2, 4, 8], "8 take 0.46 s each, 4 took 0.48"
-    assert "4 trials at a time pay here" in capfd.readouterr().out
+    assert "trials per pass: 4 (measured" in capfd.readouterr().out
     assert sizes.count(4) > 4, "and so many go together"
     assert_near(trials[0], alone)
 
 
 @pytest.mark.slow
-def test_a_packed_sweep_and_a_crash_in_it(tmp_path: Path) -> None:
+def test_a_co_batched_sweep_and_a_crash_in_it(tmp_path: Path) -> None:
     sweep = tmp_path / "outputs" / "s"
     options = (
         *TINY,

@@ -32,7 +32,7 @@ create_once(pathlib.Path(sys.argv[1]), make)
 """
 
 
-def test_trunk_is_shared_verified_and_bounded(trial: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_cache_is_shared_verified_and_bounded(trial: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scratch = tmp_path / "scratch"
     options = (*OFF, f"launcher.scratch={scratch}")
     first, second = trial(*options, name="a"), trial(*options, "orpo.beta=0.5", "orpo.learning_rate=1e-3", name="b")
@@ -46,7 +46,7 @@ def test_trunk_is_shared_verified_and_bounded(trial: Made, tmp_path: Path, capsy
     third = trial(*options, name="c")
     capsys.readouterr()
     assert run_trial(third, 1) == "completed"
-    assert "are damaged: made again" in capsys.readouterr().out and rows_of(third) == rows_of(first)
+    assert "are damaged and are computed again" in capsys.readouterr().out and rows_of(third) == rows_of(first)
     tiny = trial(*OFF, f"launcher.scratch={tmp_path / 'none'}", "launcher.activation_cache_gb=0.000001", name="d")
     capsys.readouterr()
     assert run_trial(tiny, 1) == "completed"
@@ -71,7 +71,7 @@ def test_a_disk_that_takes_nothing_costs_only_the_time(
     without = trial(*OFF, "launcher.activation_cache_gb=0", name="without")
     assert run_trial(without, 1) == "completed"
     (tmp_path / "file").touch()
-    scratch = small_disk / "trunk" if what == "full" else tmp_path / "file" / "trunk"
+    scratch = small_disk / "cache" if what == "full" else tmp_path / "file" / "cache"
     capsys.readouterr()
     folder = trial(*OFF, f"launcher.scratch={scratch}")
     assert run_trial(folder, 1) == "completed", folder.read_status()
@@ -131,13 +131,13 @@ def test_of_many_pairs_and_few_steps_only_what_is_reached_is_stored(
 SAE = "sae_release: isaerft-sweep, sae_id: random-64x256"
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_several_sites_are_reused_from_the_lowest_on(packed: bool, trial: Made, tmp_path: Path) -> None:
+@pytest.mark.parametrize("together", [False, True])
+def test_several_hook_points_are_reused_from_the_lowest_on(together: bool, trial: Made, tmp_path: Path) -> None:
     options = (*OFF, f"adapter.sites=[{{layer: 2, {SAE}}}, {{layer: 1, {SAE}}}]", "orpo.learning_rate=0.1")
     whole = [trial(*options, "launcher.activation_cache_gb=0", f"orpo.beta={b}", name=f"whole{b}") for b in (0.1, 0.5)]
     reused = [trial(*options, f"launcher.scratch={tmp_path}/s", f"orpo.beta={b}", name=f"reused{b}") for b in (0.1, 0.5)]
     assert [run_trial(one, 1) for one in whole] == ["completed"] * 2
-    if packed:
+    if together:
         folder = WorkerFolder(tmp_path / "worker")
         for one in reused:
             folder.claim(Task(str(one.path), 1), room=None)
