@@ -92,12 +92,12 @@ def check_fits(frozen: FrozenSae, hook_point: Mapping[str, Any], hidden_size: in
     if not 0 <= hook_point["layer"] < layers:
         raise ModelError(
             f"a hook point's layer must be between 0 and {layers - 1} for this model but got {hook_point['layer']}. "
-            "Set it: adapter.sites.0.layer=N."
+            "Set it: adapter.sites.N.layer, where N is its place in the list, from 0."
         )
     if frozen.d_in != hidden_size:
         raise ModelError(
             f"the SAE must read vectors as wide as the model's hidden size {hidden_size}, but {describe(hook_point)} reads "
-            f"{frozen.d_in}. Choose an SAE made for this model: adapter.sites.0.sae_release / sae_id or sae_path."
+            f"{frozen.d_in}. Choose an SAE made for this model: sae_release and sae_id, or sae_path, in its entry of adapter.sites."
         )
 
 

@@ -60,7 +60,7 @@ def check(experiment: Experiment) -> None:
         raise ConfigError("data.path must name a file when data.source=files. Give it: data.path=/path/pairs.jsonl.")
     if not adapter.sites:
         raise ConfigError(
-            "adapter.sites must name at least one site but is empty. Give one: "
+            "adapter.sites must name at least one hook point but is empty. Give one: "
             "'adapter.sites=[{layer: 20, sae_path: /path/to/sae}]'."
         )
     for i, site in enumerate(adapter.sites):

@@ -63,7 +63,7 @@ def cached_activations(
     shared: ProcessCache,
     phases: Phases,
 ) -> Iterator[UpperLayers | None]:
-    """The frozen layers below the site, run once per sweep and node, where their output fits the cache.
+    """The frozen layers below the hook point, run once per sweep and node, where their output fits the cache.
 
     Stored is what the first trial reads: every pair, or of many pairs and few steps those that its steps reach. What a trial
     with another order reads besides is computed.
@@ -102,12 +102,12 @@ def way_through(experiment: Experiment, loaded: LoadedModel, shared: ProcessCach
         share = launcher.share_prompts and launcher.lean_logits
         why_not = why_not_shared(loaded.model) if share else None
         if why_not:
-            print(f"every answer is computed with a prompt of its own: {why_not}", flush=True)
+            print(f"each answer is computed with its own copy of the prompt: {why_not}", flush=True)
         wanted = Way(above=True, share=share and not why_not, lean=launcher.lean_logits)
         way, reason = exact_way(loaded.model, sites, wanted)
         lost = {
             "the frozen layers are computed in every step": wanted.above and not way.above,
-            "every answer is computed with a prompt of its own": wanted.share and not way.share,
+            "each answer is computed with its own copy of the prompt": wanted.share and not way.share,
             "the model's own forward pass runs, with all logits": wanted.lean and not way.lean,
         }
         for words in (words for words, is_lost in lost.items() if is_lost):
