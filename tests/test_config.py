@@ -61,7 +61,7 @@ def test_the_published_experiment(experiment) -> None:
         ("orpo.schedule=sine", "orpo.schedule must be one of linear, cosine"),
         ("model.dtype=int8", "model.dtype must be one of auto, float32"),
         ("adapter.kind=lora", "adapter.kind must be one of bias, scale, linear, mlp"),
-        ("adapter.sites=[]", "adapter.sites must name at least one site"),
+        ("adapter.sites=[]", "adapter.sites must name at least one hook point"),
         ("adapter.sites.0.sae_path=/x", "either sae_release with sae_id, or sae_path"),
         ("adapter.rank=4", "adapter.rank must go with adapter.kind linear or mlp"),
         ("data=jsonl", "data.path must name a file"),

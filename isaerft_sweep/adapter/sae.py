@@ -97,7 +97,7 @@ def check_fits(frozen: FrozenSae, hook_point: Mapping[str, Any], hidden_size: in
     if frozen.d_in != hidden_size:
         raise ModelError(
             f"the SAE must read vectors as wide as the model's hidden size {hidden_size}, but {describe(hook_point)} reads "
-            f"{frozen.d_in}. Choose an SAE made for this model: sae_release and sae_id, or sae_path, in its entry of adapter.sites."
+            f"{frozen.d_in}. Choose one made for this model: sae_release and sae_id, or sae_path, in adapter.sites."
         )
 
 
