@@ -171,7 +171,7 @@ def test_epochs_accumulation_and_what_is_left_over_are_trls(
     assert len(mine) == len(gradients) == 5
     for found, expected in zip(mine, gradients, strict=True):
         assert float((found - expected).norm() / expected.norm()) < 1e-3
-    for found, expected in zip(rows_of(folder), rows, strict=False):
+    for found, expected in zip(rows_of(folder)[:5], rows[:5], strict=True):
         # not the rewards: with several batches a step TRL leaves the last pairs of an epoch out of their means
         for key in ("loss", "grad_norm", "learning_rate", "epoch", "nll_loss"):
             assert found[f"train/{key}"] == pytest.approx(expected[key], rel=5e-4, abs=5e-5), (found["step"], key)

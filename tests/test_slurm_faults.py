@@ -369,7 +369,7 @@ def test_a_full_shared_disk(slurm: Bed, tmp_path: Path) -> None:
         options = (*ONE, "launcher.min_free_gb=0.02", "launcher.max_retries=0", "sweep.run_cap=2")
         controller = start(tmp_path, *options)
         wait_for(past(sweep, 12))
-        with (disk / "filler").open("wb") as file, pytest.raises(OSError, match="No space"):
+        with (disk / "filler").open("wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
             while True:
                 file.write(b"0" * 65536)
         assert controller.wait(400) == 2 and "cannot be written (No space left on device)" in output(tmp_path), output(

@@ -106,7 +106,7 @@ class RunningTrial(Generic[T]):
         """Where the backward pass starts: the forward pass's outputs, and the gradients of the trial's loss for them."""
         assert self._graph is not None and self._detached is not None
         leaves = zip(self._graph.differentiable(), self._detached.differentiable(), strict=True)
-        pairs = [(output, leaf.grad) for output, leaf in leaves if leaf.grad is not None]
+        pairs = [(output, leaf.grad) for output, leaf in leaves if leaf.grad is not None and output.requires_grad]
         return [output for output, _ in pairs], [gradient for _, gradient in pairs]
 
     def free_graph(self) -> None:

@@ -84,7 +84,8 @@ def _exact_way(model: PreTrainedModel, sites: Sequence[Mapping[str, Any]], wante
     random_state = torch.get_rng_state(), _device_state(model)
     expected = probe.expected()
     if not all(map(torch.equal, random_state, (torch.get_rng_state(), _device_state(model)))):
-        wanted, reasons = PLAIN, ["its layers draw random numbers while it trains"]  # routers that add noise
+        # routers that add noise: a trial could not be repeated, nor resumed with the same numbers
+        raise _refused(model, "its layers draw random numbers while it trains; if its config can switch that off, do")
     for way in WAYS:
         if (way.above and not wanted.above) or (way.share and not wanted.share) or (way.lean and not wanted.lean):
             continue
@@ -97,8 +98,6 @@ def _exact_way(model: PreTrainedModel, sites: Sequence[Mapping[str, Any]], wante
         if reason is None:
             return way, reasons[0] if reasons else ""
         reasons.append(reason)
-    if reasons[0].endswith("while it trains"):
-        return PLAIN, reasons[0]
     raise _refused(model, f"with the adapter {reasons[-1]}")
 
 
