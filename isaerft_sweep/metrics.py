@@ -18,9 +18,17 @@ _SHARED = (
 )
 HARM = ("eval/kl_base", "eval/neutral_nll", "eval/neutral_nll_rise")
 """KL(base ‖ adapted) in nats per answer token; NLL of neutral text in nats per token, and its rise over the base model's."""
+GENERATION = (
+    "eval/generation_tokens",
+    "eval/generation_repeated",
+    "eval/generation_distinct2",
+    "eval/generation_base_nll",
+)
+"""Of greedy answers: mean length, share of repeated 4-grams, share of distinct bigrams, NLL under the base model."""
 METRICS = (
     *(f"eval/{name}" for name in _SHARED),
     *HARM,
+    *GENERATION,
     *(f"train/{name}" for name in _SHARED),
     "train/grad_norm",
     "train/learning_rate",
@@ -35,6 +43,8 @@ LESS_IS_BETTER = (
     "kl_base",
     "neutral_nll",
     "neutral_nll_rise",
+    "generation_repeated",
+    "generation_base_nll",
     "rewards/rejected",
     "logps/rejected",
     "grad_norm",

@@ -176,6 +176,13 @@ class OrpoSpec:
         True,
         affects_result=False,
     )
+    eval_generations: int = option(
+        "Held-out prompts that each evaluation answers by greedy decoding, to measure length, repetition and the NLL under "
+        "the base model; 0: none.",
+        0,
+        at_least=0,
+        affects_result=False,
+    )
     checkpoint_every_steps: int = option("Most steps between two checkpoints.", 50, at_least=1, affects_result=False)
     checkpoint_every_min: float = option("Most minutes between two checkpoints.", 5.0, above=0, affects_result=False)
     gradient_checkpointing: bool = option("Recompute activations in the backward pass: less memory, more time.", False)

@@ -52,10 +52,18 @@ def answer(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_
     if chat:
         messages = [{"role": "user", "content": prompt}]
         text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not chat).to(model.device)
-    with torch.inference_mode():
-        out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)
-    return str(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
+    ids = tokenizer(text, add_special_tokens=not chat)["input_ids"]
+    new = greedy(model, ids, max_new_tokens, tokenizer.pad_token_id)
+    return str(tokenizer.decode(new, skip_special_tokens=True)).strip()
+
+
+@torch.inference_mode()
+def greedy(model: Any, prompt: list[int], max_new_tokens: int, pad: int | None) -> list[int]:
+    """Token ids of the most likely continuation of ``prompt``, token by token, the end token included."""
+    ids = torch.tensor([prompt], device=model.device)
+    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": pad}
+    out: list[int] = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)[0].tolist()
+    return out[len(prompt) :]
 
 
 def main() -> int:

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from isaerft_sweep.errors import ConfigError, SpaceError
-from isaerft_sweep.metrics import HARM
+from isaerft_sweep.metrics import GENERATION, HARM
 from isaerft_sweep.search.distributions import Categorical, Constant, Distribution, Numeric, Truncated
 from isaerft_sweep.search.sweep_file import Metric, SweepDefinition, check_grid, read_parameters, read_sweep_file
 from isaerft_sweep.spec_fields import canonical_json, from_mapping, overrides, to_dict
@@ -130,9 +130,14 @@ def check_definition(definition: SweepDefinition, experiment: Experiment) -> Swe
             f"early_terminate must go with a metric of evaluations (eval/…) but got {definition.metric.name}: that of a "
             "single training batch is mostly noise."
         )
-    harm = {definition.metric.name, *(constraint.metric for constraint in definition.constraints)} & set(HARM)
-    if harm and not experiment.orpo.eval_harm:
-        raise ConfigError(f"orpo.eval_harm must be true but is false: the sweep file names {', '.join(sorted(harm))}.")
+    named = {definition.metric.name, *(constraint.metric for constraint in definition.constraints)}
+    orpo = experiment.orpo
+    for metrics, measured, must in (
+        (HARM, orpo.eval_harm, "eval_harm must be true but is false"),
+        (GENERATION, orpo.eval_generations, "eval_generations must be above 0 but is 0"),
+    ):
+        if not measured and named.intersection(metrics):
+            raise ConfigError(f"orpo.{must}: the sweep file names {', '.join(sorted(named.intersection(metrics)))}.")
     if definition.method == "grid":
         check_grid(definition.parameters)
     fitted = {key: fit_to_key(key, distribution) for key, distribution in definition.parameters.items()}

@@ -16,7 +16,7 @@ from isaerft_sweep.errors import CardError
 from isaerft_sweep.journal.atomic_files import read_json, write_text
 from isaerft_sweep.journal.layout import TrialFolder
 from isaerft_sweep.journal.status import TrialStatus
-from isaerft_sweep.metrics import HARM, depends_on_beta
+from isaerft_sweep.metrics import GENERATION, HARM, depends_on_beta
 from isaerft_sweep.paths import asset
 from isaerft_sweep.results.card_data import front_matter, is_repository
 from isaerft_sweep.results.card_text import (
@@ -43,6 +43,7 @@ SHOWN_METRICS = (
     "eval/nll_loss",
     "eval/loss",
     *HARM,
+    *GENERATION,
 )
 MAX_LATENTS = 10
 

@@ -17,14 +17,15 @@ from isaerft_sweep.journal.atomic_files import write_text
 from isaerft_sweep.results.caveats import edges
 from isaerft_sweep.results.reading import Entry, ReadSweep
 from isaerft_sweep.results.statistics import show_probability
-from isaerft_sweep.search.sweep_file import Metric
 
 ALWAYS_SHOWN = ("eval/log_odds_chosen", "eval/rewards/accuracies", "eval/neutral_nll_rise", "eval/kl_base", "eval/nll_loss")
+SHOWN_IF_MEASURED = ("eval/generation_repeated", "eval/generation_base_nll")
 
 
-def columns(metric: Metric) -> list[str]:
-    """The metrics that get a column, ``metric`` first."""
-    return list(dict.fromkeys([metric.name, *ALWAYS_SHOWN]))
+def columns(sweep: ReadSweep) -> list[str]:
+    """The metrics that get a column, the one that ranks first."""
+    measured = [name for name in SHOWN_IF_MEASURED if any(name in entry.metrics for entry in sweep.entries)]
+    return list(dict.fromkeys([sweep.metric.name, *ALWAYS_SHOWN, *measured]))
 
 
 def table(sweep: ReadSweep, rows: int = 20, width: int | None = None) -> Table:
@@ -33,7 +34,7 @@ def table(sweep: ReadSweep, rows: int = 20, width: int | None = None) -> Table:
     ``width``: characters of the terminal. Less important columns are dropped until the table fits: a truncated number is
     wrong. None: all columns.
     """
-    extra = columns(sweep.metric)[1:]
+    extra = columns(sweep)[1:]
     choices = [(extra[:n], True, True) for n in range(len(extra), -1, -1)] + [([], False, True), ([], False, False)]
     for metrics, with_best, with_time in choices:
         shown = _table(sweep, rows, metrics, with_best, with_time)
@@ -92,6 +93,8 @@ def short_name(metric: str) -> str:
         "eval/nll_loss": "NLL",
         "eval/kl_base": "KL to base",
         "eval/neutral_nll_rise": "neutral +",
+        "eval/generation_repeated": "repeated",
+        "eval/generation_base_nll": "NLL of answers",
     }
     return short.get(metric, metric.removeprefix("eval/"))
 

@@ -28,7 +28,7 @@ from isaerft_sweep.trial.activation_cache import StoredActivations, layer_at_hoo
 from isaerft_sweep.trial.batch_layout import Batch
 from isaerft_sweep.trial.frozen_prefix import streams_of
 from isaerft_sweep.trial.strategy import make_layout, read_logps, small_batch
-from isaerft_sweep.trial.upper_layers import only_upper_layers
+from isaerft_sweep.trial.upper_layers import UpperLayers
 
 LOGP_BOUNDS = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 GRADIENT_BOUNDS = {torch.float32: 1e-3, torch.float16: 1e-1, torch.bfloat16: 2.5e-1}
@@ -165,7 +165,7 @@ class _Probe:
         stored = self._stored(way.share)
         stream = stored.batch(batch.ids, batch.mask, batch.ids.device)
         assert stream is not None
-        with only_upper_layers(self.adapted, stored) as above:
+        with UpperLayers(self.adapted, stored).replaced() as above:
             if not way.lean:
                 above.set_hidden(stream)
                 return self._read(lambda: self._logps(self.adapted))

@@ -18,7 +18,7 @@ from isaerft_sweep.trial.activation_cache import CachePlace, NotStored, StoredAc
 from isaerft_sweep.trial.exact import Way, exact_way
 from isaerft_sweep.trial.phases import FROZEN, Phases
 from isaerft_sweep.trial.strategy import ForwardStrategy, why_not_shared
-from isaerft_sweep.trial.upper_layers import UpperLayers, only_upper_layers
+from isaerft_sweep.trial.upper_layers import UpperLayers
 
 T = TypeVar("T")
 
@@ -90,7 +90,7 @@ def cached_activations(
     if stored is None:
         yield None
         return
-    with only_upper_layers(model, stored) as above:
+    with UpperLayers(model, stored).replaced() as above:
         yield above
 
 

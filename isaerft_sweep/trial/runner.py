@@ -36,6 +36,7 @@ from isaerft_sweep.trial.attach import attach_adapter
 from isaerft_sweep.trial.checkpoints import complete_checkpoints, step_of
 from isaerft_sweep.trial.co_batching import run_alone
 from isaerft_sweep.trial.data import Pairs, load_pairs
+from isaerft_sweep.trial.generations import held_out_prompts, measure_generations
 from isaerft_sweep.trial.harm import HarmProbe, measure_baseline, measure_harm, read_neutral
 from isaerft_sweep.trial.latent_statistics import learned, write_changes
 from isaerft_sweep.trial.passes import Steps
@@ -191,7 +192,7 @@ def _steps(spec: TrialSpec, phases: Phases, shared: ProcessCache, loaded: _Loade
         base = loaded.base.model if way.above and way.lean else None
         strategy = ForwardStrategy(above, way.share, way.lean, base)
         key = reference_key(experiment, strategy)
-        reference, harm = None, None
+        reference, measures = None, []
         if loop.loss.needs_reference:
             data = [loop.reached_rows(), loaded.pairs.evaluation]
             reference = phases.prepared(
@@ -205,8 +206,11 @@ def _steps(spec: TrialSpec, phases: Phases, shared: ProcessCache, loaded: _Loade
             baseline = phases.prepared(
                 phase.REFERENCE, lambda: shared.get("baseline", key, lambda: measure_baseline(model, probe, strategy))
             )
-            harm = partial(measure_harm, model, probe, strategy, baseline)
-        context = PassContext(strategy, reference, harm)
+            measures.append(partial(measure_harm, model, probe, strategy, baseline))
+        if orpo.eval_generations:
+            prompts = held_out_prompts(loaded.pairs.evaluation, orpo.eval_generations)
+            measures.append(partial(measure_generations, model, prompts, pad, above))
+        context = PassContext(strategy, reference, tuple(measures))
         yield from loop.run(context, make_sparsity(experiment.adapter), resume, untrained and resume is None)
 
 

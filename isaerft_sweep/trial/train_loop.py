@@ -49,12 +49,12 @@ class PassContext:
     """What passes through the model need.
 
     ``strategy``: how batches go through it. ``reference``: the log-probabilities of the model without the adapter, where the
-    loss needs them. ``harm``: measures the adapter's harm, by metric.
+    loss needs them. ``measures``: what an evaluation measures besides the pairs, each by metric.
     """
 
     strategy: ForwardStrategy
     reference: Reference | None = None
-    harm: Callable[[], dict[str, float]] | None = None
+    measures: tuple[Callable[[], dict[str, float]], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,8 @@ class TrainLoop:
         metrics["loss"] = metrics.pop("pair_loss") + metrics.pop("router_loss", 0.0)
         metrics["loss"] += self.loss.nll_weight * metrics["nll_loss" if self.loss.reads_prompt else "answer_nll"]
         metrics.pop("answer_nll")
-        metrics |= context.harm() if context.harm else {}
+        for measure in context.measures:
+            metrics |= measure()
         self.recorder.note_scores(step, scores)
         epoch = {"train/epoch": self.order.epochs_after(step)}
         self.recorder.log({**_prefixed("eval", metrics), **epoch}, step, self.steps)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import peft
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from isaerft_sweep.adapter.architecture import decoder_layers, decoder_name
@@ -80,18 +81,29 @@ def replacement_layers(model: PreTrainedModel, hook_layer: int) -> tuple[list[Id
 
 
 class UpperLayers:
-    """Supplies the cached output of the layers up to the hook point."""
+    """Makes a model's layers up to the hook point return their cached output."""
 
-    def __init__(self, stored: StoredActivations, layer: CachedLayer, device: torch.device, compute: Compute) -> None:
-        """``layer``: at the hook point. ``compute``: computes batches that are not in the cache."""
-        self.stored, self.device, self.layer, self._compute = stored, device, layer, compute
+    def __init__(self, model: peft.PeftModel, stored: StoredActivations) -> None:
+        """``model``: with its adapter; nothing of it is replaced before ``replaced``."""
+        base = model.get_base_model()
+        self.stored, self._decoder, self._layers = stored, getattr(base, decoder_name(base)), decoder_layers(base)
+        hook_layer = lowest_hook_point(self._layers)
+        self._wrapped = layer_at_hook_point(self._layers, hook_layer)
+        self._original_below, self._original_layer = list(self._layers[:hook_layer]), self._wrapped.base_layer
+        self._device = next(self._original_layer.parameters()).device
+        full_model = sharing_weights(base)
+        self._identities, self._cached_layer = replacement_layers(full_model, hook_layer)
+        self._compute: Compute = partial(
+            stream_of, full_model, layer_at_hook_point(decoder_layers(full_model), hook_layer).base_layer
+        )
+        self._hook: RemovableHandle | None = None
         self.computed = 0
         """Number of batches that were not in the cache."""
         self._next_hidden: torch.Tensor | None = None
 
     def hidden(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """The residual stream [sequence, position, hidden] for ids and mask [sequence, position]."""
-        stream = self.stored.batch(ids, mask, self.device)
+        stream = self.stored.batch(ids, mask, self._device)
         if stream is None:
             self.computed += 1
             stream = self._compute(ids, mask) * mask.unsqueeze(-1)
@@ -101,36 +113,43 @@ class UpperLayers:
         """Set the stream [row, position, hidden] of the next call; else the call's ids and mask determine it."""
         self._next_hidden = hidden
 
-    def before_call(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    @contextmanager
+    def replaced(self) -> Iterator[UpperLayers]:
+        """Inside the block, the layers up to the hook point return cached values instead of computing them.
+
+        Positions and names of the layers stay, so saving and loading the adapter work inside the block.
+        """
+        self._replace()
+        try:
+            yield self
+        finally:
+            self._restore()
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Inside the block, which is inside one of ``replaced``, the model computes all of its layers."""
+        self._restore()
+        try:
+            yield
+        finally:
+            self._replace()
+
+    def _replace(self) -> None:
+        self._hook = self._decoder.register_forward_pre_hook(self._before_call, with_kwargs=True)
+        self._put(self._identities, self._cached_layer)
+
+    def _restore(self) -> None:
+        assert self._hook is not None
+        self._hook.remove()
+        self._put(self._original_below, self._original_layer)
+
+    def _put(self, below: Sequence[nn.Module], at_hook: nn.Module) -> None:
+        for i, layer in enumerate(below):
+            self._layers[i] = layer
+        self._wrapped.base_layer = at_hook
+
+    def _before_call(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook on the decoder."""
         ids = args[0] if args else kwargs["input_ids"]
         hidden, self._next_hidden = self._next_hidden, None
-        self.layer.hidden = self.hidden(ids, kwargs["attention_mask"]) if hidden is None else hidden
-
-
-@contextmanager
-def only_upper_layers(model: peft.PeftModel, stored: StoredActivations) -> Iterator[UpperLayers]:
-    """Inside the block, the model's layers up to the hook point return cached values instead of computing them.
-
-    Positions and names of the layers stay, so saving and loading the adapter work inside the block.
-    """
-    base = model.get_base_model()
-    layers = decoder_layers(base)
-    hook_layer = lowest_hook_point(layers)
-    wrapped, below = layer_at_hook_point(layers, hook_layer), list(layers[:hook_layer])
-    original_layer = wrapped.base_layer
-    full_model = sharing_weights(base)
-    identities, cached_layer = replacement_layers(full_model, hook_layer)
-    compute = partial(stream_of, full_model, layer_at_hook_point(decoder_layers(full_model), hook_layer).base_layer)
-    above = UpperLayers(stored, cached_layer, next(original_layer.parameters()).device, compute)
-    handle = getattr(base, decoder_name(base)).register_forward_pre_hook(above.before_call, with_kwargs=True)
-    for i in range(hook_layer):
-        layers[i] = identities[i]
-    wrapped.base_layer = above.layer
-    try:
-        yield above
-    finally:
-        handle.remove()
-        wrapped.base_layer = original_layer
-        for i, layer in enumerate(below):
-            layers[i] = layer
+        self._cached_layer.hidden = self.hidden(ids, kwargs["attention_mask"]) if hidden is None else hidden

@@ -84,8 +84,7 @@ def summary(report: Report) -> list[tuple[str, str]]:
 
 def leaderboard(report: Report) -> dict[str, Any]:
     """Header, rows, and how many trials are left out."""
-    metric = report.sweep.metric
-    names = columns(metric)
+    names = columns(report.sweep)
     header = ["rank", "trial", *(column.name for column in report.columns), short_name(names[0]), "95 %", "best",
               *(short_name(n) for n in names[1:]), "time"]  # fmt: skip
     rows = [_row(report, entry, names) for entry in report.sweep.entries[:ROWS]]
