@@ -156,3 +156,23 @@ def test_a_real_sweep_under_a_constraint_is_resumed_with_it(launch: Any, tmp_pat
     (tmp_path / "s.yaml").write_text((tmp_path / "s.yaml").read_text().replace("1.0e-3", "2.0e-3"))
     again = launch(*options)
     assert again.returncode == 2 and "holds another sweep" in again.stderr, "another constraint is another sweep"
+
+
+def test_the_report_draws_gain_against_harm(tmp_path: Path) -> None:
+    pytest.importorskip("plotly")
+    from isaerft_sweep.results.report.figures import gain_and_harm, spending, tradeoff
+    from isaerft_sweep.results.report.gather import gather
+    from isaerft_sweep.results.report.write import write_report
+
+    sweep = read_sweep_folder(made(tmp_path / "s").path)
+    data = gain_and_harm(gather(sweep))
+    assert data is not None and (data.bound, data.untrained) == (0.2, None)
+    assert [entry.record.index for entry in data.entries] == [2, 0, 3, 1]
+    assert data.gains == [ODDS[i] for i in (2, 0, 3, 1)] and data.names(gather(sweep))[3].endswith("(breaks a constraint)")
+    figure = tradeoff(gather(sweep))
+    assert figure is not None and list(figure.data[0].marker.symbol) == ["star", "circle", "circle-open", "circle-open"]
+    page, pictures = write_report(sweep)
+    assert "figure-tradeoff" in page.read_text() and "tradeoff.png" in {path.name for path in pictures}
+    entries, _, values, best = spending(gather(sweep)) or ([], [], [], [])
+    allowed = [value for entry, value in zip(entries, values, strict=True) if not entry.violation]
+    assert best[-1] == max(allowed) < max(values), "what breaks a constraint is not the best so far"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -259,7 +260,7 @@ def test_the_edge_of_values() -> None:
 
 
 def shown(folder: SweepFolder, metric: str | None = None) -> str:
-    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
+    console = Console(width=200, record=True, file=io.StringIO())
     leaderboard.show(console, read_sweep_folder(folder.path, metric))
     return console.export_text()
 
@@ -321,11 +322,11 @@ def test_a_metric_that_nobody_logged(tmp_path: Path, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize("width", [40, 60, 80, 100])
 def test_no_number_is_cut_off(metric: str, width: int, tmp_path: Path) -> None:
     sweep = read_sweep_folder(make_sweep(tmp_path / "s").path, metric)
-    console = Console(width=width, record=True, force_terminal=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
+    console = Console(width=width, record=True, force_terminal=True, file=io.StringIO())
     if width >= 60:
         console.print(leaderboard.table(sweep, width=width))
         assert "…" not in re.sub(r"\d … ", "", console.export_text())
-    pipe = Console(width=width, record=True, force_terminal=False, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
+    pipe = Console(width=width, record=True, force_terminal=False, file=io.StringIO())
     leaderboard.show(pipe, sweep)
     line = next(row for row in pipe.export_text().splitlines() if row.strip().startswith("1 "))
     assert line.rstrip().endswith("10 s"), "a pipe gets all columns"

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from isaerft_sweep.errors import FolderError, JournalError
 from isaerft_sweep.journal.atomic_files import create_once, read_json, read_rows, write_json
-from isaerft_sweep.journal.journal import Journal, SweepRecord, replay
+from isaerft_sweep.journal.journal import Journal, SweepRecord, read_record, replay
 from isaerft_sweep.journal.layout import SweepFolder
 
 ENDS = st.sampled_from(["completed", "failed", "diverged", "stopped"])
@@ -81,12 +81,27 @@ def test_a_broken_line_is_named(tmp_path: Path, line: bytes) -> None:
         Journal(folder)
 
 
+def test_a_trial_that_is_tried_again_has_all_its_retries_after_a_restart_too(tmp_path: Path) -> None:
+    folder = SweepFolder(tmp_path)
+    journal = Journal(folder)
+    journal.write("trial", index=0, name="a", run_id="a", params={}, unit={})
+    for attempt in (1, 2):
+        journal.write("dispatch", index=0, attempt=attempt, job={"kind": "local", "pid": 1})
+        given_up = {"state": "failed", "metric": None, "message": "", "seconds": 1.0, "given_up": attempt == 2}
+        journal.write("end", index=0, **given_up)
+    assert journal.record.trials[0].failures == 2
+    journal.write("dispatch", index=0, attempt=3, job={"kind": "local", "pid": 1})
+    journal.close()
+    assert read_record(folder).trials[0].failures == 0
+
+
 def test_a_full_disk_is_reported(tmp_path: Path) -> None:
     journal = Journal(SweepFolder(tmp_path))
     os.close(journal._log._file)
     journal._log._file = os.open("/dev/full", os.O_WRONLY)
     with pytest.raises(FolderError, match="cannot be written"):
         journal.write("sweep", sweep_id="s", question="q", metric="m", goal="minimize")
+    journal.close()
 
 
 def test_json_is_replaced_whole_and_rows_may_be_torn(tmp_path: Path) -> None:

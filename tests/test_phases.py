@@ -170,7 +170,8 @@ def test_the_phases_in_their_order(trial: Made, tmp_path: Path, monkeypatch: pyt
     words = [facts["phase"] for facts in said if facts["phase"]]
     bare = list(dict.fromkeys(word.rstrip("0123456789 %") for word in words))
     assert bare == [
-        "loading the model", "loading the SAE", "reading the data", "frozen layers", "evaluating", "training", "saving",
+        "loading the model", "loading the SAE", "reading the data", "frozen layers", "measuring the base model", "evaluating",
+        "training", "saving",
     ]  # fmt: skip
     assert "frozen layers 100 %" in words and "evaluating 100 %" in words
     began = next(facts for facts in said if "trained_since" in facts)

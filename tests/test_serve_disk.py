@@ -316,7 +316,8 @@ def test_a_run_that_was_given_up_opens_its_sweep_again_and_is_news_to_the_sample
     assert served.state == "FINISHED" and served.records[0].given_up
     told: list[float | None] = []
     tell = served.sampler.tell
-    served.sampler.tell = lambda point, value: told.append(value) or tell(point, value)  # type: ignore[method-assign]
+    noted = lambda point, value, *more: told.append(value) or tell(point, value, *more)  # noqa: E731
+    served.sampler.tell = noted  # type: ignore[method-assign]
     client.stream(name, [{"_step": 3, "loss": 1.0}], offset=3, preempting=True)
     client.stream(name, [], complete=True, exitcode=1)
     clock(200)

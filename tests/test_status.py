@@ -85,6 +85,7 @@ def test_a_trial_under_way_shows_phase_parameters_job_node_and_log(tmp_path: Pat
         journal.folder.trial("run-0").log.write_text("x")
         assert str(journal.folder.trial("run-0").log) in status(tmp_path / "s")
         assert f"process {os.getpid()} on" in text and "1 created, 1 running" in text
+    journal.close()
 
 
 def test_json_has_it_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,6 +105,7 @@ def test_json_has_it_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert (row["phase"], row["node"], row["job"]["id"], row["step"]) == ("training", "node7", "4711_2", 30)
     assert row["left_s"] == pytest.approx(20, abs=2) and told["controller"]["running"] is True
     assert told["rows"][1]["message"] == "boom" and told["rows"][1]["left_s"] is None
+    journal.close()
 
 
 def test_all_sweeps_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -80,6 +80,8 @@ class SweepRecord:
     def _on_dispatch(self, event: Mapping[str, Any]) -> None:
         trial = self.trials[event["index"]]
         trial.attempt, trial.job = event["attempt"], job_from_json(event["job"])
+        if trial.given_up:  # it is tried again, with all its retries
+            trial.failures = 0
         trial.state, trial.given_up, trial.last_job = TrialState.QUEUED, False, trial.job
 
     def _on_takeover(self, event: Mapping[str, Any]) -> None:
@@ -123,8 +125,11 @@ class Journal:
                 "output=PATH."
             ) from error
         self.record = SweepRecord()
-        good_bytes = replay(folder.journal, self.record)
-        self._log = AppendLog(folder.journal, good_bytes)
+        try:
+            self._log = AppendLog(folder.journal, replay(folder.journal, self.record))
+        except BaseException:
+            self._lock.close()
+            raise
 
     def write(self, event: str, **fields: Any) -> None:
         """Append an event, flush it to disk, then apply it."""

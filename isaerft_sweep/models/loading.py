@@ -88,12 +88,16 @@ def without_dropout(loaded: LoadedModel) -> LoadedModel:
     TRL's trainers also disable dropout, but only in modules. Attention layers, and all of OPT, hold its probability in an
     attribute of the layer, Falcon in the config.
     """
-    model = loaded.model
+    remove_dropout(loaded.model)
+    return loaded
+
+
+def remove_dropout(model: PreTrainedModel) -> None:
+    """Set each probability of dropout in the model to 0."""
     for holder in (*model.modules(), model.config, model.config.get_text_config()):
         probabilities = [name for name, value in vars(holder).items() if "drop" in name and isinstance(value, float)]
         for name in [*probabilities, *(["p"] if isinstance(holder, nn.Dropout) else [])]:
             setattr(holder, name, 0.0)
-    return loaded
 
 
 def compile_layers(layers: Iterable[nn.Module]) -> None:

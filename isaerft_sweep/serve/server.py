@@ -56,7 +56,12 @@ class Server:
         self.registry = AgentRegistry(self)
         if not read_only:
             self._lock()
-        self._load(read_only)
+        try:
+            self._load(read_only)
+        except BaseException:
+            if not read_only:
+                self._handle.close()
+            raise
 
     # -- data on disk
 

@@ -11,7 +11,7 @@ from isaerft_sweep.trial.stop_request import StopFlags, at_once
 
 LOADING, ADAPTER, READING = "loading the model", "loading the SAE", "reading the data"
 FROZEN, TRAINING, EVALUATING, SAVING = "frozen layers", "training", "evaluating", "saving"
-REFERENCE = "reference log-probabilities"
+REFERENCE = "measuring the base model"
 
 T = TypeVar("T")
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from isaerft_sweep.adapter.hook import check_hook
 from isaerft_sweep.adapter.sae import OWN_RELEASE, FrozenSae, check_fits, describe, load_sae
 from isaerft_sweep.errors import ConfigError, IsaerftError, ModelError, suggest
-from isaerft_sweep.models.loading import load, load_config, load_tokenizer
+from isaerft_sweep.models.loading import load, load_config, load_tokenizer, remove_dropout
 from isaerft_sweep.models.twin import count_parameters, small_twin
 from isaerft_sweep.paths import cache_folder
 from isaerft_sweep.preferences import PROGRESS
@@ -168,6 +168,7 @@ def _check_step(experiment: Experiment, config: Any, layers: list[int]) -> bool:
 
 
 def _step(model: PreTrainedModel, layers: list[int]) -> None:
+    remove_dropout(model)  # as a trial does
     width = model.get_input_embeddings().weight.shape[-1]
     sites = [{"layer": layer, "sae_release": OWN_RELEASE, "sae_id": f"random-{width}x{2 * width}"} for layer in layers]
     exact_way(model, sites, PLAIN)

@@ -19,6 +19,7 @@ LEADERS = 8
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#000000")
 """Okabe and Ito's palette, safe for colour-blind readers."""
 OTHERS = "#c3c8cf"
+KL = "eval/kl_base"
 UNRANKED = (
     ("stopped early", ("pruned",), "circle-open", "#8a929c"),
     ("failed or diverged", ("failed", "diverged"), "x", "#c0392b"),
@@ -72,6 +73,67 @@ def space_map(report: Report) -> go.Figure | None:
         _apply(figure.update_yaxes, y)
     else:
         figure.update_yaxes(title_text=metric)
+    figure.update_layout(legend={"orientation": "h", "y": 1.08})
+    return figure
+
+
+@dataclass(frozen=True)
+class GainAndHarm:
+    """Completed trials with both numbers, best first, their metric and their KL from the base model; the untrained model's
+    metric if known, and the sweep's bound on the KL if it has one."""
+
+    entries: list[Entry]
+    gains: list[float]
+    harms: list[float]
+    untrained: float | None
+    bound: float | None
+
+    def names(self, report: Report) -> list[str]:
+        """A name for each trial that says whether it keeps the sweep's constraints."""
+        broken = " (breaks a constraint)"
+        return [report.label(entry) + (broken if entry.violation else "") for entry in self.entries]
+
+
+def gain_and_harm(report: Report) -> GainAndHarm | None:
+    """What ``tradeoff`` draws; None when no trial has measured its KL from the base model."""
+    name = report.sweep.metric.name
+    found = [(e, gain, harm) for e in report.completed if (gain := e.value(name)) is not None
+             and (harm := e.metrics.get(KL)) is not None]  # fmt: skip
+    if not found or name == KL:
+        return None
+    entries, gains, harms = (list(column) for column in zip(*found, strict=True))
+    untrained = next((e.untrained for e in report.sweep.entries if e.untrained), {}).get(name)
+    bound = min((c.bound for c in report.sweep.constraints if c.metric == KL and c.at_most), default=None)
+    return GainAndHarm(entries, gains, harms, untrained, bound)
+
+
+def tradeoff(report: Report) -> go.Figure | None:
+    """The metric over the KL from the base model: trials that keep the sweep's constraints are filled."""
+    data = gain_and_harm(report)
+    if data is None:
+        return None
+    figure = _figure(420)
+    figure.add_scatter(
+        x=data.harms,
+        y=data.gains,
+        mode="markers",
+        name="trial",
+        marker={
+            "size": [20 if e is report.sweep.winner else 12 for e in data.entries],
+            "symbol": ["star" if e is report.sweep.winner else f"circle{'-open' * bool(e.violation)}" for e in data.entries],
+            "color": COLORS[0],
+        },
+        error_y=error_bars(data.entries, data.gains),
+        text=data.names(report),
+        hoverinfo="text+x+y",
+    )
+    if data.untrained is not None:
+        figure.add_scatter(x=[0.0], y=[data.untrained], mode="markers", name="untrained",
+                           marker={"size": 12, "symbol": "diamond", "color": COLORS[1]})  # fmt: skip
+    if data.bound is not None:
+        figure.add_vline(x=data.bound, line={"dash": "dash", "color": "#777"}, annotation_text=f"at most {data.bound:g}")
+    figure.update_xaxes(title_text="KL from the base model, nats per answer token", rangemode="tozero")
+    figure.update_yaxes(title_text=report.sweep.metric.name)
     figure.update_layout(legend={"orientation": "h", "y": 1.08})
     return figure
 
@@ -214,14 +276,15 @@ def dimensions(report: Report) -> tuple[list[Entry], list[Dimension]]:
 
 def spending(report: Report) -> tuple[list[Entry], np.ndarray, np.ndarray, np.ndarray] | None:
     """Trials in the order of their numbers, with arrays [trials]: device-hours spent up to each, its value (NaN without a
-    rank) and the best value so far. None while no trial has a rank."""
+    rank) and the best value so far of trials that keep the constraints. None while no trial has a rank."""
     entries = sorted((e for e in report.sweep.entries if e.device_s), key=lambda e: e.record.index)
     metric, sign = report.sweep.metric.name, report.sweep.metric.sign
     if not any(e.rank for e in entries):
         return None
     hours = np.cumsum([e.device_s for e in entries]) / 3600
     values = np.array([v if e.rank and (v := e.value(metric)) is not None else np.nan for e in entries])
-    return entries, hours, values, sign * np.fmax.accumulate(sign * values)
+    allowed = np.where([bool(e.violation) for e in entries], np.nan, values)
+    return entries, hours, values, sign * np.fmax.accumulate(sign * allowed)
 
 
 def error_bars(entries: Sequence[Entry], values: Sequence[float] | np.ndarray) -> dict[str, Any] | None:

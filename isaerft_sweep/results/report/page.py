@@ -31,6 +31,7 @@ def render(report: Report) -> str:
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string(asset(TEMPLATE).read_text(encoding="utf-8"))
     named_figures = {
+        "tradeoff": figures.tradeoff(report),
         "map": figures.space_map(report),
         "parallel": figures.parallel(report),
         "importance": figures.importances(report),
@@ -76,9 +77,11 @@ def summary(report: Report) -> list[tuple[str, str]]:
     ]
     if sweep.metric != sweep.own:
         rows.append(("the sweep itself searched by", f"{sweep.own.name}, {sweep.own.goal}"))
-    if report.completed:
-        best = report.completed[0]
+    best = report.sweep.winner
+    if best:
         rows.append(("best trial", f"{report.label(best)}: {best.record.name}"))
+    elif report.completed:
+        rows.append(("best trial", f"none: {report.sweep.why_unranked()}"))
     return rows
 
 

@@ -22,6 +22,7 @@ from isaerft_sweep.results.report.figures import (
     OTHERS,
     UNRANKED,
     dimensions,
+    gain_and_harm,
     has,
     latent_name,
     shares,
@@ -70,6 +71,34 @@ def _error_bars(entries: Sequence[Entry], values: Sequence[Any] | np.ndarray) ->
     return np.array([[max(0.0, v - low), max(0.0, high - v)] for v, (low, high) in zip(values, intervals, strict=True)]).T
 
 
+def _tradeoff(ax: Any, report: Report) -> bool:
+    data = gain_and_harm(report)
+    if data is None:
+        return False
+    _draw_intervals(ax, data.harms, data.entries, data.gains)
+    for broken, color, label in ((False, COLORS[0], "trial"), (True, "none", "trial that breaks a constraint")):
+        points = [
+            (x, y) for e, x, y in zip(data.entries, data.harms, data.gains, strict=True) if bool(e.violation) is broken
+        ]
+        if points:
+            ax.scatter(*zip(*points, strict=True), s=60, facecolors=color, edgecolors=COLORS[0], zorder=3, label=label)
+    if data.entries[0] is report.sweep.winner:
+        _circle(ax, data.harms[:1], data.gains[:1])
+    if data.untrained is not None:
+        ax.scatter([0.0], [data.untrained], s=60, marker="D", c=COLORS[1], zorder=3, label="untrained")
+    if data.bound is not None:
+        ax.axvline(data.bound, color="#777", linestyle="--", linewidth=1, label=f"at most {data.bound:g}")
+    ax.set_xlabel("KL from the base model, nats per answer token")
+    ax.set_ylabel(report.sweep.metric.name)
+    ax.legend(loc="best", fontsize=8, framealpha=0.8)
+    return True
+
+
+def _circle(ax: Any, xs: Sequence[Any], ys: Sequence[Any]) -> None:
+    """Mark the winner."""
+    ax.scatter(xs, ys, s=220, facecolors="none", edgecolors="black", linewidths=1.4, zorder=4, label="best")
+
+
 def _draw_intervals(
     ax: Any, xs: Sequence[Any] | np.ndarray, entries: Sequence[Entry], values: Sequence[Any] | np.ndarray
 ) -> None:
@@ -91,7 +120,8 @@ def _map(ax: Any, report: Report) -> bool:
     ys = [y.coordinate(e.params[y.key]) for e in entries] if y else values
     points = ax.scatter(xs, ys, c=values, cmap=colormap, s=60, edgecolors="#444", linewidths=0.6, zorder=3,
                         label="completed")  # fmt: skip
-    ax.scatter(xs[-1:], ys[-1:], s=220, facecolors="none", edgecolors="black", linewidths=1.4, zorder=4, label="best")
+    if entries[-1] is report.sweep.winner:
+        _circle(ax, xs[-1:], ys[-1:])
     for name, states, symbol, color in UNRANKED:
         others = [e for e in report.sweep.entries if e.state in states and has(e, x, y)]
         if others and y:
@@ -233,6 +263,7 @@ def _scale(axis: Any, set_scale: Any, set_label: Any, parameter: Axis) -> None:
 
 
 PICTURES: dict[str, Draw] = {
+    "tradeoff": _tradeoff,
     "space": _map,
     "curves": _curves,
     "parallel": _parallel,
