@@ -128,7 +128,7 @@ def tradeoff(report: Report) -> go.Figure | None:
         hoverinfo="text+x+y",
     )
     if data.untrained is not None:
-        figure.add_scatter(x=[0.0], y=[data.untrained], mode="markers", name="untrained",
+        figure.add_scatter(x=[0.0], y=[data.untrained], mode="markers", name="untrained", cliponaxis=False,
                            marker={"size": 12, "symbol": "diamond", "color": COLORS[1]})  # fmt: skip
     if data.bound is not None:
         figure.add_vline(x=data.bound, line={"dash": "dash", "color": "#777"}, annotation_text=f"at most {data.bound:g}")
