@@ -17,6 +17,7 @@ from isaerft_sweep.trial.runner import run_trial
 OFF = ("tracker=disabled", "orpo.learning_rate=0.1")
 
 
+@pytest.mark.filterwarnings("default")  # torch's compiler uses its own deprecated functions
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a processor; this machine has none")
 def test_a_compiled_trial_has_the_numbers_of_another(trial: Callable[..., TrialFolder]) -> None:

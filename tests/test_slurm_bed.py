@@ -48,7 +48,7 @@ def test_kill_9_of_the_process_that_started_a_bed_ends_the_bed() -> None:
     root = starter.stdout.readline().strip()
     assert len(of_bed(root)) >= 7, "munged, slurmctld, four slurmds and a job"
     starter.kill()
-    starter.wait()
+    starter.communicate()
     wait_for(lambda: not of_bed(root) and not Path(root).exists(), timeout_s=90)
 
 

@@ -57,7 +57,7 @@ def test_a_sweep_from_start_to_leaderboard(launch, tmp_path: Path) -> None:
         assert {"spec.json", "status.json", "metrics.jsonl", "adapter", "README.md", "wandb"} <= {
             p.name for p in (sweep / "trials" / name).iterdir()
         }
-    ranked = list(csv.DictReader((sweep / "leaderboard.csv").open()))
+    ranked = list(csv.DictReader((sweep / "leaderboard.csv").read_text().splitlines()))
     scores = [float(row["eval/log_odds_chosen"]) for row in ranked]
     assert scores == sorted(scores, reverse=True) and [row["rank"] for row in ranked] == ["1", "2", "3"]
     assert {"sweep.yaml", "config.yaml", "environment.json"} <= {p.name for p in sweep.iterdir()}
