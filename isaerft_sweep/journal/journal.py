@@ -51,6 +51,10 @@ class TrialRecord:
         """Whether this trial will not run again; a pruned one still may be revived."""
         return self.state in (*FINAL, TrialState.PRUNED) or self.given_up
 
+    def grant_retries(self) -> None:
+        """Let a trial that was given up run again, with all its retries."""
+        self.given_up, self.failures = False, 0
+
 
 @dataclass
 class SweepRecord:
@@ -80,9 +84,9 @@ class SweepRecord:
     def _on_dispatch(self, event: Mapping[str, Any]) -> None:
         trial = self.trials[event["index"]]
         trial.attempt, trial.job = event["attempt"], job_from_json(event["job"])
-        if trial.given_up:  # it is tried again, with all its retries
-            trial.failures = 0
-        trial.state, trial.given_up, trial.last_job = TrialState.QUEUED, False, trial.job
+        trial.state, trial.last_job = TrialState.QUEUED, trial.job
+        if trial.given_up:
+            trial.grant_retries()
 
     def _on_takeover(self, event: Mapping[str, Any]) -> None:
         """The first event, without a job, takes the trial from a job that has not started it; the second adds a job."""

@@ -198,15 +198,15 @@ def read_sweep_folder(path: Path, metric: str | None = None, ending: bool = Fals
         entries += [_entry(trial, part) for trial in record.trials.values()]
     if len(parts) > 1:
         _number(entries)
-    own = Metric(record.metric, record.goal)
+    own, content = Metric(record.metric, record.goal), _sweep_file_content(folder)
     sweep = ReadSweep(
         name=folder.path.name,
         source=str(folder.path),
         own=own,
         metric=read_metric_name(metric, own),
         entries=entries,
-        space=read_space(folder),
-        constraints=_constraints(folder),
+        space=_space(content),
+        constraints=_constraints(content),
         experiment=_experiment(folder),
         folder=folder,
         sweep_id=record.sweep_id,
@@ -272,19 +272,28 @@ def is_sweep(path: Path) -> bool:
 
 def read_space(folder: SweepFolder) -> Mapping[str, Distribution]:
     """The distributions in ``sweep.yaml``; empty for a single trial, whose file is empty."""
-    try:
-        raw = yaml.safe_load(folder.definition.read_text(encoding="utf-8"))
-        return read_sweep(raw).parameters if raw else {}
-    except (OSError, yaml.YAMLError, ConfigError, SpaceError):
-        return {}  # the file may have been edited: a report must not fail because of it
+    return _space(_sweep_file_content(folder))
 
 
-def _constraints(folder: SweepFolder) -> tuple[Constraint, ...]:
-    """The constraints of ``sweep.yaml``; none when it cannot be read."""
+def _sweep_file_content(folder: SweepFolder) -> Any:
+    """``sweep.yaml``, parsed; None when it cannot be: it may have been edited, and a report must not fail because of it."""
     try:
-        raw = yaml.safe_load(folder.definition.read_text(encoding="utf-8"))
-        return read_constraints(raw.get("constraints"), ours=False) if isinstance(raw, Mapping) else ()
-    except (OSError, yaml.YAMLError, SpaceError):
+        return yaml.safe_load(folder.definition.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        return None
+
+
+def _space(content: Any) -> Mapping[str, Distribution]:
+    try:
+        return read_sweep(content).parameters if content else {}
+    except (ConfigError, SpaceError):
+        return {}
+
+
+def _constraints(content: Any) -> tuple[Constraint, ...]:
+    try:
+        return read_constraints(content.get("constraints"), ours=False) if isinstance(content, Mapping) else ()
+    except SpaceError:
         return ()
 
 

@@ -101,7 +101,7 @@ class SweepState:
         for record in sorted(self.records.values(), key=lambda r: r.index):
             self.sampler.restore(record.point)
             if record.given_up and retry_given_up:
-                record.given_up, record.failures = False, 0
+                record.grant_retries()
             if record.ended:
                 self._settle(record)
                 if revive_pruned and record.state is TrialState.PRUNED:
@@ -203,7 +203,7 @@ class SweepState:
 
     def retry(self, record: TrialRecord) -> None:
         """Retry a trial that was given up, with all its retries."""
-        record.given_up, record.failures = False, 0
+        record.grant_retries()
         self._reopen(record)
         self.waiting.append(record)
 

@@ -6,6 +6,7 @@ computed once. The rejected answer gets the position ids that it would have alon
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,6 +24,14 @@ class Batch:
     pairs: tuple[tuple[int, int], ...]
     trials: tuple[int, ...] = (0,)
     """Index of each trial's first sequence, ascending: states depend on the trial's adapter."""
+
+
+def padded(sequences: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids, with ``pad`` at the end, and mask of token sequences, both [sequence, position]."""
+    width = max(map(len, sequences))
+    ids = torch.tensor([[*sequence, *[pad] * (width - len(sequence))] for sequence in sequences], device=device)
+    lengths = torch.tensor([len(sequence) for sequence in sequences], device=device)
+    return ids, (torch.arange(width, device=device) < lengths[:, None]).long()
 
 
 class TokenLogps(NamedTuple):

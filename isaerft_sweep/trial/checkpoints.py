@@ -13,6 +13,8 @@ import peft
 import torch
 from safetensors.torch import load_file
 
+from isaerft_sweep.trial.random_state import RandomState
+
 COMPLETE = ".complete"
 """Written into a checkpoint last: a checkpoint without it was interrupted by a crash."""
 KEPT = 2
@@ -47,7 +49,7 @@ def save_checkpoint(folder: Path, step: int, model: peft.PeftModel, optimizer: t
     model.save_pretrained(path, save_embedding_layers=False)
     torch.save(optimizer.state_dict(), path / "optimizer.pt")
     torch.save(schedule.state_dict(), path / "scheduler.pt")
-    torch.save({"cpu": torch.get_rng_state(), "cuda": _cuda_state()}, path / RANDOM)
+    torch.save(vars(RandomState.now()), path / RANDOM)
     (path / COMPLETE).touch()
     for old in complete_checkpoints(folder)[:-KEPT]:
         shutil.rmtree(old, ignore_errors=True)
@@ -60,12 +62,5 @@ def load_checkpoint(path: Path, model: peft.PeftModel, optimizer: torch.optim.Op
     optimizer.load_state_dict(torch.load(path / "optimizer.pt", map_location=device, weights_only=True))
     schedule.load_state_dict(torch.load(path / "scheduler.pt", weights_only=True))
     if (path / RANDOM).is_file():  # earlier versions have another format; few models draw random numbers
-        state = torch.load(path / RANDOM, weights_only=True)
-        torch.set_rng_state(state["cpu"])
-        if state["cuda"]:
-            torch.cuda.set_rng_state_all(state["cuda"])
+        RandomState(**torch.load(path / RANDOM, weights_only=True)).restore()
     return step_of(path)
-
-
-def _cuda_state() -> list[torch.Tensor]:
-    return torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []

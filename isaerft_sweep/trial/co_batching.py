@@ -17,6 +17,7 @@ import torch
 from isaerft_sweep.trial.batch_layout import TokenLogps
 from isaerft_sweep.trial.multi_trial import MultiTrialModel, measure_trials_per_pass, set_gradients_aside
 from isaerft_sweep.trial.passes import ForwardPass, Steps
+from isaerft_sweep.trial.random_state import RandomState
 
 T = TypeVar("T")
 
@@ -26,22 +27,17 @@ class ProcessState:
     """Process-wide state that each trial needs separately: output streams and torch's random state."""
 
     streams: tuple[TextIO, TextIO]
-    random: torch.Tensor
-    cuda: list[torch.Tensor]
+    random: RandomState
 
     @classmethod
     def now(cls) -> ProcessState:
         """A copy of the current state."""
-        # only if CUDA is initialised: reading the state would initialise it
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-        return cls((sys.stdout, sys.stderr), torch.get_rng_state(), cuda)
+        return cls((sys.stdout, sys.stderr), RandomState.now())
 
     def restore(self) -> None:
         """Make this the process's state."""
         sys.stdout, sys.stderr = self.streams
-        torch.set_rng_state(self.random)
-        if self.cuda:
-            torch.cuda.set_rng_state_all(self.cuda)
+        self.random.restore()
 
 
 class RunningTrial(Generic[T]):

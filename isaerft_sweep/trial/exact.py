@@ -8,7 +8,7 @@ optimisation is switched off; a model that fails even without any is refused.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ from isaerft_sweep.models.loading import sharing_weights
 from isaerft_sweep.trial.activation_cache import StoredActivations, layer_at_hook_point, lowest_hook_point, places_of
 from isaerft_sweep.trial.batch_layout import Batch
 from isaerft_sweep.trial.frozen_prefix import streams_of
-from isaerft_sweep.trial.strategy import make_layout, read_logps, small_batch
+from isaerft_sweep.trial.strategy import ForwardStrategy, plain_logps, small_batch
 from isaerft_sweep.trial.upper_layers import UpperLayers
 
 LOGP_BOUNDS = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -152,29 +152,16 @@ class _Probe:
                 if isinstance(layer, IsaerftLayer):
                     stack.callback(layers[index].register_forward_hook(_adding(layer, index)).remove)
             try:
-                return self._read(lambda: self._logps(plain))
+                return self._read(lambda: plain_logps(plain, self.batch).logps)
             except Exception as error:
                 raise _refused(self.model, first_line(error)) from error
 
     def result(self, way: Way) -> ProbeResult:
         """The result with the optimisations of ``way``."""
         base: Any = self.adapted.get_base_model()
-        batch, layout = self.batch, make_layout(self.batch, way.share)
-        if not way.above:
-            return self._read(lambda: read_logps(base, batch, layout)[0] if way.lean else self._logps(self.adapted))
-        stored = self._stored(way.share)
-        stream = stored.batch(batch.ids, batch.mask, batch.ids.device)
-        assert stream is not None
-        with UpperLayers(self.adapted, stored).replaced() as above:
-            if not way.lean:
-                above.set_hidden(stream)
-                return self._read(lambda: self._logps(self.adapted))
-            hidden = layout.arranged(stream, batch.mask)
-
-            def prepare(rows: list[int], width: int) -> None:
-                above.set_hidden(hidden[rows, :width])
-
-            return self._read(lambda: read_logps(base, batch, layout, prepare)[0])
+        with UpperLayers(self.adapted, self._stored(way.share)).replaced() if way.above else nullcontext() as above:
+            strategy = ForwardStrategy(above, way.share, way.lean)
+            return self._read(lambda: strategy.forward(base, self.batch).logps)
 
     def _read(self, forward: Callable[[], torch.Tensor]) -> ProbeResult:
         for bias in self.biases:
@@ -185,14 +172,6 @@ class _Probe:
         if len(gradients) < len(self.biases):
             raise ValueError("no gradient reaches the adapter")
         return ProbeResult(logps.detach().float(), torch.cat([gradient.flatten().float() for gradient in gradients]))
-
-    def _logps(self, model: Any) -> torch.Tensor:
-        """log p of the read tokens [n], by the model's own forward pass."""
-        batch = self.batch
-        logits = model(batch.ids, attention_mask=batch.mask, use_cache=False).logits.float()
-        table = logits[:, :-1].log_softmax(-1).gather(-1, batch.ids[:, 1:, None])[..., 0]
-        logps: torch.Tensor = table[batch.read]
-        return logps
 
     def _stored(self, share: bool) -> StoredActivations:
         base: Any = self.adapted.get_base_model()

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from isaerft_sweep.trial.batch_layout import Batch, one_row_per_sequence, shared_prefix_rows
+from isaerft_sweep.trial.batch_layout import Batch, one_row_per_sequence, padded, shared_prefix_rows
 
 CALL_TOKENS = {"cpu": 1024, "cuda": 8192}
 """Tokens per call that run fastest on a device: on a CPU, the activations between two layers then fit its cache."""
@@ -68,9 +68,7 @@ def streams_of(
     for group in _groups(rows, sequences, CALL_TOKENS.get(device.type, CALL_TOKENS["cuda"])):
         members = sorted({number for row in group for number in row})
         index = {number: i for i, number in enumerate(members)}
-        width = max(len(sequences[number]) for number in members)
-        ids = torch.tensor([[*sequences[n], *[0] * (width - len(sequences[n]))] for n in members], device=device)
-        mask = torch.tensor([[1] * len(sequences[n]) + [0] * (width - len(sequences[n])) for n in members], device=device)
+        ids, mask = padded([sequences[number] for number in members], 0, device)
         batch = Batch(ids, mask, mask[:, 1:].bool(), tuple((index[a], index[b]) for a, b in group))
         layout = shared_prefix_rows(batch) if share else one_row_per_sequence(batch)
         all_rows, row_width = list(range(len(layout.ids))), layout.ids.shape[1]

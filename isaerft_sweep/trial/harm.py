@@ -18,9 +18,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from isaerft_sweep.errors import DataError
 from isaerft_sweep.paths import asset
 from isaerft_sweep.preferences import expanded
-from isaerft_sweep.trial.batch_layout import Batch
+from isaerft_sweep.trial.batch_layout import Batch, padded
 from isaerft_sweep.trial.head import own_head
 from isaerft_sweep.trial.pair_batch import pair_batch
+from isaerft_sweep.trial.reference import without_adapter
 from isaerft_sweep.trial.strategy import ForwardStrategy, make_layout, read_states
 
 KL_PAIRS = 64
@@ -53,11 +54,7 @@ class HarmProbe:
     def texts(self, device: torch.device) -> Iterator[Batch]:
         """The neutral text; every token but each text's first one is read."""
         for start in range(0, len(self.neutral), self.batch_size):
-            sequences = self.neutral[start : start + self.batch_size]
-            width = max(map(len, sequences))
-            ids = torch.tensor([[*ids, *[self.pad] * (width - len(ids))] for ids in sequences], device=device)
-            lengths = torch.tensor([len(ids) for ids in sequences], device=device)
-            mask = (torch.arange(width, device=device) < lengths[:, None]).long()
+            ids, mask = padded(self.neutral[start : start + self.batch_size], self.pad, device)
             yield Batch(ids, mask, mask[:, 1:].bool(), pairs=())
 
 
@@ -72,13 +69,9 @@ class Baseline:
 @torch.no_grad()
 def measure_baseline(model: peft.PeftModel, probe: HarmProbe, strategy: ForwardStrategy) -> Baseline:
     """The base model on the probe's text: ``model`` with its adapter off."""
-    base, was_training = model.get_base_model(), model.training
-    model.eval()
-    with model.disable_adapter():
+    with without_adapter(model) as base:
         states = [_states(base, batch, strategy).cpu() for batch in probe.answers(base.device)]
-        nll = _neutral_nll(base, probe, strategy)
-    model.train(was_training)
-    return Baseline(states, nll)
+        return Baseline(states, _neutral_nll(base, probe, strategy))
 
 
 @torch.no_grad()
@@ -122,14 +115,7 @@ def _states(model: PreTrainedModel, batch: Batch, strategy: ForwardStrategy) -> 
         logits = model(batch.ids, attention_mask=batch.mask, use_cache=False).logits
         return logits[:, :-1][batch.read]  # type: ignore[no-any-return]
     layout = make_layout(batch, share_prompts=False)
-    if strategy.above is None:
-        return read_states(model, batch, layout)
-    above, hidden = strategy.above, strategy.above.hidden(batch.ids, batch.mask)
-
-    def prepare(rows: list[int], width: int) -> None:
-        above.set_hidden(hidden[rows, :width])
-
-    return read_states(model, batch, layout, prepare)
+    return read_states(model, batch, layout, strategy.prepare(batch, layout))
 
 
 def _divergence(

@@ -23,8 +23,8 @@ class PairLogps:
 
     ``chosen`` and ``rejected``: mean log-probability per answer token. ``chosen_tokens`` and ``rejected_tokens``: how many
     there are. ``nll``: scalar, the mean over all tokens of prompt and chosen answer, where that was read.
-    ``reference_chosen`` and
-    ``reference_rejected``: the model without the adapter, summed over the answer's tokens, where the loss needs it.
+    ``reference_chosen`` and ``reference_rejected``: the model without the adapter, summed over the answer's tokens, where
+    the loss needs it.
     """
 
     chosen: torch.Tensor

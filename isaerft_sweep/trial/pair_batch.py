@@ -10,7 +10,7 @@ import torch
 
 from isaerft_sweep.preferences import ANSWERS
 from isaerft_sweep.trial.activation_cache import sequence_key
-from isaerft_sweep.trial.batch_layout import Batch
+from isaerft_sweep.trial.batch_layout import Batch, padded
 from isaerft_sweep.trial.losses import PairLogps
 
 
@@ -67,18 +67,14 @@ def pair_batch(rows: Mapping[str, list[Any]], pad: int, device: torch.device, re
         read_prompt: whether the loss reads the prompts of the chosen sequences too.
     """
     sequences = [ids for side in ANSWERS for ids in rows[f"{side}_ids"]]
-    prompts = torch.tensor([length for side in ANSWERS for length in rows[f"{side}_prompt_length"]])
-    lengths, pairs = torch.tensor([len(ids) for ids in sequences]), len(sequences) // 2
-    width = int(lengths.max())
-    ids = torch.tensor([[*ids, *[pad] * (width - len(ids))] for ids in sequences])
-    at = torch.arange(width)
-    mask = at < lengths[:, None]
-    answer = (mask & (at >= prompts[:, None]))[:, 1:]
+    prompts = torch.tensor([length for side in ANSWERS for length in rows[f"{side}_prompt_length"]], device=device)
+    ids, mask = padded(sequences, pad, device)
+    pairs = len(sequences) // 2
+    answer = (mask.bool() & (torch.arange(ids.shape[1], device=device) >= prompts[:, None]))[:, 1:]
     read = answer.clone()
     if read_prompt:
-        read[:pairs] = mask[:pairs, 1:]
+        read[:pairs] = mask[:pairs, 1:].bool()
     chosen, rejected = rows["chosen_ids"], rows["rejected_ids"]
     keys = [sequence_key([len(a), *a, *b])[:16] for a, b in zip(chosen, rejected, strict=True)]
     together = tuple((i, i + pairs) for i in range(pairs))
-    batch = Batch(ids.to(device), mask.long().to(device), read.to(device), together)
-    return PairBatch(batch, answer.to(device), keys, read_prompt)
+    return PairBatch(Batch(ids, mask, read, together), answer, keys, read_prompt)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import peft
 import torch
 from datasets import Dataset
+from transformers import PreTrainedModel
 
 from isaerft_sweep.trial.pair_batch import PairBatch, pair_batch
 from isaerft_sweep.trial.strategy import ForwardStrategy
@@ -40,14 +43,22 @@ def compute_reference(
         pad: id of the padding token.
         batch_size: pairs per batch.
     """
-    base, sums, was_training = model.get_base_model(), dict[str, tuple[float, float]](), model.training
-    model.eval()
-    with model.disable_adapter():
+    sums: dict[str, tuple[float, float]] = {}
+    with without_adapter(model) as base:
         for rows in datasets:
             for start in range(0, len(rows), batch_size):
                 batch = pair_batch(rows[start : start + batch_size], pad, base.device, read_prompt=False)
                 logps = batch.pair_logps(strategy.forward(base, batch.batch).logps)
                 pair_sums = zip(logps.chosen_sum.tolist(), logps.rejected_sum.tolist(), strict=True)
                 sums.update(zip(batch.keys, pair_sums, strict=True))
-    model.train(was_training)
     return Reference(sums)
+
+
+@contextmanager
+def without_adapter(model: peft.PeftModel) -> Iterator[PreTrainedModel]:
+    """Inside the block, the base model in evaluation mode, with its adapter off."""
+    was_training = model.training
+    model.eval()
+    with model.disable_adapter():
+        yield model.get_base_model()
+    model.train(was_training)

@@ -121,7 +121,8 @@ def _train(
         lambda: shared.get("pairs", data_key(experiment), lambda: load_pairs(*_pairs_of(experiment, loaded))),
     )
     print(pairs.summary, flush=True)
-    neutral = read_neutral(experiment.data.neutral_path, loaded.tokenizer, experiment.orpo.max_length)
+    data, orpo = experiment.data, experiment.orpo
+    neutral = read_neutral(data.neutral_path, loaded.tokenizer, orpo.max_length) if orpo.eval_harm else []
     write_json(folder.environment, describe_environment(torch_device=_device_name()))
     run = open_run(spec, folder.path / "wandb")
     recorder = Recorder(spec, status, run, lambda: asked_state(phases.flags, run.told))
@@ -174,7 +175,7 @@ class _Loaded:
     base: LoadedModel
     pairs: Pairs
     neutral: list[list[int]]
-    """Token ids of text that has nothing to do with the pairs."""
+    """Token ids of text that has nothing to do with the pairs; empty without ``orpo.eval_harm``."""
 
 
 def _steps(spec: TrialSpec, phases: Phases, shared: ProcessCache, loaded: _Loaded, recorder: Recorder) -> Steps[None]:
@@ -187,8 +188,7 @@ def _steps(spec: TrialSpec, phases: Phases, shared: ProcessCache, loaded: _Loade
     resume = next(reversed(complete_checkpoints(checkpoints)), None)
     recorder.rewind(step_of(resume) if resume else -1)
     untrained = {"first": spec.index == 0, "always": True, "never": False}[orpo.eval_untrained]
-    more = loaded.neutral if orpo.eval_harm else []
-    with cached_activations(loop.texts(more), experiment, model, way, shared, phases) as above:
+    with cached_activations(loop.texts(loaded.neutral), experiment, model, way, shared, phases) as above:
         base = loaded.base.model if way.above and way.lean else None
         strategy = ForwardStrategy(above, way.share, way.lean, base)
         key = reference_key(experiment, strategy)

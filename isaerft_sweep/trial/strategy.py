@@ -61,14 +61,14 @@ class ForwardStrategy:
         if not self.lean:
             return plain_logps(model, batch)
         layout = make_layout(batch, self.share_prompts)
+        return TokenLogps(*read_logps(model, batch, layout, self.prepare(batch, layout)))
+
+    def prepare(self, batch: Batch, layout: Layout) -> Prepare | None:
+        """Gives each decoder call its rows of the cached output; None without ``above``."""
         if self.above is None:
-            return TokenLogps(*read_logps(model, batch, layout))
+            return None
         above, hidden = self.above, layout.arranged(self.above.hidden(batch.ids, batch.mask), batch.mask)
-
-        def prepare(rows: list[int], width: int) -> None:
-            above.set_hidden(hidden[rows, :width])
-
-        return TokenLogps(*read_logps(model, batch, layout, prepare))
+        return lambda rows, width: above.set_hidden(hidden[rows, :width])
 
 
 def plain_logps(model: PreTrainedModel, batch: Batch) -> TokenLogps:

@@ -76,9 +76,9 @@ class Order:
         """The batches of step ``number``, counted from 0, as numbers of pairs."""
         epoch, place = divmod(number, self.steps_per_epoch)
         order = _permutation(self.pairs, self.spec.seed + epoch)
-        size, first = self.spec.batch_size, place * self.spec.gradient_accumulation
-        batches = [order[i : i + size] for i in range(0, len(order), size)]
-        return batches[first : first + self.spec.gradient_accumulation]
+        size = self.spec.batch_size
+        first, end = (number * self.spec.gradient_accumulation * size for number in (place, place + 1))
+        return [order[i : i + size] for i in range(first, min(end, len(order)), size)]
 
     def epochs_after(self, steps: int) -> float:
         """Passes over the pairs after so many steps."""
@@ -140,8 +140,8 @@ class TrainLoop:
         self.schedule = make_schedule(spec, self.optimizer, self.steps)
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if spec.gradient_checkpointing:
-            # reentrant checkpointing would need inputs that require a gradient, down through the frozen layers
-            # its name in newer transformers, then the earlier one
+            # by its name in newer transformers, else by the earlier one; not reentrant, which would need inputs that
+            # require a gradient, down through the frozen layers
             enable = getattr(self.base, "activation_checkpointing_enable", None) or self.base.gradient_checkpointing_enable
             enable({"use_reentrant": False})
 
