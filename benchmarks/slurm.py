@@ -27,7 +27,7 @@ import submitit
 from rich.console import Console
 from rich.table import Table
 
-from isaerft_sweep.dispatch.slurm import SlurmDispatcher, outside_of_any_job
+from isaerft_sweep.dispatch.slurm.dispatcher import SlurmDispatcher, outside_of_any_job
 from isaerft_sweep.journal.layout import SweepFolder
 from isaerft_sweep.specs import LauncherSpec
 

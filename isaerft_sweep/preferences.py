@@ -193,4 +193,6 @@ def _check_content(content: Any, name: str, where: str) -> None:
 
 
 def _shown(value: Any) -> str:
-    return repr(str(value)[:80])
+    """The value as it would stand in Python (3 and "3" differ), at most 80 characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:79] + "…"

@@ -70,7 +70,7 @@ from isaerft_sweep.tracking.wandb_run import WandbRun
 
 spec, again = TrialSpec.from_json(json.loads(Path("spec.json").read_text())), sys.argv[1] == "again"
 run = WandbRun(spec, Path("tracked"), offline=False)
-assert not run.lost and run.told and run.sweep_url
+assert not run.lost and run.can_receive_stop and run.sweep_url
 for step in range(4):  # a second attempt hands over what the first one may not have got rid of
     (run.replay if again else run.log)({"loss": 1 / (1 + step)}, step)
 if again:

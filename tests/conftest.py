@@ -36,6 +36,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything loads torch
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's `make test &` leaves Ctrl-C off for all children
 register()
+pytest_plugins = ("helpers.fixtures",)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from test_resident import rows_of, serve
+from helpers.sweeps import serve
+from helpers.trials import OFF, Made, rows_of
 
-from isaerft_sweep.journal.layout import TrialFolder
 from isaerft_sweep.journal.worker_queue import Task, WorkerFolder
-from isaerft_sweep.trial.activation_cache import NotStored, _make_room
+from isaerft_sweep.trial.forward.activation_cache import NotStored, _make_room
+from isaerft_sweep.trial.forward.upper_layers import UpperLayers
 from isaerft_sweep.trial.runner import run_trial
-from isaerft_sweep.trial.upper_layers import UpperLayers
 from isaerft_sweep.trial.worker import serve_trials
 
-Made = Callable[..., TrialFolder]
-OFF = ("tracker=disabled",)
 LEAVE_HALF = """
 import sys, time, pathlib
 from isaerft_sweep.journal.atomic_files import create_once

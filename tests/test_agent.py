@@ -13,11 +13,10 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import TINY, launch_command
+from conftest import TINY, launch_command, processes_of
 from helpers.serving import Serving
 from helpers.waiting import wait_for
 from hydra import compose, initialize_config_dir
-from test_sweep import processes_of
 
 from isaerft_sweep.config.boundary import to_definition, to_experiment
 from isaerft_sweep.config.schema import sweep_files

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 from conftest import TINY, processes_of
+from helpers.served_sweeps import read_sweep, stepping, sweep_file, trial_id
 from helpers.serving import Serving
 from helpers.slurm_bed import Bed
 from helpers.waiting import wait_for
-from test_serve_sweep import read_sweep, stepping, sweep_file, trial_id
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("paced")]
 OPTIONS = (*TINY, "orpo.checkpoint_every_steps=10", "orpo.eval_fraction=0.2")

@@ -71,7 +71,7 @@ def test_what_the_preflight_finds(override: tuple[str, ...], said: str, experime
     [
         ("columns.jsonl", [{"prompt": "p", "answer": "c"}], "line 1: a row must have chosen and rejected but has columns ['answer', 'prompt']"),
         ("broken.jsonl", [GOOD_ROW, "{oops"], "line 2: not valid JSON"),
-        ("types.jsonl", [{**GOOD_ROW, "chosen": 5}], "chosen must be text or chat messages but got '5'"),
+        ("types.jsonl", [{**GOOD_ROW, "chosen": 5}], "chosen must be text or chat messages but got 5"),
         ("mixed.jsonl", [{**GOOD_ROW, "chosen": [{"role": "assistant", "content": "c"}]}], "must all be text or all be chat messages"),
         ("empty.jsonl", [], "split of files must have at least one pair but is empty"),
         ("few.jsonl", [GOOD_ROW], "the train split of files must have at least one pair but is empty"),

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from isaerft_sweep.models import random_model
 from isaerft_sweep.specs import ModelSpec
-from isaerft_sweep.trial import frozen_prefix
-from isaerft_sweep.trial.frozen_prefix import in_pairs, streams_of
+from isaerft_sweep.trial.forward import frozen_prefix
+from isaerft_sweep.trial.forward.frozen_prefix import in_pairs, streams_of
 
 SEQUENCES = st.lists(st.lists(st.integers(6, 8), min_size=1, max_size=6), unique_by=tuple, max_size=12)
 

@@ -5,65 +5,29 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, processes_of
+from helpers.sweeps import check_wandb_runs, ended_states, start, stepping
+from helpers.trials import Made, assert_near, rows_of, run_together
 from helpers.waiting import wait_for
-from safetensors.torch import load_file
-from test_sweep import check_wandb_runs, ended_states, processes_of, start, stepping
 
 from isaerft_sweep.adapter.architecture import decoder_layers
 from isaerft_sweep.adapter.layer import IsaerftLayer
 from isaerft_sweep.journal.layout import TrialFolder
 from isaerft_sweep.journal.states import TrialState
 from isaerft_sweep.journal.worker_queue import Task, TaskProgress, WorkerFolder
-from isaerft_sweep.trial import multi_trial, worker
-from isaerft_sweep.trial.multi_trial import MultiTrialModel
+from isaerft_sweep.trial import worker
+from isaerft_sweep.trial.cobatch import multi_trial
+from isaerft_sweep.trial.cobatch.multi_trial import MultiTrialModel
 from isaerft_sweep.trial.runner import run_trial
 from isaerft_sweep.trial.worker import serve_trials
 
-Made = Callable[..., TrialFolder]
 OFF = ("tracker=disabled", "orpo.learning_rate=0.1")
 FAMILIES = ["llama", "gemma2", "gemma3_text", "qwen2", "qwen3", "gpt_neox"]
-
-
-def rows_of(folder: TrialFolder) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if k != "time"} for row in folder.read_metrics()]
-
-
-def assert_near(found: TrialFolder, expected: TrialFolder, bound: float = 2e-4) -> None:
-    """Every number of every step and evaluation, and the adapter, within ``bound`` (absolute and relative)."""
-    rows = rows_of(found), rows_of(expected)
-    assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]]
-    for mine, alone in zip(*rows, strict=True):
-        assert mine == pytest.approx(alone, rel=bound, abs=bound)
-    weights = [load_file(folder.adapter / "adapter_model.safetensors") for folder in (found, expected)]
-    assert weights[0].keys() == weights[1].keys()
-    for name, tensor in weights[0].items():
-        torch.testing.assert_close(tensor, weights[1][name], atol=0.02 * 0.1, rtol=bound)  # of a learning rate of 0.1
-
-
-def run_together(
-    folder: WorkerFolder, trials: list[TrialFolder], trials_per_pass: int | None, sizes: list[int] | None = None
-) -> int:
-    """Run all ``trials`` in a worker in this process; ``sizes`` receives the number of trials of each pass."""
-    for trial in trials:
-        assert folder.claim(Task(str(trial.path), trial.current_attempt()), room=None)
-    folder.claim(Task(None), room=None)
-    with pytest.MonkeyPatch.context() as patch:
-        forward = MultiTrialModel.forward
-
-        def counted(self: MultiTrialModel, parts: Any) -> Any:
-            if sizes is not None:
-                sizes.append(len(parts))
-            return forward(self, parts)
-
-        patch.setattr(MultiTrialModel, "forward", counted)
-        return serve_trials(folder, trials_per_pass=trials_per_pass)
 
 
 @pytest.mark.slow

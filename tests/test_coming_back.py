@@ -17,10 +17,9 @@ import pytest
 import yaml
 from conftest import TINY, events, launch_command, processes_of
 from helpers.slurm_bed import Bed
+from helpers.slurm_jobs import TEMPLATES, sbatch
+from helpers.sweeps import ended_states, start, stepping
 from helpers.waiting import wait_for
-from test_slurm_commands import Site, site  # noqa: F401  (a fixture)
-from test_slurm_templates import TEMPLATES, sbatch
-from test_sweep import ended_states, start, stepping
 
 from isaerft_sweep.controller.run_controller import closed_in_the_end, disk_errors_named
 from isaerft_sweep.controller.session import has_begun, read_experiment

@@ -118,8 +118,8 @@ def test_composing_loads_nothing_heavy_and_is_quick() -> None:
 
 def test_the_orchestrator_never_imports_torch() -> None:
     probe = (
-        "import sys, isaerft_sweep.controller.run_sweep, isaerft_sweep.dispatch.local, isaerft_sweep.dispatch.slurm,"
-        " isaerft_sweep.cli, isaerft_sweep.results.card, isaerft_sweep.controller.session, isaerft_sweep.controller.static_array,"
+        "import sys, isaerft_sweep.controller.run_sweep, isaerft_sweep.dispatch.local, isaerft_sweep.dispatch.slurm.dispatcher,"
+        " isaerft_sweep.cli, isaerft_sweep.results.card.model_card, isaerft_sweep.controller.session, isaerft_sweep.controller.static_array,"
         " isaerft_sweep.readiness.plan, isaerft_sweep.readiness.doctor, isaerft_sweep.readiness.fetch;"
         "print([m for m in ('torch','transformers','peft','trl','datasets','sae_lens','wandb') if m in sys.modules])"
     )

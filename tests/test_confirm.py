@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY, events
-from test_honest_ranking import make_sweep
+from helpers.sweeps import make_sweep
 
 from isaerft_sweep.cli import main
 from isaerft_sweep.controller.confirm import find_leaders, point_with_seed, with_settings

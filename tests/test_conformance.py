@@ -16,13 +16,13 @@ from typing import Any
 import cloudpickle
 import pytest
 from conftest import TINY, events
+from helpers.sweeps import ended_states
 from helpers.waiting import wait_for
-from test_sweep import ended_states
 
 from isaerft_sweep.dispatch.base import Dispatcher
 from isaerft_sweep.dispatch.job import prepare_process
 from isaerft_sweep.dispatch.local import LocalDispatcher
-from isaerft_sweep.dispatch.slurm import SlurmDispatcher
+from isaerft_sweep.dispatch.slurm.dispatcher import SlurmDispatcher
 from isaerft_sweep.journal.job_refs import job_from_json
 from isaerft_sweep.journal.worker_queue import STOP_AT
 from isaerft_sweep.specs import LauncherSpec

@@ -92,7 +92,7 @@ class Scripted(Dispatcher):
     def _step(self, name: str) -> bool:
         folder, writer, beta, count = self.jobs[name]
         curve = self.curves[beta]
-        if folder.stop_asked() == TrialState.PRUNED or count == len(curve):
+        if folder.stop_requested() == TrialState.PRUNED or count == len(curve):
             state = TrialState.COMPLETED if count == len(curve) else TrialState.PRUNED
             writer.write(state, metric=curve[count - 1], evaluations=tuple(curve[:count]), ended=time.time())
             return False

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY
+from helpers.sweeps import ended, made
 from helpers.waiting import wait_for
 from hypothesis import given
 from hypothesis import strategies as st
-from test_status import ended, made
 
 from isaerft_sweep import cli, guard
 from isaerft_sweep.dispatch.job import ending_clearly

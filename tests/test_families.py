@@ -11,8 +11,11 @@ import pytest
 import torch
 from conftest import TINY
 from helpers.plain_trl import orpo_rows
-from test_trial import OFF, Made, rows_of
-from test_trial_numbers import gradients  # noqa: F401  (a fixture)
+from helpers.trials import (
+    OFF,
+    Made,
+    rows_of,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -110,7 +113,7 @@ def assert_trls(folder: TrialFolder, given: list[torch.Tensor], tmp_path: Path) 
 
 
 @pytest.fixture
-def given_gradients(gradients: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:  # noqa: F811
+def given_gradients(gradients: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
     yield gradients
 
 

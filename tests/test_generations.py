@@ -9,9 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY
-from test_co_batching import assert_near, run_together
-from test_harm import LEVELS
-from test_trial import OFF, Made, rows_of
+from helpers.trials import LEVELS, OFF, Made, assert_near, rows_of, run_together
 
 from isaerft_sweep.adapter.load import load_model
 from isaerft_sweep.config.boundary import to_definition

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from isaerft_sweep.models import random_model
 from isaerft_sweep.specs import ModelSpec
-from isaerft_sweep.trial.batch_layout import Batch, one_row_per_sequence
+from isaerft_sweep.trial.forward.batch_layout import Batch, one_row_per_sequence
+from isaerft_sweep.trial.forward.strategy import CALL_FLOPS, read_states
 from isaerft_sweep.trial.length_groups import length_groups
-from isaerft_sweep.trial.strategy import CALL_FLOPS, read_states
 
 
 def cost(groups: list[list[int]], lengths: list[int], call: int) -> int:

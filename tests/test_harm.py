@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY
-from test_trial import OFF, Made, rows_of
+from helpers.trials import LEVELS, OFF, Made, rows_of
 
 from isaerft_sweep.adapter.load import load_model
 from isaerft_sweep.errors import DataError
@@ -20,8 +20,6 @@ from isaerft_sweep.paths import asset
 from isaerft_sweep.trial.data import load_pairs
 from isaerft_sweep.trial.harm import KL_PAIRS, read_neutral
 from isaerft_sweep.trial.runner import run_trial
-
-LEVELS = {"whole": (0, False), "lean": (0, True), "stored": (1, True)}
 
 
 @torch.no_grad()

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.sweeps import RNG, make_sweep
 from rich.console import Console
 from scipy import stats
 from trl.experimental.orpo import ORPOTrainer
 
 from isaerft_sweep.cli import main
-from isaerft_sweep.journal.atomic_files import write_json, write_text
+from isaerft_sweep.journal.atomic_files import write_json
 from isaerft_sweep.journal.journal import Journal
 from isaerft_sweep.journal.layout import SweepFolder
 from isaerft_sweep.metrics import METRICS, depends_on_beta
@@ -29,47 +30,6 @@ from isaerft_sweep.results.reading import read_sweep_folder
 from isaerft_sweep.results.statistics import interval, pair_values, probability_best, show_probability
 from isaerft_sweep.search.distributions import Categorical, Numeric
 from isaerft_sweep.search.sampler import Point
-
-RNG = np.random.default_rng(0)
-YAML = """\
-method: random
-metric: {name: METRIC, goal: maximize}
-run_cap: 9
-parameters:
-  orpo.learning_rate: {distribution: log_uniform_values, min: 1.0e-4, max: 1.0e-1}
-  orpo.beta: {values: [0.1, 0.2, 0.4]}
-"""
-
-
-def make_sweep(path: Path, metric: str = "eval/log_odds_chosen", trials: int = 5, pairs: int = 40) -> SweepFolder:
-    """A sweep's folder as controller and workers leave it, with made-up scores; trial i is better than trial i − 1."""
-    folder = SweepFolder(path)
-    journal = Journal(folder)
-    write_text(folder.definition, YAML.replace("METRIC", metric))
-    journal.write("sweep", sweep_id="s1234567", question="q", metric=metric, goal="maximize")
-    names = [f"{i:08x}" for i in range(pairs)]
-    base = RNG.normal(-2, 0.5, size=(2, pairs)).clip(max=-0.1)
-    for i in range(trials):
-        beta, u = (0.1, 0.2, 0.4)[i % 3], (i + 0.5) / trials
-        params = {"orpo.learning_rate": 1e-4 * 1000**u, "orpo.beta": beta}
-        trial = folder.trial(f"run-tiny-{i}")
-        trial.path.mkdir(parents=True)
-        journal.write("trial", index=i, name=trial.path.name, run_id=f"r{i}", params=params, unit={"orpo.learning_rate": u})
-        chosen, rejected = base[0] + 0.1 * i, base[1] - 0.1 * i
-        chosen = np.minimum(chosen, -0.01)
-        write_json(trial.evaluation, {"trained": {"step": 4, "pairs": names, "chosen": chosen.tolist(), "rejected": rejected.tolist()}})  # fmt: skip
-        scores = {"chosen": chosen, "rejected": rejected}
-        metrics = {
-            name: float(values.mean())
-            for name in ("eval/log_odds_chosen", "eval/rewards/accuracies", "eval/rewards/margins")
-            if (values := pair_values(name, scores, beta)) is not None
-        }
-        metrics["eval/nll_loss"] = 2.0 - 0.1 * i
-        write_json(trial.status, {"state": "completed", "attempt": 1, "metrics": metrics, "metric": metrics[metric]})
-        journal.write("dispatch", index=i, attempt=1, job={"kind": "local", "pid": 1})
-        journal.write("end", index=i, state="completed", metric=metrics[metric], message="", seconds=10.0, given_up=False)
-    journal.close()
-    return folder
 
 
 def test_pair_values_are_trls() -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
+from helpers.trials import OFF, Made
 from safetensors.torch import load_file
 
 import isaerft_sweep.trial.train_loop as train_loop
@@ -18,8 +18,6 @@ from isaerft_sweep.journal.layout import TrialFolder
 from isaerft_sweep.results.statistics import pair_values
 from isaerft_sweep.trial.runner import run_trial
 
-Made = Callable[..., TrialFolder]
-OFF = ("tracker=disabled",)
 SITE = {"sae_release": "isaerft-sweep", "sae_id": "random-64x256"}
 
 

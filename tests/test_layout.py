@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from isaerft_sweep.models import random_model
 from isaerft_sweep.specs import ModelSpec
-from isaerft_sweep.trial.batch_layout import Batch, one_row_per_sequence, shared_prefix_rows, unique_read_positions
-from isaerft_sweep.trial.strategy import read_states, why_not_shared
+from isaerft_sweep.trial.forward.batch_layout import Batch, one_row_per_sequence, shared_prefix_rows, unique_read_positions
+from isaerft_sweep.trial.forward.strategy import read_states, why_not_shared
 
 FAMILIES = ["llama", "gemma2", "gemma3_text", "qwen2", "qwen3", "gpt_neox"]
 TOKENS = st.lists(st.integers(6, 9), max_size=12)

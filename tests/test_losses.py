@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 import torch
 from helpers.plain_trl import trained_rows
-from test_trial import OFF, Made, rows_of
-from test_trial_numbers import gradients  # noqa: F401  (a fixture)
+from helpers.trials import (
+    OFF,
+    Made,
+    rows_of,
+)
 
 from isaerft_sweep.specs import OrpoSpec
 from isaerft_sweep.trial.losses import LOSSES, PairLogps, PreferenceLoss, make_loss
@@ -118,7 +121,7 @@ def test_every_step_is_trls(
     stored: bool,
     trial: Made,
     tmp_path: Path,
-    gradients: list[torch.Tensor],  # noqa: F811
+    gradients: list[torch.Tensor],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     module, trainer, config, more = ORACLES[loss]
@@ -156,7 +159,7 @@ def test_every_step_is_trls(
 def test_epochs_accumulation_and_what_is_left_over_are_trls(
     trial: Made,
     tmp_path: Path,
-    gradients: list[torch.Tensor],  # noqa: F811
+    gradients: list[torch.Tensor],
 ) -> None:
     """24 pairs in batches of 5, three of them a step: the last step of an epoch has two batches, the last batch four pairs."""
     orpo = pytest.importorskip("trl.experimental.orpo", reason="this TRL does not have it")

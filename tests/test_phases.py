@@ -13,22 +13,21 @@ from typing import Any
 
 import pytest
 from conftest import TINY, processes_of
+from helpers.sweeps import ended_states, start, statuses
+from helpers.trials import OFF, Made, rows_of
 from helpers.waiting import wait_for
-from test_resident import rows_of
-from test_sweep import ended_states, start, statuses
 
 from isaerft_sweep.journal.atomic_files import _lock_of
 from isaerft_sweep.journal.layout import TrialFolder
 from isaerft_sweep.journal.states import TrialState
 from isaerft_sweep.journal.status_writer import StatusWriter
 from isaerft_sweep.journal.worker_queue import Task, WorkerFolder
-from isaerft_sweep.trial import activation_cache, process_cache, runner
+from isaerft_sweep.trial import process_cache, runner
+from isaerft_sweep.trial.forward import activation_cache
 from isaerft_sweep.trial.recorder import Recorder
 from isaerft_sweep.trial.runner import run_trial
 from isaerft_sweep.trial.worker import serve_trials
 
-Made = Callable[..., TrialFolder]
-OFF = ("tracker=disabled",)
 HEARD_S = 1.0
 
 

@@ -181,10 +181,10 @@ PICTURE = [{"type": "image", "url": "x.png"}, {"type": "text", "text": "What is 
     ("row", "said"),
     [
         ({**GOOD_CHAT, "prompt": [user(PICTURE)]}, "must be of type text"),
-        ({**GOOD_CHAT, "chosen": [assistant(None)]}, "content in chosen must be text or parts of text but got 'None'"),
+        ({**GOOD_CHAT, "chosen": [assistant(None)]}, "content in chosen must be text or parts of text but got None"),
         ({**GOOD_CHAT, "chosen": [assistant(["a"])]}, "content in chosen must be text or parts of text"),
         ({**GOOD_CHAT, "chosen": [assistant([{"type": "text"}])]}, "must be of type text"),
-        ({**GOOD_CHAT, "chosen": [assistant(3)]}, "content in chosen must be text or parts of text but got '3'"),
+        ({**GOOD_CHAT, "chosen": [assistant(3)]}, "content in chosen must be text or parts of text but got 3"),
         ({**GOOD_CHAT, "chosen": [{"role": None, "content": "a"}]}, "role in chosen must be text"),
         ({**GOOD_CHAT, "prompt": []}, "prompt must not be empty. Leave it out"),
         ({**GOOD_CHAT, "prompt": "Which?"}, "must have a prompt of messages, or answers that begin with the same"),
@@ -412,7 +412,7 @@ def test_many_pairs_are_tokenised_once(
     first, count = loaded()
     assert count == 30 and "tokenised 31 of 31 pairs" in capsys.readouterr().out
     again, count = loaded()
-    assert count == 0 and again.summary == first.summary and again.facts == first.facts
+    assert count == 0 and again.summary == first.summary and again.counts == first.counts
     assert again.train[:] == first.train[:] and again.evaluation[:] == first.evaluation[:]
     assert loaded(NO_SYSTEM)[1] == loaded(max_length=150)[1] == loaded(spec=fewer)[1] + 1 == 30
     for entry in kept.glob("*/train/*.arrow"):

@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from helpers.stand_ins import StandInHub, served
+from helpers.trials import Made
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
@@ -29,13 +30,12 @@ from isaerft_sweep.journal.journal import Journal
 from isaerft_sweep.journal.layout import SweepFolder, TrialFolder
 from isaerft_sweep.models.loading import load
 from isaerft_sweep.publish.export import export
-from isaerft_sweep.results.card import make_card, refresh_cards
+from isaerft_sweep.results.card.model_card import make_card, refresh_cards
 from isaerft_sweep.results.reading import read_sweep_folder
 from isaerft_sweep.spec_fields import to_dict
 from isaerft_sweep.trial.runner import run_trial
 
 pytestmark = pytest.mark.slow  # nearly all of them train a trial first
-Made = Callable[..., TrialFolder]
 FORMS = {"llama": "merged", "gemma2": "standalone"}
 IDS = torch.arange(6, 40)[None]
 

@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
+from helpers.sweeps import (
+    add_latents,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_honest_ranking import make_sweep
 
 from isaerft_sweep.cli import main
 from isaerft_sweep.errors import DataError
@@ -145,57 +147,6 @@ def test_importance_is_silent_where_nothing_can_be_said(tmp_path: Path) -> None:
     assert importance(read_sweep_folder(sweep_of(tmp_path / "few", SPACE, few, [0.1] * 5).path)) is None
     one = [{"orpo.learning_rate": 1e-4 * (i + 1)} for i in range(20)]
     assert importance(read_sweep_folder(sweep_of(tmp_path / "one", SPACE, one, [0.1] * 20).path)) is None
-
-
-def add_latents(folder: SweepFolder, names: list[str], layers: tuple[int, ...] = (2,), fingerprint: str = "") -> None:
-    rng = np.random.default_rng(0)
-    for name in names:
-        arrays, sites = {}, []
-        for n in layers:
-            arrays |= {f"{n}.{key}": rng.random(32).astype("float32") for key in ("moved", "share", "before", "after")}
-            arrays[f"{n}.vector"] = rng.random(8).astype("float32")
-            neuronpedia = f"gemma-2-2b/{n}-gemmascope-res-16k"
-            sites.append({"layer": n, "d_sae": 32, "tokens": 100, "neuronpedia_id": neuronpedia, "fingerprint": fingerprint})
-        np.savez(folder.trial(name).latents, sites=json.dumps(sites), **arrays)
-
-
-def rows_for(folder: SweepFolder, name: str, count: int) -> None:
-    rows = [{"step": i + 1, "time": 1.0, "train/loss": 3.0 / (i + 1)} for i in range(count)]
-    write_text(folder.trial(name).metrics, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-@pytest.fixture
-def full_sweep(tmp_path: Path) -> SweepFolder:
-    """Completed trials with curves and latents; one diverged, one failed, one that runs."""
-    folder = make_sweep(tmp_path / "s", trials=8)
-    names = [f"run-tiny-{i}" for i in range(8)]
-    for name in names:
-        rows_for(folder, name, 600)
-    add_latents(folder, names)
-    journal = Journal(folder)
-    for i, (state, message) in enumerate(
-        [
-            ("diverged", "the loss rose to 1e9 at step 3. Try a smaller learning rate."),
-            ("failed", "<script>alert(1)</script>"),
-        ],
-        8,
-    ):
-        params = {"orpo.learning_rate": 0.09, "orpo.beta": 0.4}
-        journal.write("trial", index=i, name=f"run-lost-{i}", run_id=f"r{i}", params=params, unit={})
-        journal.write("end", index=i, state=state, metric=None, message=message, seconds=7.0, given_up=state == "failed")
-    journal.write(
-        "trial", index=11, name="run-poor", run_id="r11", params={"orpo.learning_rate": 0.002, "orpo.beta": 0.2}, unit={}
-    )
-    journal.write("end", index=11, state="pruned", metric=0.0, message="", seconds=3.0, given_up=False)
-    journal.write(
-        "trial", index=10, name="run-now", run_id="r10", params={"orpo.learning_rate": 0.01, "orpo.beta": 0.1}, unit={}
-    )
-    journal.write("dispatch", index=10, attempt=1, job={"kind": "local", "pid": 1})
-    folder.trial("run-now").path.mkdir(parents=True)
-    write_json(folder.trial("run-now").status, {"state": "running", "attempt": 1})
-    rows_for(folder, "run-now", 3)
-    journal.close()
-    return folder
 
 
 def test_the_page_shows_all_of_a_sweep_that_still_runs(full_sweep: SweepFolder, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,6 @@ import pytest
 from helpers.browsing import browser, complaints, needs_browser  # noqa: F401  (a fixture)
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
-from test_report import full_sweep  # noqa: F401  (a fixture)
 
 from isaerft_sweep.journal.atomic_files import write_json
 from isaerft_sweep.journal.layout import SweepFolder

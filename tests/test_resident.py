@@ -16,8 +16,9 @@ from typing import Any
 import psutil
 import pytest
 from conftest import TINY, events, processes_of
+from helpers.sweeps import ended_states, serve, start, statuses, stepping
+from helpers.trials import OFF, Made, rows_of
 from helpers.waiting import wait_for
-from test_sweep import ended_states, start, statuses, stepping
 
 from isaerft_sweep.controller.build import make_state
 from isaerft_sweep.controller.live_view import time_left_s
@@ -39,31 +40,6 @@ from isaerft_sweep.trial.pair_tokenizer import PairTokenizer
 from isaerft_sweep.trial.runner import run_trial
 from isaerft_sweep.trial.stop_request import StopFlags
 from isaerft_sweep.trial.worker import serve_trials
-
-Made = Callable[..., TrialFolder]
-OFF = ("tracker=disabled",)
-
-
-def rows_of(folder: TrialFolder) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if k != "time"} for row in folder.read_metrics()]
-
-
-def serve(folder: WorkerFolder, trials: list[TrialFolder]) -> int:
-    """Run a worker in this process, giving it ``trials`` one after the other, then the word to end."""
-
-    def controller() -> None:
-        for trial in trials:
-            number = folder.claim(Task(str(trial.path), trial.current_attempt()))
-            wait_for(lambda n=number: folder.progress().over(n))
-            if folder.progress().ending:
-                return
-        folder.claim(Task(None))
-
-    thread = threading.Thread(target=controller)
-    thread.start()
-    count = serve_trials(folder, idle_s=20)
-    thread.join()
-    return count
 
 
 @pytest.mark.slow
@@ -306,7 +282,7 @@ def test_a_worker_told_to_stop_within_a_step_is_given_nothing_more(
     """A trial given between the word that the last one is over and the word that the worker ends would be lost with it."""
 
     def stopped_in_its_last_step(_trial: TrialFolder, _attempt: int, _shared: Any, flags: StopFlags) -> Any:
-        flags.asked = True
+        flags.stop_requested = True
         return TrialState.STOPPED
         yield  # a generator, as a trial is
 

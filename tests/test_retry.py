@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY, events
+from helpers.sweeps import ended_states, start
 from helpers.waiting import wait_for
-from test_sweep import ended_states, start
 
 pytestmark = pytest.mark.slow
 BROKEN = """

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from conftest import TINY, events
 
+from isaerft_sweep.cli import main
 from isaerft_sweep.config.boundary import to_definition
 from isaerft_sweep.config.compose import compose
 from isaerft_sweep.controller import sweep_identity as asking
@@ -189,7 +190,9 @@ def test_a_repository_on_the_hub_is_known_by_its_commit(tmp_path: Path, monkeypa
 
 
 @pytest.mark.slow
-def test_a_replaced_data_file_is_refused_and_the_target_ends_a_sweep(launch: Launch, tmp_path: Path) -> None:
+def test_a_replaced_data_file_is_refused_and_the_target_ends_a_sweep(
+    launch: Launch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_pairs(tmp_path / "pairs.jsonl")
     held_out = write_pairs(tmp_path / "held-out.jsonl", "never")
     raw = {
@@ -207,6 +210,8 @@ def test_a_replaced_data_file_is_refused_and_the_target_ends_a_sweep(launch: Lau
     assert "(first look)" in done.stdout and "ends when eval/nll_loss reaches 1000" in done.stdout
     assert "trial 1 has reached the sweep file's metric.target, 1000" in done.stdout
     assert [e["event"] for e in events(tmp_path / "outputs" / "x")].count("trial") == 1
+    assert main(["status", str(tmp_path / "outputs" / "x"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["left_s"] is None, "nothing runs, so no time is left"
     write_pairs(held_out, "another word")
     done = launch(*command, "sweep.run_cap=6")
     assert done.returncode == 2 and "held-out.jsonl" in done.stderr

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 from helpers.browsing import browser, complaints, needs_browser  # noqa: F401  (a fixture)
+from helpers.served_sweeps import READ
 from helpers.serving import Serving
 from selenium.webdriver.common.by import By
-from test_serve_sweep import READ
 
 pytestmark = pytest.mark.slow
 PROGRAM = """

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 
 import pytest
 from helpers.slurm_bed import Bed
+from helpers.slurm_jobs import (
+    GPU,
+    Note,
+    Site,
+    parameters,
+)
 from helpers.waiting import wait_for
 from hypothesis import example, given
 from hypothesis import strategies as st
-from test_slurm_dispatch import GPU, Note, parameters
 
-from isaerft_sweep.dispatch import cluster, slurm
 from isaerft_sweep.dispatch.base import SchedulerUnavailable
-from isaerft_sweep.dispatch.cluster import (
+from isaerft_sweep.dispatch.slurm import cluster
+from isaerft_sweep.dispatch.slurm import dispatcher as slurm
+from isaerft_sweep.dispatch.slurm.cluster import (
     SLURM_TERMINAL,
     parse_accounting,
     parse_kind,
@@ -23,7 +28,7 @@ from isaerft_sweep.dispatch.cluster import (
     parse_settings,
     state_of,
 )
-from isaerft_sweep.dispatch.slurm import SlurmDispatcher
+from isaerft_sweep.dispatch.slurm.dispatcher import SlurmDispatcher
 from isaerft_sweep.errors import LaunchError
 from isaerft_sweep.journal.job_refs import SlurmJob
 from isaerft_sweep.specs import LauncherSpec
@@ -44,41 +49,6 @@ HOSTILE = {
     "SLURM_TIME_FORMAT": "relative",
     "SLURM_BITSTR_LEN": "3",
 }
-
-
-class Site:
-    """Stands in for a site: commands that answer what ``says`` holds, and note how they were called."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.calls = folder / "calls"
-        self.calls.touch()
-        for name in ("squeue", "sinfo", "scontrol", "sacct", "sacctmgr", "sbatch", "scancel", "srun"):
-            self.says(name, "")
-            (folder / name).write_text(
-                f'#!/bin/bash\necho "{name} $*" >>{self.calls}\n'
-                f'env | grep -E "^(SQUEUE|SINFO|SACCT|SCONTROL|SCANCEL|SLURM)_" >>{self.calls}\ncat {folder}/{name}.out\n'
-            )
-            (folder / name).chmod(0o755)
-        self.says("sinfo", "main|main*|4|8000|infinite|big|gpu:fake:2\n")
-        self.says("scontrol", "ClusterName = bed\nMaxArraySize = 1001\n")
-        self.says("sbatch", "Submitted batch job 7\n")
-
-    def says(self, command: str, text: str) -> None:
-        (self.folder / f"{command}.out").write_text(text)
-
-    def lines(self, command: str) -> list[str]:
-        return [line for line in self.calls.read_text().splitlines() if line.startswith(f"{command} ")]
-
-
-@pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-    for name in [n for n in os.environ if n.startswith("SLURM_")]:
-        monkeypatch.delenv(name)
-    return Site(folder)
 
 
 def two_jobs(tmp_path: Path, **slurm: object) -> tuple[SlurmDispatcher, list[SlurmJob]]:
@@ -171,7 +141,7 @@ def test_a_hostile_shell_and_a_real_cluster(slurm: Bed, tmp_path: Path, monkeypa
 @pytest.mark.slow
 def test_a_named_cluster_that_is_real(slurm: Bed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bed's own one, taken for another: every command is sent there by name."""
-    monkeypatch.setattr("isaerft_sweep.dispatch.slurm.cluster_of", lambda _spec: "bed")
+    monkeypatch.setattr("isaerft_sweep.dispatch.slurm.dispatcher.cluster_of", lambda _spec: "bed")
     dispatcher, refs = two_jobs(tmp_path, hold=True)
     assert dispatcher.alive(refs) == [True, True] and [ref.cluster for ref in refs] == ["bed", "bed"]
     dispatcher.kill(refs)
@@ -345,11 +315,11 @@ def test_setup_lines(given_as: object, asked: list[str]) -> None:
     ],
 )
 def test_gpus_that_are_asked_for(flags: dict[str, object], gpus: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("isaerft_sweep.dispatch.sbatch_flags.sbatch_flags", lambda: ["tres_per_node"])
+    monkeypatch.setattr("isaerft_sweep.dispatch.slurm.sbatch_flags.sbatch_flags", lambda: ["tres_per_node"])
     node = GPU.gres | cluster.parse_gres("lscratch:500,tmpfs:2T")
     import dataclasses
 
-    from test_slurm_dispatch import SITE
+    from helpers.slurm_jobs import SITE
 
     site = dataclasses.replace(SITE, kinds=(dataclasses.replace(GPU, gres=node),))
     assert parameters(site, **flags).get("gpus_per_node") == gpus
@@ -396,7 +366,7 @@ def test_values_that_are_no_values(flags: dict[str, object], said: str) -> None:
 
 
 def test_a_flag_that_is_switched_off_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("isaerft_sweep.dispatch.sbatch_flags.sbatch_flags", lambda: ["hold"])
+    monkeypatch.setattr("isaerft_sweep.dispatch.slurm.sbatch_flags.sbatch_flags", lambda: ["hold"])
     found = parameters(exclusive=False, hold=False)
     assert "exclusive" not in found and "hold" not in found["additional_parameters"]
 

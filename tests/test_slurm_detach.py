@@ -14,9 +14,9 @@ import psutil
 import pytest
 from conftest import events, launch_command, processes_of
 from helpers.slurm_bed import Bed
+from helpers.slurm_jobs import ONE, past
+from helpers.sweeps import ended_states
 from helpers.waiting import wait_for
-from test_slurm_faults import ONE, past
-from test_sweep import ended_states
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("paced")]
 OPTIONS = (*ONE, "tracker=disabled")

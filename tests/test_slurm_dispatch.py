@@ -17,41 +17,20 @@ import pytest
 from conftest import TINY, events
 from helpers import slurm_bed
 from helpers.slurm_bed import Bed
+from helpers.slurm_jobs import CPU, GPU, SITE, Note, count_calls, parameters
+from helpers.sweeps import ended_states, start, stepping
 from helpers.waiting import wait_for
 from hypothesis import given
 from hypothesis import strategies as st
-from test_slurm_faults import count_calls
-from test_sweep import ended_states, start, stepping
 
-from isaerft_sweep.dispatch.cluster import NodeKind, SlurmCluster, minutes, parse_gres, parse_kind, read_cluster
-from isaerft_sweep.dispatch.sbatch_flags import sbatch_parameters, working_s
-from isaerft_sweep.dispatch.slurm import SlurmDispatcher, job_name
+from isaerft_sweep.dispatch.slurm.cluster import SlurmCluster, minutes, parse_gres, parse_kind, read_cluster
+from isaerft_sweep.dispatch.slurm.dispatcher import SlurmDispatcher, job_name
+from isaerft_sweep.dispatch.slurm.sbatch_flags import working_s
 from isaerft_sweep.dispatch.snapshot import code_snapshot
 from isaerft_sweep.errors import LaunchError
 from isaerft_sweep.specs import LauncherSpec
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # jobs cannot import tests
-GPU = NodeKind("gpu", True, 64, 512_000, 2880, ("a100", "nvlink"), parse_gres("gpu:a100:4(S:0-1)"))
-CPU = NodeKind("cpu", False, 128, 256_000, None, (), {})
-SITE = SlurmCluster({"MaxArraySize": "1001"}, (GPU, CPU), ("lab", "other"), ("normal",))
-
-
-@dataclasses.dataclass
-class Note:
-    """A job that leaves a mark."""
-
-    path: str
-    threads: int | None = None
-    device: str | None = None
-    limit_s: float | None = None
-
-    def __call__(self) -> str:
-        Path(self.path).touch()
-        return "done"
-
-
-def parameters(site: SlurmCluster = SITE, timeout_min: int | None = None, **slurm: Any) -> dict[str, Any]:
-    return sbatch_parameters(LauncherSpec(kind="slurm", timeout_min=timeout_min, slurm=slurm), site, "s")
 
 
 @pytest.mark.parametrize(

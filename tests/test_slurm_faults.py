@@ -9,31 +9,26 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import cloudpickle
 import pytest
-from conftest import PACE, TINY, events
+from conftest import PACE, events
 from helpers import slurm_bed
 from helpers.slurm_bed import Bed
+from helpers.slurm_jobs import ONE, STEPS, count_calls, past
+from helpers.sweeps import ended_states, start, statuses, stepping
 from helpers.waiting import wait_for
-from test_sweep import ended_states, start, statuses, stepping
 
-from isaerft_sweep.dispatch.slurm import SlurmDispatcher
+from isaerft_sweep.dispatch.slurm.dispatcher import SlurmDispatcher
 from isaerft_sweep.journal.layout import TrialFolder
 from isaerft_sweep.specs import LauncherSpec
 from isaerft_sweep.trial.runner import run_trial
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # jobs cannot import tests
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("paced")]
-STEPS = 60
-ONE = (
-    *TINY, "launcher=slurm", "launcher.poll_s=0.3", "launcher.slots=1", "name=s", "sweep.run_cap=1", f"orpo.max_steps={STEPS}",
-    "orpo.checkpoint_every_steps=10", "orpo.eval_fraction=0.5",
-)  # fmt: skip
 
 
 def output(tmp_path: Path) -> str:
@@ -44,11 +39,6 @@ def finish(controller: subprocess.Popen[str], tmp_path: Path, code: int = 0, tim
     """Wait for the controller; how the attempts ended."""
     assert controller.wait(timeout_s) == code, output(tmp_path)
     return [e for e in events(tmp_path / "outputs" / "s") if e["event"] == "end"]
-
-
-def past(sweep: Path, step: int, attempt: int = 1) -> Callable[[], list[dict[str, Any]]]:
-    """A condition: a trial runs and has got past ``step``."""
-    return lambda: [s for s in stepping(sweep) if s["step"] > step and s["attempt"] >= attempt]
 
 
 def job_of(sweep: Path) -> str:
@@ -251,20 +241,6 @@ def test_ctrl_c_leaves_nothing_in_the_queue(slurm: Bed, tmp_path: Path, monkeypa
         "one for what waits, one for what runs"
     )
     assert len([s for s in statuses(sweep) if s["state"] == "stopped"]) == 2
-
-
-def count_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *names: str, delay_s: float = 0) -> Path:
-    """Put wrappers around real commands first in PATH, which note every call and may take their time."""
-    calls, folder = tmp_path / "calls", tmp_path / "bin"
-    folder.mkdir()
-    calls.touch()
-    for name in names:
-        real = slurm_bed.which(name)
-        tag = "" if len(names) == 1 else f"{name} "
-        (folder / name).write_text(f'#!/bin/bash\necho "{tag}$*" >>{calls}\nsleep {delay_s}\nexec {real} "$@"\n')
-        (folder / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-    return calls
 
 
 def test_a_worker_that_always_dies_under_a_slow_scheduler(

@@ -7,32 +7,23 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 from conftest import TINY, processes_of
+from helpers.served_sweeps import read_sweep, sweep_file, trial_id
+from helpers.served_sweeps import stepping as running
 from helpers.serving import Serving
 from helpers.slurm_bed import Bed
+from helpers.slurm_jobs import TEMPLATES, Note, sbatch
+from helpers.sweeps import ended_states
 from helpers.waiting import wait_for
-from test_serve_sweep import read_sweep, sweep_file, trial_id
-from test_serve_sweep import stepping as running
-from test_slurm_dispatch import Note
-from test_sweep import ended_states
 
-from isaerft_sweep.dispatch.slurm import SlurmDispatcher
+from isaerft_sweep.dispatch.slurm.dispatcher import SlurmDispatcher
 from isaerft_sweep.specs import LauncherSpec
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("paced")]
-TEMPLATES = Path(__file__).parent.parent / "slurm"
 GOLDEN = Path(__file__).parent / "golden"
-
-
-def sbatch(cwd: Path, *arguments: str, environment: Mapping[str, str] | None = None) -> str:
-    """Submit as a user does, from ``cwd``, with this interpreter's commands first unless told otherwise; the job's id."""
-    environment = environment or {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    command = ["sbatch", "--parsable", *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def cli(*arguments: str) -> subprocess.CompletedProcess[str]:

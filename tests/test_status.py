@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.sweeps import ended, made
 from rich.console import Console
 
 from isaerft_sweep.cli import main
@@ -20,28 +21,6 @@ from isaerft_sweep.journal.atomic_files import write_json
 from isaerft_sweep.journal.journal import Journal
 from isaerft_sweep.journal.layout import SweepFolder
 from isaerft_sweep.results.reading import read_sweep_folder
-
-SPACE = """
-method: random
-metric: {name: eval/log_odds_chosen, goal: maximize}
-parameters:
-  orpo.warmup_steps: {values: [5, 10]}
-  orpo.beta: {value: 0.1}
-"""
-
-
-def made(path: Path, trials: int = 2) -> Journal:
-    """A sweep over warm-up steps whose trials were made and not begun; its journal is open, as a controller holds it."""
-    journal = Journal(SweepFolder(path))
-    journal.folder.definition.write_text(SPACE)
-    journal.write("sweep", sweep_id="s", question="q", metric="eval/log_odds_chosen", goal="maximize")
-    for index in range(trials):
-        params = {"orpo.warmup_steps": (5, 10)[index % 2], "orpo.beta": 0.1}
-        journal.write("trial", index=index, name=f"run-{index}", run_id=f"r{index}", params=params, unit={})
-        folder = journal.folder.trial(f"run-{index}").path
-        folder.mkdir(parents=True)
-        (folder / "spec.json").write_text("{}")
-    return journal
 
 
 def dispatched(journal: Journal, index: int, job: dict[str, Any], **status: Any) -> None:
@@ -56,11 +35,6 @@ def dispatched(journal: Journal, index: int, job: dict[str, Any], **status: Any)
             "heartbeat": time.time(),
         }
         write_json(journal.folder.trial(f"run-{index}").status, {**facts, **status})
-
-
-def ended(journal: Journal, index: int, state: str, **facts: Any) -> None:
-    given = {"metric": None, "message": "", "seconds": 10.0, "given_up": False, "counted": False, "checkpoint": 0, **facts}
-    journal.write("end", index=index, state=state, **given)
 
 
 def status(path: Path, width: int = 200) -> str:

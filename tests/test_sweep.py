@@ -8,41 +8,16 @@ import os
 import signal
 import subprocess
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import TINY, events, launch_command, processes_of
+from helpers.sweeps import check_wandb_runs, ended_states, start, statuses, stepping
 from helpers.waiting import wait_for
-from wandb.proto import wandb_internal_pb2
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("paced")]
 SWEEP = (*TINY, "name=s", "sweep.run_cap=3")
 LONG = (*TINY, "name=s", "sweep.run_cap=2", "orpo.max_steps=100000", "tracker=disabled")
-
-
-def start(cwd: Path, *overrides: str) -> subprocess.Popen[str]:
-    with (cwd / "controller.out").open("a") as log:
-        return subprocess.Popen(launch_command(*overrides), cwd=cwd, stdout=log, stderr=subprocess.STDOUT, text=True)
-
-
-def statuses(sweep: Path) -> list[dict[str, Any]]:
-    found = []
-    for path in sweep.glob("trials/*/status.json"):
-        try:
-            found.append(json.loads(path.read_text()))
-        except FileNotFoundError:
-            continue
-    return found
-
-
-def stepping(sweep: Path) -> list[dict[str, Any]]:
-    return [s for s in statuses(sweep) if s["state"] == "running" and s.get("step", 0) > 1]
-
-
-def ended_states(sweep: Path) -> Counter[str]:
-    return Counter(e["state"] for e in events(sweep) if e["event"] == "end")
 
 
 def test_a_sweep_from_start_to_leaderboard(launch, tmp_path: Path) -> None:
@@ -103,53 +78,6 @@ def venv_path() -> dict[str, str]:
     import sys
 
     return {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-
-
-def check_wandb_runs(sweep: Path, trials: int = 3, last_step: int = 4) -> None:
-    """Real offline runs, read back from wandb's own files."""
-    recorded = [read_wandb_run(path) for path in sweep.glob("trials/*/wandb/wandb/offline-run-*/run-*.wandb")]
-    made = [e for e in events(sweep) if e["event"] == "trial"]
-    sweep_id = events(sweep)[0]["sweep_id"]
-    assert {run.run_id for run, _, _ in recorded} == {e["run_id"] for e in made} and len(recorded) == trials
-    for run, summary, steps in recorded:
-        event = next(e for e in made if e["run_id"] == run.run_id)
-        assert (run.display_name, run.sweep_id, run.run_group, run.job_type) == (event["name"], sweep_id, "s", "trial")
-        assert run.project == "orpo-isaerft-sweep" and "isaerft" in run.tags
-        assert f"lr_{event['params']['orpo.learning_rate']!r}" in run.tags
-        config = {u.key: json.loads(u.value_json) for u in run.config.update}
-        assert config["orpo"]["beta"] == event["params"]["orpo.beta"] and "orpo.beta" not in config
-        assert summary["state"] == "completed" and "eval/log_odds_chosen" in summary and float(summary["seconds"]) > 0
-        assert steps == sorted(set(steps)) and steps[-1] == last_step
-
-
-def wandb_records(content: bytes) -> Iterator[bytes]:
-    """Records of a .wandb file: 7 bytes of header, then LevelDB's log format in blocks of 32 KiB."""
-    at, record = 7, b""
-    while at + 7 <= len(content):
-        if 32768 - at % 32768 < 7:
-            at += 32768 - at % 32768
-            continue
-        length, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
-        record += content[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # whole, or the last part
-            yield record
-            record = b""
-
-
-def read_wandb_run(path: Path) -> tuple[Any, dict[str, Any], list[int]]:
-    run, summary, steps = None, {}, []
-    for data in wandb_records(path.read_bytes()):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
-        kind = record.WhichOneof("record_type")
-        if kind == "run":
-            run = record.run
-        elif kind == "summary":
-            summary.update({u.key or ".".join(u.nested_key): json.loads(u.value_json) for u in record.summary.update})
-        elif kind == "history":
-            steps.append(record.history.step.num)
-    return run, summary, steps
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -15,10 +15,10 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import TINY, events, launch_command
+from helpers.served_sweeps import read_sweep
 from helpers.serving import BIN, Serving
+from helpers.sweeps import read_wandb_run
 from helpers.waiting import wait_for
-from test_serve_sweep import read_sweep
-from test_sweep import read_wandb_run
 
 from isaerft_sweep.cli import main
 from isaerft_sweep.errors import SyncError

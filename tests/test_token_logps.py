@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, CohereConfig, CohereForCausalLM, 
 
 from isaerft_sweep.models import random_model
 from isaerft_sweep.specs import ModelSpec
-from isaerft_sweep.trial import head as module
+from isaerft_sweep.trial.forward import head as module
 
 FAMILIES = [*random_model.ARCHITECTURES, "phi"]
 HIDDEN = random_model.HIDDEN

@@ -10,7 +10,6 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
+from helpers.trials import OFF, Made, rows_of
 from helpers.waiting import wait_for
 
 from isaerft_sweep.adapter import load_model
@@ -34,13 +34,6 @@ from isaerft_sweep.spec_fields import to_dict
 from isaerft_sweep.trial.data import load_pairs
 from isaerft_sweep.trial.losses import OrpoLoss, PairLogps
 from isaerft_sweep.trial.runner import run_trial
-
-Made = Callable[..., TrialFolder]
-OFF = ("tracker=disabled",)
-
-
-def rows_of(folder: TrialFolder) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if k != "time"} for row in folder.read_metrics()]
 
 
 @pytest.mark.parametrize("kind", ["bias", "mlp"])

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.plain_trl import orpo_rows
-from test_trial import OFF, Made, rows_of
+from helpers.trials import OFF, Made, rows_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from isaerft_sweep.models.loading import load, without_dropout
@@ -28,26 +28,6 @@ BOUNDS = {"float32": {"rel": 2e-4, "abs": 2e-5}, "bfloat16": {"abs": 3 * 2**-5}}
 
 GRADIENTS = {"float32": 1e-3, "bfloat16": 0.1}
 """How far the gradients of a step may be apart, relative to their size; from the second step on the adapters differ too."""
-
-
-@pytest.fixture
-def gradients(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
-    """What AdamW is given from now on, of all trained parameters in one vector, step by step."""
-    seen: list[torch.Tensor] = []
-    step = torch.optim.AdamW.step
-
-    def noted(self: torch.optim.AdamW, *args: Any, **kwargs: Any) -> Any:
-        found = [
-            p.grad.detach().flatten().float().clone()
-            for group in self.param_groups
-            for p in group["params"]
-            if p.grad is not None
-        ]
-        seen.append(torch.cat(found))
-        return step(self, *args, **kwargs)
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
-    return seen
 
 
 LEVELS = {

@@ -169,7 +169,7 @@ def _confirm(args: argparse.Namespace) -> int:
 
 def _card(args: argparse.Namespace) -> None:
     from isaerft_sweep.paths import asset
-    from isaerft_sweep.results.card import TEMPLATE, refresh_card
+    from isaerft_sweep.results.card.model_card import TEMPLATE, refresh_card
     from isaerft_sweep.results.finding import find_trial
 
     if args.fields:

@@ -13,7 +13,7 @@ from isaerft_sweep.scheduling.sweep_state import AttemptOutcome
 
 
 def classify_exit(
-    record: TrialRecord, status: TrialStatus, dispatcher: Dispatcher[Any], asked_to_stop: bool
+    record: TrialRecord, status: TrialStatus, dispatcher: Dispatcher[Any], stop_requested: bool
 ) -> AttemptOutcome:
     """The outcome of the trial's current attempt.
 
@@ -21,18 +21,18 @@ def classify_exit(
         record: the trial's.
         status: the worker's latest in this attempt, empty before the first.
         dispatcher: ran the job.
-        asked_to_stop: whether the controller asked the job to stop.
+        stop_requested: whether the controller asked the job to stop.
     """
-    return replace(_classify(record, status, dispatcher, asked_to_stop), checkpoint=status.checkpoint)
+    return replace(_classify(record, status, dispatcher, stop_requested), checkpoint=status.checkpoint)
 
 
-def _classify(record: TrialRecord, status: TrialStatus, dispatcher: Dispatcher[Any], asked_to_stop: bool) -> AttemptOutcome:
+def _classify(record: TrialRecord, status: TrialStatus, dispatcher: Dispatcher[Any], stop_requested: bool) -> AttemptOutcome:
     state, message, seconds = status.state, status.message, status.duration_s
     if state in (TrialState.COMPLETED, TrialState.PRUNED):
         return AttemptOutcome(state, status.metric, message, seconds)
     if state in FINAL:
         return AttemptOutcome(state, None, message, seconds)
-    if asked_to_stop:
+    if stop_requested:
         return AttemptOutcome(TrialState.STOPPED, None, message or "ended before it could write a checkpoint", seconds)
     if state is TrialState.FAILED:
         return AttemptOutcome(state, None, message, seconds, can_retry=not status.user_error, counted=True)

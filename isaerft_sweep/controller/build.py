@@ -74,7 +74,7 @@ def make_dispatcher(launcher: LauncherSpec, folder: SweepFolder) -> Dispatcher[A
 def make_inner_dispatcher(launcher: LauncherSpec, folder: SweepFolder) -> Dispatcher[Any]:
     """The dispatcher of jobs, without resident workers."""
     if launcher.kind == "slurm":
-        from isaerft_sweep.dispatch.slurm import SlurmDispatcher
+        from isaerft_sweep.dispatch.slurm.dispatcher import SlurmDispatcher
 
         return SlurmDispatcher(launcher, folder.jobs)
     from isaerft_sweep.dispatch.local import LocalDispatcher

@@ -17,7 +17,7 @@ from isaerft_sweep.controller.sweep_identity import check_files, known_fingerpri
 from isaerft_sweep.errors import ConfigError, FolderError
 from isaerft_sweep.journal.journal import read_record
 from isaerft_sweep.results import confirmation
-from isaerft_sweep.results.card import refresh_cards
+from isaerft_sweep.results.card.model_card import refresh_cards
 from isaerft_sweep.results.leaderboard import print_whole, short_path
 from isaerft_sweep.results.reading import SEED, Entry, ReadSweep, read_sweep_folder, trial_of, without_seed
 from isaerft_sweep.search.sampler import FixedPoints, Point

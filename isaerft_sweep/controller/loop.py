@@ -248,7 +248,7 @@ class SweepController:
 
     def _finish_attempt(self, record: TrialRecord, status: TrialStatus) -> None:
         self._note_curve(record, status)
-        outcome = classify_exit(record, status, self.dispatcher, asked_to_stop=record.index in self._stop_sent)
+        outcome = classify_exit(record, status, self.dispatcher, stop_requested=record.index in self._stop_sent)
         if outcome.state is TrialState.COMPLETED:
             outcome = replace(outcome, violation=self.state.limits.violation(status.metrics))
         self.state.finished(record, outcome)

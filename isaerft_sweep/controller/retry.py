@@ -16,7 +16,7 @@ from isaerft_sweep.journal.journal import Journal, TrialRecord
 from isaerft_sweep.journal.layout import SweepFolder
 from isaerft_sweep.journal.states import TrialState
 from isaerft_sweep.results import leaderboard
-from isaerft_sweep.results.card import refresh_cards
+from isaerft_sweep.results.card.model_card import refresh_cards
 from isaerft_sweep.results.reading import read_sweep_folder
 from isaerft_sweep.search.sampler import FixedPoints
 from isaerft_sweep.specs import Experiment

@@ -35,7 +35,7 @@ from isaerft_sweep.journal.layout import SweepFolder
 from isaerft_sweep.journal.states import TrialState
 from isaerft_sweep.provenance import git_commit
 from isaerft_sweep.results import leaderboard
-from isaerft_sweep.results.card import refresh_cards
+from isaerft_sweep.results.card.model_card import refresh_cards
 from isaerft_sweep.results.reading import read_sweep_folder
 from isaerft_sweep.search.sampler import PointSource
 from isaerft_sweep.search.sweep_file import SweepDefinition
@@ -156,7 +156,7 @@ def conclude(run: SweepRun, console: Console, journal: Journal, trials: int, sto
     if stopped:
         console.print(f"Stopped with {ended} of {trials} trials ended; nothing is left running. The same command resumes.")
         return INTERRUPTED
-    reached = next((r for r in records if definition.reached_by(r.metric)), None)
+    reached = next((r for r in records if definition.reached_by(r.metric) and not r.violation), None)
     if reached is not None and ended < trials:
         console.print(
             f"Ended after {ended} of {trials} trials: trial {reached.index + 1} has reached the sweep file's metric.target, "

@@ -22,8 +22,8 @@ from isaerft_sweep.controller.sweep_identity import (
 )
 from isaerft_sweep.controller.trial_factory import TrialFactory
 from isaerft_sweep.dispatch.base import SchedulerUnavailable
-from isaerft_sweep.dispatch.cluster import COMPLETING_S, SLURM_TERMINAL, cancel_jobs, cluster_of, user_jobs
 from isaerft_sweep.dispatch.job import TrialJob
+from isaerft_sweep.dispatch.slurm.cluster import COMPLETING_S, SLURM_TERMINAL, cancel_jobs, cluster_of, user_jobs
 from isaerft_sweep.dispatch.snapshot import code_snapshot
 from isaerft_sweep.errors import ConfigError, FolderError, LaunchError
 from isaerft_sweep.journal.atomic_files import write_text

@@ -28,7 +28,7 @@ from isaerft_sweep.controller.trial_activity import (
     state_for_count,
     under_way,
 )
-from isaerft_sweep.dispatch.cluster import pending_reasons
+from isaerft_sweep.dispatch.slurm.cluster import pending_reasons
 from isaerft_sweep.errors import FolderError, IsaerftError, LaunchError
 from isaerft_sweep.journal.job_refs import SlurmJob
 from isaerft_sweep.journal.journal import TrialRecord
@@ -82,7 +82,9 @@ def status_report(monitor: SweepMonitor, statuses: Mapping[int, TrialStatus], no
     status_of = {record.index: statuses.get(record.index, NO_STATUS) for record in monitor.records}
     counts = Counter(state_for_count(record, status_of[record.index], now) for record in monitor.records)
     ended = sum(has_ended(record, status_of[record.index]) for record in monitor.records)
-    left_s = time_left_s(monitor.records, statuses, monitor.trials) if ended < monitor.trials else None
+    # an ended sweep may have fewer trials than its run_cap (its target was reached): nothing runs, so nothing is left
+    at_work = running or any(under_way(record, status_of[record.index], now) for record in monitor.records)
+    left_s = time_left_s(monitor.records, statuses, monitor.trials) if at_work and ended < monitor.trials else None
     return {
         "sweep": str(monitor.folder.path),
         "id": monitor.record.sweep_id,

@@ -265,7 +265,7 @@ class TrialFolder:
         """Ask the worker, wherever it runs, to write a checkpoint and end after its current step, in ``state``."""
         write_text(self.stop, state)
 
-    def stop_asked(self) -> TrialState | None:
+    def stop_requested(self) -> TrialState | None:
         """The state in which the worker should end; None without a request to stop."""
         try:
             return TrialState(self.stop.read_text(encoding="utf-8") or TrialState.STOPPED)

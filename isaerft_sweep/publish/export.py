@@ -17,7 +17,7 @@ from isaerft_sweep.journal.atomic_files import write_text
 from isaerft_sweep.models.loading import device
 from isaerft_sweep.publish.export_folder import new_folder
 from isaerft_sweep.publish.standalone import write_standalone
-from isaerft_sweep.results.card import exported_card
+from isaerft_sweep.results.card.model_card import exported_card
 
 MERGED, STANDALONE = "merged", "standalone"
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}

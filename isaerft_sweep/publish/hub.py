@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from isaerft_sweep.errors import CardError, FolderError, PushError
 from isaerft_sweep.journal.atomic_files import read_json
-from isaerft_sweep.results.card_data import is_name, is_repository
+from isaerft_sweep.results.card.card_data import is_name, is_repository
 
 if TYPE_CHECKING:
     from huggingface_hub import CardData

@@ -26,7 +26,7 @@ from isaerft_sweep.errors import ConfigError, FolderError
 from isaerft_sweep.journal.atomic_files import write_json, write_text
 from isaerft_sweep.naming import ParsedName, parse
 from isaerft_sweep.publish.export_folder import new_folder
-from isaerft_sweep.results.imported_card import PublishedCard, imported_card
+from isaerft_sweep.results.card.imported_card import PublishedCard, imported_card
 
 BASES = {
     "gemma-2-2b": "google/gemma-2-2b",

@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.text import Text
 
 from isaerft_sweep.controller.build import make_inner_dispatcher
-from isaerft_sweep.dispatch.cluster import SlurmCluster, cluster_of, read_cluster, run_slurm_command
 from isaerft_sweep.dispatch.job import Job
-from isaerft_sweep.dispatch.sbatch_flags import sbatch_parameters
+from isaerft_sweep.dispatch.slurm.cluster import SlurmCluster, cluster_of, read_cluster, run_slurm_command
+from isaerft_sweep.dispatch.slurm.sbatch_flags import sbatch_parameters
 from isaerft_sweep.errors import FolderError, LaunchError
 from isaerft_sweep.journal.atomic_files import read_json, write_json
 from isaerft_sweep.journal.layout import SweepFolder

@@ -16,9 +16,9 @@ from isaerft_sweep.controller.introduction import introduction
 from isaerft_sweep.controller.live_view import duration
 from isaerft_sweep.controller.preflight import known_trial_needs
 from isaerft_sweep.controller.sweep_identity import sweep_folder
-from isaerft_sweep.dispatch.cluster import cluster_of, parse_gres, read_cluster
 from isaerft_sweep.dispatch.local import visible_gpus
-from isaerft_sweep.dispatch.sbatch_flags import sbatch_parameters, working_s
+from isaerft_sweep.dispatch.slurm.cluster import cluster_of, parse_gres, read_cluster
+from isaerft_sweep.dispatch.slurm.sbatch_flags import sbatch_parameters, working_s
 from isaerft_sweep.errors import ConfigError
 from isaerft_sweep.readiness.calibrate import Estimate, calibrate, from_earlier_sweeps
 from isaerft_sweep.results.axes import LOG_FAMILIES

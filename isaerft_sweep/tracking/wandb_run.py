@@ -27,7 +27,7 @@ class Run:
     offline_folder: str | None = None
     lost = False
     """Whether W&B misses data because its process died: SLURM sends signals to every process of a step."""
-    told = False
+    can_receive_stop = False
     """Whether W&B can request the trial to stop, by interrupting the process."""
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
@@ -83,7 +83,7 @@ class WandbRun(Run):
         )
         WandbRun.live += 1
         self._service = WandbRun.services
-        self.told = not offline
+        self.can_receive_stop = not offline
         self.url = None if offline else self._run.url
         self.sweep_url = None if offline else self._run.sweep_url
         self.offline_folder = str(Path(self._run.dir).parent) if offline else None

@@ -73,10 +73,10 @@ class Pairs:
         return self.left_out.get(PROMPT_FILLS, 0)
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def counts(self) -> dict[str, Any]:
         """Counts for the trial's status and its card."""
-        counts = {"trained": len(self.train), "held_out": len(self.evaluation), "cut": self.truncated}
-        return {**counts, "left_out": self.left_out, "notes": self.notes}
+        pairs = {"trained": len(self.train), "held_out": len(self.evaluation), "cut": self.truncated}
+        return {**pairs, "left_out": self.left_out, "notes": self.notes}
 
     @property
     def summary(self) -> str:

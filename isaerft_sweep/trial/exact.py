@@ -24,11 +24,11 @@ from isaerft_sweep.adapter.layer import IsaerftLayer
 from isaerft_sweep.adapter.sae import first_line
 from isaerft_sweep.errors import ModelError
 from isaerft_sweep.models.loading import sharing_weights
-from isaerft_sweep.trial.activation_cache import StoredActivations, layer_at_hook_point, lowest_hook_point, places_of
-from isaerft_sweep.trial.batch_layout import Batch
-from isaerft_sweep.trial.frozen_prefix import streams_of
-from isaerft_sweep.trial.strategy import ForwardStrategy, plain_logps, small_batch
-from isaerft_sweep.trial.upper_layers import UpperLayers
+from isaerft_sweep.trial.forward.activation_cache import StoredActivations, layer_at_hook_point, lowest_hook_point, places_of
+from isaerft_sweep.trial.forward.batch_layout import Batch
+from isaerft_sweep.trial.forward.frozen_prefix import streams_of
+from isaerft_sweep.trial.forward.strategy import ForwardStrategy, plain_logps, small_batch
+from isaerft_sweep.trial.forward.upper_layers import UpperLayers
 
 LOGP_BOUNDS = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 GRADIENT_BOUNDS = {torch.float32: 1e-3, torch.float16: 1e-1, torch.bfloat16: 2.5e-1}

@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 
 from isaerft_sweep.adapter.generate import greedy
-from isaerft_sweep.trial.upper_layers import UpperLayers
+from isaerft_sweep.trial.forward.upper_layers import UpperLayers
 
 MAX_NEW_TOKENS = 64
 """Length of an answer, at most."""

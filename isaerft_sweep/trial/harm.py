@@ -18,11 +18,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from isaerft_sweep.errors import DataError
 from isaerft_sweep.paths import asset
 from isaerft_sweep.preferences import expanded
-from isaerft_sweep.trial.batch_layout import Batch, padded
-from isaerft_sweep.trial.head import own_head
+from isaerft_sweep.trial.forward.batch_layout import Batch, padded
+from isaerft_sweep.trial.forward.head import own_head
+from isaerft_sweep.trial.forward.strategy import ForwardStrategy, make_layout, read_states
 from isaerft_sweep.trial.pair_batch import pair_batch
 from isaerft_sweep.trial.reference import without_adapter
-from isaerft_sweep.trial.strategy import ForwardStrategy, make_layout, read_states
 
 KL_PAIRS = 64
 """Held-out pairs whose chosen answers the KL divergence is measured on, at most."""

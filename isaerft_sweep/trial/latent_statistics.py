@@ -16,7 +16,7 @@ import torch
 
 from isaerft_sweep.adapter.architecture import decoder_layers, decoder_name
 from isaerft_sweep.adapter.layer import IsaerftLayer
-from isaerft_sweep.trial.frozen_prefix import Reached
+from isaerft_sweep.trial.forward.frozen_prefix import Reached
 
 MAX_TOKENS = 2048
 """Tokens of held-out text to measure on: enough for latents that are active on one token in a hundred."""

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from isaerft_sweep.preferences import ANSWERS
-from isaerft_sweep.trial.activation_cache import sequence_key
-from isaerft_sweep.trial.batch_layout import Batch, padded
+from isaerft_sweep.trial.forward.activation_cache import sequence_key
+from isaerft_sweep.trial.forward.batch_layout import Batch, padded
 from isaerft_sweep.trial.losses import PairLogps
 
 

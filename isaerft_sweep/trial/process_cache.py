@@ -14,11 +14,11 @@ from isaerft_sweep.models.loading import LoadedModel
 from isaerft_sweep.paths import cache_folder
 from isaerft_sweep.spec_fields import canonical_json, to_dict
 from isaerft_sweep.specs import Experiment
-from isaerft_sweep.trial.activation_cache import CachePlace, NotStored, StoredActivations, stored_activations
 from isaerft_sweep.trial.exact import Way, exact_way
+from isaerft_sweep.trial.forward.activation_cache import CachePlace, NotStored, StoredActivations, stored_activations
+from isaerft_sweep.trial.forward.strategy import ForwardStrategy, why_not_shared
+from isaerft_sweep.trial.forward.upper_layers import UpperLayers
 from isaerft_sweep.trial.phases import FROZEN, Phases
-from isaerft_sweep.trial.strategy import ForwardStrategy, why_not_shared
-from isaerft_sweep.trial.upper_layers import UpperLayers
 
 T = TypeVar("T")
 

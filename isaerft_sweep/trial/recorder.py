@@ -16,7 +16,7 @@ from isaerft_sweep.journal.status_writer import StatusWriter
 from isaerft_sweep.specs import TrialSpec
 from isaerft_sweep.tracking.wandb_run import Run
 from isaerft_sweep.trial.phases import EVALUATING, TRAINING
-from isaerft_sweep.trial.stop_request import AskedToStop
+from isaerft_sweep.trial.stop_request import StopRequested
 
 PRINTED = ("train/loss", "train/learning_rate", "eval/loss", "eval/rewards/accuracies", "eval/log_odds_chosen")
 
@@ -118,16 +118,15 @@ class Recorder:
         )
 
     def evaluating(self, step: int, done: int, batches: int) -> None:
-        """So many of an evaluation's batches are done. Raises AskedToStop when a stop was requested and the evaluation keeps
-        nothing, or takes too long."""
+        """Report progress. Raises StopRequested where a stop loses nothing, or the evaluation takes too long."""
         phase = f"{EVALUATING} {100 * done / batches:.0f} %"
         self.status.write(TrialState.RUNNING, force=False, phase=phase)  # a long evaluation is not a hung worker
-        requested = self.stop_state() or self.folder.stop_asked()
+        requested = self.stop_state() or self.folder.stop_requested()
         if requested in (None, TrialState.PRUNED):  # one that is stopped early keeps a checkpoint, and nothing waits for it
             return
         self._asked_s = self._asked_s or time.monotonic()
         if step == 0 or time.monotonic() - self._asked_s > self._patience_s:
-            raise AskedToStop
+            raise StopRequested
 
     def evaluated(self, step: int, steps: int) -> None:
         """An evaluation is done."""
@@ -144,7 +143,7 @@ class Recorder:
         self.stopped = state
 
     def _stop_if_asked(self) -> None:
-        self.stopped = self.stopped or self.stop_state() or self.folder.stop_asked()
+        self.stopped = self.stopped or self.stop_state() or self.folder.stop_requested()
 
     def _remember(self, row: dict[str, float]) -> None:
         metrics = {k: v for k, v in row.items() if k not in ("step", "time")}

@@ -11,8 +11,8 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
+from isaerft_sweep.trial.forward.strategy import ForwardStrategy
 from isaerft_sweep.trial.pair_batch import PairBatch, pair_batch
-from isaerft_sweep.trial.strategy import ForwardStrategy
 
 
 @dataclass(frozen=True)

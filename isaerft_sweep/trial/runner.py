@@ -26,27 +26,27 @@ from isaerft_sweep.journal.status_writer import StatusWriter, Superseded
 from isaerft_sweep.models.loading import LoadedModel, compile_layers, load, sharing_weights, without_dropout
 from isaerft_sweep.paths import cache_folder
 from isaerft_sweep.provenance import describe_environment
-from isaerft_sweep.results.card import make_card, write_card
+from isaerft_sweep.results.card.model_card import make_card, write_card
 from isaerft_sweep.spec_fields import canonical_json, to_dict
 from isaerft_sweep.specs import Experiment, TrialSpec
 from isaerft_sweep.tracking.wandb_run import open_run, summary_of
 from isaerft_sweep.trial import phases as phase
-from isaerft_sweep.trial.activation_cache import lowest_hook_point
 from isaerft_sweep.trial.attach import attach_adapter
 from isaerft_sweep.trial.checkpoints import complete_checkpoints, step_of
-from isaerft_sweep.trial.co_batching import run_alone
+from isaerft_sweep.trial.cobatch.passes import Steps
+from isaerft_sweep.trial.cobatch.run_passes import run_alone
 from isaerft_sweep.trial.data import Pairs, load_pairs
+from isaerft_sweep.trial.forward.activation_cache import lowest_hook_point
+from isaerft_sweep.trial.forward.strategy import ForwardStrategy
 from isaerft_sweep.trial.generations import held_out_prompts, measure_generations
 from isaerft_sweep.trial.harm import HarmProbe, measure_baseline, measure_harm, read_neutral
 from isaerft_sweep.trial.latent_statistics import learned, write_changes
-from isaerft_sweep.trial.passes import Steps
 from isaerft_sweep.trial.phases import Phases
 from isaerft_sweep.trial.process_cache import ProcessCache, cached_activations, data_key, reference_key, way_through
 from isaerft_sweep.trial.recorder import Recorder
 from isaerft_sweep.trial.reference import compute_reference
 from isaerft_sweep.trial.sparsity import make_sparsity
-from isaerft_sweep.trial.stop_request import AskedToStop, StopFlags, asked_state, stop_requests
-from isaerft_sweep.trial.strategy import ForwardStrategy
+from isaerft_sweep.trial.stop_request import StopFlags, StopRequested, requested_state, stop_requests
 from isaerft_sweep.trial.train_loop import PassContext, TrainLoop
 
 
@@ -81,7 +81,7 @@ def trial_steps(
             return (yield from _run(spec, Phases(status, heard), shared))
     except Superseded:
         raise
-    except AskedToStop:
+    except StopRequested:
         print("ended before the first step", flush=True)
         return _end(status, TrialState.STOPPED, **_cut_off(shared, complete_checkpoints(folder.checkpoints)))
     except IsaerftError as error:
@@ -125,15 +125,15 @@ def _train(
     neutral = read_neutral(data.neutral_path, loaded.tokenizer, orpo.max_length) if orpo.eval_harm else []
     write_json(folder.environment, describe_environment(torch_device=_device_name()))
     run = open_run(spec, folder.path / "wandb")
-    recorder = Recorder(spec, status, run, lambda: asked_state(phases.flags, run.told))
+    recorder = Recorder(spec, status, run, lambda: requested_state(phases.flags, run.can_receive_stop))
     checkpoints = complete_checkpoints(folder.checkpoints)
     cut_off = False
     try:
         yield from _steps(spec, phases, shared, _Loaded(model, loaded, pairs, neutral), recorder)
         changes = [] if recorder.stopped else learned(model, pairs.evaluation)
-    except AskedToStop:
+    except StopRequested:
         cut_off = True
-        recorder.cut_off(asked_state(phases.flags, run.told) or TrialState.STOPPED)
+        recorder.cut_off(requested_state(phases.flags, run.can_receive_stop) or TrialState.STOPPED)
     except TrialDiverged as error:
         print(f"diverged: {error}", flush=True)
         run.finish({"state": TrialState.DIVERGED}, exit_code=1)
@@ -156,7 +156,7 @@ def _train(
     phases.enter(phase.SAVING)
     write_changes(folder.latents, changes)
     results = _results(recorder, started)
-    results["pairs"] = pairs.facts
+    results["pairs"] = pairs.counts
     results["wandb"] = {"url": run.url, "sweep_url": run.sweep_url, "offline": run.offline_folder is not None}
     final = TrialStatus(state=TrialState.COMPLETED, **results)
     _save(folder, model, loaded, final, status)

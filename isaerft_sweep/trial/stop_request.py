@@ -22,19 +22,19 @@ LOOK_S = 0.2
 
 @dataclass
 class StopFlags:
-    """What has asked a worker's process to stop, and how soon it hears of it."""
+    """Whether a worker's process was requested to stop, by what, and how soon it must end."""
 
-    asked: bool = False
+    stop_requested: bool = False
     by_signal: bool = False
     """Whether one of the signals was no interrupt: wandb sends interrupts."""
     at_once: bool = False
-    """Whether a request raises AskedToStop: nothing that runs now could be kept by a checkpoint."""
+    """Whether a request raises StopRequested: nothing that runs now could be kept by a checkpoint."""
     woken: bool = False
     """Whether the next signal only wakes the process."""
 
 
-class AskedToStop(BaseException):
-    """The trial shall end at once: nothing that it does now could be kept by a checkpoint.
+class StopRequested(BaseException):
+    """The trial must end at once: nothing that it does now could be kept by a checkpoint.
 
     No ``Exception``, since libraries that load and compute take those for failures of their own, and try again.
     """
@@ -42,7 +42,7 @@ class AskedToStop(BaseException):
 
 @contextmanager
 def stop_requests() -> Iterator[StopFlags]:
-    """While the block runs, a signal to end only sets ``asked``: the step is finished and a checkpoint written first.
+    """While the block runs, a signal only sets ``stop_requested``, so that the step ends and a checkpoint is written.
 
     So does a clock when the job's time is nearly over: a scheduler's own signal comes up to a minute early, which is all of
     a short job, and a C extension (NCCL) may swallow it.
@@ -58,7 +58,7 @@ def stop_requests() -> Iterator[StopFlags]:
 
     def time_is_over() -> None:
         print("the job's time limit is near: checkpoint, then stop", flush=True)
-        flags.asked = True
+        flags.stop_requested = True
 
     clock = threading.Timer(max(0.0, float(os.environ.get(STOP_AT, "inf")) - time.time()), time_is_over)
     clock.daemon = True
@@ -68,10 +68,10 @@ def stop_requests() -> Iterator[StopFlags]:
     def note(number: int, _frame: Any) -> None:
         if not flags.woken:
             print(f"received {signal.Signals(number).name}: checkpoint, then stop", flush=True)
-            flags.asked, flags.by_signal = True, flags.by_signal or number != signal.SIGINT
+            flags.stop_requested, flags.by_signal = True, flags.by_signal or number != signal.SIGINT
         flags.woken, at_once_now, flags.at_once = False, flags.at_once, False
         if at_once_now:
-            raise AskedToStop
+            raise StopRequested
 
     before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
     try:
@@ -82,31 +82,31 @@ def stop_requests() -> Iterator[StopFlags]:
             signal.signal(number, handler)
 
 
-def asked_state(flags: StopFlags, by_wandb: bool) -> TrialState | None:
-    """The state in which the trial shall end; None when nobody has asked for it.
+def requested_state(flags: StopFlags, by_wandb: bool) -> TrialState | None:
+    """The state in which the trial must end; None when nobody has asked for it.
 
     wandb interrupts its process when the run is to be stopped for good, in W&B's page or by its early termination. No other
     SIGINT comes here: the terminal's is the controller's.
     """
-    if not flags.asked:
+    if not flags.stop_requested:
         return None
     return TrialState.STOPPED if flags.by_signal or not by_wandb else TrialState.PRUNED
 
 
 @contextmanager
 def at_once(flags: StopFlags, folder: TrialFolder) -> Iterator[None]:
-    """While the block runs, a request to stop raises AskedToStop wherever it finds the trial, be it waiting for a lock.
+    """While the block runs, a request to stop raises StopRequested wherever it finds the trial, be it waiting for a lock.
 
     For what comes before the first step: no checkpoint could keep it. ``flags``: what ``stop_requests`` gave. A file that
     asks for an early stop can wait: that is for the sake of other trials, and a checkpoint lets this one come back.
     """
 
-    def is_asked() -> bool:
-        return flags.asked or folder.stop_asked() == TrialState.STOPPED
+    def is_requested() -> bool:
+        return flags.stop_requested or folder.stop_requested() == TrialState.STOPPED
 
     def look() -> None:
         while not over.wait(LOOK_S):
-            if is_asked():
+            if is_requested():
                 flags.woken = True
                 # a signal, since it also ends a wait inside the kernel; the handler above raises
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
@@ -115,8 +115,8 @@ def at_once(flags: StopFlags, folder: TrialFolder) -> Iterator[None]:
     over, watch = threading.Event(), threading.Thread(target=lambda: look(), daemon=True)
     try:
         flags.at_once = True
-        if is_asked():
-            raise AskedToStop
+        if is_requested():
+            raise StopRequested
         watch.start()
         yield
     finally:

@@ -24,18 +24,18 @@ from datasets import Dataset
 from isaerft_sweep.journal.layout import PairScores
 from isaerft_sweep.search.pruning import steps_between
 from isaerft_sweep.specs import OrpoSpec, total_steps
-from isaerft_sweep.trial.activation_cache import sequences_of
-from isaerft_sweep.trial.batch_layout import TokenLogps
 from isaerft_sweep.trial.checkpoints import load_checkpoint, save_checkpoint
+from isaerft_sweep.trial.cobatch.passes import BackwardPass, ForwardPass, Steps
 from isaerft_sweep.trial.data import Pairs
+from isaerft_sweep.trial.forward.activation_cache import sequences_of
+from isaerft_sweep.trial.forward.batch_layout import TokenLogps
+from isaerft_sweep.trial.forward.strategy import ForwardStrategy
 from isaerft_sweep.trial.losses import PairLogps, make_loss
 from isaerft_sweep.trial.optimizers import make_optimizer, make_schedule
 from isaerft_sweep.trial.pair_batch import PairBatch, pair_batch
-from isaerft_sweep.trial.passes import BackwardPass, ForwardPass, Steps
 from isaerft_sweep.trial.recorder import Recorder
 from isaerft_sweep.trial.reference import Reference
 from isaerft_sweep.trial.sparsity import Sparsity
-from isaerft_sweep.trial.strategy import ForwardStrategy
 
 
 @lru_cache(maxsize=4)

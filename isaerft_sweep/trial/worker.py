@@ -20,10 +20,10 @@ from isaerft_sweep.journal.states import FINAL, TrialState
 from isaerft_sweep.journal.status_writer import StatusWriter, Superseded
 from isaerft_sweep.journal.worker_queue import Task, TaskProgress, WorkerFolder
 from isaerft_sweep.specs import Experiment
-from isaerft_sweep.trial.co_batching import RunningTrial, best_trials_per_pass, run_passes
-from isaerft_sweep.trial.multi_trial import MultiTrialModel
+from isaerft_sweep.trial.cobatch.multi_trial import MultiTrialModel
+from isaerft_sweep.trial.cobatch.passes import Steps
+from isaerft_sweep.trial.cobatch.run_passes import RunningTrial, best_trials_per_pass, run_passes
 from isaerft_sweep.trial.optimizers import resolve_optimizer
-from isaerft_sweep.trial.passes import Steps
 from isaerft_sweep.trial.process_cache import ProcessCache, activations_key
 from isaerft_sweep.trial.runner import trial_steps
 from isaerft_sweep.trial.stop_request import StopFlags, stop_requests
@@ -66,7 +66,7 @@ class _Worker:
     def serve(self) -> int:
         idle_since = time.monotonic()
         while not self.closed or self.trials:
-            if self.flags.asked and not self.closed:
+            if self.flags.stop_requested and not self.closed:
                 self._close()
             self._start_waiting()
             if self.trials:
@@ -136,7 +136,7 @@ class _Worker:
                 self.count += 1
                 self.progress = self.progress.with_over(number)
                 # close before noting the trial's end: otherwise the controller would give this worker another task
-                if (must_end or self.flags.asked) and not self.closed:
+                if (must_end or self.flags.stop_requested) and not self.closed:
                     self._close()
                 else:
                     self._note(self.progress)

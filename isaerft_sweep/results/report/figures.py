@@ -97,11 +97,11 @@ class GainAndHarm:
 def gain_and_harm(report: Report) -> GainAndHarm | None:
     """What ``tradeoff`` draws; None when no trial has measured its KL from the base model."""
     name = report.sweep.metric.name
-    found = [(e, gain, harm) for e in report.completed if (gain := e.value(name)) is not None
+    measured = [(e, gain, harm) for e in report.completed if (gain := e.value(name)) is not None
              and (harm := e.metrics.get(KL)) is not None]  # fmt: skip
-    if not found or name == KL:
+    if not measured or name == KL:
         return None
-    entries, gains, harms = (list(column) for column in zip(*found, strict=True))
+    entries, gains, harms = (list(column) for column in zip(*measured, strict=True))
     untrained = next((e.untrained for e in report.sweep.entries if e.untrained), {}).get(name)
     bound = min((c.bound for c in report.sweep.constraints if c.metric == KL and c.at_most), default=None)
     return GainAndHarm(entries, gains, harms, untrained, bound)

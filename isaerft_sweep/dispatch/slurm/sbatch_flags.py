@@ -10,7 +10,7 @@ from typing import Any
 
 import submitit
 
-from isaerft_sweep.dispatch.cluster import NodeKind, SlurmCluster, gres_request, sbatch_flags
+from isaerft_sweep.dispatch.slurm.cluster import NodeKind, SlurmCluster, gres_request, sbatch_flags
 from isaerft_sweep.errors import LaunchError, suggest
 from isaerft_sweep.specs import LauncherSpec
 

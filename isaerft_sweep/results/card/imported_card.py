@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 
 from isaerft_sweep import naming
-from isaerft_sweep.results.card import count_parameters, sites_table
-from isaerft_sweep.results.card_text import BLOCKS, WITH_ADAPTER, citations, quick_start
+from isaerft_sweep.results.card.card_text import BLOCKS, WITH_ADAPTER, citations, quick_start
+from isaerft_sweep.results.card.model_card import count_parameters, sites_table
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from isaerft_sweep.adapter.architecture import decoder_layers, decoder_name
 from isaerft_sweep.models.loading import sharing_weights
-from isaerft_sweep.trial.activation_cache import StoredActivations, layer_at_hook_point, lowest_hook_point
-from isaerft_sweep.trial.frozen_prefix import Reached, stream_of
+from isaerft_sweep.trial.forward.activation_cache import StoredActivations, layer_at_hook_point, lowest_hook_point
+from isaerft_sweep.trial.forward.frozen_prefix import Reached, stream_of
 
 Compute = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """From ids and mask [sequence, position] to the residual stream [sequence, position, hidden]."""

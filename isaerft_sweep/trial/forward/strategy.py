@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from isaerft_sweep.adapter.architecture import decoder_name
-from isaerft_sweep.trial.batch_layout import (
+from isaerft_sweep.trial.forward.batch_layout import (
     Batch,
     Layout,
     TokenLogps,
@@ -17,10 +17,10 @@ from isaerft_sweep.trial.batch_layout import (
     shared_prefix_rows,
     unique_read_positions,
 )
-from isaerft_sweep.trial.frozen_prefix import CALL_TOKENS
-from isaerft_sweep.trial.head import model_head, token_logps
+from isaerft_sweep.trial.forward.frozen_prefix import CALL_TOKENS
+from isaerft_sweep.trial.forward.head import model_head, token_logps
+from isaerft_sweep.trial.forward.upper_layers import UpperLayers
 from isaerft_sweep.trial.length_groups import length_groups
-from isaerft_sweep.trial.upper_layers import UpperLayers
 
 CALL_FLOPS = {"cpu": 2e9, "cuda": 2e12}
 """Floating-point operations that a device does in the fixed overhead of one forward pass: a few milliseconds."""

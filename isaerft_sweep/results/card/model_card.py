@@ -18,8 +18,8 @@ from isaerft_sweep.journal.layout import TrialFolder
 from isaerft_sweep.journal.status import TrialStatus
 from isaerft_sweep.metrics import GENERATION, HARM, depends_on_beta
 from isaerft_sweep.paths import asset
-from isaerft_sweep.results.card_data import front_matter, is_repository
-from isaerft_sweep.results.card_text import (
+from isaerft_sweep.results.card.card_data import front_matter, is_repository
+from isaerft_sweep.results.card.card_text import (
     ALONE,
     BLOCKS,
     FRAMEWORKS,

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from isaerft_sweep.trial.batch_layout import Batch, one_row_per_sequence, padded, shared_prefix_rows
+from isaerft_sweep.trial.forward.batch_layout import Batch, one_row_per_sequence, padded, shared_prefix_rows
 
 CALL_TOKENS = {"cpu": 1024, "cuda": 8192}
 """Tokens per call that run fastest on a device: on a CPU, the activations between two layers then fit its cache."""

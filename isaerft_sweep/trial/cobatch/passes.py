@@ -1,7 +1,7 @@
 """Requests of a trial while it trains: forward and backward passes.
 
 A trial is a generator that yields these requests and receives the answers. Its driver decides how they run: one trial at a
-time, or many trials in one pass (``co_batching.py``).
+time, or many trials in one pass (``run_passes.py``).
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import TypeVar
 
 from transformers import PreTrainedModel
 
-from isaerft_sweep.trial.batch_layout import Batch, TokenLogps
-from isaerft_sweep.trial.strategy import ForwardStrategy
+from isaerft_sweep.trial.forward.batch_layout import Batch, TokenLogps
+from isaerft_sweep.trial.forward.strategy import ForwardStrategy
 
 T = TypeVar("T")
 

@@ -20,7 +20,8 @@ from pathlib import Path
 import submitit
 
 from isaerft_sweep.dispatch.base import Cause, Dispatcher, JobExit, SchedulerUnavailable, tail
-from isaerft_sweep.dispatch.cluster import (
+from isaerft_sweep.dispatch.job import Job
+from isaerft_sweep.dispatch.slurm.cluster import (
     COMPLETING_S,
     PLACE,
     REST,
@@ -33,8 +34,7 @@ from isaerft_sweep.dispatch.cluster import (
     read_cluster,
     state_of,
 )
-from isaerft_sweep.dispatch.job import Job
-from isaerft_sweep.dispatch.sbatch_flags import sbatch_parameters, working_s
+from isaerft_sweep.dispatch.slurm.sbatch_flags import sbatch_parameters, working_s
 from isaerft_sweep.dispatch.snapshot import code_snapshot
 from isaerft_sweep.errors import LaunchError
 from isaerft_sweep.journal.job_refs import SlurmJob

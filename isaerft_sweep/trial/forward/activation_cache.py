@@ -34,7 +34,7 @@ from isaerft_sweep.adapter.layer import IsaerftLayer
 from isaerft_sweep.journal.atomic_files import create_once, is_being_created, locked, read_json, write_json
 from isaerft_sweep.spec_fields import canonical_json
 from isaerft_sweep.specs import ModelSpec
-from isaerft_sweep.trial.frozen_prefix import streams_of
+from isaerft_sweep.trial.forward.frozen_prefix import streams_of
 
 SPARE_BYTES = 200e6
 """Free space to leave on the disk."""

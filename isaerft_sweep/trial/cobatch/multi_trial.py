@@ -20,12 +20,12 @@ from transformers import PreTrainedModel
 from isaerft_sweep.adapter.architecture import decoder_layers
 from isaerft_sweep.adapter.layer import IsaerftLayer
 from isaerft_sweep.models.loading import sharing_weights
-from isaerft_sweep.trial.activation_cache import sequence_key
-from isaerft_sweep.trial.batch_layout import Batch, TokenLogps
-from isaerft_sweep.trial.frozen_prefix import stream_of
-from isaerft_sweep.trial.passes import ForwardPass
-from isaerft_sweep.trial.strategy import make_layout, read_logps
-from isaerft_sweep.trial.upper_layers import CachedLayer, replacement_layers
+from isaerft_sweep.trial.cobatch.passes import ForwardPass
+from isaerft_sweep.trial.forward.activation_cache import sequence_key
+from isaerft_sweep.trial.forward.batch_layout import Batch, TokenLogps
+from isaerft_sweep.trial.forward.frozen_prefix import stream_of
+from isaerft_sweep.trial.forward.strategy import make_layout, read_logps
+from isaerft_sweep.trial.forward.upper_layers import CachedLayer, replacement_layers
 
 WORTHWHILE_RATIO = 0.95
 """Doubling the trials per pass is worth it if the time per trial falls below this fraction."""

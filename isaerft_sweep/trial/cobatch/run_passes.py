@@ -14,9 +14,9 @@ from typing import Any, Generic, TextIO, TypeVar
 
 import torch
 
-from isaerft_sweep.trial.batch_layout import TokenLogps
-from isaerft_sweep.trial.multi_trial import MultiTrialModel, measure_trials_per_pass, set_gradients_aside
-from isaerft_sweep.trial.passes import ForwardPass, Steps
+from isaerft_sweep.trial.cobatch.multi_trial import MultiTrialModel, measure_trials_per_pass, set_gradients_aside
+from isaerft_sweep.trial.cobatch.passes import ForwardPass, Steps
+from isaerft_sweep.trial.forward.batch_layout import TokenLogps
 from isaerft_sweep.trial.random_state import RandomState
 
 T = TypeVar("T")

@@ -1,0 +1,1 @@
+"""SLURM: submits jobs, and every command of SLURM that the package runs."""
