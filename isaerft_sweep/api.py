@@ -121,8 +121,8 @@ class Sweep:
         return Trial(self._read.best())
 
     def to_dataframe(self) -> pandas.DataFrame:
-        """One row per trial, indexed by name: rank, state, params, metrics, the metric's 95 % interval over held-out pairs,
-        the probability of being the best, and seconds of device time."""
+        """One row per trial, indexed by name: rank, state, params, metrics, the metric's expected value over seeds and
+        pairs with its 95 % interval, the probability of being the best, and seconds of device time."""
         import pandas
 
         rows = [
@@ -132,6 +132,7 @@ class Sweep:
                 "state": entry.state,
                 **entry.params,
                 **entry.metrics,
+                "expected": entry.expected,
                 "low_95": entry.interval[0] if entry.interval else None,
                 "high_95": entry.interval[1] if entry.interval else None,
                 "probability_best": entry.probability_best,

@@ -34,16 +34,21 @@ def test_confirm_runs_new_seeds_of_the_leaders(launch, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     first = read_sweep_folder(tmp_path / "outputs" / "s")
+    assert not first.seeds_known
     again = command(tmp_path, "confirm", "outputs/s", "--top", "2", "--seeds", "2", "--set", "launcher.slots=2")
     assert again.returncode == 0, again.stderr + again.stdout
-    assert "rank then" in again.stdout, "columns are whole in a log"
-    assert "Leaders with new seeds" in again.stdout and "With 2 new seeds trial" in again.stdout
-    candidates = read_confirmation(first)
+    assert "first run" in again.stdout, "columns are whole in a log"
+    assert "Leaders with new seeds" in again.stdout and "has the best expected value over seeds" in again.stdout
+    after = read_sweep_folder(tmp_path / "outputs" / "s")
+    assert after.seeds_known and after.seed_sd is not None and len(after.confirmation) == 4
+    expected = [entry.expected or 0.0 for entry in after.entries]
+    assert expected == sorted(expected, reverse=True) and [entry.rank for entry in after.entries] == [1, 2, 3]
+    candidates = read_confirmation(after)
     assert {c.first.record.index for c in candidates} == {e.record.index for e in first.entries[:2]}
     for candidate in candidates:
-        assert sorted(candidate.values) == [43, 44] and candidate.probability_best is not None
+        assert sorted(candidate.values) == [43, 44] and candidate.first.probability_best is not None
         assert candidate.mean == pytest.approx(sum(candidate.values.values()) / 2)
-    assert sum(c.probability_best or 0 for c in candidates) == pytest.approx(1)
+    assert sum(e.probability_best or 0 for e in after.entries) == pytest.approx(1)
     folder = tmp_path / "outputs" / "s-confirm"
     specs = [e["params"] for e in events(folder) if e["event"] == "trial"]
     assert len(specs) == 4 and {p["orpo.seed"] for p in specs} == {43, 44}

@@ -27,7 +27,7 @@ from isaerft_sweep.results import leaderboard
 from isaerft_sweep.results.caveats import dependence, edges
 from isaerft_sweep.results.finding import find_adapter
 from isaerft_sweep.results.reading import read_sweep_folder
-from isaerft_sweep.results.statistics import interval, pair_values, probability_best, show_probability
+from isaerft_sweep.results.statistics import interval, pair_values, show_probability
 from isaerft_sweep.search.distributions import Categorical, Numeric
 from isaerft_sweep.search.sampler import Point
 
@@ -65,34 +65,6 @@ def test_the_interval_is_scipys() -> None:
 def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
     covered = [low <= 0 <= high for low, high in (interval(RNG.normal(0, 1, 50)) for _ in range(300))]
     assert 0.90 <= np.mean(covered) <= 0.985
-
-
-def test_probability_best() -> None:
-    values = RNG.normal(0, 1, 50)
-    better = values + 0.3  # better on every pair: paired, it is certain, though the intervals overlap
-    assert probability_best([values[None], better[None]]).tolist() == [0, 1]
-    assert probability_best([values[None], better[None]], sign=-1).tolist() == [1, 0]
-    assert probability_best([values[None], values[None]]).tolist() == [0.5, 0.5]
-    # independent differences: the normal approximation of the paired difference
-    a, b = RNG.normal(0.1, 1, 400), RNG.normal(0, 1, 400)
-    expected = stats.norm.cdf((a - b).mean() / ((a - b).std() / 20))
-    assert probability_best([a[None], b[None]])[0] == pytest.approx(expected, abs=0.05)
-    # seeds that disagree make the best one uncertain
-    unsure = np.stack([values + 1, values - 1])
-    assert 0.15 < probability_best([unsure, values[None]])[0] < 0.85
-
-
-@pytest.mark.parametrize("seeds", [2, 3, 5])
-def test_luck_with_seeds_alone_is_rarely_called_certain(seeds: int) -> None:
-    """Three candidates that are equal but for the seeds' noise: one of them must not be the best with 95 % often.
-
-    Of two equal ones a method that is right says so in 10 % of the cases, 5 % for each.
-    """
-    certain = 0
-    for _ in range(200):
-        runs = [np.repeat(RNG.normal(0, 1, (seeds, 1)), 20, axis=1) for _ in range(3)]
-        certain += probability_best(runs).max() >= 0.95
-    assert certain <= 26, "10 % of 200 and what chance adds (1.5 standard deviations)"
 
 
 @pytest.mark.parametrize(
@@ -145,20 +117,6 @@ def test_the_caveat_names_the_beta_that_the_formula_favours(metric: str, goal: s
         assert f"favours {good} where the {what} is above 0 and {bad} where it is below." in said
 
 
-def test_two_seeds_of_each_candidate_know_the_spread_together() -> None:
-    """Ten seed standard deviations apart: Student's t with one degree of freedom each called that 94 %."""
-    runs = [
-        np.repeat(mean + np.array([[-0.7], [0.7]]) * spread, 20, axis=1) for mean, spread in ((10, 1), (0, 1.2), (0, 0.8))
-    ]
-    assert probability_best(runs)[0] > 0.97
-    # against the formula: with pooled variance s², d degrees of freedom, two of two seeds each: t = gap / (s·√(1/2 + 1/2))
-    gap, a, b = 2.0, np.array([0.3, 1.7]), np.array([-0.4, 0.4])
-    pooled = (a.var(ddof=1) + b.var(ddof=1)) / 2
-    expected = stats.t.cdf((a.mean() - b.mean() + gap) / np.sqrt(pooled), df=2)
-    found = probability_best([np.repeat((a + gap)[:, None], 9, axis=1), np.repeat(b[:, None], 9, axis=1)])[0]
-    assert found == pytest.approx(expected, abs=0.03)
-
-
 def test_a_probability_is_never_said_to_be_certain() -> None:
     shown = [show_probability(p) for p in (1.0, 0.9985, 0.991, 0.99, 0.5, 0.01, 0.004, 0.0)]
     assert shown == [">99%", ">99%", ">99%", "99%", "50%", "1%", "<1%", "<1%"]
@@ -174,7 +132,7 @@ def test_a_pair_without_a_score_does_not_spoil_the_others(tmp_path: Path) -> Non
     low, high = sweep.best().interval or (np.nan, np.nan)
     assert np.isfinite([low, high]).all()
     assert sum(e.probability_best or 0 for e in sweep.entries) == pytest.approx(1)
-    assert "over the 39 held-out pairs (1 without a finite score left out)" in shown(folder)
+    assert "over seeds and the 39 held-out pairs (1 without a finite score left out)" in shown(folder)
 
 
 def test_repeats_of_a_point_are_one_candidate(tmp_path: Path) -> None:
@@ -193,7 +151,7 @@ def test_repeats_of_a_point_are_one_candidate(tmp_path: Path) -> None:
     journal.close()
     sweep = read_sweep_folder(folder.path)
     of_winner = [e.probability_best for e in sweep.entries if e.record.index in (4, 5, 6)]
-    assert of_winner == [once.probability_best] * 3, "not a third each"
+    assert len(set(of_winner)) == 1 and (of_winner[0] or 0) > 0.9, "not a third each"
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,10 @@ from isaerft_sweep.errors import ConfigError, FolderError
 from isaerft_sweep.journal.journal import read_record
 from isaerft_sweep.results import confirmation
 from isaerft_sweep.results.card.model_card import refresh_cards
+from isaerft_sweep.results.confirm_folder import confirm_folder, confirmation_fingerprint
 from isaerft_sweep.results.leaderboard import print_whole, short_path
-from isaerft_sweep.results.reading import SEED, Entry, ReadSweep, read_sweep_folder, trial_of, without_seed
+from isaerft_sweep.results.reading import Entry, ReadSweep, read_sweep_folder, trial_of
+from isaerft_sweep.results.sureness import SEED, without_seed
 from isaerft_sweep.search.sampler import FixedPoints, Point
 from isaerft_sweep.search.sweep_file import SweepDefinition
 from isaerft_sweep.spec_fields import from_mapping, to_dict
@@ -60,13 +62,13 @@ def confirm(path: Path, metric: str | None, top: int, seeds: int, settings: Sequ
     leaders = find_leaders(sweep)[:top]
     if not leaders:
         sweep.best()  # raises
-    target = confirmation.confirm_folder(sweep.folder)
+    target = confirm_folder(sweep.folder)
     experiment = with_settings(sweep.experiment, settings)
     experiment = dataclasses.replace(experiment, output=str(target.path.parent), name=target.path.name)
     used = max(int(entry.params.get(SEED, experiment.orpo.seed)) for entry in sweep.entries)
     points = [point_with_seed(entry, used + step) for step in range(1, seeds + 1) for entry in leaders]
     definition = SweepDefinition("given points", sweep.metric, {}, raw={})
-    fingerprint = confirmation.confirmation_fingerprint(_check_unchanged(sweep))
+    fingerprint = confirmation_fingerprint(_check_unchanged(sweep))
     run = SweepRun(experiment, definition, FixedPoints(points), target, _overrides(leaders[0]), fingerprint)
     code = run_trials(run, show=False)
     sweep = read_sweep_folder(path, metric)
@@ -96,8 +98,8 @@ def show(console: Console, sweep: ReadSweep) -> None:
         console.print("No trial with a new seed has completed.", style="red")
         return
     print_whole(console, confirmation.table(sweep, candidates))
-    console.print(confirmation.summary(candidates), soft_wrap=True)
-    console.print(f"Best trial: {short_path(trial_of(candidates[0].first).path)}", soft_wrap=True)
+    console.print(confirmation.summary(sweep), soft_wrap=True)
+    console.print(f"Best trial: {short_path(trial_of(sweep.best()).path)}", soft_wrap=True)
 
 
 def with_settings(experiment: Experiment, settings: Sequence[str]) -> Experiment:

@@ -29,7 +29,7 @@ from isaerft_sweep.journal.journal import Journal, SweepRecord
 from isaerft_sweep.journal.layout import SweepFolder
 from isaerft_sweep.journal.states import TrialState
 from isaerft_sweep.journal.status import NO_STATUS
-from isaerft_sweep.results.confirmation import first_sweep
+from isaerft_sweep.results.confirm_folder import first_sweep
 from isaerft_sweep.search.sampler import FixedPoints
 from isaerft_sweep.search.sweep_file import Metric, SweepDefinition
 from isaerft_sweep.specs import Experiment

@@ -59,8 +59,9 @@ def _table(sweep: ReadSweep, rows: int, extra: list[str], with_best: bool, with_
     swept = sweep.columns
     shown = Table(title=f"Leaderboard: {name}, {sweep.metric.goal}", title_justify="left", title_style="bold", box=None,
                   padding=(0, 0, 0, 1))  # fmt: skip
-    headers = ["rank", "trial", *(column.name for column in swept), short_name(name), "95 %"]
-    headers += [*(["best"] if with_best else []), *(short_name(n) for n in extra), *(["time"] if with_time else [])]
+    headers = ["rank", "trial", *(column.name for column in swept), short_name(name), *expected_column(sweep), "95 %"]
+    headers += [best_column(sweep)] if with_best else []
+    headers += [*(short_name(n) for n in extra), *(["time"] if with_time else [])]
     for header in headers:
         shown.add_column(header, justify="right", no_wrap=True)
     for entry in sweep.entries[:rows]:
@@ -69,6 +70,7 @@ def _table(sweep: ReadSweep, rows: int, extra: list[str], with_best: bool, with_
             str(entry.record.index + 1),
             *(column.show(entry.params) for column in swept),
             number(entry.metrics.get(name)) if entry.rank else "",
+            *([number(entry.expected)] if sweep.seeds_known else []),
             show_interval(entry),
         ]
         chance = "" if entry.probability_best is None else show_probability(entry.probability_best)
@@ -78,10 +80,21 @@ def _table(sweep: ReadSweep, rows: int, extra: list[str], with_best: bool, with_
         shown.add_row(*cells, style="bold green" if entry is sweep.winner else "dim" if entry.violation else "")
     untrained = next((e.untrained for e in sweep.entries if e.untrained), None)
     if untrained:
-        cells = ["", "untrained", *([""] * len(swept)), number(untrained.get(name)), "", *([""] if with_best else [])]
+        cells = ["", "untrained", *([""] * len(swept)), number(untrained.get(name))]
+        cells += [""] * (len(expected_column(sweep)) + 1 + with_best)
         cells += [number(untrained.get(n)) for n in extra]
         shown.add_row(*cells, *([""] if with_time else []), style="dim")
     return shown
+
+
+def expected_column(sweep: ReadSweep) -> list[str]:
+    """The header of the expected value, shown once it ranks the trials."""
+    return ["expected"] if sweep.seeds_known else []
+
+
+def best_column(sweep: ReadSweep) -> str:
+    """The header of the probability of being best: it says when the spread over seeds is only assumed."""
+    return "best" if sweep.seeds_known else "best (prior)"
 
 
 def short_name(metric: str) -> str:
@@ -127,14 +140,21 @@ def caveats(sweep: ReadSweep) -> list[str]:
     texts += edges(sweep.space, best.record.point)
     if best.probability_best is not None:
         can_confirm = sweep.folder is not None and not sweep.folder.agent_run_folders()
-        hint = ": isaerft-sweep confirm reruns the leaders with new ones" if can_confirm else ""
+        hint = "; isaerft-sweep confirm measures it" if can_confirm else ""
         scored = best.pair_values(sweep.metric.name, sweep.orpo)
         pairs, scores = len(scored[0]) if scored else 0, len(best.scores["trained"]["pairs"])
         without = f" ({scores - pairs} without a finite score left out)" if pairs < scores else ""
-        texts.append(
-            f"95 %: bootstrap interval over the {pairs} held-out pairs{without}. best: how often the trial is the best one "
-            f"in resamples of the pairs. Neither covers the variance over seeds{hint}."
-        )
+        counted = f"the expected value over seeds and the {pairs} held-out pairs{without}"
+        if sweep.seeds_known:
+            texts.append(
+                f"expected, 95 %: {counted}, which ranks the trials, and its interval. best: the probability that it is the "
+                f"best of all trials. Seeds vary by ± {sweep.seed_sd:.2g} (standard deviation)."
+            )
+        else:
+            texts.append(
+                f"95 %: interval of {counted}. best (prior): the probability that it is the best of all trials. No point "
+                f"has two seeds yet, so their spread is assumed{hint}."
+            )
     return texts
 
 
@@ -144,7 +164,7 @@ def notes(sweep: ReadSweep) -> list[Text]:
     if best is None:
         reasons = [Text(text, style="yellow") for text in caveats(sweep)]
         return [*reasons, Text(f"No winner{' yet' if sweep.is_run else ''}: {sweep.why_unranked()}", style="red")]
-    lines = [Text(text, style="dim" if text.startswith("95 %") else "yellow") for text in caveats(sweep)]
+    lines = [Text(text, style="dim" if text.startswith(("95 %", "expected")) else "yellow") for text in caveats(sweep)]
     if best.folder:
         lines.append(Text(f"Best trial: {best.folder.path}"))
         lines.append(Text(f"Try it:     isaerft-sweep generate {shlex.quote(short_path(best.folder.path))}"))
@@ -166,13 +186,14 @@ def write_csv(sweep: ReadSweep, path: Path) -> None:
     metrics = sorted({key for e in entries for key in e.metrics})
     text = io.StringIO()
     writer = csv.writer(text)
-    added = ("low_95", "high_95", "probability_best", "violation")
+    added = ("expected", "low_95", "high_95", "probability_best", "violation")
     writer.writerow(["rank", "trial", "run_id", "state", *params, *metrics, *added, "seconds", "message"])
     for e in entries:
         r = e.record
         values: list[Any] = [e.rank or "", r.name, r.run_id, r.state, *(e.params.get(k, "") for k in params)]
         low, high = e.interval or ("", "")
-        uncertainty = [low, high, "" if e.probability_best is None else e.probability_best, e.violation if e.rank else ""]
+        chance = "" if e.probability_best is None else e.probability_best
+        uncertainty = ["" if e.expected is None else e.expected, low, high, chance, e.violation if e.rank else ""]
         writer.writerow([*values, *(e.metrics.get(k, "") for k in metrics), *uncertainty, round(r.seconds, 1), r.message])
     write_text(path, text.getvalue())
 

@@ -20,20 +20,18 @@ from isaerft_sweep.journal.layout import SweepFolder, TrialFolder
 from isaerft_sweep.journal.states import TrialState
 from isaerft_sweep.results.caveats import dependence
 from isaerft_sweep.results.columns import Column, columns_for
+from isaerft_sweep.results.confirm_folder import confirm_folder, confirmation_fingerprint
 from isaerft_sweep.results.cost import device_seconds
-from isaerft_sweep.results.statistics import interval, pair_values, probability_best
+from isaerft_sweep.results.statistics import pair_values
+from isaerft_sweep.results.sureness import assess
 from isaerft_sweep.search.constraints import Constraint, read_constraints, violation
 from isaerft_sweep.search.distributions import Distribution
 from isaerft_sweep.search.sweep_file import Metric, read_metric_name, read_sweep
-from isaerft_sweep.spec_fields import canonical_json
 from isaerft_sweep.specs import Experiment, OrpoSpec
 
-SEED = "orpo.seed"
 UNREADABLE, GONE = "unreadable", "deleted"
 SILENT_S = 300.0
 """A worker without a controller counts as dead after this time without a heartbeat."""
-MAX_COMPARED = 200
-"""Leaders whose probability of being best is computed; for the others it is close to 0."""
 
 
 @dataclass
@@ -43,8 +41,9 @@ class Entry:
     ``state``: from the journal, or from the worker's status while the job runs. ``problem``: why the trial's files cannot
     be read, else empty. ``violation``: how far the trial's metrics break the sweep's constraints.
     ``device_s``: device time of all attempts; time shared with other trials is divided among them.
-    ``scores``: those of each held-out pair, from ``TrialFolder.read_evaluation``. ``interval``: 95 % bootstrap interval of
-    the metric over held-out pairs. ``probability_best``: how often the trial is best in resamples of the pairs.
+    ``scores``: those of each held-out pair, from ``TrialFolder.read_evaluation``. ``expected``, ``interval``: posterior mean
+    and 95 % interval of the metric's expected value over seeds and pairs; an interval alone, over the pairs, where there is
+    one trial. ``probability_best``: that this expected value is the best of all trials.
     """
 
     record: TrialRecord
@@ -53,6 +52,7 @@ class Entry:
     scores: dict[str, Any] = field(default_factory=dict)
     folder: TrialFolder | None = None
     rank: int | None = None
+    expected: float | None = None
     interval: tuple[float, float] | None = None
     probability_best: float | None = None
     state: str = ""
@@ -91,6 +91,8 @@ class ReadSweep:
     ``space``: distributions of the swept parameters, empty when unknown. ``experiment``: the composed config. ``source``:
     the sweep's folder or URL. ``is_run``: whether a controller or an array runs it. ``read_rows``: returns a trial's logged
     rows. ``problems``: what else could not be read, one message each. ``constraints``: those of the sweep file.
+    ``confirmation``: the trials of ``isaerft-sweep confirm``. ``seeds_known``: whether a point has two seeds, so that the
+    spread over seeds is measured and trials are ranked by ``expected``. ``seed_sd``: that spread, a standard deviation.
     """
 
     name: str
@@ -106,6 +108,9 @@ class ReadSweep:
     fingerprint: str = ""
     is_run: bool = False
     problems: list[str] = field(default_factory=list)
+    confirmation: list[Entry] = field(default_factory=list)
+    seeds_known: bool = False
+    seed_sd: float | None = None
     read_rows: Callable[[Entry], list[dict[str, Any]]] = lambda _: []
 
     @property
@@ -221,8 +226,18 @@ def read_sweep_folder(path: Path, metric: str | None = None, ending: bool = Fals
     shares = device_seconds((entry.record for entry in entries), per_device)
     for entry in entries:
         entry.device_s = shares[entry.record.index]
+    sweep.confirmation = _confirmation(sweep)
     rank(sweep)
     return sweep
+
+
+def _confirmation(sweep: ReadSweep) -> list[Entry]:
+    """The trials that rerun this sweep's leaders with new seeds."""
+    if sweep.folder is None or not confirm_folder(sweep.folder).journal.is_file():
+        return []
+    again = read_sweep_folder(confirm_folder(sweep.folder).path, sweep.metric.name)
+    is_unrelated = again.fingerprint != confirmation_fingerprint(sweep.fingerprint)
+    return [] if is_unrelated else again.entries
 
 
 def _array_runs(folder: SweepFolder, entries: list[Entry]) -> bool:
@@ -305,7 +320,10 @@ def _experiment(folder: SweepFolder) -> Experiment | None:
 
 
 def rank(sweep: ReadSweep) -> None:
-    """Sort the entries, completed trials from best to worst, then the others by number; set ranks and uncertainties."""
+    """Sort the entries, completed trials from best to worst, then the others by number; set ranks and uncertainties.
+
+    The order is that of the metric; of its expected value over seeds and pairs once some point has two seeds.
+    """
     name, sign = sweep.metric.name, sweep.metric.sign
 
     def key(entry: Entry) -> tuple[bool, float, float]:
@@ -320,38 +338,12 @@ def rank(sweep: ReadSweep) -> None:
     for position, entry in enumerate(sweep.entries, 1):
         ranked = entry.record.state == TrialState.COMPLETED and entry.value(name) is not None
         entry.rank = position if ranked else None
-        values = entry.pair_values(name, sweep.orpo) if ranked and position <= MAX_COMPARED else None
-        entry.interval = interval(values[1]) if values else None
-    _compare(sweep)
-
-
-def _compare(sweep: ReadSweep) -> None:
-    """Set the probability of being best, over the pairs that all leaders were evaluated on.
-
-    Trials of one point are one candidate: different seeds show the variance over seeds, an equal seed repeats the trial.
-    """
-    tables: dict[str, dict[Any, dict[str, float]]] = {}
-    leaders = [entry for entry in sweep.entries[:MAX_COMPARED] if entry.interval and not entry.violation]
-    for entry in leaders:
-        scored = entry.pair_values(sweep.metric.name, sweep.orpo)
-        assert scored is not None
-        by_seed = tables.setdefault(without_seed(entry.params), {})
-        by_seed.setdefault(entry.params.get(SEED), dict(zip(*scored, strict=True)))
-    if len(tables) < 2:
-        return
-    all_tables = [table for by_seed in tables.values() for table in by_seed.values()]
-    common = [pair for pair in all_tables[0] if all(pair in table for table in all_tables)]
-    if not common:
-        return
-    runs = [np.array([[table[pair] for pair in common] for table in by_seed.values()]) for by_seed in tables.values()]
-    shares = dict(zip(tables, probability_best(runs, sweep.metric.sign), strict=True))
-    for entry in leaders:
-        entry.probability_best = float(shares[without_seed(entry.params)])
-
-
-def without_seed(params: Mapping[str, Any]) -> str:
-    """A key that is equal for points that differ only in the seed."""
-    return canonical_json({key: value for key, value in params.items() if key != SEED})
+    assess(sweep)
+    if sweep.seeds_known:
+        compared = [entry for entry in sweep.entries if entry.expected is not None]
+        places = [sweep.entries.index(entry) for entry in compared]
+        for place, entry in zip(places, sorted(compared, key=lambda e: -sign * (e.expected or 0.0)), strict=True):
+            sweep.entries[place], entry.rank = entry, place + 1
 
 
 def shared_untrained(sweep: ReadSweep) -> dict[str, float]:
@@ -376,6 +368,7 @@ def best_as_json(sweep: ReadSweep) -> str:
         "path": str(winner.folder.path) if winner.folder else None,
         "params": dict(winner.params),
         "metric": {sweep.metric.name: winner.value(sweep.metric.name)},
+        "expected": winner.expected,
         "interval_95": winner.interval,
         "probability_best": winner.probability_best,
         "metrics": winner.metrics,

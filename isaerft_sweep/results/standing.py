@@ -30,6 +30,7 @@ class Standing:
     untrained: Mapping[str, float] = field(default_factory=dict)
     space: Mapping[str, str] = field(default_factory=dict)
     seeds: Candidate | None = None
+    seeds_known: bool = False
 
     def as_markdown(self) -> str:
         """A table of space, rank, interval and spread over seeds."""
@@ -39,10 +40,11 @@ class Standing:
         if self.value is not None and self.interval:
             low, high = self.interval
             lines.append(
-                f"| {self.metric.name} | {self.value:.4f}, 95 % interval over held-out pairs {low:.4f} to {high:.4f} |"
+                f"| {self.metric.name} | {self.value:.4f}; over seeds and held-out pairs, 95 % {low:.4f} to {high:.4f} |"
             )
         if self.probability_best is not None:
-            lines.append(f"| best in resamples of the pairs | {show_probability(self.probability_best)} |")
+            prior = "" if self.seeds_known else " (spread over seeds assumed)"
+            lines.append(f"| probability of being the best{prior} | {show_probability(self.probability_best)} |")
         if self.seeds and self.seeds.mean is not None:
             spread = f" ± {self.seeds.spread:.4f}" if self.seeds.spread is not None else ""
             lines.append(
@@ -71,6 +73,7 @@ def standings(sweep: ReadSweep) -> list[tuple[Entry, Standing]]:
                 untrained=untrained,
                 space=space,
                 seeds=candidates.get(entry.record.index),
+                seeds_known=sweep.seeds_known,
             ),
         )
         for entry in ranked

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -63,44 +63,6 @@ def interval(values: np.ndarray, confidence: float = 0.95, seed: int = 0) -> tup
     means = np.concatenate([weights @ values for weights in _weights(len(values), seed)])
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
-
-
-def probability_best(runs: Sequence[np.ndarray], sign: int = 1, seed: int = 0) -> np.ndarray:
-    """How often each candidate has the best mean in resamples of pairs and seeds.
-
-    Args:
-        runs: for each candidate its values [seeds, pairs]. All have the same pairs in the same order, since a pair that is
-            hard for one is hard for the others. With one seed only pairs are resampled.
-        sign: +1 when more is better, −1 when less is.
-        seed: of the resampling.
-
-    Pairs are drawn by bootstrap. The variance over seeds is assumed equal for all candidates and is itself drawn, from a
-    scaled inverse χ² with Σ(seeds − 1) degrees of freedom: a candidate's mean is then Student's t around the observed one.
-    Pooling makes even two seeds per candidate informative. When no candidate has a second seed, no seed variance is added.
-
-    Returns shares [candidates] that sum to 1; ties are divided.
-    """
-    rng = np.random.default_rng([seed, 1])
-    shares, total = np.zeros(len(runs)), 0
-    for weights in _weights(runs[0].shape[1], seed):
-        means = np.stack([(weights @ values.T).mean(axis=1) for values in runs], axis=1)
-        means = sign * (means + _seed_noise(runs, len(weights), rng))
-        # equal up to the rounding of a sum of many terms
-        best = means >= means.max(axis=1, keepdims=True) - 1e-12
-        shares += (best / best.sum(axis=1, keepdims=True)).sum(axis=0)
-        total += len(weights)
-    return shares / total
-
-
-def _seed_noise(runs: Sequence[np.ndarray], count: int, rng: np.random.Generator) -> np.ndarray | float:
-    """Random deviations of the means over other seeds [count, candidates]; 0 when no candidate has two seeds."""
-    means = [values.mean(axis=1) for values in runs]
-    freedom = sum(len(seed_means) - 1 for seed_means in means)
-    if freedom < 1:
-        return 0.0
-    variance = sum(float(((seed_means - seed_means.mean()) ** 2).sum()) for seed_means in means) / freedom
-    drawn = np.sqrt(variance * freedom / rng.chisquare(freedom, size=(count, 1)))
-    return np.asarray(drawn * rng.standard_normal((count, len(runs))) / np.sqrt([len(seed_means) for seed_means in means]))
 
 
 def show_probability(share: float) -> str:

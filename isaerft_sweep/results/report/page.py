@@ -12,7 +12,16 @@ from plotly.offline import get_plotlyjs
 
 from isaerft_sweep import __version__
 from isaerft_sweep.paths import asset
-from isaerft_sweep.results.leaderboard import caveats, columns, number, short_name, show_interval, show_rank
+from isaerft_sweep.results.leaderboard import (
+    best_column,
+    caveats,
+    columns,
+    expected_column,
+    number,
+    short_name,
+    show_interval,
+    show_rank,
+)
 from isaerft_sweep.results.reading import Entry
 from isaerft_sweep.results.report import figures
 from isaerft_sweep.results.report.gather import COMPARED, Report, SiteAcrossTrials
@@ -88,14 +97,16 @@ def summary(report: Report) -> list[tuple[str, str]]:
 def leaderboard(report: Report) -> dict[str, Any]:
     """Header, rows, and how many trials are left out."""
     names = columns(report.sweep)
-    header = ["rank", "trial", *(column.name for column in report.columns), short_name(names[0]), "95 %", "best",
-              *(short_name(n) for n in names[1:]), "time"]  # fmt: skip
+    names_of_swept = [column.name for column in report.columns]
+    header = ["rank", "trial", *names_of_swept, short_name(names[0]), *expected_column(report.sweep), "95 %"]
+    header += [best_column(report.sweep), *(short_name(n) for n in names[1:]), "time"]
     rows = [_row(report, entry, names) for entry in report.sweep.entries[:ROWS]]
     untrained = next((e.untrained for e in report.sweep.entries if e.untrained), None)
     if untrained:
         blank = [""] * len(report.columns)
         values = [number(untrained.get(n)) for n in names]
-        rows.append(["", "untrained", *blank, values[0], "", "", *values[1:], ""])
+        expected = [""] * len(expected_column(report.sweep))
+        rows.append(["", "untrained", *blank, values[0], *expected, "", "", *values[1:], ""])
     return {"header": header, "rows": rows, "left_out": max(0, len(report.sweep.entries) - ROWS)}
 
 
@@ -104,7 +115,8 @@ def _row(report: Report, entry: Entry, names: list[str]) -> list[str]:
     chance = "" if entry.probability_best is None else show_probability(entry.probability_best)
     params = [column.show(entry.params) for column in report.columns]
     time_s = f"{entry.record.seconds:.0f} s" if entry.rank else entry.state
-    return [show_rank(entry), f"#{entry.record.index + 1}", *params, values[0], show_interval(entry), chance,
+    expected = [number(entry.expected)] if report.sweep.seeds_known else []
+    return [show_rank(entry), f"#{entry.record.index + 1}", *params, values[0], *expected, show_interval(entry), chance,
             *values[1:], time_s]  # fmt: skip
 
 
@@ -121,14 +133,15 @@ def confirmed(report: Report) -> dict[str, Any] | None:
     """The table of leaders with new seeds; None without a confirmation."""
     if not report.confirmed:
         return None
-    header = ["trial", "seeds", "mean", "± seeds", "best", "first run"]
+    header = ["trial", "seeds", "mean", "± seeds", "expected", "best", "first run"]
     rows = [
         [
             report.label(c.first),
             str(len(c.values)),
             number(c.mean),
             number(c.spread),
-            "" if c.probability_best is None else show_probability(c.probability_best),
+            number(c.first.expected),
+            "" if c.first.probability_best is None else show_probability(c.first.probability_best),
             number(c.first.value(report.sweep.metric.name)),
         ]
         for c in report.confirmed

@@ -1,0 +1,119 @@
+"""How sure a sweep's ranking is: the posterior of each trial's quality from the trials, their pairs and their seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from isaerft_sweep.results.posterior import Trials, posterior
+from isaerft_sweep.results.statistics import MIN_PAIRS, interval
+from isaerft_sweep.search.distributions import Categorical, Distribution
+from isaerft_sweep.spec_fields import canonical_json
+
+if TYPE_CHECKING:
+    from isaerft_sweep.results.reading import Entry, ReadSweep
+
+SEED = "orpo.seed"
+MAX_COMPARED = 100
+"""Leaders that are compared; the others' probability of being best is close to 0."""
+CATEGORY = 0.5
+"""Coordinates of a category's own axis on the unit cube: 0 and this. No category is nearer to one than to another."""
+
+
+def assess(sweep: ReadSweep) -> None:
+    """Set ``expected``, ``interval`` and ``probability_best`` of the leaders, and the sweep's ``seeds_known``.
+
+    Only trials that meet the constraints are compared. Trials of one point are one candidate. The trials of a confirmation
+    count as further seeds of their points. A metric that is no mean over pairs says something only once seeds are known.
+    """
+    leaders = [entry for entry in sweep.entries if entry.rank and not entry.violation][:MAX_COMPARED]
+    for entry in leaders:
+        scored = entry.pair_values(sweep.metric.name, sweep.orpo)
+        entry.interval = interval(scored[1]) if scored else None
+    known = {without_seed(entry.params) for entry in leaders}
+    again = [entry for entry in sweep.confirmation if entry.rank and without_seed(entry.params) in known]
+    trials = _first_of_each_seed([*leaders, *again], sweep)
+    table = _table(trials, sweep)
+    keys = list(dict.fromkeys(without_seed(entry.params) for entry in trials))
+    sweep.seeds_known = table is not None and len(trials) > len(keys)
+    if table is None or len(keys) < 2:
+        return
+    seeds = [_seed(entry, sweep) for entry in trials]
+    labels = {seed: number for number, seed in enumerate(dict.fromkeys(seeds))}
+    found = posterior(
+        Trials(
+            table,
+            np.array([keys.index(without_seed(entry.params)) for entry in trials]),
+            np.array([labels[seed] for seed in seeds]),
+            _places([next(e for e in trials if without_seed(e.params) == key) for key in keys], sweep.space),
+        ),
+        sweep.metric.sign,
+    )
+    sweep.seed_sd = found.seed_sd
+    for entry in leaders:
+        if (key := without_seed(entry.params)) in keys:
+            index = keys.index(key)
+            entry.expected = float(found.mean[index])
+            entry.interval = (float(found.low[index]), float(found.high[index]))
+            entry.probability_best = float(found.probability_best[index])
+
+
+def without_seed(params: Mapping[str, Any]) -> str:
+    """A key that is equal for points that differ only in the seed."""
+    return canonical_json({key: value for key, value in params.items() if key != SEED})
+
+
+def _seed(entry: Entry, sweep: ReadSweep) -> Any:
+    return entry.params.get(SEED, sweep.orpo.seed if sweep.orpo else None)
+
+
+def _first_of_each_seed(entries: Sequence[Entry], sweep: ReadSweep) -> list[Entry]:
+    """The entries without those that repeat point and seed of another: they have the same numbers."""
+    first: dict[tuple[str, str], Entry] = {}
+    for entry in entries:
+        first.setdefault((without_seed(entry.params), repr(_seed(entry, sweep))), entry)
+    return list(first.values())
+
+
+def _table(trials: list[Entry], sweep: ReadSweep) -> np.ndarray | None:
+    """The metric of each trial on the pairs that all were evaluated on [trials, pairs]; [trials, 1] of its means.
+
+    Removes from ``trials`` those without values on pairs when others have them. None when nothing can be compared.
+    """
+    scored = {id(entry): entry.pair_values(sweep.metric.name, sweep.orpo) for entry in trials}
+    by_pair = [entry for entry in trials if (values := scored[id(entry)]) and len(values[0]) >= MIN_PAIRS]
+    if not by_pair:
+        points = {without_seed(entry.params) for entry in trials}
+        means = [entry.value(sweep.metric.name) for entry in trials]
+        return np.array(means, dtype=float)[:, None] if 2 <= len(points) < len(trials) else None
+    trials[:] = by_pair
+    tables = [dict(zip(*values, strict=True)) for entry in by_pair if (values := scored[id(entry)])]
+    common = [pair for pair in tables[0] if all(pair in table for table in tables)]
+    if len(common) < MIN_PAIRS:
+        return None
+    return np.array([[table[pair] for pair in common] for table in tables])
+
+
+def _places(entries: list[Entry], space: Mapping[str, Distribution]) -> np.ndarray | None:
+    """The entries' points on the unit cube [points, coordinates]; None when they are unknown."""
+    keys = sorted({key for entry in entries for key in entry.record.point.unit if key != SEED})
+    columns: list[np.ndarray] = []
+    for key in keys:
+        if any(key not in entry.record.point.unit for entry in entries):
+            return None
+        distribution = space.get(key)
+        if isinstance(distribution, Categorical) and not _ordered(distribution.values):
+            columns += [
+                np.array([CATEGORY * (entry.params.get(key) == value) for entry in entries]) for value in distribution.values
+            ]
+        else:
+            columns.append(np.array([entry.record.point.unit[key] for entry in entries]))
+    return np.stack(columns, axis=1).astype(float) if columns else None
+
+
+def _ordered(values: Sequence[Any]) -> bool:
+    """Whether the values of a list are numbers in order, so that neighbours in the list are alike."""
+    numbers = [value for value in values if isinstance(value, (int, float)) and not isinstance(value, bool)]
+    return len(numbers) == len(values) and (numbers == sorted(numbers) or numbers == sorted(numbers, reverse=True))
