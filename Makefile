@@ -6,18 +6,22 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: demo test fast lint docs setup clean
+.PHONY: demo test test-long fast lint docs setup clean
 
 demo: $(READY)
 	$(BIN)/python -m isaerft_sweep.launch model=smollm2-135m data=builtin adapter=bias orpo=quick sweep=demo name=demo
 	$(BIN)/isaerft-sweep report outputs/demo --generate
 
 test: $(READY) lint
-	$(BIN)/python -m pytest -q -n 4 --dist worksteal
+	$(BIN)/python -m pytest -q -m "not long" -n 4 --dist worksteal
+
+# the tests of a minute or more: lost nodes, servers that die, the whole demo
+test-long: $(READY)
+	$(BIN)/python -m pytest -q -m long -n 6 --dist worksteal
 
 # the tests that take seconds, for use while working
 fast: $(READY)
-	$(BIN)/python -m pytest -q -m "not slow" -n 2
+	$(BIN)/python -m pytest -q -m "not slow and not long" -n 2
 
 lint: $(READY)
 	$(BIN)/ruff check .

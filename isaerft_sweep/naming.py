@@ -22,8 +22,10 @@ HUB_LIMIT = 96
 MODEL_LIMIT = 24
 """Longest model part of a run name, in characters: what the Hub's limit leaves beside the longest suffix."""
 
+ISAERFT_KINDS = ("bias", "scale", "linear", "mlp")
+
 _PARSER = re.compile(
-    r"^(?:(?P<upper>.+?)-FT-[A-Z]+-ISAERFT_)?(?P<prefix>run-)?(?P<model>.+)"
+    r"^(?:(?P<upper>.+?)-FT-[A-Z]+-(?P<method>[A-Z]+)_)?(?P<prefix>run-)?(?P<model>.+)"
     r"-lr(?P<lr>\d\.\de-?\d{2,3})-beta(?P<beta>[0-9.]+(?:e[+-]?\d+)?)"
     r"-(?P<date>\d{8})-(?P<time>\d{4}(?:\d{2})?)(?:-(?P<mark>[0-9a-f]{6}))?$"
 )
@@ -39,6 +41,8 @@ class ParsedName:
     started: datetime
     prefix: str
     mark: str | None
+    method: str | None = None
+    """``ISAERFT``, or what was trained instead, such as ``LORA``; None in a run's name."""
 
 
 @dataclass(frozen=True)
@@ -86,16 +90,21 @@ def run_name(
     return name
 
 
-def model_name(model: str, run: str, loss: str = "orpo") -> str:
+def method_name(kind: str) -> str:
+    """What names and tags call an adapter of ``adapter.kind``: ``isaerft``, or the kind of those that are no ISAERFT."""
+    return "isaerft" if kind in ISAERFT_KINDS else kind
+
+
+def model_name(model: str, run: str, loss: str = "orpo", kind: str = "bias") -> str:
     """``GEMMA-2-2B-FT-ORPO-ISAERFT_run-…``: the repository's name; its first part is cut to the Hub's limit."""
-    method = f"-FT-{loss.upper()}-ISAERFT_"
+    method = f"-FT-{loss.upper()}-{method_name(kind).upper()}_"
     room = HUB_LIMIT - len(method) - len(run)
     return clean(model).upper()[:room].rstrip("-._") + method + run
 
 
-def tags(learning_rate: float, beta: float, extra: tuple[str, ...] = ()) -> tuple[str, ...]:
+def tags(learning_rate: float, beta: float, extra: tuple[str, ...] = (), kind: str = "bias") -> tuple[str, ...]:
     """Tags of the run and its card; learning rate and beta at full precision."""
-    return ("generated_from_trainer", *extra, "isaerft", f"lr_{learning_rate!r}", f"beta_{beta!r}")
+    return ("generated_from_trainer", *extra, method_name(kind), f"lr_{learning_rate!r}", f"beta_{beta!r}")
 
 
 def show_beta(beta: float) -> str:
@@ -119,7 +128,8 @@ def parse(name: str) -> ParsedName:
             "with or without run-, or with MODEL-FT-ORPO-ISAERFT_ before it."
         )
     when = datetime.strptime(match["date"] + match["time"], "%Y%m%d%H%M%S" if len(match["time"]) == 6 else "%Y%m%d%H%M")
-    return ParsedName(match["model"], float(match["lr"]), float(match["beta"]), when, match["prefix"] or "", match["mark"])
+    return ParsedName(match["model"], float(match["lr"]), float(match["beta"]), when, match["prefix"] or "", match["mark"],
+                      match["method"])  # fmt: skip
 
 
 def reserve(registry: Path, candidate: Callable[[int], str]) -> str:

@@ -104,12 +104,19 @@ class AdapterSpec:
     """The adapter: a trainable block on the latents of frozen SAEs."""
 
     kind: str = option(
-        "The trainable block on the latents f. bias: f + b; scale: f·(1 + s); linear: f + Wf + c; mlp: f + MLP(f).",
+        "The trainable block on the latents f. bias: f + b; scale: f·(1 + s); linear: f + Wf + c; mlp: f + MLP(f). "
+        "To compare with: random (bias on random directions); vector, diffmean, loreft (on the stream, without SAE); lora "
+        "(on the layers above the hook point).",
         "bias",
-        choices=("bias", "scale", "linear", "mlp"),
+        choices=("bias", "scale", "linear", "mlp", "random", "vector", "diffmean", "loreft", "lora"),
     )
     sites: tuple[HookPoint, ...] = option("Hook points, each with its SAE.", ())
-    rank: int | None = option("Rank of the weight of linear and mlp blocks; null: full.", None, at_least=1)
+    rank: int | None = option(
+        "Rank of linear and mlp blocks, null: full; of lora, null: 8; of loreft, null: 4.", None, at_least=1
+    )
+    strength: float = option(
+        "diffmean: how many times the difference of means is added.", 1.0, at_least=0, omit_from_hash_if_default=True
+    )
     hidden_size: int | None = option("Width of an mlp's hidden layers; null: the number of latents.", None, at_least=1)
     hidden_layers: int = option("Number of an mlp's hidden layers.", 1, at_least=1)
     l1: float | None = option(

@@ -163,6 +163,7 @@ def test_a_run_that_another_process_still_runs_is_followed(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_one_trial_each_in_a_shared_folder_and_true_exit_codes(tmp_path: Path) -> None:
     points = {"run1": "0.1", "run2": "0.2"}
     started = {
@@ -237,6 +238,7 @@ def test_a_signal_checkpoints_and_the_same_run_goes_on(tmp_path: Path) -> None:
     ("macro", "nested"),
     [(None, False), ("${args_no_boolean_flags}", False), ("${args_json_file}", False), ("${args}", True)],
 )
+@pytest.mark.long
 def test_a_real_agents_values_are_what_is_trained(macro: str | None, nested: bool, serving: Serving, tmp_path: Path) -> None:
     """Whatever the command has in the macro's place: nothing at all left the trial with the config's own values."""
     sites = [[{"layer": 1, "sae_release": "isaerft-sweep", "sae_id": "random-64x256"}]]

@@ -50,6 +50,7 @@ def preempted(tmp_path: Path, run: str, reached: int) -> dict[str, Any] | None:
 
 
 @pytest.mark.parametrize(("place", "way"), [("local", "terminated"), ("local", "ctrl-c twice"), ("slurm", "forwarded")])
+@pytest.mark.long
 def test_an_agent_that_is_told_to_end(
     place: str, way: str, serving: Serving, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -91,6 +92,7 @@ BUTTON = (
 
 
 @pytest.mark.parametrize("command", [CANCEL, BUTTON], ids=["cancel", "stop button"])
+@pytest.mark.long
 def test_a_run_that_is_stopped_for_good(command: tuple[str, ...], serving: Serving, tmp_path: Path) -> None:
     path, run, agent, _ = begin(serving, tmp_path, 100_000, "local")
     done = serving.run(*command, path, *([run] if command is BUTTON else []))

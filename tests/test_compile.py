@@ -20,6 +20,7 @@ OFF = ("tracker=disabled", "orpo.learning_rate=0.1")
 @pytest.mark.filterwarnings("default")  # torch's compiler uses its own deprecated functions
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a processor; this machine has none")
+@pytest.mark.long
 def test_a_compiled_trial_has_the_numbers_of_another(trial: Callable[..., TrialFolder]) -> None:
     compiled, plain = trial(*OFF, "launcher.compile=true", name="compiled"), trial(*OFF, name="plain")
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]

@@ -25,6 +25,7 @@ def command(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_confirm_runs_new_seeds_of_the_leaders(launch, tmp_path: Path) -> None:
     data = tmp_path / "pairs.jsonl"
     rows = ['{"prompt": "p%d ", "chosen": "gladly %d", "rejected": "no"}' % (i, i) for i in range(40)]  # noqa: UP031

@@ -12,6 +12,7 @@ import pytest
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
+@pytest.mark.long
 def test_the_demo_learns_what_its_pairs_share(launch: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One of its trials, with the values that won."""
     monkeypatch.setenv("ISAERFT_CACHE", str(tmp_path / "cache"))

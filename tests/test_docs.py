@@ -46,6 +46,7 @@ def test_options_have_a_meaning() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_tutorial_runs_as_printed(tmp_path: Path) -> None:
     """From own pairs to an export and a dry push, with the tiny model."""
     environment = {

@@ -39,6 +39,7 @@ parameters: {orpo.learning_rate: {values: [0.3, 0.2, 1.0e-5, 2.0e-5]}}
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_poor_trials_are_stopped_and_keep_a_checkpoint(launch, tmp_path: Path) -> None:
     (tmp_path / "s.yaml").write_text(FILE)
     options = (*TINY, "name=s", "sweep=none", "sweep.file=s.yaml", "orpo.max_steps=160", "orpo.eval_fraction=0.05")

@@ -52,6 +52,7 @@ def cli(cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("resident", ["true", "false"])
+@pytest.mark.long
 def test_it_is_said_and_tried_again_alone(resident: str, broken: Path, launch: Callable, tmp_path: Path) -> None:
     done = launch(*OPTIONS, f"launcher.resident={resident}")
     sweep = tmp_path / "outputs" / "s"
@@ -76,6 +77,7 @@ def test_it_is_said_and_tried_again_alone(resident: str, broken: Path, launch: C
     assert len(events(sweep)) == 1 + 3 + 4 + 4, "nothing is left to do"
 
 
+@pytest.mark.long
 def test_a_controller_that_runs_takes_it_up(broken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TEST_PACE_S", "0.4")
     sweep = tmp_path / "outputs" / "s"

@@ -32,6 +32,7 @@ LONG = (
 EARLY = "early_terminate: {type: hyperband, min_iter: 2, eta: 2}"
 
 
+@pytest.mark.long
 def test_a_sweep_survives_whatever_dies(serving: Serving, tmp_path: Path) -> None:
     path = serving.sweep(sweep_file(tmp_path, LONG, (0.1, 0.15, 1.0e-7, 0.2), EARLY))
     sweep_id = path.rpartition("/")[2]

@@ -149,6 +149,7 @@ def test_doctor_looks_from_a_compute_node(slurm: Bed, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_fetch_fills_the_cache_from_the_hub(
     experiment: Callable[..., Experiment], saes: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,6 +27,7 @@ def cli(*arguments: str, timeout_s: float = 300) -> subprocess.CompletedProcess[
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
 
 
+@pytest.mark.long
 def test_detach_status_attach_cancel(slurm: Bed, launch: Callable, tmp_path: Path) -> None:
     sweep = tmp_path / "outputs" / "s"
     left = launch(*OPTIONS, "sweep.run_cap=2", "orpo.max_steps=80", "--detach")
@@ -112,6 +113,7 @@ def test_cancel_after_a_kill_9_of_the_controller(slurm: Bed, tmp_path: Path) -> 
     assert not [e for e in events(sweep) if e["event"] == "end" and e["given_up"]]
 
 
+@pytest.mark.long
 def test_the_controller_as_a_job_submits_the_rest_and_is_queued_again(slurm: Bed, tmp_path: Path) -> None:
     """The template ``slurm/controller.sbatch`` as it is: preempted, it stops in order and goes on in its second run."""
     sweep = tmp_path / "outputs" / "s"

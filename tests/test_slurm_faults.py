@@ -64,6 +64,7 @@ def check_same_as_alone(sweep: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("setting", "number"), [("user_resv_delete", "SIGTERM"), ("preempt_send_user_signal", "SIGUSR2")])
+@pytest.mark.long
 def test_preemption(setting: str, number: str, slurm: Bed, tmp_path: Path) -> None:
     """By sites that send SIGTERM first, and by those that send what the job asked for with --signal."""
     sweep = tmp_path / "outputs" / "s"
@@ -83,6 +84,7 @@ def test_preemption(setting: str, number: str, slurm: Bed, tmp_path: Path) -> No
     check_same_as_alone(sweep, tmp_path)
 
 
+@pytest.mark.long
 def test_preemption_when_the_signal_is_swallowed(slurm: Bed, tmp_path: Path) -> None:
     """As NCCL or a C extension may do; here a thread mask that the whole process inherits."""
     sweep = tmp_path / "outputs" / "s"
@@ -104,6 +106,7 @@ def test_preemption_when_the_signal_is_swallowed(slurm: Bed, tmp_path: Path) -> 
 
 
 @pytest.mark.timeout(1200)  # a slow machine gets few steps into what is left of each minute
+@pytest.mark.long
 def test_a_time_limit_of_a_minute(slurm: Bed, tmp_path: Path) -> None:
     """Much of which the site's own setup lines take."""
     sweep = tmp_path / "outputs" / "s"
@@ -116,6 +119,7 @@ def test_a_time_limit_of_a_minute(slurm: Bed, tmp_path: Path) -> None:
     check_same_as_alone(sweep, tmp_path)
 
 
+@pytest.mark.long
 def test_kill_9_of_a_worker_without_accounting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if reason := slurm_bed.why_not():
         pytest.skip(reason)
@@ -150,6 +154,7 @@ def test_memory_runs_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         assert "SLURM: " in ends[0]["message"] and "exceeded memory limit" in ends[0]["message"], ends
 
 
+@pytest.mark.long
 def test_a_lost_node(slurm: Bed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its slurmd is gone, but the worker lives on as an orphan: the attempt that takes its place must not meet it."""
     sweep = tmp_path / "outputs" / "s"
@@ -172,6 +177,7 @@ def log_of(sweep: Path, number: int) -> str:
     return (sweep / "jobs" / f"{job}_0_log.out").read_text()
 
 
+@pytest.mark.long
 def test_scancel_of_one_task_and_then_of_the_whole_array(slurm: Bed, tmp_path: Path) -> None:
     sweep = tmp_path / "outputs" / "s"
     two = ("sweep.run_cap=2", "launcher.slots=2")
@@ -189,6 +195,7 @@ def test_scancel_of_one_task_and_then_of_the_whole_array(slurm: Bed, tmp_path: P
     check_same_as_alone(sweep, tmp_path)
 
 
+@pytest.mark.long
 def test_slurmctld_is_killed_and_started_again(slurm: Bed, tmp_path: Path) -> None:
     sweep = tmp_path / "outputs" / "s"
     two = (*ONE, "sweep.run_cap=2", "launcher.trials_per_job=1")
@@ -206,6 +213,7 @@ def test_slurmctld_is_killed_and_started_again(slurm: Bed, tmp_path: Path) -> No
     assert all(e["index"] == 1 and "Unable to create step" in e["message"] for e in refused), ends
 
 
+@pytest.mark.long
 def test_kill_9_of_the_controller_with_jobs_running_and_pending(slurm: Bed, tmp_path: Path) -> None:
     sweep = tmp_path / "outputs" / "s"
     # only one may run at a time, the other waits in the queue
@@ -225,6 +233,7 @@ def test_kill_9_of_the_controller_with_jobs_running_and_pending(slurm: Bed, tmp_
     assert "CANCELLED" in slurm.command("squeue", "-h", "-t", "all", "-o", "%T", "-j", stray_id)
 
 
+@pytest.mark.long
 def test_ctrl_c_leaves_nothing_in_the_queue(slurm: Bed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep = tmp_path / "outputs" / "s"
     calls = count_calls(tmp_path, monkeypatch, "scancel")
@@ -243,6 +252,7 @@ def test_ctrl_c_leaves_nothing_in_the_queue(slurm: Bed, tmp_path: Path, monkeypa
     assert len([s for s in statuses(sweep) if s["state"] == "stopped"]) == 2
 
 
+@pytest.mark.long
 def test_a_worker_that_always_dies_under_a_slow_scheduler(
     slurm: Bed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -273,6 +283,7 @@ for name in ("fsync", "replace", "rename", "link", "mkdir", "unlink"):
 """
 
 
+@pytest.mark.long
 def test_a_slow_shared_disk(slurm: Bed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For the controller as for the trials; nothing is taken for dead."""
     (tmp_path / "slow").mkdir()
@@ -311,6 +322,7 @@ def test_accounting_knows_what_squeue_has_forgotten(slurm: Bed, tmp_path: Path, 
     assert len(calls.read_text().splitlines()) == 1
 
 
+@pytest.mark.long
 def test_a_suspended_job_is_not_taken_for_hung(slurm: Bed, tmp_path: Path) -> None:
     """As by gang scheduling (PreemptMode=SUSPEND) or by an administrator."""
     sweep = tmp_path / "outputs" / "s"
@@ -335,6 +347,7 @@ class Dies:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.long
 def test_a_full_shared_disk(slurm: Bed, tmp_path: Path) -> None:
     disk = tmp_path / "outputs"
     disk.mkdir()
@@ -370,6 +383,7 @@ def test_more_workers_than_there_is_room_for(slurm: Bed, tmp_path: Path) -> None
     assert len({s["pid"] for s in statuses(sweep)}) == 2, "no third worker had to load anything"
 
 
+@pytest.mark.long
 def test_a_job_that_is_completing_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An epilog hangs on the node of the first trial's job: the trial goes on elsewhere."""
     if reason := slurm_bed.why_not():

@@ -42,6 +42,7 @@ def test_the_workers_script(slurm: Bed, tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("mark*"))) == 3, "and it runs"
 
 
+@pytest.mark.long
 def test_an_array_of_made_trials(slurm: Bed, tmp_path: Path) -> None:
     """One element is preempted by hand: it is queued again and goes on."""
     sweep = tmp_path / "outputs" / "s"
@@ -78,6 +79,7 @@ def test_an_array_of_made_trials_is_seen_and_ended(slurm: Bed, tmp_path: Path) -
     slurm.command("scancel", other)
 
 
+@pytest.mark.long
 def test_an_array_of_agents(slurm: Bed, serving: Serving, tmp_path: Path) -> None:
     """The real ``wandb agent`` with a server of our own; one element is preempted: queued again, its trial goes on."""
     path = serving.sweep(sweep_file(tmp_path, (*TINY, "orpo.max_steps=80"), (0.1, 0.2)))

@@ -20,6 +20,7 @@ SWEEP = (*TINY, "name=s", "sweep.run_cap=3")
 LONG = (*TINY, "name=s", "sweep.run_cap=2", "orpo.max_steps=100000", "tracker=disabled")
 
 
+@pytest.mark.long
 def test_a_sweep_from_start_to_leaderboard(launch, tmp_path: Path) -> None:
     done = launch(*SWEEP)
     assert done.returncode == 0, done.stderr
@@ -126,6 +127,7 @@ def test_kill_9_of_the_controller_loses_and_repeats_nothing(tmp_path: Path) -> N
     assert ended_states(sweep) == {"completed": 3} and processes_of(tmp_path) == []
 
 
+@pytest.mark.long
 def test_kill_9_of_a_worker_is_noticed_and_retried(tmp_path: Path) -> None:
     sweep = tmp_path / "outputs" / "s"
     options = (*TINY, "name=s", "sweep.run_cap=1", "orpo.max_steps=40", "orpo.checkpoint_every_steps=5", "tracker=disabled")
@@ -140,6 +142,7 @@ def test_kill_9_of_a_worker_is_noticed_and_retried(tmp_path: Path) -> None:
     assert [r["step"] for r in rows if "train/loss" in r] == list(range(1, 41)), "every step once, none lost"
 
 
+@pytest.mark.long
 def test_a_worker_that_always_dies_is_given_up_with_the_reason(tmp_path: Path) -> None:
     sweep = tmp_path / "outputs" / "s"
     options = (*TINY, "name=s", "sweep.run_cap=1", "orpo.max_steps=100000", "launcher.max_retries=1", "tracker=disabled")
@@ -181,6 +184,7 @@ def test_two_trials_at_a_time(launch, tmp_path: Path) -> None:
     assert most == 2
 
 
+@pytest.mark.long
 def test_multirun_runs_one_sweep_after_the_other(launch, tmp_path: Path) -> None:
     """One that cannot begin does not keep the others from running."""
     done = launch("--multirun", *TINY, "sweep.run_cap=1", "adapter=bias,linear,scale", "adapter.l1=0.5", "tracker=disabled")
@@ -189,6 +193,7 @@ def test_multirun_runs_one_sweep_after_the_other(launch, tmp_path: Path) -> None
     assert len(folders) == 2 and "-bias-" in folders[0] and "-scale-" in folders[1]
 
 
+@pytest.mark.long
 def test_the_published_experiments_code_path_on_a_tiny_gemma_2(launch, tmp_path: Path) -> None:
     """`model=gemma-2-2b data=ultrafeedback adapter=bias sweep=reference`, with what cannot be had here swapped by overrides."""
     pairs = tmp_path / "pairs.jsonl"

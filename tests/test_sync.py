@@ -182,6 +182,7 @@ def test_a_wrong_key_and_no_key(
 
 
 @pytest.mark.usefixtures("paced")
+@pytest.mark.long
 def test_a_trial_goes_on_while_its_server_is_away(serving: Serving, tmp_path: Path) -> None:
     """Killed in the middle of a trial, back while it still runs: every step is there in the end."""
     options = (
@@ -222,6 +223,7 @@ def test_a_trial_goes_on_while_its_server_is_away(serving: Serving, tmp_path: Pa
     assert known["state"] == "FINISHED" and set(known["runs"]) == {run_id}, "the server was told of the sweep at its start"
 
 
+@pytest.mark.long
 def test_a_trial_whose_server_stays_away_ends_and_is_uploaded_later(serving: Serving, tmp_path: Path) -> None:
     options = (*TINY, "name=s", "sweep.run_cap=1", "tracker=wandb", "orpo.max_steps=40")
     with (tmp_path / "launch.out").open("w") as out:
@@ -244,6 +246,7 @@ def test_a_trial_whose_server_stays_away_ends_and_is_uploaded_later(serving: Ser
     assert run[made["run_id"]]["steps"] == list(range(41)) and run[made["run_id"]]["state"] == "finished"
 
 
+@pytest.mark.long
 def test_a_trial_without_a_server_keeps_its_run_on_disk(serving: Serving, tmp_path: Path) -> None:
     serving.kill()
     environment = {**serving.environment, "WANDB_INIT_TIMEOUT": "5", "WANDB_HTTP_TIMEOUT": "2"}

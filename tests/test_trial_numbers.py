@@ -43,7 +43,12 @@ FAMILIES = ["llama", "gemma2", "gemma3_text", "qwen2", "qwen3", "gpt_neox"]
 
 @pytest.mark.parametrize(
     ("family", "dtype", "kind"),
-    [*((family, "float32", "bias") for family in FAMILIES), ("llama", "bfloat16", "bias"), ("gemma2", "float32", "scale")],
+    [
+        *((family, "float32", "bias") for family in FAMILIES),
+        ("llama", "bfloat16", "bias"),
+        ("gemma2", "float32", "scale"),
+        *(("llama", "float32", kind) for kind in ("vector", "lora", "loreft")),
+    ],
 )
 @pytest.mark.slow
 def test_the_numbers_are_trls(

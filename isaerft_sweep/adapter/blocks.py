@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from isaerft_sweep.adapter.config import IsaerftConfig
+from isaerft_sweep.adapter.config import LOREFT_RANK, IsaerftConfig
 
 
 class BiasBlock(nn.Module):
@@ -72,10 +72,39 @@ class FeedForwardBlock(nn.Module):
         return x
 
 
+class LoreftBlock(nn.Module):
+    """Δx = Rᵀ(Wx + c − Rx) with R [rank, d_in] of orthonormal rows, on the stream x itself (arXiv 2404.03592, eq. 2).
+
+    R is Q of the QR decomposition of a free matrix. W begins at R and c at zero, so that Δx is zero at the start.
+    """
+
+    needs_latents = True
+
+    def __init__(self, d_in: int, rank: int) -> None:
+        super().__init__()
+        self.rotation = nn.Parameter(torch.linalg.qr(torch.randn(d_in, rank)).Q)
+        self.weight = nn.Parameter(self.rows().detach().clone())
+        self.bias = nn.Parameter(torch.zeros(rank))
+
+    def rows(self) -> torch.Tensor:
+        """R [rank, d_in]; with positive diagonals in the decomposition, so that R depends on the matrix continuously."""
+        decomposed = torch.linalg.qr(self.rotation.float())
+        rows: torch.Tensor = (decomposed.Q * decomposed.R.diagonal().sign()).T
+        return rows
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Δx of the shape of x [..., d_in]."""
+        rows = self.rows().to(x.dtype)
+        change: torch.Tensor = nn.functional.linear(x, self.weight.to(x.dtype) - rows, self.bias.to(x.dtype)) @ rows
+        return change
+
+
 def make_block(config: IsaerftConfig, d_sae: int) -> nn.Module:
-    """The block of ``config.kind`` for ``d_sae`` latents."""
-    if config.kind == "bias":
+    """The block of ``config.kind`` for ``d_sae`` latents, or coordinates of the residual stream."""
+    if config.kind in ("bias", "random", "vector", "diffmean"):
         return BiasBlock(d_sae)
+    if config.kind == "loreft":
+        return LoreftBlock(d_sae, config.rank or LOREFT_RANK)
     if config.kind == "scale":
         return ScaleBlock(d_sae)
     hidden_layers = config.hidden_layers if config.kind == "mlp" else 0

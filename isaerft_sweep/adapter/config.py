@@ -10,7 +10,13 @@ from peft import PeftConfig, TaskType
 from isaerft_sweep.adapter.peft_type import NAME
 from isaerft_sweep.errors import ConfigError
 
-KINDS = ("bias", "scale", "linear", "mlp")
+ON_SAE = ("bias", "scale", "linear", "mlp", "random")
+"""Kinds that need an SAE at each hook point."""
+ON_STREAM = ("vector", "diffmean", "loreft")
+"""Kinds that change the residual stream itself: what ISAERFT is compared with."""
+KINDS = (*ON_SAE, *ON_STREAM)
+WITH_RANK = ("linear", "mlp", "loreft")
+LOREFT_RANK = 4
 SITE_KEYS = ("layer", "sae_release", "sae_id", "sae_path", "fingerprint")
 
 
@@ -23,8 +29,10 @@ class IsaerftConfig(PeftConfig):
             ``sae_release`` and ``sae_id`` (sae_lens) or by ``sae_path`` (a local folder). ``fingerprint`` is set when
             the SAE is first read and checked from then on.
         kind: ``bias`` (f + b), ``scale`` (f · (1 + s)), ``linear`` (f + Wf + c) or ``mlp`` (f + MLP(f)), each zero at
-            the start, with f the SAE's latents of shape [batch, position, d_sae].
-        rank: low-rank matrices of this rank for ``linear`` and ``mlp``; None: full matrices.
+            the start, with f the SAE's latents of shape [batch, position, d_sae]. For comparison: ``random`` (as bias, with
+            a random decoder of the same row norms), ``vector`` and ``diffmean`` (x + b on the residual stream x, trained
+            or set) and ``loreft`` (x + Rᵀ(Wx + c − Rx), arXiv 2404.03592).
+        rank: low-rank matrices of this rank for ``linear`` and ``mlp``, None: full matrices; rows of R, None: 4.
         hidden_size: width of the mlp's hidden layers; None: d_sae.
         hidden_layers: number of the mlp's hidden layers.
     """
@@ -44,8 +52,8 @@ class IsaerftConfig(PeftConfig):
         self.task_type = TaskType.CAUSAL_LM
         if self.kind not in KINDS:
             raise ConfigError(f"kind must be one of {', '.join(KINDS)} but got '{self.kind}'.")
-        if self.rank is not None and self.kind not in ("linear", "mlp"):
-            raise ConfigError(f"rank must go with kind linear or mlp but got rank={self.rank} with kind={self.kind}.")
+        if self.rank is not None and self.kind not in WITH_RANK:
+            raise ConfigError(f"rank must go with kind {', '.join(WITH_RANK)} but got {self.rank} with kind={self.kind}.")
         if self.hidden_size is not None and self.kind != "mlp":
             raise ConfigError(f"hidden_size must go with kind mlp but got {self.hidden_size} with kind={self.kind}.")
         self._check_sites()
@@ -59,7 +67,8 @@ class IsaerftConfig(PeftConfig):
             if unknown:
                 raise ConfigError(f"a hook point's keys must be among {', '.join(SITE_KEYS)} but got {sorted(unknown)}.")
             named = bool(hook_point.get("sae_release")) and bool(hook_point.get("sae_id"))
-            if not isinstance(hook_point.get("layer"), int) or named == bool(hook_point.get("sae_path")):
+            has_sae = named != bool(hook_point.get("sae_path"))
+            if not isinstance(hook_point.get("layer"), int) or (not has_sae and self.kind in ON_SAE):
                 raise ConfigError(
                     "a hook point must have an integer layer and either sae_release with sae_id, or sae_path, "
                     f"but got {dict(hook_point)}."

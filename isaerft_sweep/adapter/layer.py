@@ -58,8 +58,8 @@ class IsaerftLayer(nn.Module, BaseTunerLayer):
             latents = self.saes[adapter_name].encode(x.float()) if block.needs_latents else None
             if latents is not None:
                 latents = latents.to(next(block.parameters()).dtype)  # after model.to(dtype)
-            added: torch.Tensor = block(latents).float() @ decoder
-            return added
+            change: torch.Tensor = block(latents).float()
+            return change if self.saes[adapter_name].basis == "stream" else change @ decoder
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base layer's output with the active adapters' changes; in a tuple, the first element changes."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from peft import PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
@@ -38,8 +38,8 @@ def load_model(
             f"an adapter must be a folder or Hub repository with adapter_config.json, but '{adapter}' has none "
             "that can be read. Give the folder `adapter` of a finished trial."
         ) from error
-    if not isinstance(config, IsaerftConfig):
-        raise ModelError(f"the adapter '{adapter}' must be of type ISAERFT but is of type {config.peft_type}.")
+    if not isinstance(config, (IsaerftConfig, LoraConfig)):
+        raise ModelError(f"the adapter '{adapter}' must be of type ISAERFT or LORA but is of type {config.peft_type}.")
     name = config.base_model_name_or_path
     trial = TrialFolder(Path(adapter).absolute().parent)
     if base is None and trial.spec.is_file() and Path(adapter).name == trial.adapter.name:

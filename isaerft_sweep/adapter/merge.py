@@ -13,6 +13,9 @@ from torch import nn
 from isaerft_sweep.adapter.architecture import decoder_layers
 from isaerft_sweep.errors import ModelError
 
+LORA = "lora"
+"""PEFT's own: it merges into the linear maps that it changes."""
+CONSTANT = {"bias", "random", "vector", "diffmean"}
 LAST_LINEAR = {"llama": "mlp.down_proj", "gpt_neox": "mlp.dense_4h_to_h", "gpt2": "mlp.c_proj", "phi": "mlp.fc2"}
 """model_type -> the linear map whose output is added to the residual stream last."""
 
@@ -29,10 +32,12 @@ def last_linear(layer: nn.Module) -> nn.Module:
 
 def check_mergeable(model: nn.Module, kinds: set[str]) -> None:
     """Raise ModelError unless merging adapters of ``kinds`` into ``model`` is exact."""
+    if kinds == {LORA}:
+        return
     model_type = model.config.model_type  # type: ignore[union-attr]
-    if kinds - {"bias"}:
+    if kinds - CONSTANT:
         raise ModelError(
-            f"only an adapter of kind bias can be merged, since its change is a constant, but got {sorted(kinds)}. "
+            f"only an adapter of a constant change ({', '.join(sorted(CONSTANT))}) can be merged but got {sorted(kinds)}. "
             "Keep the adapter separate: PeftModel.from_pretrained."
         )
     if model_type not in LAST_LINEAR:

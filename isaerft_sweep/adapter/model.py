@@ -8,10 +8,10 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from isaerft_sweep.adapter.architecture import decoder_layers, decoder_layers_name
-from isaerft_sweep.adapter.config import IsaerftConfig
+from isaerft_sweep.adapter.config import ON_SAE, IsaerftConfig
 from isaerft_sweep.adapter.layer import IsaerftLayer
 from isaerft_sweep.adapter.merge import make_room
-from isaerft_sweep.adapter.sae import check_fits, load_sae
+from isaerft_sweep.adapter.sae import check_fits, load_basis
 from isaerft_sweep.errors import ConfigError
 
 
@@ -32,9 +32,10 @@ class IsaerftModel(BaseTuner):
         embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
         width = embeddings.weight.shape[-1]
         for hook_point in peft_config.sites:
-            sae = load_sae(hook_point)
+            sae = load_basis(peft_config.kind, hook_point, width)
             check_fits(sae, hook_point, width, count)
-            hook_point["fingerprint"] = sae.fingerprint
+            if peft_config.kind in ON_SAE:
+                hook_point["fingerprint"] = sae.fingerprint
         peft_config.target_modules = [f"{name}.{hook_point['layer']}" for hook_point in peft_config.sites]
         if getattr(model, "_require_grads_hooks", None):  # gradient checkpointing was enabled before
             model.disable_input_require_grads()  # type: ignore[operator]
@@ -54,10 +55,12 @@ class IsaerftModel(BaseTuner):
         current_key: str,
     ) -> None:
         hook_point = peft_config.sites[(peft_config.target_modules or []).index(current_key)]
+        width = self.model.get_input_embeddings().weight.shape[-1]
+        sae = load_basis(peft_config.kind, hook_point, width)
         if isinstance(target, IsaerftLayer):
-            target.update_layer(adapter_name, peft_config, load_sae(hook_point))
+            target.update_layer(adapter_name, peft_config, sae)
             return
-        layer = IsaerftLayer(target, adapter_name, peft_config, load_sae(hook_point))
+        layer = IsaerftLayer(target, adapter_name, peft_config, sae)
         layer.train(target.training)
         self._replace_module(parent, target_name, layer, target)
 

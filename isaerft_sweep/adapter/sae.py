@@ -8,13 +8,14 @@ import os
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from isaerft_sweep.adapter.config import ON_STREAM
 from isaerft_sweep.errors import ModelError, suggest
 from isaerft_sweep.paths import asset
 from isaerft_sweep.sae_folder import CONFIG, WEIGHTS, check_sae_folder
@@ -35,10 +36,14 @@ class FrozenSae:
     fingerprint: str
     origin: tuple[str | None, str | None, str | None] = (None, None, None)
     """Release, id and folder of origin."""
+    basis: str = "sae"
+    """``sae``; ``random``: directions of the same number and norms; ``stream``: the residual stream's own coordinates."""
 
     def __reduce__(self) -> Any:
         """Pickle as a reference: an SAE is not part of the adapter, and sae_lens's cannot be pickled."""
-        return _unpickled, (self.origin, self.fingerprint)
+        if self.basis == "stream":
+            return stream_basis, (self.d_in,)
+        return _unpickled, (self.origin, self.fingerprint, self.basis)
 
     def __deepcopy__(self, _memo: Any) -> FrozenSae:
         return self  # immutable
@@ -53,6 +58,8 @@ class FrozenSae:
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """Latents of x [..., d_in], without a gradient for the SAE's own weights."""
+        if self.basis == "stream":
+            return x
         if self.sae.W_dec.device != x.device:
             self.sae.to(x.device)
         latents: torch.Tensor = self.sae.encode(x)
@@ -73,6 +80,27 @@ def load_sae(hook_point: Mapping[str, Any]) -> FrozenSae:
             "or use the release of the training."
         )
     return frozen
+
+
+def load_basis(kind: str, hook_point: Mapping[str, Any], width: int) -> FrozenSae:
+    """What an adapter of ``kind`` works on at a hook point of a residual stream of ``width``. Raises as ``load_sae``."""
+    if kind in ON_STREAM:
+        return stream_basis(width)
+    frozen = load_sae(hook_point)
+    return randomised(frozen) if kind == "random" else frozen
+
+
+@lru_cache(maxsize=2)
+def stream_basis(width: int) -> FrozenSae:
+    """The residual stream's own coordinates."""
+    return FrozenSae(None, torch.eye(width), "", basis="stream")
+
+
+def randomised(frozen: FrozenSae) -> FrozenSae:
+    """Random directions instead of the SAE's, as many and as long: the decoder that says nothing of the model."""
+    directions = torch.randn(frozen.decoder.shape, generator=torch.Generator().manual_seed(0))
+    norms = frozen.decoder.norm(dim=-1, keepdim=True).cpu() / directions.norm(dim=-1, keepdim=True)
+    return replace(frozen, decoder=directions * norms, basis="random")
 
 
 def describe(hook_point: Mapping[str, Any]) -> str:
@@ -115,9 +143,10 @@ def _load(release: str | None, sae_id: str | None, path: str | None) -> FrozenSa
     return FrozenSae(sae, decoder, digest, (release, sae_id, path))
 
 
-def _unpickled(origin: tuple[str | None, str | None, str | None], fingerprint: str) -> FrozenSae:
+def _unpickled(origin: tuple[str | None, str | None, str | None], fingerprint: str, basis: str = "sae") -> FrozenSae:
     """The SAE that a pickled model refers to."""
-    return load_sae(dict(zip(("sae_release", "sae_id", "sae_path"), origin, strict=True), fingerprint=fingerprint))
+    frozen = load_sae(dict(zip(("sae_release", "sae_id", "sae_path"), origin, strict=True), fingerprint=fingerprint))
+    return randomised(frozen) if basis == "random" else frozen
 
 
 def _read(release: str | None, sae_id: str | None, path: str | None) -> Any:

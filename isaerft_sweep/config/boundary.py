@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from isaerft_sweep.errors import ConfigError, SpaceError
 from isaerft_sweep.metrics import GENERATION, HARM
-from isaerft_sweep.search.distributions import Categorical, Constant, Distribution, Numeric, Truncated
+from isaerft_sweep.search.distributions import Categorical, Conditional, Constant, Distribution, Numeric, Truncated, cases_of
 from isaerft_sweep.search.sweep_file import Metric, SweepDefinition, check_grid, read_parameters, read_sweep_file
 from isaerft_sweep.spec_fields import canonical_json, from_mapping, overrides, to_dict
 from isaerft_sweep.specs import (
@@ -32,6 +32,8 @@ CHECKED_ALONE = ("model.", "orpo.optimizer", "orpo.max_length")
 """Prefixes of further keys that name a resource that must exist."""
 PATH_KEYS = ("data.path", "data.eval_path", "data.neutral_path", "model.name", "model.tokenizer")
 """Keys whose values may be local files or folders."""
+WITHOUT_SAE = ("vector", "diffmean", "loreft", "lora")
+WITH_RANK = ("linear", "mlp", "lora", "loreft")
 MOST_POINTS = 10_000
 MOST_VARIANTS = 100
 LEAST_SHARE = 0.5
@@ -64,13 +66,16 @@ def check(experiment: Experiment) -> None:
             "'adapter.sites=[{layer: 20, sae_path: /path/to/sae}]'."
         )
     for i, site in enumerate(adapter.sites):
-        if (bool(site.sae_release) and bool(site.sae_id)) == bool(site.sae_path):
+        has_sae = (bool(site.sae_release) and bool(site.sae_id)) != bool(site.sae_path)
+        if adapter.kind not in WITHOUT_SAE and not has_sae:
             raise ConfigError(f"adapter.sites.{i} must have either sae_release with sae_id, or sae_path, but got {site}.")
     layers = [site.layer for site in adapter.sites]
     if len(set(layers)) != len(layers):
         raise ConfigError(f"adapter.sites must have different layers but got {layers}.")
-    if adapter.rank is not None and adapter.kind not in ("linear", "mlp"):
-        raise ConfigError(f"adapter.rank must go with adapter.kind linear or mlp but got kind={adapter.kind}.")
+    if adapter.rank is not None and adapter.kind not in WITH_RANK:
+        raise ConfigError(f"adapter.rank must go with adapter.kind {', '.join(WITH_RANK)} but got kind={adapter.kind}.")
+    if adapter.strength != 1 and adapter.kind != "diffmean":
+        raise ConfigError(f"adapter.strength must go with adapter.kind diffmean but got kind={adapter.kind}.")
     if (adapter.l1 is not None or adapter.top_k is not None) and adapter.kind not in ("bias", "scale"):
         raise ConfigError(
             "adapter.l1 and adapter.top_k must go with adapter.kind bias or scale, which have one number per latent, but "
@@ -144,7 +149,7 @@ def check_definition(definition: SweepDefinition, experiment: Experiment) -> Swe
     notes = tuple(
         f"{key}: {d.kind} is cut off at what the key takes, {d.limits[0]:g} to {d.limits[1]:g} "
         f"({1 - d.share:.1%} of it lies beyond)"
-        for key, d in fitted.items()
+        for key, d in _each_case(fitted)
         if isinstance(d, Truncated)
     )
     definition = replace(definition, parameters=fitted, notes=(*definition.notes, *notes))
@@ -190,7 +195,7 @@ def with_sweeps_project(experiment: Experiment, definition: SweepDefinition) -> 
 
 def _check_values(definition: SweepDefinition, experiment: Experiment) -> None:
     """Check each parameter's limits, or each of its values, against its config key and against the other parameters."""
-    for key, distribution in definition.parameters.items():
+    for key, distribution in _each_case(definition.parameters):
         value_of: dict[str, Any] = {}
         for value in _values_or_limits(distribution):
             parsed = canonical_json(to_dict(swept_value(experiment.with_params({key: value}), key)))
@@ -199,9 +204,16 @@ def _check_values(definition: SweepDefinition, experiment: Experiment) -> None:
                     f"{key}: values must be different from each other but {value_of[parsed]!r} and {value!r} are one."
                 )
             value_of[parsed] = value
-    together = {k: _values_or_limits(d) for k, d in definition.parameters.items() if k.startswith(CHECKED_TOGETHER)}
-    for values in islice(product(*together.values()), MOST_POINTS):
-        point = dict(zip(together, values, strict=True))
+    parents = {d.parent for d in definition.parameters.values() if isinstance(d, Conditional)}
+    points = (
+        dict(zip(together, values, strict=True))
+        for case in cases_of(definition.parameters)
+        for together in [
+            {k: _values_or_limits(d) for k, d in case.items() if k.startswith(CHECKED_TOGETHER) or k in parents}
+        ]
+        for values in product(*together.values())
+    )
+    for point in islice(points, MOST_POINTS):
         try:
             check(experiment.with_params(point))
         except ConfigError as error:
@@ -215,6 +227,9 @@ def fit_to_key(key: str, distribution: Distribution) -> Distribution:
 
     Raises SpaceError when it gives fractions for a key of whole numbers, or lies mostly out of bounds.
     """
+    if isinstance(distribution, Conditional):
+        cases = tuple((value, fit_to_key(key, case)) for value, case in distribution.cases)
+        return Conditional(distribution.parent, cases)  # type: ignore[arg-type]
     if not isinstance(distribution, Numeric):
         return distribution
     bounds = key_bounds(key)
@@ -235,7 +250,16 @@ def fit_to_key(key: str, distribution: Distribution) -> Distribution:
     return truncated
 
 
-def _values_or_limits(distribution: Distribution) -> Sequence[Any]:
+def _each_case(parameters: Mapping[str, Distribution]) -> list[tuple[str, Constant | Categorical | Numeric]]:
+    """Every parameter; of a conditional one each case."""
+    return [
+        (key, case)
+        for key, d in parameters.items()
+        for case in ([inner for _, inner in d.cases] if isinstance(d, Conditional) else [d])
+    ]
+
+
+def _values_or_limits(distribution: Constant | Categorical | Numeric) -> Sequence[Any]:
     """All values of a parameter, or its smallest and its largest."""
     values = distribution.choices if isinstance(distribution, (Categorical, Constant)) else None
     return list(values) if values is not None else [distribution.at(0.0), distribution.at(1.0)]
@@ -244,10 +268,12 @@ def _values_or_limits(distribution: Distribution) -> Sequence[Any]:
 def variants(experiment: Experiment, definition: SweepDefinition) -> list[Experiment]:
     """One experiment for each model, data set, adapter and optimiser that the sweep's trials may have, at most
     ``MOST_VARIANTS``: what the preflight checks."""
-    kinds = {
-        k: d.choices
-        for k, d in definition.parameters.items()
-        if d.choices and k.startswith((*CHECKED_TOGETHER, *CHECKED_ALONE))
-    }
-    points = islice(product(*kinds.values()), MOST_VARIANTS)
-    return [experiment.with_params(dict(zip(kinds, values, strict=True))) for values in points]
+    points = (
+        dict(zip(kinds, values, strict=True))
+        for case in cases_of(definition.parameters)
+        for kinds in [
+            {k: d.choices for k, d in case.items() if d.choices and k.startswith((*CHECKED_TOGETHER, *CHECKED_ALONE))}
+        ]
+        for values in product(*kinds.values())
+    )
+    return [experiment.with_params(point) for point in islice(points, MOST_VARIANTS)]

@@ -26,7 +26,7 @@ from isaerft_sweep.errors import LaunchError
 from isaerft_sweep.journal.journal import TrialRecord, read_record
 from isaerft_sweep.journal.layout import SweepFolder, TrialFolder
 from isaerft_sweep.journal.states import FINAL, TrialState
-from isaerft_sweep.search.distributions import Distribution
+from isaerft_sweep.search.distributions import Distribution, resolved
 from isaerft_sweep.search.sampler import FixedPoints, Point
 from isaerft_sweep.search.sweep_file import SweepDefinition
 from isaerft_sweep.spec_fields import to_dict
@@ -126,7 +126,7 @@ def contains(space: Mapping[str, Distribution], params: Mapping[str, Any]) -> bo
     """Whether the point is in the space."""
     if set(space) != set(params):
         return False
-    for key, distribution in space.items():
+    for key, distribution in resolved(space, params).items():
         value = params[key]
         if distribution.choices is not None:
             if not any(_equivalent(choice, value) for choice in distribution.choices):

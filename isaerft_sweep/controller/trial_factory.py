@@ -62,7 +62,7 @@ class TrialFactory:
         spec = TrialSpec(
             index=index,
             name=name,
-            model_name=naming.model_name(experiment.model.name, name, orpo.loss),
+            model_name=naming.model_name(experiment.model.name, name, orpo.loss, experiment.adapter.kind),
             run_id=self.agent_run.run_id if self.agent_run else naming.run_id(self.sweep_id, index),
             sweep_id=self.sweep_id,
             sweep_name=(self.agent_run.parent_sweep if self.agent_run else self.folder).path.name,
@@ -71,7 +71,9 @@ class TrialFactory:
             params=dict(point.params),
             metric=self.definition.metric.name,
             goal=self.definition.metric.goal,
-            tags=naming.tags(orpo.learning_rate, orpo.beta, (*experiment.tags, *experiment.tracker.tags)),
+            tags=naming.tags(
+                orpo.learning_rate, orpo.beta, (*experiment.tags, *experiment.tracker.tags), experiment.adapter.kind
+            ),
             command=self._command(point),
             git_commit=self.git_commit,
             experiment=experiment,

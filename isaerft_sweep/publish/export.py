@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from isaerft_sweep.adapter.load import load_model
-from isaerft_sweep.adapter.merge import check_mergeable
+from isaerft_sweep.adapter.merge import LORA, check_mergeable
 from isaerft_sweep.errors import ModelError
 from isaerft_sweep.journal.atomic_files import write_text
 from isaerft_sweep.models.loading import device
@@ -57,7 +57,7 @@ def export(adapter: Path, out: Path | None, form: str | None, cache: str | None,
     It leaves no files behind then.
     """
     model, tokenizer = load_model(str(adapter), cache=cache, dtype=dtype)
-    kinds = {config.kind for config in model.peft_config.values()}
+    kinds = {getattr(config, "kind", LORA) for config in model.peft_config.values()}
     form = form or _best_form(model, kinds)
     if form == MERGED:
         check_mergeable(model.get_base_model(), kinds)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from isaerft_sweep.adapter.architecture import decoder_layers, decoder_layers_name
-from isaerft_sweep.adapter.blocks import BiasBlock, FeedForwardBlock, ScaleBlock
+from isaerft_sweep.adapter.blocks import BiasBlock, FeedForwardBlock, LoreftBlock, ScaleBlock
 from isaerft_sweep.adapter.layer import IsaerftLayer
 from isaerft_sweep.errors import ModelError
 from isaerft_sweep.journal.atomic_files import write_json, write_text
@@ -31,6 +31,8 @@ def write_standalone(model: peft.PeftModel, folder: Path) -> None:
 
     Raises ModelError when a block needs an SAE whose encoder the code does not implement.
     """
+    if not any(isinstance(layer, IsaerftLayer) for layer in decoder_layers(model.get_base_model())):
+        raise ModelError("a standalone export must be of an adapter at hook points but got lora, which merges: --merged.")
     base = model.get_base_model()
     layers_name = decoder_layers_name(base)
     sites, site_weights = [], nn.ModuleDict()
@@ -69,6 +71,8 @@ def _site(layer: IsaerftLayer) -> tuple[dict[str, Any], Tensors]:
     block, decoder = layer.isaerft_block[name], layer.decoder(name)
     if isinstance(block, BiasBlock):
         return {"kind": "bias"}, {"vector": block().float() @ decoder}
+    if isinstance(block, LoreftBlock):
+        raise ModelError("a standalone export must be of another kind than loreft. Publish the adapter: isaerft-sweep push.")
     encoder, tensors = _encoder(layer.saes[name].sae)
     tensors["W_dec"] = decoder
     if isinstance(block, ScaleBlock):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -22,7 +22,7 @@ from isaerft_sweep.dispatch.slurm.sbatch_flags import sbatch_parameters, working
 from isaerft_sweep.errors import ConfigError
 from isaerft_sweep.readiness.calibrate import Estimate, calibrate, from_earlier_sweeps
 from isaerft_sweep.results.axes import LOG_FAMILIES
-from isaerft_sweep.search.distributions import Categorical, Constant, Distribution
+from isaerft_sweep.search.distributions import Categorical, Conditional, Constant, Distribution, Numeric
 from isaerft_sweep.search.sampler import STARTUP, Point
 from isaerft_sweep.specs import Experiment, total_steps
 
@@ -57,20 +57,32 @@ def space_table(space: Mapping[str, Distribution], points: Sequence[Point]) -> T
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("parameter", "scale", "from", "trials on that scale", "to"):
         table.add_column(name, no_wrap=name != "trials on that scale")
-    for key, d in space.items():
-        name = key.partition(".")[2]
+    for key, d, name, chosen in _rows(space, points):
         if isinstance(d, Constant):
             table.add_row(name, "constant", show(d.value), "", "")
         elif isinstance(d, Categorical):
-            counts = Counter(show(point.params[key]) for point in points)
+            counts = Counter(show(point.params[key]) for point in chosen)
             table.add_row(
                 name, f"{len(d.values)} values", "", ", ".join(f"{show(v)}: {counts[show(v)]}" for v in d.values), ""
             )
         else:
-            positions = [point.unit[key] for point in points if key in point.unit]
+            positions = [point.unit[key] for point in chosen if key in point.unit]
             kind = "log" if d.family in LOG_FAMILIES else d.family
             table.add_row(name, kind, show(d.at(0.0)), axis(positions), show(d.at(1.0)))
     return table
+
+
+def _rows(
+    space: Mapping[str, Distribution], points: Sequence[Point]
+) -> Iterator[tuple[str, Constant | Categorical | Numeric, str, list[Point]]]:
+    """Key, distribution, shown name and points of each row; a conditional parameter has a row for each case."""
+    for key, d in space.items():
+        name = key.partition(".")[2]
+        if not isinstance(d, Conditional):
+            yield key, d, name, list(points)
+            continue
+        for value, case in d.cases:
+            yield key, case, f"{name} ({show(value)})", [p for p in points if p.params[d.parent] == value]
 
 
 def show(value: object) -> str:

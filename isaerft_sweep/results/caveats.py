@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from isaerft_sweep.metrics import CONTAINS_BETA, depends_on_beta, effect_of_beta
-from isaerft_sweep.search.distributions import Constant, Distribution, Numeric
+from isaerft_sweep.search.distributions import Categorical, Constant, Distribution, Numeric, resolved
 from isaerft_sweep.search.sampler import Point
 
 EDGE = 0.05
@@ -44,8 +44,9 @@ def dependence(metric: str, swept: Iterable[str], goal: str = "maximize", loss: 
 def edges(space: Mapping[str, Distribution], point: Point) -> list[str]:
     """One sentence for each parameter of ``point`` on the edge of the space: a better value may lie beyond."""
     warnings = []
+    at_point = resolved(space, point.params)
     for key, value in point.params.items():
-        side = _side(space.get(key), value, point.unit.get(key))
+        side = _side(at_point.get(key), value, point.unit.get(key))
         if side:
             warnings.append(
                 f"The best trial's {key} = {value:.4g} is {side} of the space: a better one may lie beyond. Widen it."
@@ -53,7 +54,7 @@ def edges(space: Mapping[str, Distribution], point: Point) -> list[str]:
     return warnings
 
 
-def _side(distribution: Distribution | None, value: object, u: float | None) -> str | None:
+def _side(distribution: Constant | Categorical | Numeric | None, value: object, u: float | None) -> str | None:
     if distribution is None or isinstance(distribution, Constant) or isinstance(value, (bool, str)):
         return None
     choices = distribution.choices

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from isaerft_sweep.results.confirmation import Candidate, read_confirmation
 from isaerft_sweep.results.reading import Entry, ReadSweep, shared_untrained
 from isaerft_sweep.results.statistics import show_probability
-from isaerft_sweep.search.distributions import Categorical, Constant, Distribution, Numeric
+from isaerft_sweep.search.distributions import Categorical, Conditional, Constant, Distribution, Numeric
 from isaerft_sweep.search.sweep_file import Metric
 
 
@@ -86,6 +86,8 @@ def describe(distribution: Distribution) -> str:
         return f"{distribution.value!r}"
     if isinstance(distribution, Categorical):
         return "one of " + ", ".join(str(value) for value in distribution.values)
+    if isinstance(distribution, Conditional):
+        return "; ".join(f"{value}: {describe(case)}" for value, case in distribution.cases)
     return _describe_numeric(distribution)
 
 

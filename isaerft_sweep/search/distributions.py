@@ -7,9 +7,10 @@ log-uniform parameter on its log scale and a quantised one as steps. Definitions
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 MAX_CHOICES = 10_000
@@ -184,7 +185,48 @@ class Truncated(Numeric):
         return max(low, self.low), min(high, self.high)
 
 
-Distribution = Constant | Categorical | Numeric
+@dataclass(frozen=True)
+class Conditional:
+    """Another distribution for each value of the parameter ``parent``: ``cases`` has them by that value, in its order."""
+
+    parent: str
+    cases: tuple[tuple[Any, Constant | Categorical | Numeric], ...]
+
+    def given(self, params: Mapping[str, Any]) -> Constant | Categorical | Numeric:
+        """The distribution for the parent's value in ``params``."""
+        value = params[self.parent]
+        return next(case for parent_value, case in self.cases if parent_value == value)
+
+    @property
+    def choices(self) -> tuple[Any, ...] | None:
+        """All possible values, in any case; None when there are too many."""
+        several = [case.choices for _, case in self.cases]
+        if any(choices is None for choices in several):
+            return None
+        return tuple({repr(value): value for choices in several for value in choices or ()}.values())
+
+    @property
+    def size(self) -> float:
+        """The number of values in the case with the most."""
+        return max(case.size for _, case in self.cases)
+
+
+Distribution = Constant | Categorical | Numeric | Conditional
+
+
+def resolved(space: Mapping[str, Distribution], params: Mapping[str, Any]) -> dict[str, Constant | Categorical | Numeric]:
+    """The space with each conditional parameter's distribution at the point ``params``."""
+    return {key: d.given(params) if isinstance(d, Conditional) else d for key, d in space.items()}
+
+
+def cases_of(space: Mapping[str, Distribution]) -> list[dict[str, Constant | Categorical | Numeric]]:
+    """Spaces without conditional parameters that together are ``space``: one for each value of their parents."""
+    parents = sorted({d.parent for d in space.values() if isinstance(d, Conditional)})
+    spaces = []
+    for values in product(*(space[parent].choices or () for parent in parents)):
+        point = dict(zip(parents, values, strict=True))
+        spaces.append({**resolved(space, point), **{parent: Constant(value) for parent, value in point.items()}})
+    return spaces
 
 
 def _linear(u: float, low: float, high: float) -> float:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from isaerft_sweep.errors import SpaceError, suggest
-from isaerft_sweep.search.distributions import Categorical, Constant, Distribution, Numeric
+from isaerft_sweep.search.distributions import Categorical, Conditional, Constant, Distribution, Numeric
 
 LIMITS = ("min", "max")
 MOMENTS = ("mu", "sigma")
@@ -46,6 +46,10 @@ def read_parameter(key: str, block: Any) -> Distribution:
     """The distribution of one parameter. Raises SpaceError that names the key, its value and the right form."""
     if not isinstance(block, Mapping):
         raise SpaceError(f"{key} must be a mapping but got {block!r}. Right form: {{value: {block!r}}}.")
+    return _conditional(key, block) if "by" in block else _unconditional(key, block)
+
+
+def _unconditional(key: str, block: Mapping[str, Any]) -> Constant | Categorical | Numeric:
     kind = str(block["distribution"] if "distribution" in block else _implied_kind(key, block))
     if kind not in DISTRIBUTIONS:
         raise SpaceError(f"{key}: unknown distribution '{kind}'." + suggest(kind, DISTRIBUTIONS))
@@ -64,6 +68,35 @@ def read_parameter(key: str, block: Any) -> Distribution:
     if kind.startswith("categorical"):
         return _categorical(key, block)
     return _numeric(key, kind, block)
+
+
+def _conditional(key: str, block: Mapping[str, Any]) -> Conditional:
+    form = f"Right form: {key}: {{by: adapter.kind, cases: {{bias: {{value: 0.1}}, vector: {{min: 0.1, max: 1.0}}}}}}."
+    cases = block.get("cases")
+    if set(block) != {"by", "cases"} or not isinstance(block["by"], str) or not isinstance(cases, Mapping) or not cases:
+        raise SpaceError(f"{key}: by must name another parameter, and cases have a block for each of its values. {form}")
+    for value, inner in cases.items():
+        if not isinstance(inner, Mapping) or "by" in inner:
+            raise SpaceError(f"{key}: the case of {value!r} must be a parameter without `by` but is {inner!r}. {form}")
+    return Conditional(block["by"], tuple((v, _unconditional(f"{key} ({v})", inner)) for v, inner in cases.items()))
+
+
+def check_conditional(parameters: Mapping[str, Distribution]) -> None:
+    """Raise SpaceError unless each conditional parameter has a case for each value of a parameter with a list of values."""
+    for key, distribution in parameters.items():
+        if not isinstance(distribution, Conditional):
+            continue
+        parent = parameters.get(distribution.parent)
+        if parent is None:
+            raise SpaceError(
+                f"{key}: by must name a parameter of the sweep but got '{distribution.parent}'."
+                + suggest(distribution.parent, parameters)
+            )
+        if not isinstance(parent, (Categorical, Constant)):
+            raise SpaceError(f"{key}: by must name a parameter with a list of values but {distribution.parent} has none.")
+        expected, found = list(parent.choices or ()), [value for value, _ in distribution.cases]
+        if sorted(map(repr, expected)) != sorted(map(repr, found)):
+            raise SpaceError(f"{key}: cases must be those of {distribution.parent}, {expected}, but are {found}.")
 
 
 def _implied_kind(key: str, block: Mapping[str, Any]) -> str:
@@ -103,7 +136,7 @@ def _number(key: str, block: Mapping[str, Any], name: str) -> float:
     return float(value)
 
 
-def _categorical(key: str, block: Mapping[str, Any]) -> Distribution:
+def _categorical(key: str, block: Mapping[str, Any]) -> Categorical:
     values = block["values"]
     if not isinstance(values, list) or not values:
         raise SpaceError(f"{key}: values must be a list with at least one value but got {values!r}.")
@@ -132,7 +165,7 @@ def _comparison_key(value: Any) -> str:
     return repr(value)
 
 
-def _numeric(key: str, kind: str, block: Mapping[str, Any]) -> Distribution:
+def _numeric(key: str, kind: str, block: Mapping[str, Any]) -> Constant | Numeric:
     names = DISTRIBUTIONS[kind]
     a, b = (_number(key, block, name) for name in names)
     q = _number(key, block, "q") if kind.startswith("q_") else None

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from isaerft_sweep.search.distributions import Categorical, Constant, Distribution
+from isaerft_sweep.search.distributions import Categorical, Conditional, Constant, Distribution, cases_of, resolved
 from isaerft_sweep.spec_fields import canonical_json
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ class Sampler:
     @cached_property
     def size(self) -> float:
         """The number of different points; infinite when a parameter is continuous."""
-        return math.prod(d.size for d in self.space.values())
+        return sum(math.prod(d.size for d in case.values()) for case in cases_of(self.space))
 
     def ask(self) -> Point | None:
         point = self._next_untried()
@@ -180,18 +180,30 @@ class Sampler:
         return self._point(dict(zip(self.free, row, strict=True)))
 
     def _point(self, unit: Mapping[str, float]) -> Point:
-        params = {key: d.at(unit.get(key, 0.5)) for key, d in self.space.items()}
+        params = {key: d.at(unit.get(key, 0.5)) for key, d in self.space.items() if not isinstance(d, Conditional)}
+        params = {key: d.at(unit.get(key, 0.5)) for key, d in resolved(self.space, params).items()}
         return Point(params, {key: float(u) for key, u in unit.items()})
 
     def _grid_points(self) -> Iterator[Point]:
         """Yield every point, the last parameter varying fastest: a grid may be larger than the memory."""
-        sizes = {key: int(d.size) for key, d in self.space.items()}
-        for number in range(math.prod(sizes.values())):
-            choice: dict[str, int] = {}
-            for key in reversed(sizes):
-                number, choice[key] = divmod(number, sizes[key])
-            params = {key: d.nth(choice[key]) for key, d in self.space.items()}
-            yield Point(params, {key: (choice[key] + 0.5) / sizes[key] for key in self.free})
+        for case in cases_of(self.space):
+            sizes = {key: int(d.size) for key, d in case.items()}
+            for number in range(math.prod(sizes.values())):
+                choice: dict[str, int] = {}
+                for key in reversed(sizes):
+                    number, choice[key] = divmod(number, sizes[key])
+                params = {key: d.nth(choice[key]) for key, d in case.items()}
+                unit = {key: (choice[key] + 0.5) / sizes[key] for key in self.free}
+                unit |= {key: self._unit_of(key, value) for key, value in params.items() if self._is_parent(key)}
+                yield Point(params, unit)
+
+    def _is_parent(self, key: str) -> bool:
+        return any(isinstance(d, Conditional) and d.parent == key for d in self.space.values())
+
+    def _unit_of(self, key: str, value: Any) -> float:
+        """The u of a value of a list: the middle of its share."""
+        choices = self.space[key].choices or ()
+        return (choices.index(value) + 0.5) / len(choices)
 
 
 def load_libraries() -> None:

@@ -11,8 +11,8 @@ from typing import Any
 from isaerft_sweep.errors import ConfigError, SpaceError, suggest
 from isaerft_sweep.metrics import LESS_IS_BETTER, METRICS
 from isaerft_sweep.search.constraints import Constraint, read_constraints, violation
-from isaerft_sweep.search.distributions import Distribution
-from isaerft_sweep.search.parameters import read_parameter
+from isaerft_sweep.search.distributions import Conditional, Distribution
+from isaerft_sweep.search.parameters import check_conditional, read_parameter
 from isaerft_sweep.search.strict_yaml import read_yaml
 from isaerft_sweep.specs import split_key
 
@@ -96,6 +96,7 @@ def read_sweep(raw: Any, ours: bool = True) -> SweepDefinition:
     if method not in METHODS:
         raise SpaceError(f"method must be one of {', '.join(METHODS)} but got {method!r}.")
     parameters = read_parameters(raw.get("parameters"), ours=ours)
+    check_conditional(parameters)
     if method == "grid":
         check_grid(parameters)
     return SweepDefinition(
@@ -139,6 +140,10 @@ def read_parameters(raw: Any, prefix: str = "", ours: bool = True) -> dict[str, 
 def check_grid(parameters: Mapping[str, Distribution]) -> None:
     """Raise SpaceError unless every parameter has finitely many values."""
     for key, distribution in parameters.items():
+        if isinstance(distribution, Conditional):
+            raise SpaceError(
+                f"{key}: method grid takes no parameter with `by`. Use random or bayes, or a file for each case."
+            )
         if distribution.size == math.inf:
             raise SpaceError(
                 f"{key}: method grid needs a finite set but got distribution {getattr(distribution, 'kind', '?')}. "

@@ -139,7 +139,9 @@ class _Probe:
 
     def _with_adapter(self) -> peft.PeftModel:
         sites = [{key: value for key, value in hook_point.items() if value is not None} for hook_point in self.sites]
-        config = IsaerftConfig(sites=sites, kind="bias")
+        # where the adapter needs no SAE, none is loaded
+        has_saes = all("sae_path" in hook_point or "sae_release" in hook_point for hook_point in sites)
+        config = IsaerftConfig(sites=sites, kind="bias" if has_saes else "vector")
         with torch.random.fork_rng(devices=[]):
             return peft.get_peft_model(sharing_weights(self.model), config).train()
 

@@ -46,16 +46,23 @@ def learned(model: peft.PeftModel, rows: Any, max_tokens: int = MAX_TOKENS) -> l
     """What each hook point's block does on the tokenised held-out ``rows``.
 
     The first token of each sequence is left out: it is an attention sink, with a residual stream unlike all others.
-    With several hook points, each one is measured on the residual stream of the untrained model.
+    With several hook points, each one is measured on the residual stream of the untrained model. Empty for an adapter
+    without latents.
     """
+    layers = decoder_layers(model.get_base_model())
+    if not any(isinstance(layer, IsaerftLayer) and _has_latents(layer) for layer in layers):
+        return []
     batches, was_training = _batches(rows, max_tokens), model.training
     model.eval()
     with model.disable_adapter():
         before = _streams(model, batches)
     after = _streams(model, batches)
     model.train(was_training)
-    layers = decoder_layers(model.get_base_model())
     return [_change(index, layers[index], before[index], after[index]) for index in sorted(before)]  # type: ignore[arg-type]
+
+
+def _has_latents(layer: IsaerftLayer) -> bool:
+    return layer.saes[layer.active_adapters[0]].basis == "sae"
 
 
 def _batches(rows: Any, max_tokens: int) -> list[list[int]]:

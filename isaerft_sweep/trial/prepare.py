@@ -15,8 +15,9 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from isaerft_sweep.adapter.config import ON_SAE
 from isaerft_sweep.adapter.hook import check_hook
-from isaerft_sweep.adapter.sae import OWN_RELEASE, FrozenSae, check_fits, describe, load_sae
+from isaerft_sweep.adapter.sae import OWN_RELEASE, FrozenSae, check_fits, describe, load_sae, stream_basis
 from isaerft_sweep.errors import ConfigError, IsaerftError, ModelError, suggest
 from isaerft_sweep.models.loading import load, load_config, load_tokenizer, remove_dropout
 from isaerft_sweep.models.twin import count_parameters, small_twin
@@ -24,7 +25,7 @@ from isaerft_sweep.paths import cache_folder
 from isaerft_sweep.preferences import PROGRESS
 from isaerft_sweep.spec_fields import canonical_json, from_mapping, to_dict
 from isaerft_sweep.specs import Experiment
-from isaerft_sweep.trial.attach import adapter_config
+from isaerft_sweep.trial.attach import isaerft_config
 from isaerft_sweep.trial.data import Pairs, Progress, largest_token, load_pairs, longest_sequence
 from isaerft_sweep.trial.exact import PLAIN, exact_way
 from isaerft_sweep.trial.harm import read_neutral
@@ -52,7 +53,8 @@ def prepare(experiment: Experiment, cache: dict[str, Any] | None = None) -> dict
 
     model, data, max_length = experiment.model, experiment.data, experiment.orpo.max_length
     _check_packages(experiment)
-    adapter_config(experiment.adapter)
+    if experiment.adapter.kind != "lora":
+        isaerft_config(experiment.adapter)
     if experiment.launcher.compile:
         once(_check_compiler, "compiler")
     model_key = (to_dict(model), experiment.cache)
@@ -60,6 +62,10 @@ def prepare(experiment: Experiment, cache: dict[str, Any] | None = None) -> dict
     text = config.get_text_config()
     saes = []
     for index, hook_point in enumerate(to_dict(s) for s in experiment.adapter.sites):
+        if experiment.adapter.kind not in ON_SAE:
+            check_fits(stream_basis(text.hidden_size), hook_point, text.hidden_size, text.num_hidden_layers)
+            _check_layers_above(experiment, hook_point["layer"], text.num_hidden_layers)
+            continue
         sae = once(lambda hook_point=hook_point: load_sae(hook_point), "sae", hook_point)  # type: ignore[misc]
         check_fits(sae, hook_point, text.hidden_size, text.num_hidden_layers)
         if not experiment.adapter.force_hook:
@@ -83,6 +89,14 @@ def prepare(experiment: Experiment, cache: dict[str, Any] | None = None) -> dict
         "data": f"{data.path or data.name}: {pairs.summary}",
         "pairs": len(pairs.train),
     }
+
+
+def _check_layers_above(experiment: Experiment, layer: int, layers: int) -> None:
+    if experiment.adapter.kind == "lora" and layer == layers - 1:
+        raise ModelError(
+            f"adapter.kind=lora trains the decoder layers above the hook point, but layer {layer} is the last one. Choose a "
+            "lower hook point: adapter.sites."
+        )
 
 
 def _check_packages(experiment: Experiment) -> None:

@@ -10,10 +10,12 @@ from typing import TypeVar
 
 import peft
 
+from isaerft_sweep.adapter.config import ON_SAE
 from isaerft_sweep.models.loading import LoadedModel
 from isaerft_sweep.paths import cache_folder
 from isaerft_sweep.spec_fields import canonical_json, to_dict
 from isaerft_sweep.specs import Experiment
+from isaerft_sweep.trial.attach import hook_layer
 from isaerft_sweep.trial.exact import Way, exact_way
 from isaerft_sweep.trial.forward.activation_cache import CachePlace, NotStored, StoredActivations, stored_activations
 from isaerft_sweep.trial.forward.strategy import ForwardStrategy, why_not_shared
@@ -42,7 +44,7 @@ def data_key(experiment: Experiment) -> str:
 
 def activations_key(experiment: Experiment) -> str:
     """Equal for experiments that can use the same stored output of the frozen layers."""
-    launcher, lowest = experiment.launcher, min(site.layer for site in experiment.adapter.sites)
+    launcher, lowest = experiment.launcher, hook_layer(experiment.adapter)
     settings = [launcher.scratch, launcher.activation_cache_gb, launcher.share_prompts, experiment.orpo.eval_harm]
     return canonical_json([data_key(experiment), lowest, *settings])
 
@@ -96,7 +98,8 @@ def cached_activations(
 
 def way_through(experiment: Experiment, loaded: LoadedModel, shared: ProcessCache) -> Way:
     """Which savings give this model's own numbers, of those that the launcher wants."""
-    launcher, sites = experiment.launcher, [to_dict(site) for site in experiment.adapter.sites]
+    launcher, kind = experiment.launcher, experiment.adapter.kind
+    sites = [to_dict(site) if kind in ON_SAE else {"layer": site.layer} for site in experiment.adapter.sites]
 
     def ask() -> Way:
         share = launcher.share_prompts and launcher.lean_logits

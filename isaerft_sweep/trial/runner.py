@@ -36,6 +36,7 @@ from isaerft_sweep.trial.checkpoints import complete_checkpoints, step_of
 from isaerft_sweep.trial.cobatch.passes import Steps
 from isaerft_sweep.trial.cobatch.run_passes import run_alone
 from isaerft_sweep.trial.data import Pairs, load_pairs
+from isaerft_sweep.trial.difference_of_means import set_difference_of_means
 from isaerft_sweep.trial.forward.activation_cache import lowest_hook_point
 from isaerft_sweep.trial.forward.strategy import ForwardStrategy
 from isaerft_sweep.trial.generations import held_out_prompts, measure_generations
@@ -189,7 +190,8 @@ def _steps(spec: TrialSpec, phases: Phases, shared: ProcessCache, loaded: _Loade
     recorder.rewind(step_of(resume) if resume else -1)
     untrained = {"first": spec.index == 0, "always": True, "never": False}[orpo.eval_untrained]
     with cached_activations(loop.texts(loaded.neutral), experiment, model, way, shared, phases) as above:
-        base = loaded.base.model if way.above and way.lean else None
+        can_be_co_batched = way.above and way.lean and experiment.adapter.kind != "lora"
+        base = loaded.base.model if can_be_co_batched else None
         strategy = ForwardStrategy(above, way.share, way.lean, base)
         key = reference_key(experiment, strategy)
         reference, measures = None, []
@@ -210,7 +212,11 @@ def _steps(spec: TrialSpec, phases: Phases, shared: ProcessCache, loaded: _Loade
         if orpo.eval_generations:
             prompts = held_out_prompts(loaded.pairs.evaluation, orpo.eval_generations)
             measures.append(partial(measure_generations, model, prompts, pad, above))
-        context = PassContext(strategy, reference, tuple(measures))
+        fit = None
+        if experiment.adapter.kind == "diffmean":
+            rows, strength = loop.reached_rows(), experiment.adapter.strength
+            fit = partial(set_difference_of_means, model, rows, strength, above, pad, orpo.eval_batch_size)
+        context = PassContext(strategy, reference, tuple(measures), fit)
         yield from loop.run(context, make_sparsity(experiment.adapter), resume, untrained and resume is None)
 
 

@@ -49,12 +49,14 @@ class PassContext:
     """What passes through the model need.
 
     ``strategy``: how batches go through it. ``reference``: the log-probabilities of the model without the adapter, where the
-    loss needs them. ``measures``: what an evaluation measures besides the pairs, each by metric.
+    loss needs them. ``measures``: what an evaluation measures besides the pairs, each by metric. ``fit``: sets the adapter's
+    weights in place of training, in a single step.
     """
 
     strategy: ForwardStrategy
     reference: Reference | None = None
     measures: tuple[Callable[[], dict[str, float]], ...] = ()
+    fit: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ class TrainLoop:
 
     def reached_rows(self) -> Dataset:
         """The training pairs that the steps will reach: all of them from one epoch on."""
-        reached = self.order.reached(self.steps)
+        reached = self.order.reached(total_steps(self.spec, len(self.pairs.train)))
         return self.pairs.train if len(reached) == len(self.pairs.train) else self.pairs.train.select(reached)
 
     def texts(self, more: list[list[int]]) -> list[list[int]]:
@@ -170,6 +172,8 @@ class TrainLoop:
             evaluate_first: whether to evaluate the untrained model.
         """
         step = load_checkpoint(resume, self.model, self.optimizer, self.schedule) if resume else 0
+        if context.fit is not None:
+            self.steps = 1
         if evaluate_first:
             yield from self._evaluate(0, context)
         while step < self.steps and not self.recorder.stopped:
@@ -186,6 +190,9 @@ class TrainLoop:
 
     def _step(self, number: int, context: PassContext, sparsity: Sparsity) -> Steps[dict[str, float]]:
         """One optimiser step; its metrics."""
+        if context.fit is not None:
+            context.fit()
+            return {"num_tokens": self.recorder.tokens_seen, "epoch": self.order.epochs_after(number + 1)}
         self.model.train()
         mean, total = _Mean(), 0.0
         batches = self.order.step(number)

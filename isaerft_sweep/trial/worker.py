@@ -215,7 +215,9 @@ def _note_failure(trial: TrialFolder, attempt: int, error: Exception) -> None:
 
 def pass_key(experiment: Experiment) -> str | None:
     """Equal for experiments that can be co-batched; None for one that cannot."""
-    if not experiment.launcher.lean_logits or experiment.orpo.gradient_checkpointing:
+    # LoRA changes weights that all rows of a pass share
+    changes_weights = experiment.adapter.kind == "lora"
+    if not experiment.launcher.lean_logits or experiment.orpo.gradient_checkpointing or changes_weights:
         return None
     return activations_key(experiment)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, set_seed
 
 from isaerft_sweep.adapter.architecture import decoder_layers
 from isaerft_sweep.adapter.sae import load_sae
@@ -27,9 +29,65 @@ class Collect(TrainerCallback):
             self.rows.append({"step": state.global_step, **logs})
 
 
-def steered_model(experiment: Experiment) -> Any:
-    """The loaded model with a trainable vector on the latents of its first hook point: f + b, or f · (1 + b)."""
-    loaded = without_dropout(load(experiment.model, None))
+def adapted_model(experiment: Experiment) -> Any:
+    """The loaded model with the adapter as a user would write it, in the simplest way."""
+    kind, loaded = experiment.adapter.kind, without_dropout(load(experiment.model, None))
+    layer_number = experiment.adapter.sites[0].layer
+    if kind == "lora":
+        return replace(loaded, model=_with_lora(loaded.model, layer_number, experiment))
+    if kind in ("vector", "loreft"):
+        _change_stream(decoder_layers(loaded.model)[layer_number], loaded.model.config.hidden_size, experiment)
+        return loaded
+    return _steered(loaded, experiment)
+
+
+def _with_lora(model: Any, hook_layer: int, experiment: Experiment) -> Any:
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    rank = experiment.adapter.rank or 8
+    above = list(range(hook_layer + 1, len(decoder_layers(model))))
+    config = peft.LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules=names, layers_to_transform=above, task_type="CAUSAL_LM"
+    )
+    set_seed(experiment.orpo.seed)
+    return peft.get_peft_model(model, config)
+
+
+def _change_stream(layer: torch.nn.Module, width: int, experiment: Experiment) -> None:
+    """x + b, or LoReFT with the initial weights of equation 2 that leave x as it is."""
+    set_seed(experiment.orpo.seed)
+    if experiment.adapter.kind == "vector":
+        layer.register_parameter("steering", torch.nn.Parameter(torch.zeros(width)))
+    else:
+        rank = experiment.adapter.rank or 4
+        free = torch.linalg.qr(torch.randn(width, rank)).Q
+        layer.register_parameter("free", torch.nn.Parameter(free))
+        layer.register_parameter("weight", torch.nn.Parameter(_orthonormal(free).clone()))
+        layer.register_parameter("offset", torch.nn.Parameter(torch.zeros(rank)))
+
+    def hook(module: Any, _args: Any, output: Any) -> Any:
+        x = output[0] if isinstance(output, tuple) else output
+        if experiment.adapter.kind == "vector":
+            x = x + module.steering
+        else:
+            rows = _orthonormal(module.free)
+            x = x + (x @ module.weight.T + module.offset - x @ rows.T) @ rows
+        return (x, *output[1:]) if isinstance(output, tuple) else x
+
+    layer.register_forward_hook(hook)
+
+
+def _orthonormal(free: torch.Tensor) -> torch.Tensor:
+    """Gram and Schmidt's rows [rank, width] of ``free`` [width, rank]."""
+    rows: list[torch.Tensor] = []
+    for column in free.T:
+        for row in rows:
+            column = column - (column @ row) * row
+        rows.append(column / column.norm())
+    return torch.stack(rows)
+
+
+def _steered(loaded: Any, experiment: Experiment) -> Any:
+    """A trainable vector on the latents: f + b, or f · (1 + b)."""
     site = to_dict(experiment.adapter.sites[0])
     sae = load_sae({key: value for key, value in site.items() if value is not None}).sae
     layer = decoder_layers(loaded.model)[site["layer"]]
@@ -68,7 +126,7 @@ def orpo_rows(experiment: Experiment, output: Path) -> list[dict[str, float]]:
 
 def trained_rows(trainer: Any, config: Any, experiment: Experiment, output: Path, **more: Any) -> list[dict[str, float]]:
     """What a TRL trainer logs for the experiment; ``more``: of its config."""
-    loaded, seen = steered_model(experiment), Collect()
+    loaded, seen = adapted_model(experiment), Collect()
     pairs: Pairs = load_pairs(experiment.data, loaded.tokenizer, experiment.orpo.max_length)
     trainer(
         model=loaded.model, args=trl_arguments(config, experiment.orpo, output, **more), train_dataset=pairs.train,

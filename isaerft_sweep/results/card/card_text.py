@@ -20,7 +20,21 @@ BLOCKS = {
     "scale": "f · (1 + s)",
     "linear": "f + Wf + c",
     "mlp": "f + MLP(f)",
+    "random": "f + b",
+    "vector": "x + b",
+    "diffmean": "x + b",
+    "loreft": "x + Rᵀ(Wx + c − Rx)",
+    "lora": "Wx + BAx",
 }
+ISAERFT = "an ISAERFT adapter, a small trainable block in the latent space of a frozen sparse autoencoder (SAE)"
+ABOUT = {
+    "random": "a bias on random directions, as many and as long as those of a sparse autoencoder: a control for ISAERFT",
+    "vector": "a steering vector, trained on the residual stream without a sparse autoencoder: a control for ISAERFT",
+    "diffmean": "a steering vector, the difference between the mean activations of chosen and rejected answers",
+    "loreft": "a LoReFT adapter (arXiv 2404.03592) on the residual stream",
+    "lora": "a LoRA adapter (arXiv 2106.09685) on the decoder layers above the hook point",
+}
+"""What the adapter is, for kinds other than ISAERFT's."""
 QUICK_START = """\
 In the folder of this card, or with its Hub name instead of `"."`{needs}:
 

@@ -20,9 +20,11 @@ from isaerft_sweep.metrics import GENERATION, HARM, depends_on_beta
 from isaerft_sweep.paths import asset
 from isaerft_sweep.results.card.card_data import front_matter, is_repository
 from isaerft_sweep.results.card.card_text import (
+    ABOUT,
     ALONE,
     BLOCKS,
     FRAMEWORKS,
+    ISAERFT,
     WITH_ADAPTER,
     WITH_OWN_CODE,
     citations,
@@ -101,6 +103,8 @@ def card_fields(trial: TrialFolder, results: TrialStatus, adapter: Path, standin
         "sweep": _sweep(spec, standing),
         "kind": spec.experiment.adapter.kind,
         "block": BLOCKS[spec.experiment.adapter.kind],
+        "about": ABOUT.get(spec.experiment.adapter.kind, ISAERFT),
+        "changed": _changed(spec.experiment.adapter.kind),
         "parameters": f"{count_parameters(adapter):,}",
         "sites": sites_table(adapter),
         "learned": _learned(trial),
@@ -234,14 +238,25 @@ def count_parameters(adapter: Path) -> int:
     return total
 
 
+def _changed(kind: str) -> str:
+    """What the block changes, for the card's sentence on the adapter."""
+    if kind == "lora":
+        return f"a linear map Wx of the layers above the hook point becomes {BLOCKS[kind]}"
+    if kind in ("vector", "diffmean", "loreft"):
+        return f"the residual stream x becomes {BLOCKS[kind]}"
+    return f"the latents f become {BLOCKS[kind]}; the SAE's reconstruction error is kept"
+
+
 def sites_table(adapter: Path) -> str:
     """The adapter's sites and their SAEs."""
     sites = (read_json(adapter / "adapter_config.json") or {}).get("sites", [])
     lines = [
-        f"| output of decoder layer {site['layer']} | {site.get('sae_path') or site.get('sae_release')} "
+        f"| output of decoder layer {site['layer']} | {site.get('sae_path') or site.get('sae_release') or 'none'} "
         f"| {site.get('sae_id') or ''} | {_fingerprint(site.get('fingerprint'))} |"
         for site in sites
     ]
+    if not sites:
+        return ""
     return "| site | SAE release | SAE id | fingerprint |\n| --- | --- | --- | --- |\n" + "\n".join(lines)
 
 

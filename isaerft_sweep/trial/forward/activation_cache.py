@@ -30,6 +30,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from isaerft_sweep.adapter.architecture import decoder_layers
+from isaerft_sweep.adapter.frozen_boundary import FrozenBoundary
 from isaerft_sweep.adapter.layer import IsaerftLayer
 from isaerft_sweep.journal.atomic_files import create_once, is_being_created, locked, read_json, write_json
 from isaerft_sweep.spec_fields import canonical_json
@@ -193,13 +194,13 @@ def _reserve(path: Path, shape: tuple[int, int], dtype: np.dtype[Any], needed_by
 
 
 def lowest_hook_point(layers: nn.ModuleList) -> int:
-    """Index of the lowest decoder layer that has an adapter."""
-    return next(i for i, layer in enumerate(layers) if isinstance(layer, IsaerftLayer))
+    """Index of the lowest decoder layer whose output an adapter changes, or above which one changes weights."""
+    return next(i for i, layer in enumerate(layers) if isinstance(layer, (IsaerftLayer, FrozenBoundary)))
 
 
-def layer_at_hook_point(layers: nn.ModuleList, hook_layer: int) -> IsaerftLayer:
-    """The decoder layer at ``hook_layer``, which has an adapter."""
-    return cast(IsaerftLayer, layers[hook_layer])
+def layer_at_hook_point(layers: nn.ModuleList, hook_layer: int) -> IsaerftLayer | FrozenBoundary:
+    """The wrapped decoder layer at ``hook_layer``."""
+    return cast("IsaerftLayer | FrozenBoundary", layers[hook_layer])
 
 
 def _weights_digest(model: peft.PeftModel, layers: nn.ModuleList, hook_layer: int) -> str:
