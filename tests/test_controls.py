@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 from conftest import TINY
+from helpers.sweeps import make_sweep
 from helpers.trials import OFF, Made, rows_of
 
 from isaerft_sweep import naming
@@ -21,6 +22,9 @@ from isaerft_sweep.config.compose import compose
 from isaerft_sweep.errors import ConfigError, IsaerftError
 from isaerft_sweep.models.loading import load
 from isaerft_sweep.publish.export import export
+from isaerft_sweep.results.answer import answer, methods
+from isaerft_sweep.results.reading import ReadSweep, read_sweep_folder
+from isaerft_sweep.results.report.write import write_report
 from isaerft_sweep.spec_fields import to_dict
 from isaerft_sweep.trial.data import load_pairs
 from isaerft_sweep.trial.prepare import prepare
@@ -140,3 +144,45 @@ def test_the_control_needs_no_sae() -> None:
     assert to_dict(experiment.adapter.sites[0])["layer"] == 1 and prepare(experiment)["saes"] == []
     with pytest.raises(ConfigError, match="must have either sae_release"):
         compose([*TINY, "adapter=random", "adapter.sites=[{layer: 1}]"])
+
+
+def sweep_of_kinds(path: Path) -> ReadSweep:
+    """The made-up sweep's trials as three kinds: 4 best, a vector, then 3 bias, 2 lora, 1 bias, 0 vector."""
+    folder = make_sweep(path)
+    kinds = ["vector", "bias", "lora", "bias", "vector"]
+    lines = folder.journal.read_text().splitlines()
+    for number, line in enumerate(lines):
+        event = json.loads(line)
+        if event["event"] == "trial":
+            event["params"]["adapter.kind"] = kinds[event["index"]]
+            status = json.loads(folder.trial(event["name"]).status.read_text())
+            status["metrics"]["eval/kl_base"] = 0.1 * (event["index"] + 1)
+            folder.trial(event["name"]).status.write_text(json.dumps(status))
+        lines[number] = json.dumps(event)
+    folder.journal.write_text("\n".join(lines) + "\n")
+    return read_sweep_folder(folder.path)
+
+
+def test_a_sweep_over_kinds_compares_their_best(tmp_path: Path) -> None:
+    sweep = sweep_of_kinds(tmp_path / "s")
+    compared = methods(sweep)
+    assert [(m.kind, m.completed, m.best.record.index if m.best else None) for m in compared] == [
+        ("vector", 2, 4),
+        ("bias", 2, 3),
+        ("lora", 1, 2),
+    ]
+    assert sum(m.probability_best or 0 for m in compared) == pytest.approx(1)
+    said = answer(sweep)
+    gap = sweep.entries[0].metrics["eval/log_odds_chosen"] - sweep.entries[1].metrics["eval/log_odds_chosen"]
+    assert said[0].startswith("Trial 5 (lr ") and "is the best by eval/log_odds_chosen, with a probability of " in said[0]
+    assert any(
+        f"The best bias is trial 4, {gap:.4f} behind at a KL of 0.400; the probability that a bias" in s for s in said
+    )
+    page, _ = write_report(sweep)
+    html = page.read_text()
+    assert "Methods compared" in html and "one of them is best" in html and said[0].split(",")[0] in html
+
+
+def test_one_kind_is_not_compared(tmp_path: Path) -> None:
+    sweep = read_sweep_folder(make_sweep(tmp_path / "s").path)
+    assert methods(sweep) == [] and not any("The best" in text for text in answer(sweep))

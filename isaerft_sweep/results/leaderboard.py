@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from isaerft_sweep.journal.atomic_files import write_text
+from isaerft_sweep.results.answer import answer
 from isaerft_sweep.results.caveats import edges
 from isaerft_sweep.results.reading import Entry, ReadSweep
 from isaerft_sweep.results.statistics import show_probability
@@ -164,7 +165,8 @@ def notes(sweep: ReadSweep) -> list[Text]:
     if best is None:
         reasons = [Text(text, style="yellow") for text in caveats(sweep)]
         return [*reasons, Text(f"No winner{' yet' if sweep.is_run else ''}: {sweep.why_unranked()}", style="red")]
-    lines = [Text(text, style="dim" if text.startswith(("95 %", "expected")) else "yellow") for text in caveats(sweep)]
+    lines = [Text(" ".join(answer(sweep)))]
+    lines += [Text(text, style="dim" if text.startswith(("95 %", "expected")) else "yellow") for text in caveats(sweep)]
     if best.folder:
         lines.append(Text(f"Best trial: {best.folder.path}"))
         lines.append(Text(f"Try it:     isaerft-sweep generate {shlex.quote(short_path(best.folder.path))}"))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 
+from isaerft_sweep.results.answer import trials_by_kind
 from isaerft_sweep.results.axes import Axis, show_value
 from isaerft_sweep.results.leaderboard import short_name
 from isaerft_sweep.results.reading import Entry
@@ -17,6 +18,7 @@ from isaerft_sweep.results.report.gather import Report, SiteAcrossTrials
 LEADERS = 8
 """Trials whose curves get their own colour and name."""
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31", "#000000")
+UNTRAINED_COLOR = "#000000"
 """Okabe and Ito's palette, safe for colour-blind readers."""
 OTHERS = "#c3c8cf"
 KL = "eval/kl_base"
@@ -93,6 +95,17 @@ class GainAndHarm:
         broken = " (breaks a constraint)"
         return [report.label(entry) + (broken if entry.violation else "") for entry in self.entries]
 
+    def by_kind(self, report: Report) -> dict[str, GainAndHarm]:
+        """The trials of each ``adapter.kind``."""
+        points = zip(self.entries, self.gains, self.harms, strict=True)
+        of_entry = {id(entry): (gain, harm) for entry, gain, harm in points}
+        return {
+            kind: replace(
+                self, entries=part, gains=[of_entry[id(e)][0] for e in part], harms=[of_entry[id(e)][1] for e in part]
+            )
+            for kind, part in trials_by_kind(self.entries, report.sweep).items()
+        }
+
 
 def gain_and_harm(report: Report) -> GainAndHarm | None:
     """What ``tradeoff`` draws; None when no trial has measured its KL from the base model."""
@@ -113,23 +126,27 @@ def tradeoff(report: Report) -> go.Figure | None:
     if data is None:
         return None
     figure = _figure(420)
-    figure.add_scatter(
-        x=data.harms,
-        y=data.gains,
-        mode="markers",
-        name="trial",
-        marker={
-            "size": [20 if e is report.sweep.winner else 12 for e in data.entries],
-            "symbol": ["star" if e is report.sweep.winner else f"circle{'-open' * bool(e.violation)}" for e in data.entries],
-            "color": COLORS[0],
-        },
-        error_y=error_bars(data.entries, data.gains),
-        text=data.names(report),
-        hoverinfo="text+x+y",
-    )
+    parts = data.by_kind(report)
+    for number, (kind, part) in enumerate(parts.items()):
+        figure.add_scatter(
+            x=part.harms,
+            y=part.gains,
+            mode="markers",
+            name=kind if len(parts) > 1 else "trial",
+            marker={
+                "size": [20 if e is report.sweep.winner else 12 for e in part.entries],
+                "symbol": [
+                    "star" if e is report.sweep.winner else f"circle{'-open' * bool(e.violation)}" for e in part.entries
+                ],
+                "color": COLORS[number % len(COLORS)],
+            },
+            error_y=error_bars(part.entries, part.gains),
+            text=part.names(report),
+            hoverinfo="text+x+y",
+        )
     if data.untrained is not None:
         figure.add_scatter(x=[0.0], y=[data.untrained], mode="markers", name="untrained", cliponaxis=False,
-                           marker={"size": 12, "symbol": "diamond", "color": COLORS[1]})  # fmt: skip
+                           marker={"size": 12, "symbol": "diamond", "color": UNTRAINED_COLOR})  # fmt: skip
     if data.bound is not None:
         figure.add_vline(x=data.bound, line={"dash": "dash", "color": "#777"}, annotation_text=f"at most {data.bound:g}")
     figure.update_xaxes(title_text="KL from the base model, nats per answer token", rangemode="tozero")

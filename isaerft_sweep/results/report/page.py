@@ -12,6 +12,7 @@ from plotly.offline import get_plotlyjs
 
 from isaerft_sweep import __version__
 from isaerft_sweep.paths import asset
+from isaerft_sweep.results.answer import KIND, answer, methods
 from isaerft_sweep.results.leaderboard import (
     best_column,
     caveats,
@@ -52,6 +53,9 @@ def render(report: Report) -> str:
         version=__version__,
         written=time.strftime("%Y-%m-%d %H:%M"),
         summary=summary(report),
+        answer=answer(report.sweep),
+        methods=method_table(report),
+        recipe=recipe(report),
         caveats=caveats(report.sweep),
         leaderboard=leaderboard(report),
         figures={name: as_html(figure, name) if figure else "" for name, figure in named_figures.items()},
@@ -118,6 +122,50 @@ def _row(report: Report, entry: Entry, names: list[str]) -> list[str]:
     expected = [number(entry.expected)] if report.sweep.seeds_known else []
     return [show_rank(entry), f"#{entry.record.index + 1}", *params, values[0], *expected, show_interval(entry), chance,
             *values[1:], time_s]  # fmt: skip
+
+
+def method_table(report: Report) -> dict[str, Any] | None:
+    """The kinds of adapter by their best trials; None when all trials are of one kind."""
+    compared = methods(report.sweep)
+    if not compared:
+        return None
+    names = columns(report.sweep)
+    header = ["kind", "trials", "best trial", *(column.name for column in report.columns if column.key != KIND)]
+    header += [short_name(names[0]), "95 %", "one of them is best", *(short_name(name) for name in names[1:])]
+    rows = []
+    for method in compared:
+        best = method.best
+        cells = [method.kind, f"{method.completed} of {method.trials}", report.label(best) if best else "none"]
+        cells += [column.show(best.params) if best else "" for column in report.columns if column.key != KIND]
+        cells += [number(best.metrics.get(names[0])), show_interval(best)] if best else ["", ""]
+        cells.append("" if method.probability_best is None else show_probability(method.probability_best))
+        cells += [number(best.metrics.get(name)) if best else "" for name in names[1:]]
+        rows.append(cells)
+    return {"header": header, "rows": rows, "left_out": 0}
+
+
+def recipe(report: Report) -> list[tuple[str, str]]:
+    """Model, SAE, data, adapter, loss and seed of the sweep, and the commands to run and to load the winner."""
+    sweep, experiment = report.sweep, report.sweep.experiment
+    if experiment is None:
+        return []
+    model, data, adapter, orpo = experiment.model, experiment.data, experiment.adapter, experiment.orpo
+    saes = [f"layer {s.layer}: {s.sae_path or f'{s.sae_release} / {s.sae_id}'}" for s in adapter.sites]
+    rows = [
+        ("model", model.name),
+        ("hook points", "; ".join(saes)),
+        ("data", data.path or data.name),
+        ("adapter", adapter.kind if KIND not in sweep.swept else "swept"),
+        ("recipe", f"{orpo.loss.upper()}, {orpo.batch_size} × {orpo.gradient_accumulation} pairs a step, {orpo.schedule}"),
+        ("seed", str(orpo.seed)),
+    ]
+    winner = sweep.winner
+    if winner and winner.folder:
+        rows += [
+            ("run it again", sweep.best_command()),
+            ("load it", f"isw.load_sweep({sweep.source!r}).best().load_model()"),
+        ]
+    return rows
 
 
 def thinning(report: Report, name: str) -> str:

@@ -21,6 +21,7 @@ from isaerft_sweep.results.report.figures import (
     LEADERS,
     OTHERS,
     UNRANKED,
+    UNTRAINED_COLOR,
     dimensions,
     gain_and_harm,
     has,
@@ -76,16 +77,19 @@ def _tradeoff(ax: Any, report: Report) -> bool:
     if data is None:
         return False
     _draw_intervals(ax, data.harms, data.entries, data.gains)
-    for broken, color, label in ((False, COLORS[0], "trial"), (True, "none", "trial that breaks a constraint")):
-        points = [
-            (x, y) for e, x, y in zip(data.entries, data.harms, data.gains, strict=True) if bool(e.violation) is broken
-        ]
-        if points:
-            ax.scatter(*zip(*points, strict=True), s=60, facecolors=color, edgecolors=COLORS[0], zorder=3, label=label)
+    parts = data.by_kind(report)
+    for number, (kind, part) in enumerate(parts.items()):
+        color, name = COLORS[number % len(COLORS)], kind if len(parts) > 1 else "trial"
+        for broken, fill, label in ((False, color, name), (True, "none", f"{name} that breaks a constraint")):
+            points = [
+                (x, y) for e, x, y in zip(part.entries, part.harms, part.gains, strict=True) if bool(e.violation) is broken
+            ]
+            if points:
+                ax.scatter(*zip(*points, strict=True), s=60, facecolors=fill, edgecolors=color, zorder=3, label=label)
     if data.entries[0] is report.sweep.winner:
         _circle(ax, data.harms[:1], data.gains[:1])
     if data.untrained is not None:
-        ax.scatter([0.0], [data.untrained], s=60, marker="D", c=COLORS[1], zorder=3, label="untrained")
+        ax.scatter([0.0], [data.untrained], s=60, marker="D", c=UNTRAINED_COLOR, zorder=3, label="untrained")
     if data.bound is not None:
         ax.axvline(data.bound, color="#777", linestyle="--", linewidth=1, label=f"at most {data.bound:g}")
     ax.set_xlabel("KL from the base model, nats per answer token")

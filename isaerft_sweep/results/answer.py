@@ -1,0 +1,124 @@
+"""The answer to a sweep in a few sentences, and the methods (``adapter.kind``) that it compares, each by its best trial."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby
+
+from isaerft_sweep.results.columns import Column
+from isaerft_sweep.results.reading import Entry, ReadSweep, shared_untrained
+from isaerft_sweep.results.statistics import show_probability
+from isaerft_sweep.results.sureness import without_seed
+
+KIND = "adapter.kind"
+KL, NEUTRAL = "eval/kl_base", "eval/neutral_nll_rise"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One kind of adapter in a sweep.
+
+    ``best``: its first trial that meets the constraints, else its first one; None when none completed.
+    ``probability_best``: that the best of all trials is one of this kind; None when it is not known.
+    """
+
+    kind: str
+    trials: int
+    completed: int
+    best: Entry | None
+    probability_best: float | None
+
+
+def kind_of(entry: Entry, sweep: ReadSweep) -> str:
+    """The trial's ``adapter.kind``; empty when it is not known."""
+    configured = sweep.experiment.adapter.kind if sweep.experiment else ""
+    return str(entry.params.get(KIND, configured))
+
+
+def methods(sweep: ReadSweep) -> list[Method]:
+    """The kinds of adapter that the sweep compares, best first; empty when all trials are of one kind."""
+    by_kind: dict[str, list[Entry]] = {}
+    for entry in sweep.entries:
+        by_kind.setdefault(kind_of(entry, sweep), []).append(entry)
+    if len(by_kind) < 2:
+        return []
+    found = []
+    for kind, entries in by_kind.items():
+        ranked = [entry for entry in entries if entry.rank]
+        best = next((entry for entry in ranked if not entry.violation), ranked[0] if ranked else None)
+        points = {without_seed(e.params): e.probability_best for e in ranked if e.probability_best is not None}
+        chance = sum(share for share in points.values() if share is not None) if points else None
+        found.append(Method(kind, len(entries), len(ranked), best, chance))
+    return sorted(found, key=lambda m: (m.best is None, m.best.rank if m.best and m.best.rank else 0))
+
+
+def answer(sweep: ReadSweep) -> list[str]:
+    """Which trial is best and how surely, what it gains and harms, and how the other methods do, a sentence each.
+
+    Empty without a winner.
+    """
+    winner = sweep.winner
+    if winner is None:
+        return []
+    sentences = [_best(winner, sweep)]
+    sentences += _gain(winner, sweep)
+    sentences += [_method(method, winner, sweep) for method in methods(sweep) if method.best and method.best is not winner]
+    return sentences
+
+
+def _best(winner: Entry, sweep: ReadSweep) -> str:
+    trials = len({without_seed(entry.params) for entry in sweep.entries if entry.rank and not entry.violation})
+    sentence = f"Trial {winner.record.index + 1}{_described(winner, sweep.columns)} is the best by {sweep.metric.name}"
+    if winner.probability_best is not None and trials > 1:
+        assumed = "" if sweep.seeds_known else ", if seeds vary as assumed"
+        sentence += f", with a probability of {show_probability(winner.probability_best)} among {trials}{assumed}"
+    return f"{sentence}."
+
+
+def _described(entry: Entry, columns: list[Column]) -> str:
+    shown = ", ".join(f"{column.name} {column.show(entry.params)}" for column in columns if column.key in entry.params)
+    return f" ({shown})" if shown else ""
+
+
+def _gain(winner: Entry, sweep: ReadSweep) -> list[str]:
+    """Its gain over the untrained model, and its harm."""
+    name, value = sweep.metric.name, winner.value(sweep.metric.name)
+    before = shared_untrained(sweep).get(name)
+    sentences = []
+    if value is not None:
+        expected = winner.expected if winner.expected is not None else value
+        interval = f" (95 %: {winner.interval[0]:.3g} to {winner.interval[1]:.3g})" if winner.interval else ""
+        change = f", from {before:.4f} untrained" if before is not None else ""
+        sentences.append(f"It has {expected:.4f}{interval}{change}.")
+    harm = [
+        f"{winner.metrics[metric]:{style}} {words}"
+        for metric, style, words in (
+            (KL, ".3f", "nats of KL from the base model per answer token"),
+            (NEUTRAL, "+.3f", "nats per token on unrelated text"),
+        )
+        if metric in winner.metrics
+    ]
+    return [*sentences, f"Its price: {' and '.join(harm)}."] if harm else sentences
+
+
+def _method(method: Method, winner: Entry, sweep: ReadSweep) -> str:
+    """How the best of another method compares."""
+    assert method.best is not None
+    name, best = sweep.metric.name, method.best
+    value, winners = best.value(name), winner.value(name)
+    sentence = f"The best {method.kind} is trial {best.record.index + 1}"
+    if value is not None and winners is not None:
+        sentence += f", {abs(value - winners):.4f} {'behind' if sweep.metric.sign * (winners - value) >= 0 else 'ahead'}"
+    if KL in best.metrics:
+        sentence += f" at a KL of {best.metrics[KL]:.3f}"
+    sentence += " (breaks a constraint)" if best.violation else ""
+    if method.probability_best is not None:
+        sentence += f"; the probability that a {method.kind} is best is {show_probability(method.probability_best)}"
+    return f"{sentence}."
+
+
+def trials_by_kind(entries: list[Entry], sweep: ReadSweep) -> dict[str, list[Entry]]:
+    """The entries by kind, in the order of their first appearance."""
+    order = {kind_of(entry, sweep): None for entry in entries}
+    grouped = groupby(sorted(entries, key=lambda e: list(order).index(kind_of(e, sweep))), key=lambda e: kind_of(e, sweep))
+    return {kind: list(group) for kind, group in grouped}
