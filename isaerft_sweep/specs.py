@@ -281,6 +281,12 @@ class SweepSpec:
     )
     seed: int = option("Seed of the search.", 0, at_least=0)
     repeats: bool = option("Whether a point may repeat.", False)
+    seeds: int = option(
+        "Seeds a point, at most: good points run again with new seeds, bad ones stay with one. run_cap counts all runs.",
+        1,
+        at_least=1,
+        omit_from_hash_if_default=True,
+    )
 
 
 @dataclass(frozen=True)

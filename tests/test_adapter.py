@@ -225,7 +225,7 @@ def test_merging_is_exact_and_saves_as_a_plain_model(family: str, saes: dict, ca
 
 @pytest.mark.parametrize(
     ("family", "kind", "said"),
-    [("gemma2", "bias", "'gemma2' has no bias"), ("llama", "scale", "only an adapter of kind bias")],
+    [("gemma2", "bias", "'gemma2' has no bias"), ("llama", "scale", "only an adapter of a constant change")],
 )
 def test_merging_is_refused_where_it_is_not_exact(family: str, kind: str, said: str, saes: dict, cache: Path) -> None:
     with pytest.raises(ModelError, match=said):
@@ -236,7 +236,7 @@ def test_merging_is_refused_where_it_is_not_exact(family: str, kind: str, said: 
 def test_merging_looks_at_the_adapters_to_be_merged(saes: dict, cache: Path) -> None:
     adapted = with_adapter(base_model("llama", cache), saes["jumprelu"])
     adapted.add_adapter("other", IsaerftConfig(sites=[{"layer": 2, "sae_path": saes["topk"]}], kind="scale"))
-    with pytest.raises(ModelError, match="only an adapter of kind bias"):
+    with pytest.raises(ModelError, match="only an adapter of a constant change"):
         adapted.merge_adapter(["other"])
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from isaerft_sweep.controller.trial_factory import TrialFactory
 from isaerft_sweep.dispatch.base import Dispatcher
-from isaerft_sweep.errors import LaunchError
+from isaerft_sweep.errors import ConfigError, LaunchError
 from isaerft_sweep.journal.job_refs import WorkerTask
 from isaerft_sweep.journal.journal import Journal
 from isaerft_sweep.journal.layout import SweepFolder
@@ -14,14 +14,23 @@ from isaerft_sweep.scheduling.early_stopping import EarlyStopping
 from isaerft_sweep.scheduling.sweep_state import SweepLimits, SweepState
 from isaerft_sweep.search.pruning import evaluations, make_pruner
 from isaerft_sweep.search.sampler import PointSource, Sampler
+from isaerft_sweep.search.seeded import SEED, SeededPoints
 from isaerft_sweep.search.sweep_file import SweepDefinition
 from isaerft_sweep.specs import Experiment, LauncherSpec
 
 
-def make_sampler(experiment: Experiment, definition: SweepDefinition) -> Sampler:
-    """The sampler of the definition's method."""
-    sweep = experiment.sweep
-    return Sampler(definition.parameters, definition.method, sweep.seed, definition.metric.sign, sweep.repeats)
+def make_sampler(experiment: Experiment, definition: SweepDefinition) -> PointSource:
+    """The sampler of the definition's method; with ``sweep.seeds`` it gives good points new seeds."""
+    sweep, sign = experiment.sweep, definition.metric.sign
+    sampler = Sampler(definition.parameters, definition.method, sweep.seed, sign, sweep.repeats)
+    if sweep.seeds == 1:
+        return sampler
+    if SEED in definition.parameters or sweep.repeats:
+        other = SEED if SEED in definition.parameters else "sweep.repeats"
+        raise ConfigError(
+            f"sweep.seeds={sweep.seeds} gives each point its seeds and must not go with {other}. Leave one out."
+        )
+    return SeededPoints(sampler, sweep.seeds, experiment.orpo.seed, sign)
 
 
 def make_early_stopping(experiment: Experiment, definition: SweepDefinition) -> EarlyStopping | None:

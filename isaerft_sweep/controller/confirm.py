@@ -21,8 +21,8 @@ from isaerft_sweep.results.card.model_card import refresh_cards
 from isaerft_sweep.results.confirm_folder import confirm_folder, confirmation_fingerprint
 from isaerft_sweep.results.leaderboard import print_whole, short_path
 from isaerft_sweep.results.reading import Entry, ReadSweep, read_sweep_folder, trial_of
-from isaerft_sweep.results.sureness import SEED, without_seed
 from isaerft_sweep.search.sampler import FixedPoints, Point
+from isaerft_sweep.search.seeded import SEED, without_seed
 from isaerft_sweep.search.sweep_file import SweepDefinition
 from isaerft_sweep.spec_fields import from_mapping, to_dict
 from isaerft_sweep.specs import Experiment

@@ -49,6 +49,11 @@ def create_static_trials(experiment: Experiment, overrides: Sequence[str]) -> tu
             "trials can be made ahead only when none depends on another's result: sweep.method=random or grid, without "
             f"early_terminate, but got method {definition.method}. Or let a controller run them: slurm/controller.sbatch."
         )
+    if experiment.sweep.seeds > 1:
+        raise ConfigError(
+            f"trials can be made ahead only with one seed a point, since good points alone get more, but got sweep.seeds="
+            f"{experiment.sweep.seeds}. Let a controller run them: slurm/controller.sbatch."
+        )
     folder = sweep_folder(experiment, definition)
     sampler = make_sampler(experiment, definition)
     experiment = with_sweeps_project(experiment, definition)

@@ -46,6 +46,8 @@ def sweep_fingerprint(experiment: Experiment, definition: SweepDefinition) -> st
     }
     if definition.constraints:  # sweeps without any keep their fingerprint
         content["constraints"] = list(map(str, definition.constraints))
+    if experiment.sweep.seeds > 1:  # how many is left out, as the run_cap is
+        content["seeds"] = True
     return hashlib.sha256(canonical_json(content).encode()).hexdigest()[:12]
 
 

@@ -8,7 +8,7 @@ from itertools import groupby
 from isaerft_sweep.results.columns import Column
 from isaerft_sweep.results.reading import Entry, ReadSweep, shared_untrained
 from isaerft_sweep.results.statistics import show_probability
-from isaerft_sweep.results.sureness import without_seed
+from isaerft_sweep.search.seeded import without_seed
 
 KIND = "adapter.kind"
 KL, NEUTRAL = "eval/kl_base", "eval/neutral_nll_rise"

@@ -10,7 +10,7 @@ from rich.table import Table
 from isaerft_sweep.results.leaderboard import number, short_name, show_interval
 from isaerft_sweep.results.reading import Entry, ReadSweep
 from isaerft_sweep.results.statistics import show_probability
-from isaerft_sweep.results.sureness import SEED, without_seed
+from isaerft_sweep.search.seeded import SEED, without_seed
 
 
 @dataclass

@@ -10,12 +10,11 @@ import numpy as np
 from isaerft_sweep.results.posterior import Trials, posterior
 from isaerft_sweep.results.statistics import MIN_PAIRS, interval
 from isaerft_sweep.search.distributions import Categorical, Distribution
-from isaerft_sweep.spec_fields import canonical_json
+from isaerft_sweep.search.seeded import SEED, without_seed
 
 if TYPE_CHECKING:
     from isaerft_sweep.results.reading import Entry, ReadSweep
 
-SEED = "orpo.seed"
 MAX_COMPARED = 100
 """Leaders that are compared; the others' probability of being best is close to 0."""
 CATEGORY = 0.5
@@ -58,11 +57,6 @@ def assess(sweep: ReadSweep) -> None:
             entry.expected = float(found.mean[index])
             entry.interval = (float(found.low[index]), float(found.high[index]))
             entry.probability_best = float(found.probability_best[index])
-
-
-def without_seed(params: Mapping[str, Any]) -> str:
-    """A key that is equal for points that differ only in the seed."""
-    return canonical_json({key: value for key, value in params.items() if key != SEED})
 
 
 def _seed(entry: Entry, sweep: ReadSweep) -> Any:

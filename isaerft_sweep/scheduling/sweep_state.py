@@ -231,6 +231,7 @@ class SweepState:
         elif record.state is not TrialState.PRUNED:  # out of memory, a lost node, a user: unrelated to the point
             self.sampler.forget(record.point)
         # a pruned one may be revived: it stays pending, which counts as bad
+        self._exhausted = False  # an outcome may have earned its point another seed
         self._completed += record.state is TrialState.COMPLETED
         self._given_up += record.given_up
 
