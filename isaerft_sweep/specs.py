@@ -85,6 +85,18 @@ class DataSpec:
     eval_split: str = option("Split and slice of a Hub data set to evaluate on.", "test")
     train_size: int | None = option("Number of training pairs; null: all.", None, at_least=1)
     eval_size: int | None = option("Number of held-out pairs; null: all of the evaluation split or file.", None, at_least=1)
+    test_split: str | None = option(
+        "Split and slice of a Hub data set that no ranking sees: evaluated when a trial ends; null: none.",
+        None,
+        affects_result=False,
+    )
+    test_size: int | None = option(
+        "Number of test pairs, which no ranking sees, of a file's pairs neither trained on nor held out; null: as many as "
+        "are held out, if so many are left.",
+        None,
+        at_least=0,
+        affects_result=False,
+    )
     seed: int = option("Seed of the choice of held-out pairs.", 0, at_least=0)
     neutral_path: str | None = option(
         "Text that has nothing to do with the pairs, a text per line, on which harm is measured; null: the package's own.",

@@ -119,8 +119,10 @@ def test_of_many_pairs_and_few_steps_only_what_is_reached_is_stored(
     whole = [trial(*options, "launcher.activation_cache_gb=0", f"orpo.seed={i + 1}", name=f"whole{i}") for i in range(2)]
     assert serve(WorkerFolder(tmp_path / "worker"), trials) == 2
     seen = [above for above in seen if isinstance(above.stored.values, np.memmap)]  # not the check's few tokens in memory
-    bound = 2 * (6 + 8) + 24
-    assert len(seen[0].stored.places) <= bound, "answers of 6 pairs for training, 8 for evaluations, and the neutral texts"
+    bound = 2 * (6 + 8 + 8) + 24
+    assert len(seen[0].stored.places) <= bound, (
+        "answers of 6 pairs for training, 8 for evaluations, 8 for the test, and the neutral texts"
+    )
     assert seen[0].computed == 0 and seen[1].computed > 0 and seen[1].stored is seen[0].stored
     for mine, other in zip(trials, whole, strict=True):
         assert run_trial(other, 1) == "completed"

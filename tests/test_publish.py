@@ -202,7 +202,7 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("adapter_config.json", b'{"peft_type": "LORA", "r": 8, "target_modules": ["q_proj"]}', "must be of type ISAERFT"),
+        ("adapter_config.json", b'{"peft_type": "IA3", "target_modules": ["q_proj"]}', "must be of type ISAERFT or LORA"),
         ("adapter_config.json", b'{"peft_type": "NOTHING"}', "that can be read"),
         ("adapter_config.json", b"[]", "that can be read"),
         ("adapter_config.json", b"{half", "that can be read"),
@@ -353,7 +353,7 @@ def test_a_card_of_ones_own_template(trained: Any, tmp_path: Path, capsys: pytes
         template.write_text(content)
         assert main(["card", str(folder.path), "--template", str(template)]) == 2
         said = capsys.readouterr().err
-        assert words in said and (content != "{{ colour }}" or "Fields: base_model_link" in said)
+        assert words in said and (content != "{{ colour }}" or "Fields: about, base_model_link" in said)
     assert main(["card", str(folder.path), "--template", str(tmp_path / "none")]) == 2
     assert "cannot be read" in capsys.readouterr().err and folder.card.read_text() == before, "nothing is lost"
 

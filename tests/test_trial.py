@@ -133,7 +133,9 @@ def test_a_nan_ends_the_trial_with_a_clear_status(trial: Made, monkeypatch: pyte
     original, calls = OrpoLoss.pair_losses, itertools.count()
 
     def broken(self: OrpoLoss, logps: PairLogps) -> torch.Tensor:
-        return original(self, logps) * (math.nan if next(calls) >= 2 + 1 else 1.0)  # the untrained evaluation is one call
+        return original(self, logps) * (
+            math.nan if next(calls) >= 2 + 2 else 1.0
+        )  # the untrained evaluation is two calls: held-out and test pairs
 
     monkeypatch.setattr(OrpoLoss, "pair_losses", broken)
     assert run_trial(folder, 1) == "diverged"

@@ -243,14 +243,15 @@ class TrialFolder:
     def read_spec(self) -> TrialSpec:
         return TrialSpec.from_json(json.loads(self.spec.read_text(encoding="utf-8")))
 
-    def note_scores(self, step: int, scores: PairScores) -> None:
-        """Save the scores of an evaluation: the untrained model's (step 0) or the latest."""
+    def note_scores(self, step: int, scores: PairScores, pairs: str = "") -> None:
+        """Save the scores of an evaluation: the untrained model's (step 0) or the latest. ``pairs``: ``test`` or empty."""
         evaluations = self.read_evaluation()
-        evaluations["untrained" if step == 0 else "trained"] = {"step": step, **dataclasses.asdict(scores)}
+        name = "_".join(filter(None, [pairs, "untrained" if step == 0 else "trained"]))
+        evaluations[name] = {"step": step, **dataclasses.asdict(scores)}
         write_json(self.evaluation, evaluations)
 
     def read_evaluation(self) -> dict[str, Any]:
-        """``untrained`` and ``trained``, each with step, pairs, chosen and rejected; empty before the first evaluation."""
+        """``untrained``, ``trained``, ``test_untrained``, ``test_trained``, each with step, pairs, chosen and rejected."""
         return read_json(self.evaluation) or {}
 
     def begin_attempt(self, number: int) -> None:

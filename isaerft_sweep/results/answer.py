@@ -90,6 +90,7 @@ def _gain(winner: Entry, sweep: ReadSweep) -> list[str]:
         interval = f" (95 %: {winner.interval[0]:.3g} to {winner.interval[1]:.3g})" if winner.interval else ""
         change = f", from {before:.4f} untrained" if before is not None else ""
         sentences.append(f"It has {expected:.4f}{interval}{change}.")
+    sentences += _test(winner, name.replace("eval/", "test/"), sweep)
     harm = [
         f"{winner.metrics[metric]:{style}} {words}"
         for metric, style, words in (
@@ -99,6 +100,16 @@ def _gain(winner: Entry, sweep: ReadSweep) -> list[str]:
         if metric in winner.metrics
     ]
     return [*sentences, f"Its price: {' and '.join(harm)}."] if harm else sentences
+
+
+def _test(winner: Entry, name: str, sweep: ReadSweep) -> list[str]:
+    """The metric on the test pairs; empty when there are none."""
+    if name not in winner.metrics:
+        return []
+    pairs = len(winner.scores.get("test_trained", {}).get("pairs", ())) or "the"
+    before = shared_untrained(sweep).get(name)
+    change = f", from {before:.4f} untrained" if before is not None else ""
+    return [f"On {pairs} test pairs, which no ranking has seen, it has {winner.metrics[name]:.4f}{change}."]
 
 
 def _method(method: Method, winner: Entry, sweep: ReadSweep) -> str:

@@ -38,8 +38,8 @@ FEATURES = Features(
     | {f"{name}_prompt_length": Value("int32") for name in ANSWERS}
 )
 """A tokenised pair: its texts, and for each answer the token ids of prompt + answer and the number of prompt tokens."""
-SPLITS = ("train", "evaluation")
-FORMAT = 2
+SPLITS = ("train", "evaluation", "test")
+FORMAT = 3
 """Version of the token cache; raise it when the tokenisation changes."""
 MIN_CACHED_PAIRS = 2000
 """From this many pairs on, tokenising takes seconds and the tokens are cached."""
@@ -56,13 +56,15 @@ disable_progress_bars()
 
 @dataclass(frozen=True)
 class Pairs:
-    """Tokenised pairs for training and evaluation; numbers of pairs left out, by reason, and of pairs cut at ``max_length``.
+    """Tokenised pairs for training, evaluation and test; numbers of pairs left out, by reason, and of pairs cut.
 
     ``notes``: other remarks for the user, with the number of pairs that each concerns.
     """
 
     train: Dataset
     evaluation: Dataset
+    test: Dataset
+    """Pairs that no ranking sees; may be empty."""
     left_out: dict[str, int]
     truncated: int
     notes: dict[str, int]
@@ -75,12 +77,13 @@ class Pairs:
     @property
     def counts(self) -> dict[str, Any]:
         """Counts for the trial's status and its card."""
-        pairs = {"trained": len(self.train), "held_out": len(self.evaluation), "cut": self.truncated}
+        pairs = {"trained": len(self.train), "held_out": len(self.evaluation), "test": len(self.test), "cut": self.truncated}
         return {**pairs, "left_out": self.left_out, "notes": self.notes}
 
     @property
     def summary(self) -> str:
         phrases = [f"{len(self.train)} pairs to train on", f"{len(self.evaluation)} held out"]
+        phrases += [f"{len(self.test)} to test on"] if len(self.test) else []
         phrases += [f"{count} left out ({reason})" for reason, count in self.left_out.items() if count]
         phrases += [f"{self.truncated} cut at max_length"] if self.truncated else []
         phrases += [f"{count} {note}" for note, count in self.notes.items() if count]
@@ -89,17 +92,17 @@ class Pairs:
 
 def largest_token(pairs: Pairs) -> int:
     """The largest token id among all pairs."""
-    return max(int(pc.max(pc.list_flatten(column)).as_py()) for column in _sequences(pairs))
+    return max(int(pc.max(pc.list_flatten(column)).as_py()) for column in _sequences(pairs) if len(column))
 
 
 def longest_sequence(pairs: Pairs) -> int:
     """Tokens of the longest prompt + answer."""
-    return max(int(pc.max(pc.list_value_length(column)).as_py()) for column in _sequences(pairs))
+    return max(int(pc.max(pc.list_value_length(column)).as_py()) for column in _sequences(pairs) if len(column))
 
 
 def _sequences(pairs: Pairs) -> list[Any]:
     """Arrow columns of token ids."""
-    return [data.data.column(f"{side}_ids") for data in (pairs.train, pairs.evaluation) for side in ANSWERS]
+    return [data.data.column(f"{side}_ids") for data in (pairs.train, pairs.evaluation, pairs.test) for side in ANSWERS]
 
 
 def load_pairs(
@@ -129,7 +132,8 @@ def load_pairs(
     else:
         tokenised = make()
     counts = dict(left_out + Counter(tokenised.left_out))
-    return Pairs(tokenised.sets["train"], tokenised.sets["evaluation"], counts, tokenised.truncated, dict(notes))
+    train, evaluation, test = (tokenised.sets[name] for name in SPLITS)
+    return Pairs(train, evaluation, test, counts, tokenised.truncated, dict(notes))
 
 
 def _tokenised(splits: dict[str, list[Written]], tokenize: PairTokenizer, spec: DataSpec, report: Report) -> Tokenised:
@@ -145,8 +149,10 @@ def _tokenised(splits: dict[str, list[Written]], tokenize: PairTokenizer, spec: 
             chunks.append(Dataset.from_dict(columns, features=FEATURES))
             done += len(rows[start : start + CHUNK])
             report(done, total)
-        sets[name] = concatenate_datasets(chunks)
-        if not len(sets[name]):
+        sets[name] = (
+            concatenate_datasets(chunks) if chunks else Dataset.from_dict({c: [] for c in FEATURES}, features=FEATURES)
+        )
+        if not len(sets[name]) and name != "test":
             where = f"the {name} split of {spec.name}"
             raise DataError(_nothing_left(where, left_out_here, len(rows), tokenize.max_length))
         left_out += left_out_here
@@ -219,26 +225,49 @@ def _nothing_left(where: str, left_out: Counter[str], rows: int, max_length: int
     return f"{where} must have at least one pair that can be trained on but has none ({reasons})."
 
 
-def _read(spec: DataSpec, left_out: Counter[str], notes: Counter[str]) -> tuple[list[Written], list[Written]]:
-    """Rows with prompts, for training and for evaluation."""
+def _read(spec: DataSpec, left_out: Counter[str], notes: Counter[str]) -> tuple[list[Written], ...]:
+    """Rows with prompts, for training, for evaluation and for the test."""
 
     def prompted(rows: Iterable[Written]) -> list[Written]:
         return list(_with_prompts(rows, left_out, notes))
 
     if spec.source == "hub":
+        if spec.test_split in (spec.train_split, spec.eval_split):
+            raise DataError(f"data.test_split must differ from the other splits but is '{spec.test_split}' too.")
         if spec.train_split == spec.eval_split:
             raise DataError(f"data.eval_split must differ from data.train_split but both are '{spec.eval_split}'.")
         train, evaluation = (prompted(_from_hub(spec, split)) for split in (spec.train_split, spec.eval_split))
-        return _apart(spec, train, evaluation, notes)
+        test = prompted(_from_hub(spec, spec.test_split)) if spec.test_split else []
+        return *_apart(spec, train, evaluation, notes), _unseen(spec, test, train, evaluation)
     path, eval_path = (asset("data", "courtesy.jsonl"), None) if spec.source == "builtin" else data_files(spec)
     rows = prompted(read_pairs(path))
     if eval_path:
-        return _apart(spec, rows[: spec.train_size], prompted(read_pairs(eval_path))[: spec.eval_size], notes)
+        held_out = prompted(read_pairs(eval_path))
+        train, evaluation = _apart(spec, rows[: spec.train_size], held_out[: spec.eval_size], notes)
+        return train, evaluation, _unseen(spec, held_out[len(evaluation) :], train, evaluation)
     train, evaluation = split_by_prompt(rows, spec.eval_size or max(1, len(rows) // 10), spec.seed)
     if not train or not evaluation:
         raise DataError(_empty(spec, "train" if rows else "train and evaluation", rows, left_out))
     left_out[TOO_MANY] += max(0, len(evaluation) - spec.eval_size) if spec.eval_size else 0
-    return train[: spec.train_size], evaluation[: spec.eval_size]
+    trained, held_out = train[: spec.train_size], evaluation[: spec.eval_size]
+    return trained, held_out, _unseen(spec, train[len(trained) :], trained, held_out)
+
+
+def _unseen(spec: DataSpec, left: list[Written], train: list[Written], evaluation: list[Written]) -> list[Written]:
+    """The test pairs: of those that are ``left``, the first whose prompts are neither trained on nor held out."""
+    seen = {_group(row) for row in (*train, *evaluation)}
+    unseen = [row for row in left if _group(row) not in seen]
+    if spec.test_split:
+        return unseen
+    size = len(evaluation) if spec.test_size is None else spec.test_size
+    if len(unseen) >= size:
+        return unseen[:size]
+    if spec.test_size is None:
+        return []
+    raise DataError(
+        f"data.test_size must be at most the pairs whose prompts are neither trained on nor held out, {len(unseen)} of "
+        f"{spec.name}, but got {size}. Leave some out of the training: data.train_size=N."
+    )
 
 
 def _with_prompts(rows: Iterable[Written], left_out: Counter[str], notes: Counter[str]) -> Iterator[Written]:

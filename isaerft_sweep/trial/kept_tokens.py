@@ -39,7 +39,8 @@ def kept_tokens(folder: Path, key: str | None, make: Callable[[], Tokenised]) ->
     def write(aside: Path) -> None:
         made.append(make())
         for name, data in made[0].sets.items():
-            data.save_to_disk(aside / name)
+            if len(data):  # datasets cannot read an empty one again
+                data.save_to_disk(aside / name)
         metadata = {"left_out": made[0].left_out, "truncated": made[0].truncated, "splits": list(made[0].sets)}
         write_json(aside / "facts.json", metadata)
 
@@ -59,8 +60,11 @@ def _read(entry: Path) -> Tokenised | None:
     """An entry; None when it is missing or damaged."""
     try:
         metadata: Any = read_json(entry / "facts.json")
-        sets = {name: Dataset.load_from_disk(str(entry / name)) for name in metadata["splits"]}
-        return Tokenised(sets, metadata["left_out"], metadata["truncated"])
+        stored = {n: Dataset.load_from_disk(str(entry / n)) for n in metadata["splits"] if (entry / n).is_dir()}
+        nothing = next(iter(stored.values())).select([])
+        return Tokenised(
+            {n: stored.get(n, nothing) for n in metadata["splits"]}, metadata["left_out"], metadata["truncated"]
+        )
     except Exception:  # Arrow and datasets raise different types
         return None
 

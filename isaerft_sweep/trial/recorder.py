@@ -72,10 +72,10 @@ class Recorder:
     def count_tokens(self, tokens: int) -> None:
         self.tokens_seen += tokens
 
-    def note_scores(self, step: int, scores: PairScores) -> None:
-        """Keep every pair's scores of an evaluation."""
+    def note_scores(self, step: int, scores: PairScores, pairs: str = "") -> None:
+        """Keep every pair's scores of an evaluation. ``pairs``: ``test`` for the test pairs."""
         self.status.check()
-        self.folder.note_scores(step, scores)
+        self.folder.note_scores(step, scores, pairs)
 
     def begins(self, step: int, steps: int) -> None:
         """Step ``step + 1`` begins. At the first one of this attempt: the time left is estimated from here on."""
@@ -151,7 +151,7 @@ class Recorder:
         if self.metric in metrics and row["step"] > 0:
             self.evaluations.append(metrics[self.metric])
         if row["step"] == 0:
-            self.untrained.update({k: v for k, v in metrics.items() if k.startswith("eval/")})
+            self.untrained.update({k: v for k, v in metrics.items() if k.startswith(("eval/", "test/"))})
         if self._first_loss is None:
             self._first_loss = metrics.get("train/loss")
 

@@ -196,7 +196,7 @@ def _steps(spec: TrialSpec, phases: Phases, shared: ProcessCache, loaded: _Loade
         key = reference_key(experiment, strategy)
         reference, measures = None, []
         if loop.loss.needs_reference:
-            data = [loop.reached_rows(), loaded.pairs.evaluation]
+            data = [loop.reached_rows(), loaded.pairs.evaluation, loaded.pairs.test]
             reference = phases.prepared(
                 phase.REFERENCE,
                 lambda: shared.get(

@@ -154,7 +154,7 @@ class TrainLoop:
 
     def texts(self, more: list[list[int]]) -> list[list[int]]:
         """The token sequences that the trial will show the model, ``more`` among them."""
-        return sequences_of(self.reached_rows(), self.pairs.evaluation) + more
+        return sequences_of(self.reached_rows(), self.pairs.evaluation, self.pairs.test) + more
 
     def run(
         self,
@@ -217,8 +217,23 @@ class TrainLoop:
         return {"loss": total, "grad_norm": float(norm), "learning_rate": rate, **mean.over_batches(), **progress}
 
     def _evaluate(self, step: int, context: PassContext) -> Steps[None]:
+        metrics, scores = yield from self._measured(self.pairs.evaluation, step, context)
+        for measure in context.measures:
+            metrics |= measure()
+        self.recorder.note_scores(step, scores)
+        logged = _prefixed("eval", metrics)
+        if step in (0, self.steps) and len(self.pairs.test):
+            tested, scores = yield from self._measured(self.pairs.test, step, context)
+            self.recorder.note_scores(step, scores, "test")
+            logged |= _prefixed("test", tested)
+        epoch = {"train/epoch": self.order.epochs_after(step)}
+        self.recorder.log({**logged, **epoch}, step, self.steps)
+        self.recorder.evaluated(step, self.steps)
+
+    def _measured(self, rows: Dataset, step: int, context: PassContext) -> Steps[tuple[dict[str, float], PairScores]]:
+        """Metrics of some pairs, and the scores of each."""
         self.model.eval()
-        rows, size = self.pairs.evaluation, self.spec.eval_batch_size
+        size = self.spec.eval_batch_size
         mean, scores, number = _Mean(), PairScores(), math.ceil(len(rows) / size)
         for done, start in enumerate(range(0, len(rows), size), 1):
             batch = self._batch(rows[start : start + size], read_prompt=True)
@@ -231,12 +246,7 @@ class TrainLoop:
         metrics["loss"] = metrics.pop("pair_loss") + metrics.pop("router_loss", 0.0)
         metrics["loss"] += self.loss.nll_weight * metrics["nll_loss" if self.loss.reads_prompt else "answer_nll"]
         metrics.pop("answer_nll")
-        for measure in context.measures:
-            metrics |= measure()
-        self.recorder.note_scores(step, scores)
-        epoch = {"train/epoch": self.order.epochs_after(step)}
-        self.recorder.log({**_prefixed("eval", metrics), **epoch}, step, self.steps)
-        self.recorder.evaluated(step, self.steps)
+        return metrics, scores
 
     def _batch(self, rows: Any, read_prompt: bool) -> PairBatch:
         return pair_batch(rows, self.pad, self.base.device, read_prompt)

@@ -288,13 +288,14 @@ def _evaluation(spec: TrialSpec, results: TrialStatus, standing: Standing | None
     metrics = results.metrics
     untrained = results.untrained or (standing.untrained if standing else {})
     names = [spec.metric, *(name for name in SHOWN_METRICS if name != spec.metric)]
+    names += [name.replace("eval/", "test/") for name in names if name.replace("eval/", "test/") != name]
     lines = [
         f"| {name}{' ¹' if depends_on_beta(name) else ''} | {_number(untrained.get(name))} | {_number(metrics[name])} |"
         for name in names
         if name in metrics
     ]
     return (
-        "On the held-out pairs:\n\n| metric | untrained | trained |\n| --- | --- | --- |\n"
+        "On the held-out pairs (eval), by which trials are ranked, and on test pairs, which no ranking has seen:\n\n| metric | untrained | trained |\n| --- | --- | --- |\n"
         + "\n".join(lines)
         + "\n\n¹ contains beta itself, so it cannot be compared between runs of different beta."
     )
