@@ -25,6 +25,29 @@ def above_zero(text: str) -> float:
     return value
 
 
+def strength(text: str) -> float:
+    """A finite number of at least 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0 but got '{text}'")
+    return value
+
+
+def strengths(text: str) -> list[float]:
+    """Several strengths, with commas between them."""
+    return [strength(part) for part in text.split(",")]
+
+
+def whole_number(text: str) -> int:
+    """A whole number of at least 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0 but got '{text}'")
+    return int(text)
+
+
 def labels(text: str) -> tuple[int | None, Path]:
     """A file of labels: ``LAYER=PATH``, or ``PATH`` for every layer."""
     layer, equals, path = text.partition("=")

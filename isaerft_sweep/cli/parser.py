@@ -14,7 +14,7 @@ import shtab
 
 from isaerft_sweep import __version__
 from isaerft_sweep.api import WANDB, load_sweep
-from isaerft_sweep.cli.argument_types import at_least_one, labels
+from isaerft_sweep.cli.argument_types import at_least_one, labels, strength, strengths, whole_number
 from isaerft_sweep.cli.serve_commands import add_serve_commands
 from isaerft_sweep.cli.sweep_commands import add_sweep_commands
 from isaerft_sweep.errors import FolderError
@@ -84,8 +84,20 @@ def make_parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--generate", action="store_true", help="load the model and show answers of untrained, best and worst"
     )
+    report.add_argument(
+        "--analyze", action="store_true", help="load the model and evaluate the best trial as `analyze` does"
+    )
     _prompt_arguments(report)
     report.set_defaults(run=_report)
+
+    analyze = commands.add_parser("analyze", help="evaluate a trial at other strengths, and without its largest latents")
+    analyze.add_argument("folder", type=Path, help="a trial's folder, or a sweep's (its best trial)")
+    analyze.add_argument(
+        "--strengths", type=strengths, default=None, metavar="0,0.5,1", help="multiples of the adapter's change"
+    )
+    analyze.add_argument("--latents", type=whole_number, default=None, metavar="N", help="how many latents (default 5)")
+    _metric_argument(analyze)
+    analyze.set_defaults(run=_analyze)
 
     export = commands.add_parser("export", help="write the model with an adapter in it, for plain transformers")
     export.add_argument("folder", type=Path, help="a trial's folder, its adapter, or a sweep's folder (its best trial)")
@@ -93,6 +105,7 @@ def make_parser() -> argparse.ArgumentParser:
     form.add_argument("--merged", dest="form", action="store_const", const="merged", help="plain weights, where exact")
     form.add_argument("--standalone", dest="form", action="store_const", const="standalone", help="with custom model code")
     export.add_argument("--out", type=Path, help="the folder to make (default: beside the adapter)")
+    export.add_argument("--strength", type=strength, default=1.0, help="multiple of the adapter's change (default 1)")
     export.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="dtype of the weights")
     export.add_argument("--cache", default=None, help="the folder of converted models")
     _metric_argument(export)
@@ -188,16 +201,33 @@ def _read(args: argparse.Namespace) -> ReadSweep:
 
 
 def _report(args: argparse.Namespace) -> None:
+    from isaerft_sweep.results.analysis import analyse
+    from isaerft_sweep.results.reading import trial_of
     from isaerft_sweep.results.report.write import write_report
     from isaerft_sweep.results.samples import PROMPTS, as_text, make_samples
 
     sweep = _read(args)
     if args.generate or args.prompt:
         print(as_text(make_samples(sweep, args.prompt or PROMPTS, args.max_new_tokens)))
+    if args.analyze:
+        analyse(trial_of(sweep.best()))
     page, pictures = write_report(sweep, args.out, dict(args.labels))
     print(page)
     for path in pictures:
         print(path)
+
+
+def _analyze(args: argparse.Namespace) -> None:
+    from isaerft_sweep.results.analysis import LATENTS, STRENGTHS, analyse, tables
+    from isaerft_sweep.results.finding import find_trial
+    from isaerft_sweep.results.leaderboard import print_whole
+
+    trial, _ = find_trial(args.folder, args.metric)
+    result = analyse(trial, args.strengths or STRENGTHS, LATENTS if args.latents is None else args.latents)
+    console = make_console()
+    for table in tables(args.metric or trial.read_spec().metric, result):
+        print_whole(console, table)
+    console.print(f"{trial.analysis}; the report shows it too.", soft_wrap=True)
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -205,7 +235,7 @@ def _export(args: argparse.Namespace) -> None:
     from isaerft_sweep.results.finding import find_adapter
 
     _quiet()
-    exported = export(find_adapter(args.folder, args.metric), args.out, args.form, args.cache, args.dtype)
+    exported = export(find_adapter(args.folder, args.metric), args.out, args.form, args.cache, args.dtype, args.strength)
     print(exported.folder)
     print(f"{exported.form}; its logits differ from the adapter's by at most {exported.difference:.1e} of the largest one")
     print(f"of what the adapter changes {exported.lost:.1e} is lost in rounding")

@@ -243,6 +243,11 @@ class TrialFolder:
     def read_spec(self) -> TrialSpec:
         return TrialSpec.from_json(json.loads(self.spec.read_text(encoding="utf-8")))
 
+    @property
+    def analysis(self) -> Path:
+        """The adapter at other strengths, and its latents; see ``results/analysis.py``."""
+        return self.path / "analysis.json"
+
     def note_scores(self, step: int, scores: PairScores, pairs: str = "") -> None:
         """Save the scores of an evaluation: the untrained model's (step 0) or the latest. ``pairs``: ``test`` or empty."""
         evaluations = self.read_evaluation()

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from isaerft_sweep.adapter.load import load_model
 from isaerft_sweep.adapter.merge import LORA, check_mergeable
+from isaerft_sweep.adapter.strength import set_strength
 from isaerft_sweep.errors import ModelError
 from isaerft_sweep.journal.atomic_files import write_text
 from isaerft_sweep.models.loading import device
@@ -41,7 +42,14 @@ class Exported:
     lost: float
 
 
-def export(adapter: Path, out: Path | None, form: str | None, cache: str | None, dtype: str | None = None) -> Exported:
+def export(
+    adapter: Path,
+    out: Path | None,
+    form: str | None,
+    cache: str | None,
+    dtype: str | None = None,
+    strength: float = 1.0,
+) -> Exported:
     """Write the model with the adapter in it, load it again, and compare its logits with the adapter's.
 
     Args:
@@ -52,17 +60,21 @@ def export(adapter: Path, out: Path | None, form: str | None, cache: str | None,
             where it is exact, else standalone.
         cache: the folder of converted models.
         dtype: of the weights; None: as the trial loads them on this machine.
+        strength: multiple of the adapter's change that is exported.
 
     Raises ModelError when the form is not possible or the logits differ, FolderError when ``out`` cannot be written.
     It leaves no files behind then.
     """
     model, tokenizer = load_model(str(adapter), cache=cache, dtype=dtype)
+    if strength != 1:
+        set_strength(model, strength)
     kinds = {getattr(config, "kind", LORA) for config in model.peft_config.values()}
     form = form or _best_form(model, kinds)
     if form == MERGED:
         check_mergeable(model.get_base_model(), kinds)
     adapter_name = adapter.resolve().name
-    name = f"export-{form}" if adapter_name == "adapter" else f"{adapter_name}-export-{form}"
+    part = form if strength == 1 else f"{form}-strength-{strength:g}"
+    name = f"export-{part}" if adapter_name == "adapter" else f"{adapter_name}-export-{part}"
     target = (out or adapter.absolute().parent / name).expanduser().absolute()
     expected = _logits(model, tokenizer)
     with model.disable_adapter():

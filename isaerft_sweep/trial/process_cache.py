@@ -70,22 +70,18 @@ def cached_activations(
     Stored is what the first trial reads: every pair, or of many pairs and few steps those that its steps reach. What a trial
     with another order reads besides is computed.
     """
-    limit_gb, scratch = experiment.launcher.activation_cache_gb, experiment.launcher.scratch
-    if limit_gb == 0 or not way.above:
+    if experiment.launcher.activation_cache_gb == 0 or not way.above:
         yield None
         return
-    folder = Path(scratch).expanduser() if scratch else cache_folder(experiment.cache) / "trunk"
 
     def compute() -> StoredActivations | None:
         started = time.monotonic()
-        try:
-            place = CachePlace(folder, limit_gb)
-            stored = stored_activations(model, experiment.model, sequences, place, way.share, phases.tell)
-        except NotStored as reason:
-            print(f"the frozen layers are computed in every step: {reason}", flush=True)
-            return None
-        took = time.monotonic() - started
-        print(f"frozen layers' output of {len(stored.values)} tokens ready after {took:.1f} s", flush=True)
+        stored = store_activations(sequences, experiment, model, way, phases.tell)
+        if stored is not None:
+            print(
+                f"frozen layers' output of {len(stored.values)} tokens ready after {time.monotonic() - started:.1f} s",
+                flush=True,
+            )
         return stored
 
     stored = phases.prepared(FROZEN, lambda: shared.get("trunk", activations_key(experiment), compute))
@@ -94,6 +90,25 @@ def cached_activations(
         return
     with UpperLayers(model, stored).replaced() as above:
         yield above
+
+
+def store_activations(
+    sequences: list[list[int]],
+    experiment: Experiment,
+    model: peft.PeftModel,
+    way: Way,
+    tell: Callable[[float], None] = lambda _share: None,
+) -> StoredActivations | None:
+    """The frozen layers' output from the cache, which gets it first if it lacks it; None where it cannot be stored."""
+    limit_gb, scratch = experiment.launcher.activation_cache_gb, experiment.launcher.scratch
+    if limit_gb == 0 or not way.above:
+        return None
+    folder = Path(scratch).expanduser() if scratch else cache_folder(experiment.cache) / "trunk"
+    try:
+        return stored_activations(model, experiment.model, sequences, CachePlace(folder, limit_gb), way.share, tell)
+    except NotStored as reason:
+        print(f"the frozen layers are computed in every step: {reason}", flush=True)
+        return None
 
 
 def way_through(experiment: Experiment, loaded: LoadedModel, shared: ProcessCache) -> Way:

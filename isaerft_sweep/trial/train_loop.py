@@ -152,9 +152,9 @@ class TrainLoop:
         reached = self.order.reached(total_steps(self.spec, len(self.pairs.train)))
         return self.pairs.train if len(reached) == len(self.pairs.train) else self.pairs.train.select(reached)
 
-    def texts(self, more: list[list[int]]) -> list[list[int]]:
-        """The token sequences that the trial will show the model, ``more`` among them."""
-        return sequences_of(self.reached_rows(), self.pairs.evaluation, self.pairs.test) + more
+    def texts(self, more: list[list[int]], trains: bool = True) -> list[list[int]]:
+        """The token sequences that the trial will show the model, ``more`` among them. ``trains``: with the training pairs."""
+        return sequences_of(*([self.reached_rows()] if trains else []), self.pairs.evaluation, self.pairs.test) + more
 
     def run(
         self,
@@ -217,20 +217,20 @@ class TrainLoop:
         return {"loss": total, "grad_norm": float(norm), "learning_rate": rate, **mean.over_batches(), **progress}
 
     def _evaluate(self, step: int, context: PassContext) -> Steps[None]:
-        metrics, scores = yield from self._measured(self.pairs.evaluation, step, context)
+        metrics, scores = yield from self.measured(self.pairs.evaluation, step, context)
         for measure in context.measures:
             metrics |= measure()
         self.recorder.note_scores(step, scores)
         logged = _prefixed("eval", metrics)
         if step in (0, self.steps) and len(self.pairs.test):
-            tested, scores = yield from self._measured(self.pairs.test, step, context)
+            tested, scores = yield from self.measured(self.pairs.test, step, context)
             self.recorder.note_scores(step, scores, "test")
             logged |= _prefixed("test", tested)
         epoch = {"train/epoch": self.order.epochs_after(step)}
         self.recorder.log({**logged, **epoch}, step, self.steps)
         self.recorder.evaluated(step, self.steps)
 
-    def _measured(self, rows: Dataset, step: int, context: PassContext) -> Steps[tuple[dict[str, float], PairScores]]:
+    def measured(self, rows: Dataset, step: int, context: PassContext) -> Steps[tuple[dict[str, float], PairScores]]:
         """Metrics of some pairs, and the scores of each."""
         self.model.eval()
         size = self.spec.eval_batch_size

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -152,6 +152,27 @@ def tradeoff(report: Report) -> go.Figure | None:
     figure.update_xaxes(title_text="KL from the base model, nats per answer token", rangemode="tozero")
     figure.update_yaxes(title_text=report.sweep.metric.name)
     figure.update_layout(legend={"orientation": "h", "y": 1.08})
+    return figure
+
+
+def strength(result: Mapping[str, Any], metric: str) -> go.Figure | None:
+    """Gain over harm as the winner's change is made weaker and stronger; None without the KL from the base model."""
+    rows = [row for row in result["strengths"] if metric in row["metrics"] and KL in row["metrics"]]
+    if not rows or metric == KL:
+        return None
+    figure = _figure(380)
+    figure.add_scatter(
+        x=[row["metrics"][KL] for row in rows],
+        y=[row["metrics"][metric] for row in rows],
+        mode="lines+markers+text",
+        text=[f"× {row['strength']:g}" for row in rows],
+        textposition="top center",
+        marker={"size": 9, "color": COLORS[0]},
+        name="the winner at other strengths",
+        hoverinfo="text+x+y",
+    )
+    figure.update_xaxes(title_text="KL from the base model, nats per answer token", rangemode="tozero")
+    figure.update_yaxes(title_text=metric)
     return figure
 
 

@@ -12,7 +12,9 @@ from plotly.offline import get_plotlyjs
 
 from isaerft_sweep import __version__
 from isaerft_sweep.paths import asset
-from isaerft_sweep.results.answer import KIND, answer, methods
+from isaerft_sweep.results.analysis import columns as metric_columns
+from isaerft_sweep.results.analysis import read_analysis, rows_by_latent, rows_by_strength
+from isaerft_sweep.results.answer import KIND, KL, answer, methods
 from isaerft_sweep.results.leaderboard import (
     best_column,
     caveats,
@@ -63,6 +65,7 @@ def render(report: Report) -> str:
                 for i, name in enumerate(report.curves)],
         importance=report.importance,
         confirmed=confirmed(report),
+        analysis=analysis_tables(report),
         failures=failures(report),
         costs=costs(report),
         latents=[latents(report, across, i) for i, across in enumerate(report.latents)],
@@ -142,6 +145,27 @@ def method_table(report: Report) -> dict[str, Any] | None:
         cells += [number(best.metrics.get(name)) if best else "" for name in names[1:]]
         rows.append(cells)
     return {"header": header, "rows": rows, "left_out": 0}
+
+
+def analysis_tables(report: Report) -> dict[str, Any] | None:
+    """The winner at other strengths and its largest latents; None until `analyze` has measured them."""
+    winner = report.sweep.winner
+    result = read_analysis(winner.folder) if winner else None
+    if winner is None or result is None:
+        return None
+    name = report.sweep.metric.name
+    names = metric_columns(name, result)
+    two = names[:1] + [n for n in names if n == KL != name]
+    by_strength = {"header": ["strength", *map(short_name, names)], "rows": rows_by_strength(result, names), "left_out": 0}
+    headers = [f"{short_name(n)} {case}" for case in ("without it", "alone") for n in two]
+    by_latent = {"header": ["layer.latent", "value", *headers], "rows": rows_by_latent(result, two), "left_out": 0}
+    figure = figures.strength(result, name)
+    return {
+        "trial": report.label(winner),
+        "strengths": by_strength,
+        "latents": by_latent if result["latents"] else None,
+        "figure": as_html(figure, "strength") if figure else "",
+    }
 
 
 def recipe(report: Report) -> list[tuple[str, str]]:
