@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -31,6 +33,9 @@ def guarded(run: Callable[[], int | None], interrupted: str = "Stopped.") -> int
         sys.stdout.flush()  # here, while an error can still be reported
         return code
     except KeyboardInterrupt:
+        # CPython ends by the signal itself, with another code, if the interrupt came through an exec() of text on its way
+        # here, as dataclasses do: the signal is blocked then, and the code counts
+        atexit.register(signal.pthread_sigmask, signal.SIG_BLOCK, {signal.SIGINT})
         _say(interrupted)
         return INTERRUPTED
     except IsaerftError as error:

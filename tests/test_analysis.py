@@ -56,7 +56,7 @@ def test_a_latent_switched_off_or_alone_is_the_bias_set_by_hand(trial: Made, tmp
 
 @pytest.mark.parametrize("kind", ["bias", "lora"])
 def test_an_export_at_another_strength(kind: str, trial: Made, tmp_path: Path) -> None:
-    folder = trial(*OFF, f"adapter={kind}", "orpo.learning_rate=0.05")
+    folder = trial(*OFF, f"adapter={kind}", "orpo.learning_rate=0.002")
     assert run_trial(folder, 1) == "completed"
     exported = export(folder.adapter, tmp_path / "half", "merged", None, "float32", 0.5)
     model, tokenizer = load_model(str(folder.adapter), dtype="float32")

@@ -220,6 +220,17 @@ def test_ctrl_c_is_one_line_and_130(command: tuple[str, ...], after_s: float, sw
     assert lines or "nothing is left running" in out
 
 
+def test_an_interrupt_inside_exec_ends_with_130() -> None:
+    """CPython alone ends by the signal: returncode -2."""
+    code = (
+        "import sys; from isaerft_sweep.guard import guarded\n"
+        "sys.exit(guarded(lambda: exec('import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(5)')))"
+    )
+    given = {**os.environ, "PYTHONPATH": PACKAGE}
+    done = subprocess.run([sys.executable, "-c", code], env=given, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "Stopped.\n")
+
+
 @pytest.mark.slow
 def test_ctrl_c_in_attach(sweep: Path, tmp_path: Path) -> None:
     """While it follows, and while it goes on with the sweep itself."""

@@ -153,7 +153,7 @@ class TrainLoop:
         return self.pairs.train if len(reached) == len(self.pairs.train) else self.pairs.train.select(reached)
 
     def texts(self, more: list[list[int]], trains: bool = True) -> list[list[int]]:
-        """The token sequences that the trial will show the model, ``more`` among them. ``trains``: with the training pairs."""
+        """The token sequences that the trial will show the model, and ``more``. ``trains``: with the training pairs."""
         return sequences_of(*([self.reached_rows()] if trains else []), self.pairs.evaluation, self.pairs.test) + more
 
     def run(
