@@ -220,14 +220,14 @@ def test_ctrl_c_is_one_line_and_130(command: tuple[str, ...], after_s: float, sw
     assert lines or "nothing is left running" in out
 
 
-def test_an_interrupt_inside_exec_ends_with_130() -> None:
+def test_an_interrupt_inside_exec_ends_with_130(tmp_path: Path) -> None:
     """CPython alone ends by the signal: returncode -2."""
-    code = (
-        "import sys; from isaerft_sweep.guard import guarded\n"
-        "sys.exit(guarded(lambda: exec('import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(5)')))"
+    (tmp_path / "interrupted.py").write_text(
+        "import sys\nfrom isaerft_sweep.guard import guarded\n"
+        "sys.exit(guarded(lambda: exec('import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(5)')))\n"
     )
-    given = {**os.environ, "PYTHONPATH": PACKAGE}
-    done = subprocess.run([sys.executable, "-c", code], env=given, capture_output=True, text=True, check=False)
+    given = {**os.environ, "PYTHONPATH": f"{PACKAGE}:{tmp_path}"}
+    done = subprocess.run([sys.executable, "-m", "interrupted"], env=given, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (130, "Stopped.\n")
 
 
