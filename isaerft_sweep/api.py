@@ -12,7 +12,7 @@ Importing it loads no torch; ``load_model`` does.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -144,10 +144,11 @@ class Sweep:
         return table.astype({"rank": "Int64"})
 
 
-def load_sweep(source: str | Path, metric: str | None = None) -> Sweep:
+def load_sweep(source: str | Path, metric: str | None = None, prefer: Mapping[str, float] | None = None) -> Sweep:
     """Load a sweep from a folder (``outputs/NAME``) or W&B (``wandb:ENTITY/PROJECT/ID``), also while it runs.
 
-    ``metric``: rank by this metric instead of the sweep's own. Raises FolderError when there is no sweep, SpaceError when
+    ``metric``: rank by this metric instead of the sweep's own. ``prefer``: weights of the goals of a sweep with several,
+    such as ``{"eval/kl_base": 2}``. Raises FolderError when there is no sweep, SpaceError when
     no trial logs that metric.
     """
     if str(source).startswith(WANDB):
@@ -156,7 +157,7 @@ def load_sweep(source: str | Path, metric: str | None = None) -> Sweep:
         return Sweep(read_wandb_sweep(str(source).removeprefix(WANDB), metric))
     from isaerft_sweep.results.reading import read_sweep_folder
 
-    return Sweep(read_sweep_folder(Path(source), metric))
+    return Sweep(read_sweep_folder(Path(source), metric, prefer=prefer))
 
 
 def run(overrides: Sequence[str] = ()) -> Sweep:

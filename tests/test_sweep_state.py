@@ -59,7 +59,7 @@ class CountingSampler:
         self.asked.append(point.params["x"])
         self.pending.add(point.params["x"])
 
-    def tell(self, point: Point, value: float | None, violation: float = 0.0) -> None:
+    def tell(self, point: Point, value: float | None, violation: float = 0.0, others: object = ()) -> None:
         self._close(point)
         self.told[point.params["x"]] = value
 

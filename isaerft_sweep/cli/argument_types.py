@@ -41,6 +41,14 @@ def strengths(text: str) -> list[float]:
     return [strength(part) for part in text.split(",")]
 
 
+def weight(text: str) -> tuple[str, float]:
+    """``METRIC=WEIGHT``, with a weight of at least 0."""
+    name, equals, value = text.rpartition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"must be METRIC=WEIGHT but got '{text}'")
+    return name, strength(value)
+
+
 def whole_number(text: str) -> int:
     """A whole number of at least 0."""
     if not text.isdecimal():

@@ -14,7 +14,7 @@ import shtab
 
 from isaerft_sweep import __version__
 from isaerft_sweep.api import WANDB, load_sweep
-from isaerft_sweep.cli.argument_types import at_least_one, labels, strength, strengths, whole_number
+from isaerft_sweep.cli.argument_types import at_least_one, labels, strength, strengths, weight, whole_number
 from isaerft_sweep.cli.serve_commands import add_serve_commands
 from isaerft_sweep.cli.sweep_commands import add_sweep_commands
 from isaerft_sweep.errors import FolderError
@@ -141,6 +141,14 @@ def make_parser() -> argparse.ArgumentParser:
 def _sweep_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("sweep", help=f"the sweep's folder, outputs/NAME, or {WANDB}ENTITY/PROJECT/ID")
     _metric_argument(parser)
+    parser.add_argument(
+        "--prefer",
+        type=weight,
+        action="append",
+        default=[],
+        metavar="METRIC=WEIGHT",
+        help="weight of a goal of a sweep with several `metrics` (default 1); repeatable",
+    )
 
 
 def _metric_argument(parser: argparse.ArgumentParser) -> None:
@@ -197,7 +205,7 @@ def _card(args: argparse.Namespace) -> None:
 
 def _read(args: argparse.Namespace) -> ReadSweep:
     """The sweep that the command names: a folder or one in W&B."""
-    return load_sweep(args.sweep, args.metric)._read
+    return load_sweep(args.sweep, args.metric, dict(args.prefer))._read
 
 
 def _report(args: argparse.Namespace) -> None:

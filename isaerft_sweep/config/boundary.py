@@ -135,7 +135,8 @@ def check_definition(definition: SweepDefinition, experiment: Experiment) -> Swe
             f"early_terminate must go with a metric of evaluations (eval/…) but got {definition.metric.name}: that of a "
             "single training batch is mostly noise."
         )
-    named = {definition.metric.name, *(constraint.metric for constraint in definition.constraints)}
+    goals = (goal.name for goal in definition.goals)
+    named = {definition.metric.name, *goals, *(constraint.metric for constraint in definition.constraints)}
     orpo = experiment.orpo
     for metrics, measured, must in (
         (HARM, orpo.eval_harm, "eval_harm must be true but is false"),

@@ -22,11 +22,13 @@ from isaerft_sweep.specs import Experiment, LauncherSpec
 def make_sampler(experiment: Experiment, definition: SweepDefinition) -> PointSource:
     """The sampler of the definition's method; with ``sweep.seeds`` it gives good points new seeds."""
     sweep, sign = experiment.sweep, definition.metric.sign
-    sampler = Sampler(definition.parameters, definition.method, sweep.seed, sign, sweep.repeats)
+    goals = max(1, len(definition.goals))
+    sampler = Sampler(definition.parameters, definition.method, sweep.seed, sign, sweep.repeats, goals)
     if sweep.seeds == 1:
         return sampler
-    if SEED in definition.parameters or sweep.repeats:
-        other = SEED if SEED in definition.parameters else "sweep.repeats"
+    excludes = {SEED: SEED in definition.parameters, "sweep.repeats": sweep.repeats, "metrics": goals > 1}
+    if any(excludes.values()):
+        other = next(name for name, is_given in excludes.items() if is_given)
         raise ConfigError(
             f"sweep.seeds={sweep.seeds} gives each point its seeds and must not go with {other}. Leave one out."
         )
@@ -66,7 +68,8 @@ def make_state(
     """
     launcher, definition = factory.experiment.launcher, factory.definition
     reached = None if definition.target is None else definition.reached_by
-    limits = SweepLimits(trials, launcher.max_retries, launcher.max_failures, reached, definition.violation)
+    retries, failures = launcher.max_retries, launcher.max_failures
+    limits = SweepLimits(trials, retries, failures, reached, definition.violation, definition.others)
     return SweepState(journal, sampler, limits, factory.create, early)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any, Protocol
 
 from isaerft_sweep.controller.attempt_outcome import classify_exit
@@ -250,7 +249,7 @@ class SweepController:
         self._note_curve(record, status)
         outcome = classify_exit(record, status, self.dispatcher, stop_requested=record.index in self._stop_sent)
         if outcome.state is TrialState.COMPLETED:
-            outcome = replace(outcome, violation=self.state.limits.violation(status.metrics))
+            outcome = self.state.limits.judged(outcome, status.metrics)
         self.state.finished(record, outcome)
         for times in (self._stop_sent, self._suspended, self._killed):
             times.pop(record.index, None)

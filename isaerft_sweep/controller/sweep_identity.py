@@ -44,6 +44,8 @@ def sweep_fingerprint(experiment: Experiment, definition: SweepDefinition) -> st
         "repeats": experiment.sweep.repeats,
         "files": [file_digest(path) for path in _data_and_saes(experiment)],
     }
+    if definition.goals:
+        content["goals"] = [[goal.name, goal.goal] for goal in definition.goals]
     if definition.constraints:  # sweeps without any keep their fingerprint
         content["constraints"] = list(map(str, definition.constraints))
     if experiment.sweep.seeds > 1:  # how many is left out, as the run_cap is
@@ -270,7 +272,7 @@ def _search_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
     blocks = raw.get("parameters") or {}
     return {
         "method": raw.get("method"),
-        "metric": raw.get("metric"),
+        "metric": raw.get("metrics", raw.get("metric")),
         **{f"parameters: {key}": block for key, block in blocks.items()},
     }
 

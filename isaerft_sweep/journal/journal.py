@@ -39,6 +39,8 @@ class TrialRecord:
     failures: int = 0
     violation: float = 0.0
     """How far its metrics break the sweep's constraints; see ``search/constraints.py``."""
+    others: tuple[float, ...] = ()
+    """The sweep's goals after the first, larger is better."""
     checkpoint: int = 0
     """The last step that a checkpoint was written after."""
     given_up: bool = False
@@ -102,6 +104,7 @@ class SweepRecord:
         trial.job, trial.state, trial.message = None, TrialState(event["state"]), event["message"]
         trial.metric, trial.given_up = event["metric"], event["given_up"]
         trial.violation = event.get("violation", 0.0)
+        trial.others = tuple(event.get("others", ()))
         trial.seconds += event["seconds"]
         trial.failures += event.get("counted", trial.state is TrialState.FAILED)
         trial.checkpoint = max(trial.checkpoint, event.get("checkpoint", 0))

@@ -67,6 +67,13 @@ def answer(sweep: ReadSweep) -> list[str]:
 
 
 def _best(winner: Entry, sweep: ReadSweep) -> str:
+    if sweep.goals:
+        front = sum(entry.on_front for entry in sweep.entries)
+        weights = ", ".join(f"{goal.name} {sweep.prefer.get(goal.name, 1.0):g}" for goal in sweep.goals)
+        return (
+            f"Trial {winner.record.index + 1}{_described(winner, sweep.columns)} is preferred of the {front} on the Pareto "
+            f"front, with the weights {weights} (--prefer METRIC=WEIGHT sets others)."
+        )
     trials = len({without_seed(entry.params) for entry in sweep.entries if entry.rank and not entry.violation})
     sentence = f"Trial {winner.record.index + 1}{_described(winner, sweep.columns)} is the best by {sweep.metric.name}"
     if winner.probability_best is not None and trials > 1:

@@ -20,13 +20,14 @@ from isaerft_sweep.results.reading import Entry, ReadSweep
 from isaerft_sweep.results.statistics import show_probability
 
 ALWAYS_SHOWN = ("eval/log_odds_chosen", "eval/rewards/accuracies", "eval/neutral_nll_rise", "eval/kl_base", "eval/nll_loss")
+FRONT = " ●"
 SHOWN_IF_MEASURED = ("eval/generation_repeated", "eval/generation_base_nll")
 
 
 def columns(sweep: ReadSweep) -> list[str]:
     """The metrics that get a column, the one that ranks first."""
     measured = [name for name in SHOWN_IF_MEASURED if any(name in entry.metrics for entry in sweep.entries)]
-    return list(dict.fromkeys([sweep.metric.name, *ALWAYS_SHOWN, *measured]))
+    return list(dict.fromkeys([sweep.metric.name, *(goal.name for goal in sweep.goals), *ALWAYS_SHOWN, *measured]))
 
 
 def table(sweep: ReadSweep, rows: int = 20, width: int | None = None) -> Table:
@@ -58,7 +59,8 @@ def needed_width(shown: Table) -> int:
 def _table(sweep: ReadSweep, rows: int, extra: list[str], with_best: bool, with_time: bool) -> Table:
     name = sweep.metric.name
     swept = sweep.columns
-    shown = Table(title=f"Leaderboard: {name}, {sweep.metric.goal}", title_justify="left", title_style="bold", box=None,
+    goals = "; ".join(f"{goal.name}, {goal.goal}" for goal in sweep.goals or (sweep.metric,))
+    shown = Table(title=f"Leaderboard: {goals}", title_justify="left", title_style="bold", box=None,
                   padding=(0, 0, 0, 1))  # fmt: skip
     headers = ["rank", "trial", *(column.name for column in swept), short_name(name), *expected_column(sweep), "95 %"]
     headers += [best_column(sweep)] if with_best else []
@@ -114,10 +116,10 @@ def short_name(metric: str) -> str:
 
 
 def show_rank(entry: Entry) -> str:
-    """The rank; in brackets for a trial that breaks a constraint, and a dash for one without a rank."""
+    """The rank; in brackets for a trial that breaks a constraint, with ``FRONT`` on the Pareto front, a dash for none."""
     if not entry.rank:
         return "–"
-    return f"({entry.rank})" if entry.violation else str(entry.rank)
+    return f"({entry.rank})" if entry.violation else f"{entry.rank}{FRONT * entry.on_front}"
 
 
 def show_interval(entry: Entry) -> str:
@@ -137,6 +139,8 @@ def caveats(sweep: ReadSweep) -> list[str]:
         return texts
     if any(entry.rank and entry.violation for entry in sweep.entries):
         texts.append(f"In brackets: trials that break a constraint ({', '.join(map(str, sweep.constraints))}).")
+    if sweep.goals:
+        texts.append("●: on the Pareto front, where no other trial is at least as good in every goal and better in one.")
     texts += sweep.dependence
     texts += edges(sweep.space, best.record.point)
     if best.probability_best is not None:

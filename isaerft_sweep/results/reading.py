@@ -22,11 +22,12 @@ from isaerft_sweep.results.caveats import dependence
 from isaerft_sweep.results.columns import Column, columns_for
 from isaerft_sweep.results.confirm_folder import confirm_folder, confirmation_fingerprint
 from isaerft_sweep.results.cost import device_seconds
+from isaerft_sweep.results.pareto import fronts, preference, weights_of
 from isaerft_sweep.results.statistics import pair_values
 from isaerft_sweep.results.sureness import assess
 from isaerft_sweep.search.constraints import Constraint, read_constraints, violation
 from isaerft_sweep.search.distributions import Distribution
-from isaerft_sweep.search.sweep_file import Metric, read_metric_name, read_sweep
+from isaerft_sweep.search.sweep_file import Metric, read_goals, read_metric_name, read_sweep
 from isaerft_sweep.specs import Experiment, OrpoSpec
 
 UNREADABLE, GONE = "unreadable", "deleted"
@@ -59,6 +60,8 @@ class Entry:
     violation: float = 0.0
     problem: str = ""
     device_s: float = 0.0
+    on_front: bool = False
+    """Whether no other trial is at least as good in every goal and better in one; false for sweeps with one goal."""
 
     @property
     def params(self) -> Mapping[str, Any]:
@@ -108,6 +111,10 @@ class ReadSweep:
     fingerprint: str = ""
     is_run: bool = False
     problems: list[str] = field(default_factory=list)
+    goals: tuple[Metric, ...] = ()
+    """All metrics of a sweep with several goals, while it is ranked by them."""
+    prefer: Mapping[str, float] = field(default_factory=dict)
+    """Weights of the goals; 1 where there is none."""
     confirmation: list[Entry] = field(default_factory=list)
     seeds_known: bool = False
     seed_sd: float | None = None
@@ -188,10 +195,16 @@ class ReadSweep:
         return dependence(self.metric.name, self.swept, self.metric.goal, loss)
 
 
-def read_sweep_folder(path: Path, metric: str | None = None, ending: bool = False) -> ReadSweep:
-    """The sweep in ``path``, ranked by ``metric`` (None: its own). Raises FolderError when ``path`` has no sweep.
+def read_sweep_folder(
+    path: Path, metric: str | None = None, ending: bool = False, prefer: Mapping[str, float] | None = None
+) -> ReadSweep:
+    """The sweep in ``path``, ranked. Raises FolderError when ``path`` has no sweep.
 
-    ``ending``: the caller is the sweep's controller, which is ending.
+    Args:
+        path: the sweep's folder.
+        metric: ranks the trials; None: the sweep's own.
+        ending: whether the caller is the sweep's controller, which is ending.
+        prefer: weights of the goals of a sweep with several. Raises SpaceError for another metric.
     """
     folder = SweepFolder(path.expanduser().absolute())
     parts = folder.agent_run_folders() or [folder]
@@ -212,6 +225,8 @@ def read_sweep_folder(path: Path, metric: str | None = None, ending: bool = Fals
         entries=entries,
         space=_space(content),
         constraints=_constraints(content),
+        goals=_goals(content) if metric is None else (),
+        prefer=prefer or {},
         experiment=_experiment(folder),
         folder=folder,
         sweep_id=record.sweep_id,
@@ -312,6 +327,15 @@ def _constraints(content: Any) -> tuple[Constraint, ...]:
         return ()
 
 
+def _goals(content: Any) -> tuple[Metric, ...]:
+    """The metrics of a sweep with several goals; empty for one."""
+    try:
+        goals = read_goals(content, ours=False) if isinstance(content, Mapping) and "metrics" in content else ()
+    except SpaceError:
+        return ()
+    return goals if len(goals) > 1 else ()
+
+
 def _experiment(folder: SweepFolder) -> Experiment | None:
     try:
         return folder.read_config()
@@ -338,12 +362,39 @@ def rank(sweep: ReadSweep) -> None:
     for position, entry in enumerate(sweep.entries, 1):
         ranked = entry.record.state == TrialState.COMPLETED and entry.value(name) is not None
         entry.rank = position if ranked else None
+    if sweep.goals:
+        _rank_by_goals(sweep)
+        return
     assess(sweep)
     if sweep.seeds_known:
         compared = [entry for entry in sweep.entries if entry.expected is not None]
         places = [sweep.entries.index(entry) for entry in compared]
         for place, entry in zip(places, sorted(compared, key=lambda e: -sign * (e.expected or 0.0)), strict=True):
             sweep.entries[place], entry.rank = entry, place + 1
+
+
+def _rank_by_goals(sweep: ReadSweep) -> None:
+    """Sort the ranked trials by their front, those of one front by ``pareto.preference``."""
+    names = [goal.name for goal in sweep.goals]
+    for name in sweep.prefer:
+        if name not in names:
+            raise SpaceError(f"--prefer must name a goal of the sweep ({', '.join(names)}) but got '{name}'.")
+    ranked = [entry for entry in sweep.entries if entry.rank]
+    feasible = [entry for entry in ranked if not entry.violation and all(entry.value(name) is not None for name in names)]
+    if not feasible:
+        return
+    values = np.array([[goal.sign * (entry.value(goal.name) or 0.0) for goal in sweep.goals] for entry in feasible])
+    numbers = fronts(values)
+    score = np.zeros(len(feasible))
+    for number in set(numbers.tolist()):
+        score[numbers == number] = preference(values[numbers == number], weights_of(names, sweep.prefer))
+    order = np.lexsort((-score, numbers))
+    for entry, number in zip(feasible, numbers, strict=True):
+        entry.on_front = bool(number == 0)
+    rest = [entry for entry in sweep.entries if not any(entry is other for other in feasible)]
+    sweep.entries[:] = [*(feasible[i] for i in order), *rest]
+    for position, entry in enumerate(sweep.entries, 1):
+        entry.rank = position if entry.rank else None
 
 
 def shared_untrained(sweep: ReadSweep) -> dict[str, float]:

@@ -40,6 +40,8 @@ class AttemptOutcome:
     """Whether it counts against ``SweepLimits.max_retries``."""
     violation: float = 0.0
     """How far the trial's metrics break the sweep's constraints."""
+    others: tuple[float, ...] = ()
+    """The sweep's other goals, larger is better."""
     checkpoint: int = 0
     """The last step that a checkpoint was written after."""
 
@@ -48,7 +50,8 @@ class AttemptOutcome:
 class SweepLimits:
     """When a sweep ends. ``reached``: whether a metric has reached the target; None: the sweep has no target.
 
-    ``violation``: how far a trial's metrics break the sweep's constraints; 0 when they meet all.
+    ``violation``: how far a trial's metrics break the sweep's constraints; 0 when they meet all. ``others``: its values of
+    the goals after the first; None when one is missing.
     """
 
     trials: float
@@ -59,6 +62,13 @@ class SweepLimits:
     """The sweep ends when this many trials are given up and none has completed."""
     reached: Callable[[float | None], bool] | None = None
     violation: Callable[[Mapping[str, float]], float] = lambda _metrics: 0.0
+    others: Callable[[Mapping[str, float]], tuple[float, ...] | None] = lambda _metrics: ()
+
+    def judged(self, outcome: AttemptOutcome, metrics: Mapping[str, float]) -> AttemptOutcome:
+        """The outcome of a completed trial with what its metrics say of constraints and of further goals."""
+        others = self.others(metrics)
+        metric = outcome.metric if others is not None else None  # without one of its goals a trial cannot be compared
+        return replace(outcome, metric=metric, violation=self.violation(metrics), others=others or ())
 
 
 class SweepState:
@@ -193,6 +203,7 @@ class SweepState:
             counted=outcome.counted,
             checkpoint=outcome.checkpoint,
             **({"violation": outcome.violation} if outcome.violation else {}),
+            **({"others": outcome.others} if outcome.others else {}),
         )
         self.active.pop(record.index, None)
         self.starting.pop(record.index, None)
@@ -227,7 +238,7 @@ class SweepState:
     def _settle(self, record: TrialRecord) -> None:
         """Count a trial that has ended, and report it to the sampler."""
         if record.state in FINAL:
-            self.sampler.tell(record.point, record.metric, record.violation)
+            self.sampler.tell(record.point, record.metric, record.violation, record.others)
         elif record.state is not TrialState.PRUNED:  # out of memory, a lost node, a user: unrelated to the point
             self.sampler.forget(record.point)
         # a pruned one may be revived: it stays pending, which counts as bad

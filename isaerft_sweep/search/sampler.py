@@ -59,10 +59,11 @@ class PointSource(Protocol):
     def ask(self) -> Point | None:
         """The next point, now pending; None when every point has been tried."""
 
-    def tell(self, point: Point, value: float | None, violation: float = 0.0) -> None:
+    def tell(self, point: Point, value: float | None, violation: float = 0.0, others: Sequence[float] = ()) -> None:
         """The outcome of a pending point: the metric, or None for a trial that diverged.
 
-        ``violation``: how far it breaks the sweep's constraints; see ``search/constraints.py``.
+        ``violation``: how far it breaks the sweep's constraints; see ``search/constraints.py``. ``others``: the values of
+        further goals, larger is better.
         """
 
     def forget(self, point: Point) -> None:
@@ -95,7 +96,7 @@ class FixedPoints:
             self.tried.add(point.key)
         return point
 
-    def tell(self, point: Point, value: float | None, violation: float = 0.0) -> None:
+    def tell(self, point: Point, value: float | None, violation: float = 0.0, others: Sequence[float] = ()) -> None:
         """Nothing follows from it."""
 
     def forget(self, point: Point) -> None:
@@ -112,12 +113,19 @@ class Sampler:
     """Gives points and learns their outcomes. After a restart ``restore`` rebuilds it, and it continues in the same way."""
 
     def __init__(
-        self, space: Mapping[str, Distribution], method: str, seed: int = 0, sign: int = 1, repeats: bool = False
+        self,
+        space: Mapping[str, Distribution],
+        method: str,
+        seed: int = 0,
+        sign: int = 1,
+        repeats: bool = False,
+        goals: int = 1,
     ) -> None:
         self.space, self.method, self.seed, self.sign, self.repeats = dict(space), method, seed, sign, repeats
         self.tried: set[str] = set()
         self.count = 0
-        self._model = _Tpe(self.space, seed) if method == "bayes" else None
+        self.goals = goals
+        self._model = _Tpe(self.space, seed, goals) if method == "bayes" else None
         self._grid = self._grid_points() if method == "grid" else iter(())
 
     @property
@@ -136,11 +144,15 @@ class Sampler:
             self._note(point)
         return point
 
-    def tell(self, point: Point, value: float | None, violation: float = 0.0) -> None:
-        if self._model:
-            signed = None if value is None else self.sign * value
-            # TPE looks at the order alone: a point that breaks a constraint is behind all others, by how far it does
-            self._model.tell(point, -INFEASIBLE * (1 + min(violation, 1e6)) if violation and signed is not None else signed)
+    def tell(self, point: Point, value: float | None, violation: float = 0.0, others: Sequence[float] = ()) -> None:
+        if self._model is None:
+            return
+        if value is None:
+            self._model.tell(point, None)
+            return
+        # TPE looks at the order alone: a point that breaks a constraint is behind all others, by how far it does
+        worst = -INFEASIBLE * (1 + min(violation, 1e6))
+        self._model.tell(point, [worst] * self.goals if violation else [self.sign * value, *others])
 
     def forget(self, point: Point) -> None:
         if self._model:
@@ -233,12 +245,13 @@ def _sobol_block(dimensions: int, seed: int, block: int) -> list[list[float]]:
 class _Tpe:
     """Optuna's TPE on the unit cube, with categorical parameters by their index. Larger is better."""
 
-    def __init__(self, space: Mapping[str, Distribution], seed: int) -> None:
+    def __init__(self, space: Mapping[str, Distribution], seed: int, goals: int = 1) -> None:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.seed, self.space = seed, space
-        self.study = optuna.create_study(direction="maximize")
+        self.goals = goals
+        self.study = optuna.create_study(directions=["maximize"] * goals)
         self.pending: dict[str, list[int]] = {}
         self.outcomes = 0
         self.distributions: dict[str, optuna.distributions.BaseDistribution] = {}
@@ -267,11 +280,11 @@ class _Tpe:
         number = self.study.ask(self.distributions).number
         self.pending.setdefault(point.key, []).append(number)
 
-    def tell(self, point: Point, value: float | None) -> None:
+    def tell(self, point: Point, values: Sequence[float] | None) -> None:
         numbers = self.pending.get(point.key)
         if numbers:
             # -inf: a diverged point ranks last, and TPE uses ranks only
-            self.study.tell(numbers.pop(), -math.inf if value is None else value)
+            self.study.tell(numbers.pop(), [-math.inf] * self.goals if values is None else list(values))
             self.outcomes += 1
 
     def forget(self, point: Point) -> None:

@@ -7,7 +7,7 @@ half of the points that have k. The points' source learns the outcome of every s
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from isaerft_sweep.search.sampler import Point, PointSource
@@ -52,11 +52,11 @@ class SeededPoints:
         point = self.source.ask()
         return None if point is None else self._note(_with_seed(point, self.first))
 
-    def tell(self, point: Point, value: float | None, violation: float = 0.0) -> None:
+    def tell(self, point: Point, value: float | None, violation: float = 0.0, others: Sequence[float] = ()) -> None:
         bare, seed = _bare(point)
         is_bad = value is None or violation > 0
         self._values.setdefault(bare.key, {})[seed] = -math.inf if is_bad or value is None else self.sign * value
-        self.source.tell(bare, value, violation)
+        self.source.tell(bare, value, violation, others)
 
     def forget(self, point: Point) -> None:
         self.source.forget(_bare(point)[0])

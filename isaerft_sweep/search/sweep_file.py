@@ -19,7 +19,7 @@ from isaerft_sweep.specs import split_key
 METHODS = ("grid", "random", "bayes")
 GOALS = ("minimize", "maximize")
 TEXT_KEYS = ("program", "name", "description", "project", "entity")
-TOP_KEYS = ("command", "method", "metric", "parameters", "constraints", "early_terminate", "run_cap", *TEXT_KEYS)
+TOP_KEYS = ("command", "method", "metric", "metrics", "parameters", "constraints", "early_terminate", "run_cap", *TEXT_KEYS)
 METRIC_KEYS = ("name", "goal", "target", "impute", "impute_while_running")
 EARLY_KEYS = {"hyperband": ("type", "min_iter", "max_iter", "eta", "s", "strict"), "median": ("type", "min_iter")}
 """Keys of ``early_terminate`` by its type. W&B itself has only hyperband."""
@@ -42,7 +42,8 @@ class Metric:
 class SweepDefinition:
     """A sweep file's content, checked. ``parameters`` maps dotted config keys to their distributions.
 
-    ``constraints``: bounds of other metrics; trials that break one rank behind all others. ``target``: once a trial's metric
+    ``goals``: all metrics of a sweep with several, ``metric`` first; empty for one. ``constraints``: bounds of other
+    metrics; trials that break one rank behind all others. ``target``: once a trial's metric
     reaches it, no further trial starts. ``notes``: remarks to print, such as truncated distributions.
     """
 
@@ -56,6 +57,7 @@ class SweepDefinition:
     target: float | None = None
     early_terminate: Mapping[str, Any] | None = None
     constraints: tuple[Constraint, ...] = ()
+    goals: tuple[Metric, ...] = ()
     command: tuple[str, ...] = ()
     raw: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -63,6 +65,13 @@ class SweepDefinition:
     def violation(self, metrics: Mapping[str, float]) -> float:
         """How far a trial's metrics break the constraints; 0 when they meet all."""
         return violation(self.constraints, metrics)
+
+    def others(self, metrics: Mapping[str, float]) -> tuple[float, ...] | None:
+        """A trial's values of the goals after the first, larger is better; None when one is missing."""
+        values = [metrics.get(goal.name) for goal in self.goals[1:]]
+        if any(value is None or not math.isfinite(value) for value in values):
+            return None
+        return tuple(goal.sign * value for goal, value in zip(self.goals[1:], values, strict=True) if value is not None)
 
     def reached_by(self, value: float | None) -> bool:
         """Whether ``value`` of the metric is the target or better. False without a target."""
@@ -99,9 +108,11 @@ def read_sweep(raw: Any, ours: bool = True) -> SweepDefinition:
     check_conditional(parameters)
     if method == "grid":
         check_grid(parameters)
+    goals = read_goals(raw, ours)
     return SweepDefinition(
         method=method,
-        metric=_read_metric(raw.get("metric"), ours),
+        metric=goals[0],
+        goals=goals if len(goals) > 1 else (),
         parameters=parameters,
         run_cap=_read_run_cap(raw.get("run_cap")),
         name=raw.get("name"),
@@ -149,6 +160,29 @@ def check_grid(parameters: Mapping[str, Distribution]) -> None:
                 f"{key}: method grid needs a finite set but got distribution {getattr(distribution, 'kind', '?')}. "
                 "Give `values: [...]`, whole numbers, or a q_ distribution; or use method random or bayes."
             )
+
+
+def read_goals(raw: Mapping[str, Any], ours: bool = True) -> tuple[Metric, ...]:
+    """The metrics of ``metric``, or of ``metrics``, W&B's list of several."""
+    if "metrics" not in raw:
+        return (_read_metric(raw.get("metric"), ours),)
+    blocks = raw["metrics"]
+    form = "metrics: [{name: eval/log_odds_chosen, goal: maximize}, {name: eval/kl_base, goal: minimize}]"
+    if "metric" in raw:
+        raise SpaceError("metric and metrics must not both be given. Leave one of them out.")
+    if not isinstance(blocks, list) or not blocks:
+        raise SpaceError(
+            f"metrics must be a list of metrics, each with a name and a goal, but got {blocks!r}. Right form: {form}."
+        )
+    for block in blocks:
+        if not isinstance(block, Mapping) or set(block) - {"name", "goal"}:
+            raise SpaceError(f"metrics: each must have a name and a goal alone but got {block!r}. Right form: {form}.")
+    goals = tuple(_read_metric(block, ours) for block in blocks)
+    if len({goal.name for goal in goals}) < len(goals):
+        raise SpaceError(f"metrics must be different from each other but got {[goal.name for goal in goals]}.")
+    if len(goals) > 1 and raw.get("early_terminate"):
+        raise SpaceError("early_terminate must go with a single metric: leave it out, or give metric instead of metrics.")
+    return goals
 
 
 def read_metric_name(name: str | None, own: Metric) -> Metric:

@@ -79,9 +79,13 @@ class ServedSweep:
         if not self.journal.record.sweep_id:
             metric = definition.metric
             self.journal.write("sweep", sweep_id=self.id, question="", metric=metric.name, goal=metric.goal)
-        self.sampler = Sampler(definition.parameters, definition.method, _seed(self.id), definition.metric.sign)
+        goals = max(1, len(definition.goals))
+        sign = definition.metric.sign
+        self.sampler = Sampler(definition.parameters, definition.method, _seed(self.id), sign, goals=goals)
         reached = None if definition.target is None else definition.reached_by
-        limits = SweepLimits(self._cap(definition), MAX_RETRIES, reached=reached)
+        limits = SweepLimits(
+            self._cap(definition), MAX_RETRIES, reached=reached, violation=definition.violation, others=definition.others
+        )
         self.trials = SweepState(self.journal, self.sampler, limits, self._name_trial)
         self.trials.restore(retry_given_up=False)
 
@@ -199,8 +203,9 @@ class ServedSweep:
             message = "" if value is not None else f"it logged no finite {self.metric}"
             assert self.definition is not None
             names = {constraint.metric for constraint in self.definition.constraints}
+            names |= {goal.name for goal in self.definition.goals}
             metrics = {name: number for name in names if (number := run.summary_value(name)) is not None}
-            return AttemptOutcome(TrialState.COMPLETED, value, message, violation=self.definition.violation(metrics))
+            return self.trials.limits.judged(AttemptOutcome(TrialState.COMPLETED, value, message), metrics)
         if run.stop == "pruner":
             return AttemptOutcome(TrialState.PRUNED, message="stopped early; its checkpoint is kept")
         if run.stop:

@@ -155,6 +155,31 @@ def tradeoff(report: Report) -> go.Figure | None:
     return figure
 
 
+def pareto(report: Report) -> go.Figure | None:
+    """The first two goals of all trials, with the front; None for a sweep with one."""
+    goals = report.sweep.goals[:2]
+    if len(goals) < 2:
+        return None
+    figure = _figure(420)
+    points = [(e, [e.value(goal.name) for goal in goals]) for e in report.completed]
+    points = [(e, values) for e, values in points if None not in values]
+    for on_front, name in ((False, "other trials"), (True, "Pareto front")):
+        part = sorted(((e, v) for e, v in points if e.on_front is on_front), key=lambda point: point[1][1] or 0.0)
+        if part:
+            figure.add_scatter(
+                x=[values[1] for _, values in part],
+                y=[values[0] for _, values in part],
+                mode="lines+markers" if on_front and len(goals) == len(report.sweep.goals) else "markers",
+                name=name,
+                marker={"size": 11, "color": COLORS[0] if on_front else OTHERS},
+                text=[report.label(e) for e, _ in part],
+                hoverinfo="text+x+y",
+            )
+    figure.update_xaxes(title_text=f"{goals[1].name}, {goals[1].goal}")
+    figure.update_yaxes(title_text=f"{goals[0].name}, {goals[0].goal}")
+    return figure
+
+
 def strength(result: Mapping[str, Any], metric: str) -> go.Figure | None:
     """Gain over harm as the winner's change is made weaker and stronger; None without the KL from the base model."""
     rows = [row for row in result["strengths"] if metric in row["metrics"] and KL in row["metrics"]]

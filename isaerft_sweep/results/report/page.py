@@ -43,6 +43,7 @@ def render(report: Report) -> str:
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string(asset(TEMPLATE).read_text(encoding="utf-8"))
     named_figures = {
+        "pareto": figures.pareto(report),
         "tradeoff": figures.tradeoff(report),
         "map": figures.space_map(report),
         "parallel": figures.parallel(report),
@@ -89,7 +90,7 @@ def summary(report: Report) -> list[tuple[str, str]]:
     counts = Counter(entry.state for entry in sweep.entries)
     rows = [
         ("trials", ", ".join(f"{count} {state}" for state, count in sorted(counts.items())) or "none yet"),
-        ("ranked by", f"{sweep.metric.name}, {sweep.metric.goal}"),
+        ("ranked by", "; ".join(f"{goal.name}, {goal.goal}" for goal in sweep.goals or (sweep.metric,))),
     ]
     if sweep.metric != sweep.own:
         rows.append(("the sweep itself searched by", f"{sweep.own.name}, {sweep.own.goal}"))
