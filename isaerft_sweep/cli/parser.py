@@ -103,6 +103,9 @@ def make_parser() -> argparse.ArgumentParser:
     export.add_argument("folder", type=Path, help="a trial's folder, its adapter, or a sweep's folder (its best trial)")
     form = export.add_mutually_exclusive_group()
     form.add_argument("--merged", dest="form", action="store_const", const="merged", help="plain weights, where exact")
+    form.add_argument(
+        "--lm-eval", dest="form", action="store_const", const="lm-eval", help="the vector for lm-eval's --model steered"
+    )
     form.add_argument("--standalone", dest="form", action="store_const", const="standalone", help="with custom model code")
     export.add_argument("--out", type=Path, help="the folder to make (default: beside the adapter)")
     export.add_argument("--strength", type=strength, default=1.0, help="multiple of the adapter's change (default 1)")
@@ -243,6 +246,13 @@ def _export(args: argparse.Namespace) -> None:
     from isaerft_sweep.results.finding import find_adapter
 
     _quiet()
+    if args.form == "lm-eval":
+        from isaerft_sweep.publish.steering_file import write_steering_file
+
+        file, base = write_steering_file(find_adapter(args.folder, args.metric), args.out, args.cache, args.strength)
+        print(file)
+        print(f"lm_eval --model steered --model_args pretrained={base},steer_path={file} --tasks TASK")
+        return
     exported = export(find_adapter(args.folder, args.metric), args.out, args.form, args.cache, args.dtype, args.strength)
     print(exported.folder)
     print(f"{exported.form}; its logits differ from the adapter's by at most {exported.difference:.1e} of the largest one")
