@@ -250,6 +250,8 @@ def run_level(kind: str, options: dict[str, str], args: argparse.Namespace) -> d
                 f"orpo.max_steps={args.steps}",
                 f"data.train_size={args.steps * 4}",
                 "orpo.eval_untrained=never",
+                "orpo.eval_harm=false",  # TRL's rows measure neither harm nor test pairs
+                "data.test_size=0",
                 f"launcher.scratch={scratch}/activations",
                 *(f"{k}={v}" for k, v in options.items()),
             ]

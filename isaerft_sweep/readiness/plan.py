@@ -23,7 +23,7 @@ from isaerft_sweep.errors import ConfigError
 from isaerft_sweep.readiness.calibrate import Estimate, calibrate, from_earlier_sweeps
 from isaerft_sweep.results.axes import LOG_FAMILIES
 from isaerft_sweep.search.distributions import Categorical, Conditional, Constant, Distribution, Numeric
-from isaerft_sweep.search.sampler import STARTUP, Point
+from isaerft_sweep.search.sampler import Point
 from isaerft_sweep.specs import Experiment, total_steps
 
 WIDTH = 32
@@ -37,7 +37,7 @@ def plan(console: Console, experiment: Experiment, calibrating: bool) -> None:
     trials = count_trials(definition, sampler, 0)
     folder = sweep_folder(experiment, definition)
     console.print(introduction(folder, experiment, definition, sampler, trials, 0), soft_wrap=True, highlight=False)
-    known = trials if definition.method != "bayes" else min(trials, STARTUP)
+    known = int(min(trials, sampler.foreseeable))
     points = [point for point in (sampler.ask() for _ in range(min(known, 1000))) if point is not None]
     console.print(space_table(definition.parameters, points))
     if known < trials:

@@ -1,22 +1,23 @@
-"""Chooses the next point: grid, quasi-random or TPE. A pure function of the space, the history and the seed.
+"""Chooses the next point: grid, quasi-random, Gaussian process or TPE. A pure function of space, history and seed.
 
 Points live on the unit cube (see ``distributions``). ``random`` takes scrambled Sobol points, which cover the cube more
-evenly than independent draws; ``bayes`` starts with them, then asks Optuna's multivariate TPE with the pending points
-counted as bad (constant liar), so that parallel trials spread. No point repeats without ``sweep.repeats``.
+evenly than independent draws. ``bayes`` starts with them, then asks a Gaussian process (``gaussian_process.py``); for more
+than ``MOST_PARAMETERS`` parameters, or several goals, Optuna's multivariate TPE, with the pending points counted as bad
+(constant liar), so that parallel trials spread. No point repeats without ``sweep.repeats``.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from isaerft_sweep.search.distributions import Categorical, Conditional, Constant, Distribution, cases_of, resolved
-from isaerft_sweep.spec_fields import canonical_json
+from isaerft_sweep.search.gaussian_process import MOST_PARAMETERS, GaussianProcessModel
+from isaerft_sweep.search.point import Point as Point
 
 if TYPE_CHECKING:
     import optuna
@@ -24,24 +25,10 @@ if TYPE_CHECKING:
 BLOCK = 1024
 INFEASIBLE = 1e12
 """Larger than any metric."""
-STARTUP = 5
-"""Outcomes before the first model-based point: with fewer, TPE's points would be independent draws, less even than
-quasi-random ones."""
+STARTUP = {"gp": 6, "tpe": 5}
+"""Outcomes before the first model-based point: with fewer, a model's points would be less even than quasi-random ones."""
 ATTEMPTS = 200
 """Draws that may repeat a tried point before the untried points are listed."""
-
-
-@dataclass(frozen=True)
-class Point:
-    """Sampled values by dotted config key; ``unit`` holds each one's u in [0, 1]."""
-
-    params: Mapping[str, Any]
-    unit: Mapping[str, float] = field(default_factory=dict)
-
-    @cached_property
-    def key(self) -> str:
-        """Equal for equal values."""
-        return canonical_json(self.params)
 
 
 class PointSource(Protocol):
@@ -55,6 +42,10 @@ class PointSource(Protocol):
 
     @property
     def size(self) -> float: ...
+
+    @property
+    def foreseeable(self) -> float:
+        """How many of the first points depend on no outcome."""
 
     def ask(self) -> Point | None:
         """The next point, now pending; None when every point has been tried."""
@@ -89,6 +80,10 @@ class FixedPoints:
     def size(self) -> float:
         """The number of different points, including those of an earlier process with another list."""
         return len(self.tried | {point.key for point in self.points})
+
+    @property
+    def foreseeable(self) -> float:
+        return self.size
 
     def ask(self) -> Point | None:
         point = next((p for p in self.points if p.key not in self.tried), None)
@@ -125,8 +120,13 @@ class Sampler:
         self.tried: set[str] = set()
         self.count = 0
         self.goals = goals
-        self._model = _Tpe(self.space, seed, goals) if method == "bayes" else None
+        self._model = self._make_model() if method == "bayes" else None
         self._grid = self._grid_points() if method == "grid" else iter(())
+
+    def _make_model(self) -> GaussianProcessModel | _Tpe:
+        if self.goals == 1 and 0 < len(self.free) <= MOST_PARAMETERS:
+            return GaussianProcessModel(self.space, self.seed)
+        return _Tpe(self.space, self.seed, self.goals)
 
     @property
     def free(self) -> list[str]:
@@ -138,6 +138,10 @@ class Sampler:
         """The number of different points; infinite when a parameter is continuous."""
         return sum(math.prod(d.size for d in case.values()) for case in cases_of(self.space))
 
+    @property
+    def foreseeable(self) -> float:
+        return STARTUP[self._model.kind] if self._model else math.inf
+
     def ask(self) -> Point | None:
         point = self._next_untried()
         if point is not None:
@@ -148,6 +152,9 @@ class Sampler:
         if self._model is None:
             return
         if value is None:
+            self._model.tell(point, None)
+            return
+        if violation and isinstance(self._model, GaussianProcessModel):
             self._model.tell(point, None)
             return
         # TPE looks at the order alone: a point that breaks a constraint is behind all others, by how far it does
@@ -186,7 +193,7 @@ class Sampler:
         return left[np.random.default_rng([self.seed, self.count]).integers(len(left))]
 
     def _draw(self, number: int, attempt: int) -> Point:
-        if self._model and self._model.outcomes >= STARTUP and attempt < ATTEMPTS // 4:
+        if self._model and self._model.outcomes >= STARTUP[self._model.kind] and attempt < ATTEMPTS // 4:
             return self._point(self._model.suggest(number, attempt))
         row = _sobol(len(self.free), self.seed, number + attempt)
         return self._point(dict(zip(self.free, row, strict=True)))
@@ -220,7 +227,7 @@ class Sampler:
 
 def load_libraries() -> None:
     """Import what random and bayes need, which takes a second, before the first point needs it."""
-    import optuna.samplers  # noqa: F401
+    import scipy.optimize  # noqa: F401
 
     _sobol_block(1, 0, 0)
 
@@ -244,6 +251,8 @@ def _sobol_block(dimensions: int, seed: int, block: int) -> list[list[float]]:
 
 class _Tpe:
     """Optuna's TPE on the unit cube, with categorical parameters by their index. Larger is better."""
+
+    kind = "tpe"
 
     def __init__(self, space: Mapping[str, Distribution], seed: int, goals: int = 1) -> None:
         import optuna

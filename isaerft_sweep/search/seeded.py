@@ -41,6 +41,11 @@ class SeededPoints:
         """At most so many runs: the race may end before."""
         return self.source.size * self.seeds
 
+    @property
+    def foreseeable(self) -> float:
+        """Two: then one of them may have earned a second seed."""
+        return min(2, self.source.foreseeable)
+
     def ask(self) -> Point | None:
         """The next seed of a promoted point, else a new point with the first seed."""
         key = self._promoted()

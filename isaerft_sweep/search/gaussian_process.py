@@ -1,0 +1,244 @@
+"""Bayesian optimisation for few parameters: an exact Gaussian process on the unit cube, in numpy and scipy.
+
+Matérn 5/2 with one length scale per parameter; hyperparameters by maximum a posteriori with analytic gradients (Rasmussen
+and Williams 2006, equations 2.30, 4.17 and 5.9); the next point by the largest expected improvement over the best posterior
+mean, in logarithms (Ament et al. 2023, arXiv 2310.20708). Points that still run count as observed at their posterior mean
+("kriging believer", Ginsbourger et al. 2010), so that parallel trials spread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from isaerft_sweep.search.distributions import Categorical, Conditional, Constant, Distribution, Numeric
+from isaerft_sweep.search.point import Point
+
+MOST_PARAMETERS = 6
+"""With more of them a tree model needs fewer trials."""
+MOST_STEPS = 64
+"""A parameter with at most so many values is seen as a list of them."""
+CATEGORY = 0.6
+"""Distance of a category from the origin on its own axis."""
+CANDIDATES, NEAR, LEADERS = 1024, 64, 5
+"""Candidates: quasi-random ones, and so many near each of the leaders."""
+SPREADS = (0.15, 0.04, 0.01)
+"""Standard deviations of the candidates near a leader."""
+FLOOR = 2.0
+"""Values this many times further below the median than the best is above it are cut: how bad a bad point is says little of
+where the best is. A trial that diverged or broke a constraint is at the floor."""
+LENGTH_PRIOR = (np.log(0.4), 0.7)
+NOISE_PRIOR = (np.log(0.05), 1.0)
+SCALE_PRIOR = (0.0, 0.7)
+"""Mean and standard deviation of the logarithms of length scales, noise and scale, for standardised values."""
+BOUNDS = {"length": (-3.5, 2.0), "noise": (-7.0, 0.5), "scale": (-2.0, 2.0)}
+JITTER = 1e-8
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """A fitted process. ``predict`` gives mean and standard deviation of the standardised values, noise left out."""
+
+    x: np.ndarray
+    lengths: np.ndarray
+    scale: float
+    noise: float
+    factor: np.ndarray
+    weights: np.ndarray
+
+    def predict(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation at x [points, coordinates]."""
+        across = self.scale**2 * _matern(x, self.x, self.lengths)[0]
+        mean = across @ self.weights
+        solved = np.linalg.solve(self.factor, across.T)
+        variance = self.scale**2 - (solved**2).sum(axis=0)
+        return mean, np.sqrt(np.maximum(variance, 1e-12))
+
+
+def fit(x: np.ndarray, y: np.ndarray) -> Posterior:
+    """The process for the values y [points] at x [points, coordinates], with the most probable hyperparameters."""
+    from scipy.optimize import minimize
+
+    dimensions = x.shape[1]
+    bounds = [BOUNDS["length"]] * dimensions + [BOUNDS["scale"], BOUNDS["noise"]]
+    starts = [
+        [length] * dimensions + [0.0, noise] for length, noise in ((LENGTH_PRIOR[0], np.log(0.05)), (-1.8, np.log(0.2)))
+    ]
+    results = [minimize(_objective, np.array(s), args=(x, y), jac=True, method="L-BFGS-B", bounds=bounds) for s in starts]
+    best = min(results, key=lambda result: float(result.fun))
+    return _posterior(x, y, best.x)
+
+
+def _posterior(x: np.ndarray, y: np.ndarray, logs: np.ndarray) -> Posterior:
+    lengths, scale, noise = np.exp(logs[:-2]), float(np.exp(logs[-2])), float(np.exp(logs[-1]))
+    covariance = scale**2 * _matern(x, x, lengths)[0] + (noise**2 + JITTER) * np.eye(len(x))
+    factor = np.linalg.cholesky(covariance)
+    weights = np.linalg.solve(factor.T, np.linalg.solve(factor, y))
+    return Posterior(x, lengths, scale, noise, factor, weights)
+
+
+def _objective(logs: np.ndarray, x: np.ndarray, y: np.ndarray) -> tuple[float, np.ndarray]:
+    """Minus the log posterior of the hyperparameters, and its gradient."""
+    lengths, scale, noise = np.exp(logs[:-2]), np.exp(logs[-2]), np.exp(logs[-1])
+    kernel, distance = _matern(x, x, lengths)
+    covariance = scale**2 * kernel + (noise**2 + JITTER) * np.eye(len(x))
+    try:
+        factor = np.linalg.cholesky(covariance)
+    except np.linalg.LinAlgError:
+        return 1e10, np.zeros_like(logs)
+    inverse = np.linalg.inv(factor)
+    inverse = inverse.T @ inverse
+    weights = inverse @ y
+    inner = np.outer(weights, weights) - inverse
+    gradient = np.empty_like(logs)
+    # dK / d log length_d of Matérn 5/2: 5/3 · (1 + √5 r) · exp(−√5 r) · (difference_d / length_d)²
+    slope = scale**2 * 5 / 3 * (1 + distance) * np.exp(-distance)
+    for d, length in enumerate(lengths):
+        gradient[d] = 0.5 * (inner * slope * ((x[:, None, d] - x[None, :, d]) / length) ** 2).sum()
+    gradient[-2] = (inner * scale**2 * kernel).sum()
+    gradient[-1] = np.trace(inner) * noise**2
+    priors = [LENGTH_PRIOR] * len(lengths) + [SCALE_PRIOR, NOISE_PRIOR]
+    means, sds = np.array(priors).T
+    value = -0.5 * y @ weights - np.log(np.diag(factor)).sum() - 0.5 * (((logs - means) / sds) ** 2).sum()
+    return -float(value), -(gradient - (logs - means) / sds**2)
+
+
+def _matern(one: np.ndarray, other: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Correlations [one, other] and √5 times the scaled distances."""
+    squares = (((one[:, None, :] - other[None, :, :]) / lengths) ** 2).sum(axis=-1)
+    distance = np.sqrt(5 * squares)
+    return (1 + distance + distance**2 / 3) * np.exp(-distance), distance
+
+
+def log_expected_improvement(mean: np.ndarray, sd: np.ndarray, best: float) -> np.ndarray:
+    """log E[max(f − best, 0)] for f normal; finite where the expectation itself is 0 in floating point."""
+    from scipy.special import erfcx, log_ndtr
+
+    z = (mean - best) / sd
+    log_density = -0.5 * z**2 - 0.5 * np.log(2 * np.pi)
+    low = np.minimum(z, -1.0)
+    # φ(z) + z Φ(z) = φ(z) · (1 − |z| √(π/2) erfcx(|z| / √2)) for z < 0; for large |z| the bracket is z⁻²
+    bracket = 1 - np.abs(low) * np.sqrt(np.pi / 2) * erfcx(np.abs(low) / np.sqrt(2))
+    small = (
+        -0.5 * low**2
+        - 0.5 * np.log(2 * np.pi)
+        + np.where(low < -1e3, -2 * np.log(-low), np.log(np.maximum(bracket, 1e-300)))
+    )
+    high = np.maximum(z, -1.0)
+    large = np.log(np.exp(np.where(z > -1, log_density, 0.0)) + high * np.exp(log_ndtr(high)))
+    return np.asarray(np.log(sd) + np.where(z > -1, large, small))
+
+
+class GaussianProcessModel:
+    """Suggests points from those told. The same history gives the same points, in whatever order it was told."""
+
+    kind = "gp"
+
+    def __init__(self, space: Mapping[str, Distribution], seed: int) -> None:
+        self.space, self.seed = dict(space), seed
+        self.free = [key for key, d in self.space.items() if not isinstance(d, Constant)]
+        self.pending: dict[str, list[Point]] = {}
+        self.told: list[tuple[Point, float | None]] = []
+        """Points with their values, larger is better; None for one that diverged or broke a constraint."""
+        self._ranked: tuple[Any, list[dict[str, float]]] | None = None
+
+    @property
+    def outcomes(self) -> int:
+        return len(self.told)
+
+    def add_pending(self, point: Point) -> None:
+        self.pending.setdefault(point.key, []).append(point)
+
+    def tell(self, point: Point, values: Sequence[float] | None) -> None:
+        waiting = self.pending.get(point.key)
+        if waiting:
+            self.told.append((waiting.pop(), None if values is None else float(values[0])))
+
+    def forget(self, point: Point) -> None:
+        waiting = self.pending.get(point.key)
+        if waiting:
+            waiting.pop()
+
+    def suggest(self, number: int, attempt: int) -> dict[str, float]:
+        """The candidate number ``attempt``, from the best, as point ``number`` of the sweep; on the unit cube, by key."""
+        running = sorted(key for key, points in self.pending.items() for _ in points)
+        state = (number, len(self.told), tuple(running))
+        if self._ranked is None or self._ranked[0] != state:
+            self._ranked = state, self._rank(number)
+        ranked = self._ranked[1]
+        return ranked[min(attempt, len(ranked) - 1)]
+
+    def _rank(self, number: int) -> list[dict[str, float]]:
+        """Candidates by expected improvement, best first."""
+        told = sorted(self.told, key=lambda entry: (entry[0].key, entry[1] is None, entry[1] or 0.0))
+        x = np.array([self.coordinates(point.unit) for point, _ in told])
+        y = _standardised([value for _, value in told])
+        model = fit(x, y)
+        running = [p for key in sorted(self.pending) for p in self.pending[key]]
+        if running:
+            at = np.array([self.coordinates(point.unit) for point in running])
+            believed = model.predict(at)[0]
+            logs = np.log([*model.lengths, model.scale, model.noise])
+            model = _posterior(np.concatenate([x, at]), np.concatenate([y, believed]), logs)
+        means = model.predict(x)[0]
+        candidates = self._candidates(number, [told[i][0].unit for i in np.argsort(-means, kind="stable")])
+        at = np.array([self.coordinates(unit) for unit in candidates])
+        gain = log_expected_improvement(*model.predict(at), best=float(means.max()))
+        return [candidates[i] for i in np.argsort(-gain, kind="stable")]
+
+    def _candidates(self, number: int, best_first: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
+        from scipy.stats import qmc
+
+        rng = np.random.default_rng([self.seed, number])
+        units = [qmc.Sobol(len(self.free), scramble=True, rng=rng).random(CANDIDATES)]
+        for leader in best_first[:LEADERS]:
+            centre = np.array([leader[key] for key in self.free])
+            for spread in SPREADS:
+                units.append(np.clip(centre + spread * rng.standard_normal((NEAR, len(self.free))), 0.0, 1.0))
+        return [dict(zip(self.free, map(float, row), strict=True)) for row in np.concatenate(units)]
+
+    def coordinates(self, unit: Mapping[str, float]) -> list[float]:
+        """Where the process sees a point: a number at its u, a value of a list at its place, a category on its axis."""
+        found: list[float] = []
+        for key in self.free:
+            distribution, u = self.space[key], unit.get(key, 0.5)
+            values = _values(distribution)
+            if not values:
+                found.append(u)
+                continue
+            assert not isinstance(distribution, Conditional)
+            place = values.index(distribution.at(u))
+            if _is_ordered(values):
+                found.append(place / max(1, len(values) - 1))
+            else:
+                found += [CATEGORY * (place == other) for other in range(len(values))]
+        return found
+
+
+def _values(distribution: Distribution) -> tuple[Any, ...]:
+    """The values of a parameter with few of them; empty for one that is seen by its u."""
+    if isinstance(distribution, Categorical):
+        return distribution.values
+    is_short = isinstance(distribution, Numeric) and distribution.size <= MOST_STEPS
+    return (distribution.choices or ()) if is_short else ()
+
+
+def _is_ordered(values: Sequence[Any]) -> bool:
+    """Whether the values are numbers in order, so that neighbours in the list are alike."""
+    numbers = [value for value in values if isinstance(value, (int, float)) and not isinstance(value, bool)]
+    return len(numbers) == len(values) and (numbers == sorted(numbers) or numbers == sorted(numbers, reverse=True))
+
+
+def _standardised(values: Sequence[float | None]) -> np.ndarray:
+    """Values [points] with mean 0 and standard deviation 1; bad ones at the floor."""
+    finite = np.array([value for value in values if value is not None])
+    if not len(finite):
+        return np.zeros(len(values))
+    middle, best = float(np.median(finite)), float(finite.max())
+    floor = max(middle - FLOOR * (best - middle), float(finite.min())) if best > middle else float(finite.min())
+    cut = np.array([floor if value is None else max(value, floor) for value in values])
+    sd = float(cut.std())
+    return (cut - cut.mean()) / sd if sd > 0 else np.zeros(len(cut))
