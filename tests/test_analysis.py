@@ -16,8 +16,8 @@ from isaerft_sweep.adapter.strength import changed, set_strength
 from isaerft_sweep.cli import main
 from isaerft_sweep.publish.export import export
 from isaerft_sweep.results.analysis import columns, read_analysis, rows_by_latent, rows_by_strength
-from isaerft_sweep.trial.analysis import analyse
 from isaerft_sweep.trial.runner import run_trial
+from isaerft_sweep.trial.variants import analyse
 
 WEIGHTS = "adapter_model.safetensors"
 

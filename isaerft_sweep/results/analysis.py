@@ -25,7 +25,7 @@ SHOWN = ("eval/log_odds_chosen", "eval/rewards/accuracies", "eval/kl_base", "eva
 def analyse(trial: TrialFolder, strengths: Sequence[float] = STRENGTHS, latents: int = LATENTS) -> Mapping[str, Any]:
     """Measure and write ``analysis.json``. Raises ModelError when that fails. This process never loads torch."""
     request = {"folder": str(trial.path), "strengths": list(strengths), "latents": latents}
-    command = [sys.executable, "-m", "isaerft_sweep.trial.analysis"]
+    command = [sys.executable, "-m", "isaerft_sweep.trial.variants"]
     done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=False)
     try:
         reply = json.loads(done.stdout.strip().splitlines()[-1])
@@ -41,8 +41,8 @@ def analyse(trial: TrialFolder, strengths: Sequence[float] = STRENGTHS, latents:
 def read_analysis(trial: TrialFolder | None) -> Mapping[str, Any] | None:
     """What ``analyse`` has written; None without it, or when it cannot be read."""
     try:
-        found: Any = read_json(trial.analysis) if trial else None
-        return found if found and {"strengths", "latents"} <= set(found) else None
+        content: Any = read_json(trial.analysis) if trial else None
+        return content if content and {"strengths", "latents"} <= set(content) else None
     except (ValueError, TypeError):
         return None
 

@@ -42,14 +42,14 @@ def methods(sweep: ReadSweep) -> list[Method]:
         by_kind.setdefault(kind_of(entry, sweep), []).append(entry)
     if len(by_kind) < 2:
         return []
-    found = []
+    compared = []
     for kind, entries in by_kind.items():
         ranked = [entry for entry in entries if entry.rank]
         best = next((entry for entry in ranked if not entry.violation), ranked[0] if ranked else None)
         points = {without_seed(e.params): e.probability_best for e in ranked if e.probability_best is not None}
         chance = sum(share for share in points.values() if share is not None) if points else None
-        found.append(Method(kind, len(entries), len(ranked), best, chance))
-    return sorted(found, key=lambda m: (m.best is None, m.best.rank if m.best and m.best.rank else 0))
+        compared.append(Method(kind, len(entries), len(ranked), best, chance))
+    return sorted(compared, key=lambda m: (m.best is None, m.best.rank if m.best and m.best.rank else 0))
 
 
 def answer(sweep: ReadSweep) -> list[str]:

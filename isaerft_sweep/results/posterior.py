@@ -146,7 +146,7 @@ def _hypotheses(trials: Trials, means: np.ndarray, within: np.ndarray) -> Iterat
     design = np.eye(trials.points)[trials.point]
     same_seed = (trials.seed[:, None] == trials.seed[None, :]).astype(float)
     kept: list[tuple[float, np.ndarray, np.ndarray, float]] = []
-    # with one seed in all, what trials share through it cannot be told from mu
+    # with one seed in all, what trials share through it cannot be separated from mu
     shared_parts = SHARED_BY_SEED if len(set(trials.seed.tolist())) > 1 else (0.0,)
     grid = list(itertools.product(SCALES, SEED_RATIOS.items(), shared_parts))
     for kernel in _kernels(trials):

@@ -41,7 +41,7 @@ def assess(sweep: ReadSweep) -> None:
         return
     seeds = [_seed(entry, sweep) for entry in trials]
     labels = {seed: number for number, seed in enumerate(dict.fromkeys(seeds))}
-    found = posterior(
+    estimate = posterior(
         Trials(
             table,
             np.array([keys.index(without_seed(entry.params)) for entry in trials]),
@@ -50,13 +50,13 @@ def assess(sweep: ReadSweep) -> None:
         ),
         sweep.metric.sign,
     )
-    sweep.seed_sd = found.seed_sd
+    sweep.seed_sd = estimate.seed_sd
     for entry in leaders:
         if (key := without_seed(entry.params)) in keys:
             index = keys.index(key)
-            entry.expected = float(found.mean[index])
-            entry.interval = (float(found.low[index]), float(found.high[index]))
-            entry.probability_best = float(found.probability_best[index])
+            entry.expected = float(estimate.mean[index])
+            entry.interval = (float(estimate.low[index]), float(estimate.high[index]))
+            entry.probability_best = float(estimate.probability_best[index])
 
 
 def _seed(entry: Entry, sweep: ReadSweep) -> Any:

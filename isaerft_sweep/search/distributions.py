@@ -192,7 +192,7 @@ class Conditional:
     parent: str
     cases: tuple[tuple[Any, Constant | Categorical | Numeric], ...]
 
-    def given(self, params: Mapping[str, Any]) -> Constant | Categorical | Numeric:
+    def at_point(self, params: Mapping[str, Any]) -> Constant | Categorical | Numeric:
         """The distribution for the parent's value in ``params``."""
         value = params[self.parent]
         return next(case for parent_value, case in self.cases if parent_value == value)
@@ -216,7 +216,7 @@ Distribution = Constant | Categorical | Numeric | Conditional
 
 def resolved(space: Mapping[str, Distribution], params: Mapping[str, Any]) -> dict[str, Constant | Categorical | Numeric]:
     """The space with each conditional parameter's distribution at the point ``params``."""
-    return {key: d.given(params) if isinstance(d, Conditional) else d for key, d in space.items()}
+    return {key: d.at_point(params) if isinstance(d, Conditional) else d for key, d in space.items()}
 
 
 def cases_of(space: Mapping[str, Distribution]) -> list[dict[str, Constant | Categorical | Numeric]]:

@@ -133,7 +133,7 @@ def log_expected_improvement(mean: np.ndarray, sd: np.ndarray, best: float) -> n
 
 
 class GaussianProcessModel:
-    """Suggests points from those told. The same history gives the same points, in whatever order it was told."""
+    """Suggests points from those observed. The same history gives the same points, in any order."""
 
     kind = "gp"
 
@@ -141,13 +141,13 @@ class GaussianProcessModel:
         self.space, self.seed = dict(space), seed
         self.free = [key for key, d in self.space.items() if not isinstance(d, Constant)]
         self.pending: dict[str, list[Point]] = {}
-        self.told: list[tuple[Point, float | None]] = []
+        self.observed: list[tuple[Point, float | None]] = []
         """Points with their values, larger is better; None for one that diverged or broke a constraint."""
         self._ranked: tuple[Any, list[dict[str, float]]] | None = None
 
     @property
     def outcomes(self) -> int:
-        return len(self.told)
+        return len(self.observed)
 
     def add_pending(self, point: Point) -> None:
         self.pending.setdefault(point.key, []).append(point)
@@ -155,7 +155,7 @@ class GaussianProcessModel:
     def tell(self, point: Point, values: Sequence[float] | None) -> None:
         waiting = self.pending.get(point.key)
         if waiting:
-            self.told.append((waiting.pop(), None if values is None else float(values[0])))
+            self.observed.append((waiting.pop(), None if values is None else float(values[0])))
 
     def forget(self, point: Point) -> None:
         waiting = self.pending.get(point.key)
@@ -165,7 +165,7 @@ class GaussianProcessModel:
     def suggest(self, number: int, attempt: int) -> dict[str, float]:
         """The candidate number ``attempt``, from the best, as point ``number`` of the sweep; on the unit cube, by key."""
         running = sorted(key for key, points in self.pending.items() for _ in points)
-        state = (number, len(self.told), tuple(running))
+        state = (number, len(self.observed), tuple(running))
         if self._ranked is None or self._ranked[0] != state:
             self._ranked = state, self._rank(number)
         ranked = self._ranked[1]
@@ -173,9 +173,9 @@ class GaussianProcessModel:
 
     def _rank(self, number: int) -> list[dict[str, float]]:
         """Candidates by expected improvement, best first."""
-        told = sorted(self.told, key=lambda entry: (entry[0].key, entry[1] is None, entry[1] or 0.0))
-        x = np.array([self.coordinates(point.unit) for point, _ in told])
-        y = _standardised([value for _, value in told])
+        observed = sorted(self.observed, key=lambda entry: (entry[0].key, entry[1] is None, entry[1] or 0.0))
+        x = np.array([self.coordinates(point.unit) for point, _ in observed])
+        y = _standardised([value for _, value in observed])
         model = fit(x, y)
         running = [p for key in sorted(self.pending) for p in self.pending[key]]
         if running:
@@ -184,7 +184,7 @@ class GaussianProcessModel:
             logs = np.log([*model.lengths, model.scale, model.noise])
             model = _posterior(np.concatenate([x, at]), np.concatenate([y, believed]), logs)
         means = model.predict(x)[0]
-        candidates = self._candidates(number, [told[i][0].unit for i in np.argsort(-means, kind="stable")])
+        candidates = self._candidates(number, [observed[i][0].unit for i in np.argsort(-means, kind="stable")])
         at = np.array([self.coordinates(unit) for unit in candidates])
         gain = log_expected_improvement(*model.predict(at), best=float(means.max()))
         return [candidates[i] for i in np.argsort(-gain, kind="stable")]
@@ -202,20 +202,20 @@ class GaussianProcessModel:
 
     def coordinates(self, unit: Mapping[str, float]) -> list[float]:
         """Where the process sees a point: a number at its u, a value of a list at its place, a category on its axis."""
-        found: list[float] = []
+        axes: list[float] = []
         for key in self.free:
             distribution, u = self.space[key], unit.get(key, 0.5)
             values = _values(distribution)
             if not values:
-                found.append(u)
+                axes.append(u)
                 continue
             assert not isinstance(distribution, Conditional)
             place = values.index(distribution.at(u))
             if _is_ordered(values):
-                found.append(place / max(1, len(values) - 1))
+                axes.append(place / max(1, len(values) - 1))
             else:
-                found += [CATEGORY * (place == other) for other in range(len(values))]
-        return found
+                axes += [CATEGORY * (place == other) for other in range(len(values))]
+        return axes
 
 
 def _values(distribution: Distribution) -> tuple[Any, ...]:

@@ -94,9 +94,9 @@ def check_conditional(parameters: Mapping[str, Distribution]) -> None:
             )
         if not isinstance(parent, (Categorical, Constant)):
             raise SpaceError(f"{key}: by must name a parameter with a list of values but {distribution.parent} has none.")
-        expected, found = list(parent.choices or ()), [value for value, _ in distribution.cases]
-        if sorted(map(repr, expected)) != sorted(map(repr, found)):
-            raise SpaceError(f"{key}: cases must be those of {distribution.parent}, {expected}, but are {found}.")
+        expected, present = list(parent.choices or ()), [value for value, _ in distribution.cases]
+        if sorted(map(repr, expected)) != sorted(map(repr, present)):
+            raise SpaceError(f"{key}: cases must be those of {distribution.parent}, {expected}, but are {present}.")
 
 
 def _implied_kind(key: str, block: Mapping[str, Any]) -> str:

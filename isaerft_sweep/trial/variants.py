@@ -1,6 +1,6 @@
 """What a finished trial's adapter does at other strengths, and what each of its largest latents does.
 
-The orchestrator has no torch, so it runs ``python -m isaerft_sweep.trial.analysis < request.json``. The request is a JSON
+The orchestrator has no torch, so it runs ``python -m isaerft_sweep.trial.variants < request.json``. The request is a JSON
 object with the arguments of ``analyse``; the output's last line is ``{"ok": result}`` or ``{"error": message}``.
 """
 
