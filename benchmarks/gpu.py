@@ -2,10 +2,10 @@
 
     python benchmarks/gpu.py [--out gpu.json] [--steps 3] [--tiny]
 
-One command, a few minutes, no network: a model of Gemma-2-2B's shape with random weights in bfloat16, a bias on 16,384 random
-directions at layer 20, batches of 2 pairs, 8 of them a step, lengths as in UltraFeedback (mean 350 tokens, at most 1,024). It
-needs torch, transformers, peft and what these need, not the package's other dependencies; run it from the repository.
-``--tiny`` runs the same on small shapes, on any machine.
+One command, a few minutes, no network: a model of Gemma-2-2B's shape with random weights in bfloat16, a bias on 16,384
+random directions at layer 20, batches of 2 pairs, 8 of them a step, lengths as in UltraFeedback (mean 350 tokens, at most
+1,024). It needs torch, transformers, peft and what these need, not the package's other dependencies; run it from the
+repository. ``--tiny`` runs the same on small shapes, on any machine.
 
     numbers  log-probabilities and gradient in float32 and bfloat16, each level beside the plain model with a hook
     a step   plain: all logits in float32, as TRL's trainers do; ours: lean logits, shared prompts, stored frozen layers

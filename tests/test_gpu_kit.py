@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 KIT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
-ABSENT = ("datasets", "wandb", "hydra", "omegaconf", "submitit", "trl", "sae_lens", "optuna", "pyarrow", "psutil", "pandas")
+ABSENT = ("datasets", "wandb", "hydra", "omegaconf", "submitit", "trl", "sae_lens", "optuna", "pyarrow")
 
 
 def test_it_runs_and_its_numbers_are_the_plain_formulas(tmp_path: Path) -> None:
