@@ -13,11 +13,13 @@ ABSENT = ("datasets", "wandb", "hydra", "omegaconf", "submitit", "trl", "sae_len
 
 def test_it_runs_and_its_numbers_are_the_plain_formulas(tmp_path: Path) -> None:
     code = (
-        "import runpy, sys\n"
+        "import importlib.util, runpy, sys\n"
         "class Absent:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
         f"        if name.split('.')[0] in {ABSENT!r}: raise ModuleNotFoundError(name, name=name)\n"
         "sys.meta_path.insert(0, Absent())\n"
+        "real = importlib.util.find_spec\n"
+        f"importlib.util.find_spec = lambda name, *a: None if name.split('.')[0] in {ABSENT!r} else real(name, *a)\n"
         f"sys.argv = ['gpu.py', '--tiny', '--steps', '1', '--out', {str(tmp_path / 'gpu.json')!r}]\n"
         f"runpy.run_path({str(KIT)!r}, run_name='__main__')\n"
     )
