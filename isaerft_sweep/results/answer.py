@@ -93,10 +93,10 @@ def _gain(winner: Entry, sweep: ReadSweep) -> list[str]:
     before = shared_untrained(sweep).get(name)
     sentences = []
     if value is not None:
-        expected = winner.expected if winner.expected is not None else value
+        what = f"Its value is {value:.4f}" if winner.expected is None else f"Its expected value is {winner.expected:.4f}"
         interval = f" (95 %: {winner.interval[0]:.3g} to {winner.interval[1]:.3g})" if winner.interval else ""
         change = f", from {before:.4f} untrained" if before is not None else ""
-        sentences.append(f"It has {expected:.4f}{interval}{change}.")
+        sentences.append(f"{what}{interval}{change}.")
     sentences += _test(winner, name.replace("eval/", "test/"), sweep)
     harm = [
         f"{winner.metrics[metric]:{style}} {words}"
