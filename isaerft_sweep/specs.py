@@ -282,6 +282,19 @@ class LauncherSpec:
 
 
 @dataclass(frozen=True)
+class StopSpec:
+    """When a sweep starts no further trial before its run_cap; null: never for that reason."""
+
+    probability_best: float | None = option(
+        "Stop once the winner is the best of all trials with this probability.", None, above=0, at_most=1
+    )
+    expected_gain: float | None = option(
+        "Stop once another trial is expected to better the metric by less than this (method bayes).", None, at_least=0
+    )
+    device_hours: float | None = option("Stop once the trials have used this much device time.", None, above=0)
+
+
+@dataclass(frozen=True)
 class SweepSpec:
     """Which W&B sweep file is run, with optional overrides of its method, number of trials and seed."""
 
@@ -299,6 +312,7 @@ class SweepSpec:
         at_least=1,
         omit_from_hash_if_default=True,
     )
+    stop: StopSpec = field(default_factory=StopSpec)
 
 
 @dataclass(frozen=True)

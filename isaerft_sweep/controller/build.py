@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from isaerft_sweep.controller.stop_rule import make_stop_rule
 from isaerft_sweep.controller.trial_factory import TrialFactory
 from isaerft_sweep.dispatch.base import Dispatcher
 from isaerft_sweep.errors import ConfigError, LaunchError
@@ -69,7 +70,8 @@ def make_state(
     launcher, definition = factory.experiment.launcher, factory.definition
     reached = None if definition.target is None else definition.reached_by
     retries, failures = launcher.max_retries, launcher.max_failures
-    limits = SweepLimits(trials, retries, failures, reached, definition.violation, definition.others)
+    enough = make_stop_rule(factory.experiment.sweep.stop, journal, sampler)
+    limits = SweepLimits(trials, retries, failures, reached, definition.violation, definition.others, enough)
     return SweepState(journal, sampler, limits, factory.create, early)
 
 

@@ -19,6 +19,7 @@ from isaerft_sweep.controller.build import (
 from isaerft_sweep.controller.introduction import introduction, print_preflight
 from isaerft_sweep.controller.preflight import check_disk, known_trial_needs
 from isaerft_sweep.controller.run_controller import INTERRUPTED, disk_errors_named, run_controller
+from isaerft_sweep.controller.stop_rule import make_stop_rule
 from isaerft_sweep.controller.sweep_identity import (
     begin_sweep,
     check_files,
@@ -163,6 +164,8 @@ def conclude(run: SweepRun, console: Console, journal: Journal, trials: int, sto
             f"{definition.target:g}.",
             soft_wrap=True,
         )
+    elif ended < trials and (enough := make_stop_rule(run.experiment.sweep.stop, journal, run.sampler)()):
+        console.print(f"Ended after {ended} of {trials} trials: {enough}.", soft_wrap=True)
     elif ended < trials and completed:
         console.print(f"Ended after {ended} of {trials} trials: the space has no further point.")
     elif ended < trials:

@@ -31,7 +31,7 @@ from isaerft_sweep.journal.journal import read_record
 from isaerft_sweep.journal.layout import SweepFolder
 from isaerft_sweep.journal.states import TrialState
 from isaerft_sweep.provenance import git_commit
-from isaerft_sweep.specs import Experiment, LauncherSpec
+from isaerft_sweep.specs import Experiment, LauncherSpec, StopSpec
 
 POLL_S = 1.0
 TRY_AGAIN = 75
@@ -48,6 +48,11 @@ def create_static_trials(experiment: Experiment, overrides: Sequence[str]) -> tu
         raise ConfigError(
             "trials can be made ahead only when none depends on another's result: sweep.method=random or grid, without "
             f"early_terminate, but got method {definition.method}. Or let a controller run them: slurm/controller.sbatch."
+        )
+    if experiment.sweep.stop != StopSpec():
+        raise ConfigError(
+            "trials can be made ahead only without sweep.stop, which looks at results. Leave it out, or let a controller "
+            "run them: slurm/controller.sbatch."
         )
     if experiment.sweep.seeds > 1:
         raise ConfigError(

@@ -63,6 +63,8 @@ class SweepLimits:
     reached: Callable[[float | None], bool] | None = None
     violation: Callable[[Mapping[str, float]], float] = lambda _metrics: 0.0
     others: Callable[[Mapping[str, float]], tuple[float, ...] | None] = lambda _metrics: ()
+    enough: Callable[[], str] = lambda: ""
+    """Why no further trial is to start although the limit is not reached; empty while they may."""
 
     def judged(self, outcome: AttemptOutcome, metrics: Mapping[str, float]) -> AttemptOutcome:
         """The outcome of a completed trial with what its metrics say of constraints and of further goals."""
@@ -256,7 +258,7 @@ class SweepState:
     @property
     def has_all_trials(self) -> bool:
         """Whether no more trials are created: the limit, the end of the space or the target is reached."""
-        if self._exhausted or len(self.records) >= self.limits.trials:
+        if self._exhausted or len(self.records) >= self.limits.trials or self.limits.enough():
             return True
         reached = self.limits.reached
         return reached is not None and any(

@@ -144,6 +144,7 @@ class GaussianProcessModel:
         self.observed: list[tuple[Point, float | None]] = []
         """Points with their values, larger is better; None for one that diverged or broke a constraint."""
         self._ranked: tuple[Any, list[dict[str, float]]] | None = None
+        self._gain = 0.0
 
     @property
     def outcomes(self) -> int:
@@ -162,6 +163,11 @@ class GaussianProcessModel:
         if waiting:
             waiting.pop()
 
+    def expected_gain(self, number: int) -> float:
+        """The expected improvement of point ``number`` over the best posterior mean, in units of the metric."""
+        self.suggest(number, 0)
+        return self._gain
+
     def suggest(self, number: int, attempt: int) -> dict[str, float]:
         """The candidate number ``attempt``, from the best, as point ``number`` of the sweep; on the unit cube, by key."""
         running = sorted(key for key, points in self.pending.items() for _ in points)
@@ -175,7 +181,7 @@ class GaussianProcessModel:
         """Candidates by expected improvement, best first."""
         observed = sorted(self.observed, key=lambda entry: (entry[0].key, entry[1] is None, entry[1] or 0.0))
         x = np.array([self.coordinates(point.unit) for point, _ in observed])
-        y = _standardised([value for _, value in observed])
+        y, sd = _standardised([value for _, value in observed])
         model = fit(x, y)
         running = [p for key in sorted(self.pending) for p in self.pending[key]]
         if running:
@@ -187,6 +193,7 @@ class GaussianProcessModel:
         candidates = self._candidates(number, [observed[i][0].unit for i in np.argsort(-means, kind="stable")])
         at = np.array([self.coordinates(unit) for unit in candidates])
         gain = log_expected_improvement(*model.predict(at), best=float(means.max()))
+        self._gain = sd * float(np.exp(gain.max()))
         return [candidates[i] for i in np.argsort(-gain, kind="stable")]
 
     def _candidates(self, number: int, best_first: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
@@ -232,13 +239,13 @@ def _is_ordered(values: Sequence[Any]) -> bool:
     return len(numbers) == len(values) and (numbers == sorted(numbers) or numbers == sorted(numbers, reverse=True))
 
 
-def _standardised(values: Sequence[float | None]) -> np.ndarray:
-    """Values [points] with mean 0 and standard deviation 1; bad ones at the floor."""
+def _standardised(values: Sequence[float | None]) -> tuple[np.ndarray, float]:
+    """Values [points] with mean 0 and standard deviation 1, bad ones at the floor; the divisor."""
     finite = np.array([value for value in values if value is not None])
     if not len(finite):
-        return np.zeros(len(values))
+        return np.zeros(len(values)), 0.0
     middle, best = float(np.median(finite)), float(finite.max())
     floor = max(middle - FLOOR * (best - middle), float(finite.min())) if best > middle else float(finite.min())
     cut = np.array([floor if value is None else max(value, floor) for value in values])
     sd = float(cut.std())
-    return (cut - cut.mean()) / sd if sd > 0 else np.zeros(len(cut))
+    return ((cut - cut.mean()) / sd if sd > 0 else np.zeros(len(cut))), sd

@@ -57,6 +57,9 @@ class PointSource(Protocol):
         further goals, larger is better.
         """
 
+    def expected_gain(self) -> float | None:
+        """By how much another trial is expected to better the metric; None where the source has no model of it."""
+
     def forget(self, point: Point) -> None:
         """A pending point has no outcome: its trial failed for a reason unrelated to the point."""
 
@@ -93,6 +96,10 @@ class FixedPoints:
 
     def tell(self, point: Point, value: float | None, violation: float = 0.0, others: Sequence[float] = ()) -> None:
         """Nothing follows from it."""
+
+    def expected_gain(self) -> float | None:
+        """Unknown."""
+        return None
 
     def forget(self, point: Point) -> None:
         """Nothing follows from it."""
@@ -160,6 +167,10 @@ class Sampler:
         # TPE looks at the order alone: a point that breaks a constraint is behind all others, by how far it does
         worst = -INFEASIBLE * (1 + min(violation, 1e6))
         self._model.tell(point, [worst] * self.goals if violation else [self.sign * value, *others])
+
+    def expected_gain(self) -> float | None:
+        is_ready = isinstance(self._model, GaussianProcessModel) and self._model.outcomes >= STARTUP[self._model.kind]
+        return self._model.expected_gain(self.count) if is_ready else None  # type: ignore[union-attr]
 
     def forget(self, point: Point) -> None:
         if self._model:

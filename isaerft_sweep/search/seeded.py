@@ -63,6 +63,9 @@ class SeededPoints:
         self._values.setdefault(bare.key, {})[seed] = -math.inf if is_bad or value is None else self.sign * value
         self.source.tell(bare, value, violation, others)
 
+    def expected_gain(self) -> float | None:
+        return self.source.expected_gain()
+
     def forget(self, point: Point) -> None:
         self.source.forget(_bare(point)[0])
 
