@@ -46,6 +46,10 @@ def table(prefix: str, fields: Any, hints: dict[str, Any]) -> list[str]:
     """A Markdown table of a spec's fields."""
     rows = ["| key | type | default | values | meaning |", "| --- | --- | --- | --- | --- |"]
     for f in fields:
+        nested = hints[f.name]
+        if dataclasses.is_dataclass(nested):
+            rows += table(f"{prefix}{f.name}.", dataclasses.fields(nested), typing.get_type_hints(nested))[2:-1]
+            continue
         meaning = f.metadata.get("help", "").replace("|", "\\|")
         cells = (f"`{prefix}{f.name}`", type_words(hints[f.name]), default_words(f), bounds_words(f.metadata), meaning)
         rows.append(f"| {' | '.join(cells)} |")
