@@ -218,6 +218,7 @@ def test_one_trial_each_in_a_shared_folder_and_true_exit_codes(tmp_path: Path) -
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("paced")
+@pytest.mark.long
 def test_a_signal_checkpoints_and_the_same_run_goes_on(tmp_path: Path) -> None:
     """SIGTERM; Ctrl-C comes from a real agent in ``test_agent_signals``."""
     number = signal.SIGTERM

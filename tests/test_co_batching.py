@@ -227,6 +227,7 @@ def test_the_number_of_trials_per_pass_is_measured(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_co_batched_sweep_and_a_crash_in_it(tmp_path: Path) -> None:
     sweep = tmp_path / "outputs" / "s"
     options = (

@@ -226,6 +226,7 @@ if "isaerft_sweep.launch" in " ".join(open("/proc/self/cmdline").read().split("\
 @pytest.mark.parametrize(
     "at", ["sweep.yaml", "controller.json", "environment.json", "attempt.json", "leaderboard.csv", "task-1.json"]
 )
+@pytest.mark.long
 def test_a_disk_that_is_full_at_any_file_of_the_controller_s_own(
     at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -168,6 +168,7 @@ def test_a_job_that_is_killed_is_seen_to_be_gone(make: Make, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("kind", ["local", "slurm"])
+@pytest.mark.long
 def test_a_sweep_with_bounded_workers(kind: str, launch: Callable, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     if kind == "slurm":
         request.getfixturevalue("slurm")

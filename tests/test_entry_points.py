@@ -232,6 +232,7 @@ def test_an_interrupt_inside_exec_ends_with_130(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_ctrl_c_in_attach(sweep: Path, tmp_path: Path) -> None:
     """While it follows, and while it goes on with the sweep itself."""
     long = [*TINY, "name=long", f"output={tmp_path}", "sweep.run_cap=1", "orpo.max_steps=100000", "tracker=disabled"]

@@ -138,6 +138,7 @@ def check_family(family: str, trial: Made, tmp_path: Path, seen: list[torch.Tens
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.long
 def test_every_family_has_trls_numbers_or_is_refused(
     family: str, trial: Made, tmp_path: Path, given_gradients: list[torch.Tensor], request: pytest.FixtureRequest
 ) -> None:

@@ -418,6 +418,7 @@ def test_a_worker_passes_over_what_another_one_has_taken(trial: Made, tmp_path: 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
+@pytest.mark.long
 def test_memory_does_not_grow_over_100_trials(trial: Made, tmp_path: Path) -> None:
     shared = (
         "orpo.max_steps=1",
@@ -466,6 +467,7 @@ def test_one_worker_runs_a_whole_sweep_and_a_crash_costs_one_trial(tmp_path: Pat
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("paced")
+@pytest.mark.long
 def test_a_controller_that_comes_back_finds_the_worker_and_goes_on_with_it(tmp_path: Path) -> None:
     sweep = tmp_path / "outputs" / "s"
     # long enough that the trial still runs when the next controller is there

@@ -190,6 +190,7 @@ def test_a_repository_on_the_hub_is_known_by_its_commit(tmp_path: Path, monkeypa
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_replaced_data_file_is_refused_and_the_target_ends_a_sweep(
     launch: Launch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -87,6 +87,7 @@ def test_cancel_now_kills_at_once(slurm: Bed, tmp_path: Path) -> None:
     wait_for(lambda: not processes_of(tmp_path))
 
 
+@pytest.mark.long
 def test_cancel_after_a_kill_9_of_the_controller(slurm: Bed, tmp_path: Path) -> None:
     sweep = tmp_path / "outputs" / "s"
     with (tmp_path / "controller.out").open("w") as log:

@@ -373,6 +373,7 @@ def test_a_full_shared_disk(slurm: Bed, tmp_path: Path) -> None:
         subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
+@pytest.mark.long
 def test_more_workers_than_there_is_room_for(slurm: Bed, tmp_path: Path) -> None:
     """Six are asked for and two may run: they run all trials, and the jobs of the others leave the queue."""
     sweep = tmp_path / "outputs" / "s"

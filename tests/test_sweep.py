@@ -82,6 +82,7 @@ def venv_path() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.long
 def test_ctrl_c_leaves_nothing_running_and_the_same_command_goes_on(number: int, tmp_path: Path) -> None:
     sweep = tmp_path / "outputs" / "s"
     controller = start(tmp_path, *LONG)
@@ -110,6 +111,7 @@ def test_ctrl_c_while_a_controller_is_sent_to_the_background_ends_it(tmp_path: P
     wait_for(lambda: processes_of(tmp_path, started_there=True) == [], timeout_s=60)
 
 
+@pytest.mark.long
 def test_kill_9_of_the_controller_loses_and_repeats_nothing(tmp_path: Path) -> None:
     sweep = tmp_path / "outputs" / "s"
     options = (*TINY, "name=s", "sweep.run_cap=3", "orpo.max_steps=24", "tracker=disabled")

@@ -83,6 +83,7 @@ def sync(target: Serving, *arguments: str) -> subprocess.CompletedProcess[str]:
     return target.run(str(BIN / "isaerft-sweep"), "sync", *arguments, "--to", target.address, timeout_s=600)
 
 
+@pytest.mark.long
 def test_served_runs_go_to_another_server_with_their_ids(serving: Serving, target: Serving, tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(PROGRAM)
     (tmp_path / "note.txt").write_text("a note")

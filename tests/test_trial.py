@@ -70,6 +70,7 @@ def test_an_adapters_first_weights_depend_on_the_seed_alone(shipped: bool) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_worker_goes_on_from_its_last_whole_checkpoint(trial: Made) -> None:
     options = (*OFF, "orpo.max_steps=60", "orpo.checkpoint_every_steps=5")
     whole = trial(*options, name="whole")
@@ -196,6 +197,7 @@ def test_the_card_has_all_that_the_published_card_has(trial: Made) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_quick_start_runs_as_printed(trial: Made) -> None:
     folder = trial(*OFF)
     spec = to_dict(folder.read_spec())
