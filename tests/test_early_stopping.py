@@ -179,7 +179,7 @@ def test_a_diverged_trial_is_the_worst_one_at_every_rung() -> None:
 def test_the_sampler_hears_of_a_trial_once(experiment: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[tuple[float, float | None]] = []
     monkeypatch.setattr(
-        FixedPoints, "tell", lambda self, point, value, _violation: told.append((point.params["orpo.beta"], value))
+        FixedPoints, "tell", lambda self, point, value, _violation, _others: told.append((point.params["orpo.beta"], value))
     )
     first = {0.1: [0.5] * 6, 0.2: [0.4] * 6, 0.3: [0.45, 0.5, 0.6, 0.6, 0.6, 0.7]}
     _, journal = run(tmp_path / "s", experiment, {**first, 0.4: [0.1] * 6, 0.5: [0.2] * 6, 0.6: [0.1] * 6}, trials=6)

@@ -84,7 +84,7 @@ def test_the_model_and_the_data_are_loaded_once(trial: Made, tmp_path: Path, mon
     trials = [trial(*OFF, f"orpo.beta={i + 1}.0", name=f"t{i}") for i in range(3)]
     assert serve(WorkerFolder(tmp_path / "worker"), trials) == 3
     assert calls == {"load": 1, "load_pairs": 1, "stored_activations": 1}
-    assert len(rows) == 24 + 8, "every pair was tokenised once for three trials"
+    assert len(rows) == 24 + 8 + 8, "every pair was tokenised once for three trials"
     assert serve(WorkerFolder(tmp_path / "other"), [trial(*OFF, "data.eval_size=4", name="less")]) == 1
     assert calls["load_pairs"] == 2
 

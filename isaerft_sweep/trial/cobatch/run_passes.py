@@ -51,6 +51,8 @@ class RunningTrial(Generic[T]):
         """The last forward pass that the trial requested."""
         self.wants_forward = False
         """True while the trial waits for a forward pass, False for a backward pass."""
+        self.held = False
+        """Whether its pass was put off, so that it runs together with those of others."""
         self.result: T | None = None
         self.ended = False
         self._graph: TokenLogps | None = None
@@ -68,7 +70,10 @@ class RunningTrial(Generic[T]):
         return self.forward is not None and self.forward.trains
 
     def advance(self) -> None:
-        """Run the trial until it needs a pass or ends."""
+        """Run the trial until it needs a pass or ends. One that is held still waits for its pass."""
+        if self.held:
+            self.held = False
+            return
         outer = ProcessState.now()
         self._state.restore()
         answer, self._answer = self._answer, None
@@ -120,14 +125,24 @@ def run_alone(steps: Steps[T]) -> T:
 
 
 def run_passes(joint: MultiTrialModel | None, trials: Sequence[RunningTrial[Any]]) -> None:
-    """Run the pass that each trial waits for. ``joint``: the model for co-batched trials; None: each trial runs alone."""
+    """Run the pass that each trial waits for. ``joint``: the model for co-batched trials; None: each trial runs alone.
+
+    A training forward pass is held while other trials wait for a backward pass: they want the next forward pass too, and
+    then all of them go together. Without that, trials that evaluate a different number of times stay out of step.
+    """
     groups = [[trial for trial in trials if trial.joinable], *([trial] for trial in trials if not trial.joinable)]
     for group in groups:
         model = joint if len(group) > 1 else None
-        _backward(model, [trial for trial in group if not trial.wants_forward])
+        backward = [trial for trial in group if not trial.wants_forward]
+        _backward(model, backward)
         for trains in (True, False):
+            wanting = [trial for trial in group if trial.wants_forward and trial.trains == trains]
+            if trains and backward:
+                for trial in wanting:
+                    trial.held = True
+                continue
             with torch.set_grad_enabled(trains):
-                _forward(model, [trial for trial in group if trial.wants_forward and trial.trains == trains])
+                _forward(model, wanting)
 
 
 def _forward(joint: MultiTrialModel | None, trials: Sequence[RunningTrial[Any]]) -> None:
