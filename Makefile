@@ -10,7 +10,7 @@ READY = $(VENV)/.ready
 
 demo: $(READY)
 	$(BIN)/python -m isaerft_sweep.launch model=smollm2-135m data=builtin adapter=bias orpo=quick sweep=demo name=demo
-	$(BIN)/isaerft-sweep report outputs/demo --generate --analyze
+	$(BIN)/isaerft-sweep report outputs/demo --generate
 
 test: $(READY) lint
 	$(BIN)/python -m pytest -q -m "not long" -n 4 --dist worksteal
