@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from isaerft_sweep.adapter.config import LOREFT_RANK, IsaerftConfig
+from isaerft_sweep.adapter.config import CONSTANT, LOREFT_RANK, IsaerftConfig
 
 
 class BiasBlock(nn.Module):
@@ -101,7 +101,7 @@ class LoreftBlock(nn.Module):
 
 def make_block(config: IsaerftConfig, d_sae: int) -> nn.Module:
     """The block of ``config.kind`` for ``d_sae`` latents, or coordinates of the residual stream."""
-    if config.kind in ("bias", "random", "vector", "diffmean"):
+    if config.kind in CONSTANT:
         return BiasBlock(d_sae)
     if config.kind == "loreft":
         return LoreftBlock(d_sae, config.rank or LOREFT_RANK)

@@ -15,6 +15,8 @@ ON_SAE = ("bias", "scale", "linear", "mlp", "random")
 ON_STREAM = ("vector", "diffmean", "loreft")
 """Kinds that change the residual stream itself: what ISAERFT is compared with."""
 KINDS = (*ON_SAE, *ON_STREAM)
+CONSTANT = ("bias", "random", "vector", "diffmean")
+"""Kinds that add the same vector to every token."""
 WITH_RANK = ("linear", "mlp", "loreft")
 LOREFT_RANK = 4
 SITE_KEYS = ("layer", "sae_release", "sae_id", "sae_path", "fingerprint")

@@ -11,10 +11,11 @@ from torch import nn
 from isaerft_sweep.adapter.blocks import make_block
 from isaerft_sweep.adapter.config import IsaerftConfig
 from isaerft_sweep.adapter.sae import FrozenSae
+from isaerft_sweep.adapter.wrapped_layer import WrappedLayer
 from isaerft_sweep.errors import ModelError
 
 
-class IsaerftLayer(nn.Module, BaseTunerLayer):
+class IsaerftLayer(WrappedLayer, BaseTunerLayer):
     """Wraps a decoder layer with output x: x + decode(f + Δf) − decode(f), f = encode(x), Δf the block's change.
 
     The decoder is affine, so this is x + Δf @ W_dec: the SAE's reconstruction error cancels exactly, and the bias (Δf = b)
@@ -24,8 +25,7 @@ class IsaerftLayer(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("isaerft_block",)
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: IsaerftConfig, sae: FrozenSae) -> None:
-        super().__init__()
-        self.base_layer = base_layer
+        super().__init__(base_layer)
         self.isaerft_block = nn.ModuleDict()
         # a plain dict, not a ModuleDict: the SAE is neither trained nor saved with the adapter
         self.saes: dict[str, FrozenSae] = {}
@@ -97,12 +97,3 @@ class IsaerftLayer(nn.Module, BaseTunerLayer):
         if bias is None:
             raise ModelError("the layer's last linear map must have a bias to merge into; call merge_adapter on the model.")
         bias += (sign * (self.isaerft_block[adapter_name]().float() @ self.decoder(adapter_name))).to(bias.dtype)
-
-    def __getattr__(self, name: str) -> Any:
-        """Attributes of the wrapped decoder layer (``attention_type`` and the like, which some models read)."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_layer":
-                raise
-            return getattr(self.base_layer, name)

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from isaerft_sweep.adapter.architecture import decoder_layers
+from isaerft_sweep.adapter.config import CONSTANT
 from isaerft_sweep.errors import ModelError
 
 LORA = "lora"
 """PEFT's own: it merges into the linear maps that it changes."""
-CONSTANT = {"bias", "random", "vector", "diffmean"}
 LAST_LINEAR = {"llama": "mlp.down_proj", "gpt_neox": "mlp.dense_4h_to_h", "gpt2": "mlp.c_proj", "phi": "mlp.fc2"}
 """model_type -> the linear map whose output is added to the residual stream last."""
 
@@ -35,7 +35,7 @@ def check_mergeable(model: nn.Module, kinds: set[str]) -> None:
     if kinds == {LORA}:
         return
     model_type = model.config.model_type  # type: ignore[union-attr]
-    if kinds - CONSTANT:
+    if kinds - set(CONSTANT):
         raise ModelError(
             f"only an adapter of a constant change ({', '.join(sorted(CONSTANT))}) can be merged but got {sorted(kinds)}. "
             "Keep the adapter separate: PeftModel.from_pretrained."

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
 
-from isaerft_sweep.errors import ModelError
-from isaerft_sweep.guard import of_process
 from isaerft_sweep.journal.atomic_files import read_json, write_json
 from isaerft_sweep.journal.layout import TrialFolder
 from isaerft_sweep.results.leaderboard import short_name
+from isaerft_sweep.results.torch_process import request
 
 STRENGTHS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0)
 LATENTS = 5
@@ -24,16 +20,9 @@ SHOWN = ("eval/log_odds_chosen", "eval/rewards/accuracies", "eval/kl_base", "eva
 
 def analyse(trial: TrialFolder, strengths: Sequence[float] = STRENGTHS, latents: int = LATENTS) -> Mapping[str, Any]:
     """Measure and write ``analysis.json``. Raises ModelError when that fails. This process never loads torch."""
-    request = {"folder": str(trial.path), "strengths": list(strengths), "latents": latents}
-    command = [sys.executable, "-m", "isaerft_sweep.trial.variants"]
-    done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=False)
-    try:
-        reply = json.loads(done.stdout.strip().splitlines()[-1])
-    except (IndexError, ValueError) as error:
-        raise ModelError(f"the process that evaluates the adapter {of_process(done)}") from error
-    if "error" in reply:
-        raise ModelError(reply["error"])
-    result = {"made": time.strftime("%Y-%m-%d %H:%M"), **reply["ok"]}
+    content = {"folder": str(trial.path), "strengths": list(strengths), "latents": latents}
+    measured = request("isaerft_sweep.trial.variants", content, "evaluates the adapter")
+    result = {"made": time.strftime("%Y-%m-%d %H:%M"), **measured}
     write_json(trial.analysis, result)
     return result
 

@@ -24,6 +24,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from isaerft_sweep.search.gaussian_process import matern
+
 SEED_RATIOS = {0.05: 0.2, 0.15: 0.1, 0.3: 0.15, 0.5: 0.15, 0.75: 0.15, 1.0: 0.15, 1.5: 0.1}
 """Standard deviation over seeds, divided by the root mean square difference between neighbours: its prior probability."""
 SHARED_BY_SEED = (0.0, 0.5)
@@ -175,13 +177,6 @@ def _kernels(trials: Trials) -> Iterator[np.ndarray]:
             yield np.eye(trials.points)
         elif trials.places is not None:
             yield matern(trials.places, trials.places, np.full(trials.places.shape[1], length))
-
-
-def matern(one: np.ndarray, other: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Matérn 5/2 correlations [one, other] of points [points, parameters] with one length scale per parameter."""
-    squares = (((one[:, None, :] - other[None, :, :]) / lengths) ** 2).sum(axis=-1)
-    distance = np.sqrt(5 * squares)
-    return np.asarray((1 + distance + distance**2 / 3) * np.exp(-distance))
 
 
 def _neighbour_difference(kernel: np.ndarray, places: np.ndarray | None) -> float:

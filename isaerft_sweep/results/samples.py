@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from isaerft_sweep.errors import FolderError, ModelError
-from isaerft_sweep.guard import of_process
+from isaerft_sweep.errors import FolderError
 from isaerft_sweep.journal.atomic_files import write_json
 from isaerft_sweep.results.axes import params_text
 from isaerft_sweep.results.reading import Entry, ReadSweep, trial_of
+from isaerft_sweep.results.torch_process import request
 
 PROMPTS = (
     "My parcel has not arrived yet. What can I do?",
@@ -30,7 +27,7 @@ def make_samples(sweep: ReadSweep, prompts: Sequence[str], max_new_tokens: int) 
     worst = [entry for entry in sweep.entries if entry.rank][-1]
     if worst.rank != 1:
         entries["worst"] = worst
-    request = {
+    content = {
         "adapters": [str(trial_of(entry).adapter) for entry in entries.values()],
         "prompts": list(prompts),
         "max_new_tokens": max_new_tokens,
@@ -41,7 +38,10 @@ def make_samples(sweep: ReadSweep, prompts: Sequence[str], max_new_tokens: int) 
         "max_new_tokens": max_new_tokens,
         "trials": {role: entry.record.name for role, entry in entries.items()},
         "columns": ["untrained", *(_title(role, entry, sweep) for role, entry in entries.items())],
-        "prompts": [{"prompt": row[0], "answers": row[1:]} for row in _generate(request)],
+        "prompts": [
+            {"prompt": row[0], "answers": row[1:]}
+            for row in request("isaerft_sweep.adapter.generate", content, "generates answers")
+        ],
     }
     write_json(sweep.folder.samples, samples)
     return samples
@@ -65,17 +65,3 @@ def as_text(samples: Mapping[str, Any]) -> str:
 def _title(role: str, entry: Entry, sweep: ReadSweep) -> str:
     params = params_text(entry.params, sweep.columns)
     return f"{role} by {sweep.metric.name}: trial {entry.record.index + 1}" + (f" ({params})" if params else "")
-
-
-def _generate(request: Mapping[str, Any]) -> list[list[str]]:
-    """The rows of ``adapter.generate``, from a subprocess: this process never loads torch."""
-    command = [sys.executable, "-m", "isaerft_sweep.adapter.generate"]
-    done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=False)
-    try:
-        reply = json.loads(done.stdout.strip().splitlines()[-1])
-    except (IndexError, ValueError) as error:
-        raise ModelError(f"the process that generates answers {of_process(done)}") from error
-    if "error" in reply:
-        raise ModelError(reply["error"])
-    rows: list[list[str]] = reply["ok"]
-    return rows

@@ -9,7 +9,7 @@ import numpy as np
 
 from isaerft_sweep.results.posterior import Trials, posterior
 from isaerft_sweep.results.statistics import MIN_PAIRS, interval
-from isaerft_sweep.search.distributions import Categorical, Distribution
+from isaerft_sweep.search.distributions import Categorical, Distribution, is_ordered
 from isaerft_sweep.search.seeded import SEED, without_seed
 
 if TYPE_CHECKING:
@@ -28,9 +28,15 @@ def assess(sweep: ReadSweep) -> None:
     count as further seeds of their points. A metric that is no mean over pairs says something only once seeds are known.
     """
     leaders = [entry for entry in sweep.entries if entry.rank and not entry.violation][:MAX_COMPARED]
+    _estimate(sweep, leaders)
     for entry in leaders:
-        scored = entry.pair_values(sweep.metric.name, sweep.orpo)
-        entry.interval = interval(scored[1]) if scored else None
+        scored = entry.pair_values(sweep.metric.name, sweep.orpo) if entry.expected is None else None
+        if scored:
+            entry.interval = interval(scored[1])
+
+
+def _estimate(sweep: ReadSweep, leaders: list[Entry]) -> None:
+    """Set what follows from the posterior, where there is one."""
     known = {without_seed(entry.params) for entry in leaders}
     again = [entry for entry in sweep.confirmation if entry.rank and without_seed(entry.params) in known]
     trials = _first_of_each_seed([*leaders, *again], sweep)
@@ -98,16 +104,10 @@ def _places(entries: list[Entry], space: Mapping[str, Distribution]) -> np.ndarr
         if any(key not in entry.record.point.unit for entry in entries):
             return None
         distribution = space.get(key)
-        if isinstance(distribution, Categorical) and not _ordered(distribution.values):
+        if isinstance(distribution, Categorical) and not is_ordered(distribution.values):
             columns += [
                 np.array([CATEGORY * (entry.params.get(key) == value) for entry in entries]) for value in distribution.values
             ]
         else:
             columns.append(np.array([entry.record.point.unit[key] for entry in entries]))
     return np.stack(columns, axis=1).astype(float) if columns else None
-
-
-def _ordered(values: Sequence[Any]) -> bool:
-    """Whether the values of a list are numbers in order, so that neighbours in the list are alike."""
-    numbers = [value for value in values if isinstance(value, (int, float)) and not isinstance(value, bool)]
-    return len(numbers) == len(values) and (numbers == sorted(numbers) or numbers == sorted(numbers, reverse=True))

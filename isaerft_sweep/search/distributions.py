@@ -7,7 +7,7 @@ log-uniform parameter on its log scale and a quantised one as steps. Definitions
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -212,6 +212,12 @@ class Conditional:
 
 
 Distribution = Constant | Categorical | Numeric | Conditional
+
+
+def is_ordered(values: Sequence[Any]) -> bool:
+    """Whether the values are numbers in order, so that neighbours in the list are alike."""
+    numbers = [value for value in values if isinstance(value, (int, float)) and not isinstance(value, bool)]
+    return len(numbers) == len(values) and (numbers == sorted(numbers) or numbers == sorted(numbers, reverse=True))
 
 
 def resolved(space: Mapping[str, Distribution], params: Mapping[str, Any]) -> dict[str, Constant | Categorical | Numeric]:

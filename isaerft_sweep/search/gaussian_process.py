@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from isaerft_sweep.search.distributions import Categorical, Conditional, Constant, Distribution, Numeric
+from isaerft_sweep.search.distributions import Categorical, Conditional, Constant, Distribution, Numeric, is_ordered
 from isaerft_sweep.search.point import Point
 
 MOST_PARAMETERS = 6
@@ -104,6 +104,11 @@ def _objective(logs: np.ndarray, x: np.ndarray, y: np.ndarray) -> tuple[float, n
     means, sds = np.array(priors).T
     value = -0.5 * y @ weights - np.log(np.diag(factor)).sum() - 0.5 * (((logs - means) / sds) ** 2).sum()
     return -float(value), -(gradient - (logs - means) / sds**2)
+
+
+def matern(one: np.ndarray, other: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Matérn 5/2 correlations [one, other] of points [points, coordinates] with one length scale per coordinate."""
+    return _matern(one, other, lengths)[0]
 
 
 def _matern(one: np.ndarray, other: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -218,7 +223,7 @@ class GaussianProcessModel:
                 continue
             assert not isinstance(distribution, Conditional)
             place = values.index(distribution.at(u))
-            if _is_ordered(values):
+            if is_ordered(values):
                 axes.append(place / max(1, len(values) - 1))
             else:
                 axes += [CATEGORY * (place == other) for other in range(len(values))]
@@ -231,12 +236,6 @@ def _values(distribution: Distribution) -> tuple[Any, ...]:
         return distribution.values
     is_short = isinstance(distribution, Numeric) and distribution.size <= MOST_STEPS
     return (distribution.choices or ()) if is_short else ()
-
-
-def _is_ordered(values: Sequence[Any]) -> bool:
-    """Whether the values are numbers in order, so that neighbours in the list are alike."""
-    numbers = [value for value in values if isinstance(value, (int, float)) and not isinstance(value, bool)]
-    return len(numbers) == len(values) and (numbers == sorted(numbers) or numbers == sorted(numbers, reverse=True))
 
 
 def _standardised(values: Sequence[float | None]) -> tuple[np.ndarray, float]:
