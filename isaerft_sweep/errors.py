@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterable
 from difflib import get_close_matches
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.EFBIG)
+FILE_ERRORS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR)
+"""Errors that concern only the file that they name."""
 
 
 class IsaerftError(Exception):
@@ -60,3 +66,32 @@ def suggest(name: str, valid: Iterable[str]) -> str:
     nearest = get_close_matches(name, names, n=1)
     hint = f" Did you mean '{nearest[0]}'?" if nearest else ""
     return f"{hint} Valid: {', '.join(names)}."
+
+
+def disk_failure(error: BaseException, place: object, named_files: bool = True) -> str | None:
+    """One line about a write that the disk refused, with what to do; None when the error has another cause.
+
+    Args:
+        error: PyTorch and safetensors hide the disk's own error, so its causes and its text are searched too.
+        place: what could not be written, when the error names no file.
+        named_files: whether a file that may not be used (permissions, its name) is a failure too.
+    """
+    if isinstance(error, OSError) and error.filename is not None and named_files and error.errno in FILE_ERRORS:
+        return _refused(error.filename, error.strerror)
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in DISK_ERRORS:
+            return _refused(cause.filename or place, cause.strerror)
+        cause = cause.__cause__ or cause.__context__
+    text = str(error)
+    if "inline_container" in text and "Reader" not in text:  # torch.save: the C++ stream does not keep the reason
+        return _refused(place, "PyTorch's writer failed: the disk is full, or it broke")
+    reason = next((os.strerror(number) for number in DISK_ERRORS if os.strerror(number) in text), None)
+    return _refused(place, reason) if reason else None
+
+
+def _refused(path: object, reason: str | None) -> str:
+    return (
+        f"{path} cannot be written ({reason}). Make room or repair the disk, then run the same command again: nothing "
+        "that has finished is lost."
+    )

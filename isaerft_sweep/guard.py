@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from isaerft_sweep.errors import IsaerftError
+from isaerft_sweep.errors import IsaerftError, disk_failure
 from isaerft_sweep.paths import cache_folder
 from isaerft_sweep.terminal import speak_any_encoding
 
@@ -45,6 +45,9 @@ def guarded(run: Callable[[], int | None], interrupted: str = "Stopped.") -> int
         _discard_output()
         return BROKEN_PIPE
     except Exception as error:
+        if refused := disk_failure(error, "a file", named_files=False):
+            _say(f"error: {refused}")
+            return WRONG
         _say(f"error: {unexpected(error)}")
         return UNEXPECTED
 

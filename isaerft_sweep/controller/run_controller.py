@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -13,16 +12,13 @@ from isaerft_sweep.controller.loop import SweepController
 from isaerft_sweep.controller.stop_signal import StopRequest
 from isaerft_sweep.controller.trial_factory import TrialFactory
 from isaerft_sweep.dispatch.base import Dispatcher
-from isaerft_sweep.errors import FolderError
+from isaerft_sweep.errors import FolderError, disk_failure
 from isaerft_sweep.journal.layout import SweepFolder
 from isaerft_sweep.scheduling.sweep_state import SweepState
 from isaerft_sweep.terminal import make_console
 
 INTERRUPTED = 130
 """Exit code after a request to stop."""
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.EFBIG)
-FILE_ERRORS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR)
-"""Errors that concern only the file that they name."""
 
 
 def run_controller(factory: TrialFactory, state: SweepState, dispatcher: Dispatcher[Any], trials: int) -> int:
@@ -61,9 +57,6 @@ def disk_errors_named(folder: SweepFolder) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (DISK_ERRORS if error.filename is None else (*DISK_ERRORS, *FILE_ERRORS)):
+        if (message := disk_failure(error, folder.path)) is None:
             raise
-        raise FolderError(
-            f"{error.filename or folder.path} cannot be written ({error.strerror}). Make room or repair the disk, then run "
-            "the same command again: nothing that has finished is lost."
-        ) from error
+        raise FolderError(message) from error

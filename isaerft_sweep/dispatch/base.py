@@ -14,6 +14,8 @@ from isaerft_sweep.journal.job_refs import JobRef
 
 Cause = Literal["site", "person", "trial"]
 R = TypeVar("R", bound=JobRef)
+TRACEBACK = "Traceback (most recent call last)"
+CHAINED = ("During handling of the above exception", "The above exception was the direct cause")
 
 
 class SchedulerUnavailable(LaunchError):
@@ -100,9 +102,19 @@ class Dispatcher(ABC, Generic[R]):
 
 
 def tail(path: Path, lines: int) -> str:
-    """The last lines of a text file; empty when it does not exist."""
+    """The last lines of a text file, of a traceback only the error's own; empty when the file does not exist."""
     try:
         content = path.read_bytes()[-20_000:]
     except OSError:
         return ""
-    return "\n".join(content.decode("utf-8", "replace").splitlines()[-lines:])
+    return "\n".join(_without_frames(content.decode("utf-8", "replace").splitlines())[-lines:])
+
+
+def _without_frames(lines: list[str]) -> list[str]:
+    kept: list[str] = []
+    in_traceback = False
+    for line in lines:
+        in_traceback = line.startswith(TRACEBACK) or (in_traceback and (not line or line.startswith(" ")))
+        if not in_traceback and not line.startswith(CHAINED):
+            kept.append(line)
+    return kept

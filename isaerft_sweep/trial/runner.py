@@ -17,7 +17,7 @@ import peft
 import torch
 
 from isaerft_sweep.adapter.architecture import decoder_layers
-from isaerft_sweep.errors import IsaerftError, TrialDiverged
+from isaerft_sweep.errors import IsaerftError, TrialDiverged, disk_failure
 from isaerft_sweep.journal.atomic_files import make_readable, write_json
 from isaerft_sweep.journal.layout import TrialFolder
 from isaerft_sweep.journal.states import TrialState
@@ -89,6 +89,9 @@ def trial_steps(
         print(f"error: {error}", file=sys.stderr, flush=True)
         return _end(status, TrialState.FAILED, message=str(error), user_error=True)
     except Exception as error:
+        if refused := disk_failure(error, folder.path):
+            print(f"error: {refused}", file=sys.stderr, flush=True)
+            return _end(status, TrialState.FAILED, message=refused)
         traceback.print_exc()
         return _end(status, TrialState.FAILED, message=f"{type(error).__name__}: {error}"[:2000])
 

@@ -15,6 +15,7 @@ from typing import Any, TextIO, TypeVar
 
 import torch
 
+from isaerft_sweep.errors import disk_failure
 from isaerft_sweep.journal.layout import TrialFolder
 from isaerft_sweep.journal.states import FINAL, TrialState
 from isaerft_sweep.journal.status_writer import StatusWriter, Superseded
@@ -207,9 +208,12 @@ class _Worker:
 
 def _note_failure(trial: TrialFolder, attempt: int, error: Exception) -> None:
     """Write to the trial's status, if possible, that its folder could not be used."""
-    traceback.print_exception(error)
-    with suppress(Exception):  # the status cannot be written either
+    if message := disk_failure(error, trial.path):
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    else:
+        traceback.print_exception(error)
         message = f"its folder could not be used: {type(error).__name__}: {error}"
+    with suppress(Exception):  # the status cannot be written either
         StatusWriter(trial, attempt).write(TrialState.FAILED, message=message[:2000])
 
 
