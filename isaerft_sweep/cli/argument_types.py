@@ -1,4 +1,4 @@
-"""Parsers of option values for argparse."""
+"""Parsers of option values for argparse, and options that several commands have."""
 
 from __future__ import annotations
 
@@ -60,3 +60,14 @@ def labels(text: str) -> tuple[int | None, Path]:
     """A file of labels: ``LAYER=PATH``, or ``PATH`` for every layer."""
     layer, equals, path = text.partition("=")
     return (int(layer), Path(path)) if equals and layer.isdecimal() else (None, Path(text))
+
+
+def add_metric_argument(parser: argparse.ArgumentParser) -> None:
+    """Add ``--metric``."""
+    parser.add_argument("--metric", help="rank by this metric instead of the sweep's own (eval/log_odds_chosen, ...)")
+
+
+def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add ``--prompt`` and ``--max-new-tokens``."""
+    parser.add_argument("--prompt", action="append", help="a prompt to answer; repeatable")
+    parser.add_argument("--max-new-tokens", type=at_least_one, default=60)
