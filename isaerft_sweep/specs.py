@@ -118,9 +118,9 @@ class AdapterSpec:
     kind: str = option(
         "The trainable block on the latents f. bias: f + b; scale: f·(1 + s); linear: f + Wf + c; mlp: f + MLP(f). "
         "To compare with: random (bias on random directions); vector, diffmean, loreft (on the stream, without SAE); lora "
-        "(on the layers above the hook point).",
+        "(on the layers above the hook point); prompt (a system prompt, nothing is trained).",
         "bias",
-        choices=("bias", "scale", "linear", "mlp", "random", "vector", "diffmean", "loreft", "lora"),
+        choices=("bias", "scale", "linear", "mlp", "random", "vector", "diffmean", "loreft", "lora", "prompt"),
     )
     sites: tuple[HookPoint, ...] = option("Hook points, each with its SAE.", ())
     rank: int | None = option(
@@ -128,6 +128,9 @@ class AdapterSpec:
     )
     strength: float = option(
         "diffmean: how many times the difference of means is added.", 1.0, at_least=0, omit_from_hash_if_default=True
+    )
+    system_prompt: str | None = option(
+        "prompt: the text of the system prompt that every held-out prompt gets.", None, omit_from_hash_if_default=True
     )
     hidden_size: int | None = option("Width of an mlp's hidden layers; null: the number of latents.", None, at_least=1)
     hidden_layers: int = option("Number of an mlp's hidden layers.", 1, at_least=1)

@@ -129,6 +129,9 @@ def test_lora_loads_with_plain_peft(trial: Made) -> None:
     [
         (("adapter=vector", "adapter.l1=0.1"), "must go with adapter.kind bias or scale"),
         (("adapter=bias", "adapter.rank=4"), "adapter.rank must go with adapter.kind linear, mlp, lora, loreft"),
+        (("adapter=vector", "adapter.system_prompt=Hi."), "adapter.system_prompt must be a text with adapter.kind prompt"),
+        (("adapter=prompt", "adapter.system_prompt=''"), "adapter.system_prompt must be a text with adapter.kind prompt"),
+        (("adapter=prompt",), "adapter.system_prompt must be a text with adapter.kind prompt"),
         (("adapter=bias", "adapter.strength=2"), "adapter.strength must go with adapter.kind diffmean"),
         (("adapter=lora", "adapter.sites=[{layer: 3}]"), "layer 3 is the last one"),
         (("adapter=vector", "adapter.sites=[{layer: 4}]"), "must be between 0 and 3"),

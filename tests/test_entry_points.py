@@ -47,9 +47,7 @@ def test_how_a_command_ends(capsys: pytest.CaptureFixture[str], cache: Path) -> 
         guarded(fails(SystemExit(3)))
 
 
-@pytest.mark.parametrize(
-    "error", [ValueError("no such\nthing"), KeyError("x"), ConnectionError("reset"), MemoryError()]
-)
+@pytest.mark.parametrize("error", [ValueError("no such\nthing"), KeyError("x"), ConnectionError("reset"), MemoryError()])
 def test_an_unexpected_error_is_one_line_and_a_trace_in_a_file(
     error: Exception, capsys: pytest.CaptureFixture[str], cache: Path
 ) -> None:

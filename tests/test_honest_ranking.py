@@ -279,3 +279,12 @@ def test_the_best_trial_of_a_sweep_is_best_by_a_metric_of_ones_choice(
     assert main(["best", str(folder.path), "--as", "path"]) == 0
     shown = capsys.readouterr()
     assert "contains beta itself" in shown.err and shown.out.strip().startswith(str(folder.path)), "on standard error alone"
+
+
+def test_few_pairs_say_nothing_of_sureness(tmp_path: Path) -> None:
+    sweep = read_sweep_folder(make_sweep(tmp_path / "s", pairs=6).path)
+    assert not {"95 %", "best", "best (prior)"} & {str(column.header) for column in leaderboard.table(sweep).columns}
+    assert any(
+        "6 held-out pairs are too few to say how sure the ranking is: at least 8" in text
+        for text in leaderboard.caveats(sweep)
+    )

@@ -101,7 +101,7 @@ class LoreftBlock(nn.Module):
 
 def make_block(config: IsaerftConfig, d_sae: int) -> nn.Module:
     """The block of ``config.kind`` for ``d_sae`` latents, or coordinates of the residual stream."""
-    if config.kind in CONSTANT:
+    if config.kind in (*CONSTANT, "prompt"):  # a prompt's stays zero
         return BiasBlock(d_sae)
     if config.kind == "loreft":
         return LoreftBlock(d_sae, config.rank or LOREFT_RANK)

@@ -12,8 +12,8 @@ from isaerft_sweep.errors import ConfigError
 
 ON_SAE = ("bias", "scale", "linear", "mlp", "random")
 """Kinds that need an SAE at each hook point."""
-ON_STREAM = ("vector", "diffmean", "loreft")
-"""Kinds that change the residual stream itself: what ISAERFT is compared with."""
+ON_STREAM = ("vector", "diffmean", "loreft", "prompt")
+"""Kinds that change the residual stream itself, or nothing: what ISAERFT is compared with."""
 KINDS = (*ON_SAE, *ON_STREAM)
 CONSTANT = ("bias", "random", "vector", "diffmean")
 """Kinds that add the same vector to every token."""
@@ -33,7 +33,8 @@ class IsaerftConfig(PeftConfig):
         kind: ``bias`` (f + b), ``scale`` (f · (1 + s)), ``linear`` (f + Wf + c) or ``mlp`` (f + MLP(f)), each zero at
             the start, with f the SAE's latents of shape [batch, position, d_sae]. For comparison: ``random`` (as bias, with
             a random decoder of the same row norms), ``vector`` and ``diffmean`` (x + b on the residual stream x, trained
-            or set) and ``loreft`` (x + Rᵀ(Wx + c − Rx), arXiv 2404.03592).
+            or set), ``loreft`` (x + Rᵀ(Wx + c − Rx), arXiv 2404.03592) and ``prompt`` (x: a system prompt instead).
+        system_prompt: the text of kind ``prompt``; it is for whoever makes the prompts, the model does not read it here.
         rank: low-rank matrices of this rank for ``linear`` and ``mlp``, None: full matrices; rows of R, None: 4.
         hidden_size: width of the mlp's hidden layers; None: d_sae.
         hidden_layers: number of the mlp's hidden layers.
@@ -44,6 +45,7 @@ class IsaerftConfig(PeftConfig):
     rank: int | None = None
     hidden_size: int | None = None
     hidden_layers: int = 1
+    system_prompt: str | None = None
     target_modules: list[str] | None = None
 
     def __post_init__(self) -> None:
@@ -56,6 +58,10 @@ class IsaerftConfig(PeftConfig):
             raise ConfigError(f"kind must be one of {', '.join(KINDS)} but got '{self.kind}'.")
         if self.rank is not None and self.kind not in WITH_RANK:
             raise ConfigError(f"rank must go with kind {', '.join(WITH_RANK)} but got {self.rank} with kind={self.kind}.")
+        if (self.system_prompt is not None) != (self.kind == "prompt"):
+            raise ConfigError(
+                f"system_prompt must go with kind prompt but got {self.system_prompt!r} with kind={self.kind}."
+            )
         if self.hidden_size is not None and self.kind != "mlp":
             raise ConfigError(f"hidden_size must go with kind mlp but got {self.hidden_size} with kind={self.kind}.")
         self._check_sites()

@@ -15,16 +15,19 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from isaerft_sweep.adapter.load import load_model
+from isaerft_sweep.adapter.system_prompt import SystemPrompt
 from isaerft_sweep.errors import IsaerftError
 
 
 def compare(adapter: str, prompts: Sequence[str], max_new_tokens: int, cache: str | None) -> Iterator[tuple[str, str, str]]:
     """For each prompt ``(prompt, answer without the adapter, answer with it)``, by greedy decoding."""
     model, tokenizer = load_model(adapter, cache=cache)
+    text = getattr(model.peft_config["default"], "system_prompt", None)
+    system = SystemPrompt(tokenizer, text) if text else None
     for prompt in prompts:
         with model.disable_adapter():
             before = answer(model, tokenizer, prompt, max_new_tokens)
-        yield prompt, before, answer(model, tokenizer, prompt, max_new_tokens)
+        yield prompt, before, answer(model, tokenizer, prompt, max_new_tokens, system)
 
 
 def side_by_side(adapters: Sequence[str], prompts: Sequence[str], max_new_tokens: int, cache: str | None) -> list[list[str]]:
@@ -45,13 +48,24 @@ def side_by_side(adapters: Sequence[str], prompts: Sequence[str], max_new_tokens
     return [list(row) for row in zip(*columns, strict=True)]
 
 
-def answer(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int) -> str:
-    """The model's answer to one prompt, by greedy decoding, in its chat template if it has one."""
+def answer(
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int, system: SystemPrompt | None = None
+) -> str:
+    """The model's answer to one prompt, by greedy decoding, in its chat template if it has one.
+
+    Args:
+        model: the model, with or without an adapter.
+        tokenizer: its tokenizer.
+        prompt: a user message.
+        max_new_tokens: maximum length of the answer.
+        system: the system prompt; None: none.
+    """
     chat = bool(tokenizer.chat_template)
     text = prompt
     if chat:
         messages = [{"role": "user", "content": prompt}]
         text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    text = system.before(text) if system else text
     ids = tokenizer(text, add_special_tokens=not chat)["input_ids"]
     new = greedy(model, ids, max_new_tokens, tokenizer.pad_token_id)
     return str(tokenizer.decode(new, skip_special_tokens=True)).strip()

@@ -16,6 +16,7 @@ from isaerft_sweep.search.distributions import Categorical, Conditional, Constan
 from isaerft_sweep.search.sweep_file import Metric, SweepDefinition, check_grid, read_parameters, read_sweep_file
 from isaerft_sweep.spec_fields import canonical_json, from_mapping, overrides, to_dict
 from isaerft_sweep.specs import (
+    AdapterSpec,
     Experiment,
     SweepSpec,
     TrackerSpec,
@@ -32,7 +33,7 @@ CHECKED_ALONE = ("model.", "orpo.optimizer", "orpo.max_length")
 """Prefixes of further keys that name a resource that must exist."""
 PATH_KEYS = ("data.path", "data.eval_path", "data.neutral_path", "model.name", "model.tokenizer")
 """Keys whose values may be local files or folders."""
-WITHOUT_SAE = ("vector", "diffmean", "loreft", "lora")
+WITHOUT_SAE = ("vector", "diffmean", "loreft", "lora", "prompt")
 WITH_RANK = ("linear", "mlp", "lora", "loreft")
 MOST_POINTS = 10_000
 MOST_VARIANTS = 100
@@ -72,10 +73,22 @@ def check(experiment: Experiment) -> None:
     layers = [site.layer for site in adapter.sites]
     if len(set(layers)) != len(layers):
         raise ConfigError(f"adapter.sites must have different layers but got {layers}.")
+    _check_kind(adapter)
+    _check_launcher(experiment)
+
+
+def _check_kind(adapter: AdapterSpec) -> None:
+    """Check the settings that only some kinds have. Raises ConfigError."""
     if adapter.rank is not None and adapter.kind not in WITH_RANK:
         raise ConfigError(f"adapter.rank must go with adapter.kind {', '.join(WITH_RANK)} but got kind={adapter.kind}.")
     if adapter.strength != 1 and adapter.kind != "diffmean":
         raise ConfigError(f"adapter.strength must go with adapter.kind diffmean but got kind={adapter.kind}.")
+    if bool((adapter.system_prompt or "").strip()) != (adapter.kind == "prompt"):
+        raise ConfigError(
+            "adapter.system_prompt must be a text with adapter.kind prompt, and null with the other kinds, but got "
+            f"{adapter.system_prompt!r} with kind={adapter.kind}. Right: "
+            "adapter=prompt adapter.system_prompt='Answer politely.'"
+        )
     if (adapter.l1 is not None or adapter.top_k is not None) and adapter.kind not in ("bias", "scale"):
         raise ConfigError(
             "adapter.l1 and adapter.top_k must go with adapter.kind bias or scale, which have one number per latent, but "
@@ -83,7 +96,6 @@ def check(experiment: Experiment) -> None:
         )
     if adapter.l1 is not None and adapter.top_k is not None:
         raise ConfigError("adapter.l1 and adapter.top_k must not be set together. Leave one of them null.")
-    _check_launcher(experiment)
 
 
 def _check_launcher(experiment: Experiment) -> None:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from isaerft_sweep.adapter.load import load_model
 from isaerft_sweep.adapter.merge import LORA, check_mergeable
 from isaerft_sweep.adapter.strength import set_strength
+from isaerft_sweep.adapter.system_prompt import check_changes_model
 from isaerft_sweep.errors import ModelError
 from isaerft_sweep.journal.atomic_files import write_text
 from isaerft_sweep.models.loading import device
@@ -66,6 +67,7 @@ def export(
     It leaves no files behind then.
     """
     model, tokenizer = load_model(str(adapter), cache=cache, dtype=dtype)
+    check_changes_model(model)
     if strength != 1:
         set_strength(model, strength)
     kinds = {getattr(config, "kind", LORA) for config in model.peft_config.values()}

@@ -13,6 +13,7 @@ from isaerft_sweep.adapter.blocks import BiasBlock
 from isaerft_sweep.adapter.layer import IsaerftLayer
 from isaerft_sweep.adapter.load import load_model
 from isaerft_sweep.adapter.strength import set_strength
+from isaerft_sweep.adapter.system_prompt import check_changes_model
 from isaerft_sweep.errors import FolderError, ModelError
 
 
@@ -33,6 +34,7 @@ def write_steering_file(adapter: Path, out: Path | None, cache: str | None, stre
     if target.exists():
         raise FolderError(f"'{target}' must not exist yet. Choose another file with --out, or remove it.")
     model, _ = load_model(str(adapter), cache=cache, dtype="float32")
+    check_changes_model(model)
     set_strength(model, strength)
     base: Any = model.get_base_model()
     # the harness looks for names below the model's own base_model, such as layers.20

@@ -17,7 +17,7 @@ from isaerft_sweep.journal.atomic_files import write_text
 from isaerft_sweep.results.answer import answer
 from isaerft_sweep.results.caveats import edges
 from isaerft_sweep.results.reading import Entry, ReadSweep
-from isaerft_sweep.results.statistics import show_probability
+from isaerft_sweep.results.statistics import MIN_PAIRS, show_probability
 
 ALWAYS_SHOWN = ("eval/log_odds_chosen", "eval/rewards/accuracies", "eval/neutral_nll_rise", "eval/kl_base", "eval/nll_loss")
 FRONT = " ●"
@@ -62,8 +62,10 @@ def _table(sweep: ReadSweep, rows: int, extra: list[str], with_best: bool, with_
     goals = "; ".join(f"{goal.name}, {goal.goal}" for goal in sweep.goals or (sweep.metric,))
     shown = Table(title=f"Leaderboard: {goals}", title_justify="left", title_style="bold", box=None,
                   padding=(0, 0, 0, 1))  # fmt: skip
-    headers = ["rank", "trial", *(column.name for column in swept), short_name(name), *expected_column(sweep), "95 %"]
-    headers += [best_column(sweep)] if with_best else []
+    headers = ["rank", "trial", *(column.name for column in swept), short_name(name), *expected_column(sweep)]
+    headers += interval_column(sweep)
+    with_best = with_best and bool(best_column(sweep))
+    headers += best_column(sweep) if with_best else []
     headers += [*(short_name(n) for n in extra), *(["time"] if with_time else [])]
     for header in headers:
         shown.add_column(header, justify="right", no_wrap=True)
@@ -74,7 +76,7 @@ def _table(sweep: ReadSweep, rows: int, extra: list[str], with_best: bool, with_
             *(column.show(entry.params) for column in swept),
             number(entry.metrics.get(name)) if entry.rank else "",
             *([number(entry.expected)] if sweep.seeds_known else []),
-            show_interval(entry),
+            *([show_interval(entry)] if interval_column(sweep) else []),
         ]
         chance = "" if entry.probability_best is None else show_probability(entry.probability_best)
         cells += [chance] if with_best else []
@@ -84,7 +86,7 @@ def _table(sweep: ReadSweep, rows: int, extra: list[str], with_best: bool, with_
     untrained = next((e.untrained for e in sweep.entries if e.untrained), None)
     if untrained:
         cells = ["", "untrained", *([""] * len(swept)), number(untrained.get(name))]
-        cells += [""] * (len(expected_column(sweep)) + 1 + with_best)
+        cells += [""] * (len(expected_column(sweep)) + len(interval_column(sweep)) + with_best)
         cells += [number(untrained.get(n)) for n in extra]
         shown.add_row(*cells, *([""] if with_time else []), style="dim")
     return shown
@@ -95,9 +97,16 @@ def expected_column(sweep: ReadSweep) -> list[str]:
     return ["expected"] if sweep.seeds_known else []
 
 
-def best_column(sweep: ReadSweep) -> str:
-    """The header of the probability of being best: it says when the spread over seeds is only assumed."""
-    return "best" if sweep.seeds_known else "best (prior)"
+def interval_column(sweep: ReadSweep) -> list[str]:
+    """The header of the intervals, if a trial has one."""
+    return ["95 %"] if any(entry.interval for entry in sweep.entries) else []
+
+
+def best_column(sweep: ReadSweep) -> list[str]:
+    """The header of the probability of being best, if it is known: it says when the spread over seeds is only assumed."""
+    if all(entry.probability_best is None for entry in sweep.entries):
+        return []
+    return ["best" if sweep.seeds_known else "best (prior)"]
 
 
 def short_name(metric: str) -> str:
@@ -143,10 +152,15 @@ def caveats(sweep: ReadSweep) -> list[str]:
         texts.append("●: on the Pareto front, where no other trial is at least as good in every goal and better in one.")
     texts += sweep.dependence
     texts += edges(sweep.space, best.record.point)
+    scored = best.pair_values(sweep.metric.name, sweep.orpo)
+    if best.probability_best is None and scored and len(scored[0]) < MIN_PAIRS:
+        texts.append(
+            f"{len(scored[0])} held-out pairs are too few to say how sure the ranking is: at least {MIN_PAIRS}, better "
+            "hundreds (data.eval_size)."
+        )
     if best.probability_best is not None:
         can_confirm = sweep.folder is not None and not sweep.folder.agent_run_folders()
         hint = "; isaerft-sweep confirm measures it" if can_confirm else ""
-        scored = best.pair_values(sweep.metric.name, sweep.orpo)
         pairs, scores = len(scored[0]) if scored else 0, len(best.scores["trained"]["pairs"])
         without = f" ({scores - pairs} without a finite score left out)" if pairs < scores else ""
         counted = f"the expected value over seeds and the {pairs} held-out pairs{without}"

@@ -41,6 +41,7 @@ def isaerft_config(spec: AdapterSpec) -> IsaerftConfig:
     return IsaerftConfig(
         sites=[{k: v for k, v in to_dict(hook_point).items() if v is not None and k in names} for hook_point in spec.sites],
         kind=spec.kind,
+        system_prompt=spec.system_prompt,
         rank=spec.rank,
         hidden_size=spec.hidden_size,
         hidden_layers=spec.hidden_layers,

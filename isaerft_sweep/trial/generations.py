@@ -26,7 +26,11 @@ def held_out_prompts(pairs: Dataset, count: int) -> list[list[int]]:
 
 @torch.inference_mode()
 def measure_generations(
-    model: peft.PeftModel, prompts: Sequence[list[int]], pad: int, above: UpperLayers | None
+    model: peft.PeftModel,
+    prompts: Sequence[list[int]],
+    pad: int,
+    above: UpperLayers | None,
+    base_prompts: Sequence[list[int]] | None = None,
 ) -> dict[str, float]:
     """Metrics of the greedy answers to ``prompts`` by name; a metric without any token to measure is left out.
 
@@ -39,11 +43,12 @@ def measure_generations(
         prompts: token ids.
         pad: id of the padding token.
         above: has replaced the model's frozen layers, whose output is known for the pairs only; None: nothing is replaced.
+        base_prompts: token ids of the prompts for the model without the adapter; None: the same.
     """
     with above.restored() if above else nullcontext():
         answers = [greedy(model, prompt, MAX_NEW_TOKENS, pad) for prompt in prompts]
         with model.disable_adapter():
-            losses = [loss for pair in zip(prompts, answers, strict=True) for loss in _nll(model, *pair)]
+            losses = [loss for pair in zip(base_prompts or prompts, answers, strict=True) for loss in _nll(model, *pair)]
     bigrams = [bigram for answer in answers for bigram in pairwise(answer)]
     values: dict[str, list[float]] = {
         "generation_tokens": [len(answer) for answer in answers],

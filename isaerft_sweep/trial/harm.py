@@ -35,13 +35,15 @@ class HarmProbe:
     """Text that an adapter's harm is measured on.
 
     ``pairs``: tokenised held-out pairs. ``neutral``: token ids of unrelated text. ``pad``: id of the padding.
-    ``batch_size``: sequences per forward pass.
+    ``batch_size``: sequences per forward pass. ``neutral_start``: tokens at the start of each text that are not read,
+    besides the first one, which never is.
     """
 
     pairs: Dataset
     neutral: list[list[int]]
     pad: int
     batch_size: int
+    neutral_start: int = 0
 
     def answers(self, device: torch.device) -> Iterator[Batch]:
         """The chosen sequences; the tokens of the answers are read."""
@@ -52,10 +54,12 @@ class HarmProbe:
             yield Batch(*chosen, pairs=())
 
     def texts(self, device: torch.device) -> Iterator[Batch]:
-        """The neutral text; every token but each text's first one is read."""
+        """The neutral text."""
         for start in range(0, len(self.neutral), self.batch_size):
             ids, mask = padded(self.neutral[start : start + self.batch_size], self.pad, device)
-            yield Batch(ids, mask, mask[:, 1:].bool(), pairs=())
+            read = mask[:, 1:].bool()
+            read[:, : self.neutral_start] = False
+            yield Batch(ids, mask, read, pairs=())
 
 
 @dataclass(frozen=True)

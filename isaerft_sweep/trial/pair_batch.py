@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +61,7 @@ def pair_batch(rows: Mapping[str, list[Any]], pad: int, device: torch.device, re
     """The batch of some tokenised rows.
 
     Args:
-        rows: columns of ``data.FEATURES``.
+        rows: columns of ``data.FEATURES``; ``key`` where the pairs' keys do not follow from these tokens.
         pad: id of the padding, which stands behind each sequence.
         device: where the tensors are to be.
         read_prompt: whether the loss reads the prompts of the chosen sequences too.
@@ -75,6 +75,11 @@ def pair_batch(rows: Mapping[str, list[Any]], pad: int, device: torch.device, re
     if read_prompt:
         read[:pairs] = mask[:pairs, 1:].bool()
     chosen, rejected = rows["chosen_ids"], rows["rejected_ids"]
-    keys = [sequence_key([len(a), *a, *b])[:16] for a, b in zip(chosen, rejected, strict=True)]
+    keys = rows["key"] if "key" in rows else [pair_key(*answers) for answers in zip(chosen, rejected, strict=True)]
     together = tuple((i, i + pairs) for i in range(pairs))
     return PairBatch(Batch(ids, mask, read, together), answer, keys, read_prompt)
+
+
+def pair_key(chosen: Sequence[int], rejected: Sequence[int]) -> str:
+    """The key of a pair by its token ids."""
+    return sequence_key([len(chosen), *chosen, *rejected])[:16]

@@ -10,6 +10,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from isaerft_sweep.adapter.config import ON_SAE
 from isaerft_sweep.adapter.hook import check_hook
 from isaerft_sweep.adapter.sae import OWN_RELEASE, FrozenSae, check_fits, describe, load_sae, stream_basis
+from isaerft_sweep.adapter.system_prompt import SystemPrompt
 from isaerft_sweep.errors import ConfigError, IsaerftError, ModelError, suggest
 from isaerft_sweep.models.loading import load, load_config, load_tokenizer, remove_dropout
 from isaerft_sweep.models.twin import count_parameters, small_twin
@@ -30,6 +32,7 @@ from isaerft_sweep.trial.data import Pairs, Progress, largest_token, load_pairs,
 from isaerft_sweep.trial.exact import PLAIN, exact_way
 from isaerft_sweep.trial.harm import read_neutral
 from isaerft_sweep.trial.optimizers import OPTIMIZERS
+from isaerft_sweep.trial.prompted_pairs import prompted_pairs
 
 SMALL = 5e8
 """Up to this many parameters, a model without a usable small twin is loaded for the check."""
@@ -80,6 +83,8 @@ def prepare(experiment: Experiment, cache: dict[str, Any] | None = None) -> dict
         lambda: load_pairs(data, tokenizer, max_length, report, token_cache), "pairs", *model_key, to_dict(data), max_length
     )
     _check_tokens(experiment, config, tokenizer, pairs)
+    if experiment.adapter.system_prompt:
+        _check_system_prompt(experiment, config, tokenizer, pairs)
     neutral_key = ("neutral", *model_key, data.neutral_path, max_length)
     once(lambda: read_neutral(data.neutral_path, tokenizer, max_length), *neutral_key)
     return {
@@ -148,7 +153,13 @@ def _check_tokens(experiment: Experiment, config: Any, tokenizer: PreTrainedToke
             f"{text.vocab_size - 1}, but that of '{name}' ({len(tokenizer)} tokens) gives {largest}. "
             "Choose the model's own: model.tokenizer=null."
         )
-    positions, longest = getattr(text, "max_position_embeddings", None), longest_sequence(pairs)
+    max_length = f"orpo.max_length={experiment.orpo.max_length}"
+    _check_positions(config, longest_sequence(pairs), f"pair has {{}} tokens ({max_length})")
+
+
+def _check_positions(config: Any, longest: int, text: str) -> None:
+    """Raise ModelError unless the model supports a sequence of ``longest`` tokens."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     twin = small_twin(config) if isinstance(positions, int) and longest > positions else None
     if twin is not None:
         ids = torch.zeros(1, longest, dtype=torch.long)
@@ -158,8 +169,16 @@ def _check_tokens(experiment: Experiment, config: Any, tokenizer: PreTrainedToke
         except Exception as error:  # a table of position embeddings that is too short
             raise ModelError(
                 f"orpo.max_length must be at most {positions} for this model, which has no later positions, but the longest "
-                f"pair has {longest} tokens (orpo.max_length={experiment.orpo.max_length})."
+                f"{text.format(longest)}."
             ) from error
+
+
+def _check_system_prompt(experiment: Experiment, config: Any, tokenizer: PreTrainedTokenizerBase, pairs: Pairs) -> None:
+    """Raise IsaerftError unless the prompt can stand before every held-out pair."""
+    prompt = SystemPrompt(tokenizer, experiment.adapter.system_prompt or "")
+    evaluation, test = (prompted_pairs(rows, prompt) for rows in (pairs.evaluation, pairs.test))
+    longest = longest_sequence(replace(pairs, evaluation=evaluation, test=test))
+    _check_positions(config, longest, "held-out pair has {} tokens with adapter.system_prompt")
 
 
 def _check_step(experiment: Experiment, config: Any, layers: list[int]) -> bool:

@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,6 +18,7 @@ import peft
 import torch
 
 from isaerft_sweep.adapter.architecture import decoder_layers
+from isaerft_sweep.adapter.system_prompt import SystemPrompt
 from isaerft_sweep.errors import IsaerftError, TrialDiverged, disk_failure
 from isaerft_sweep.journal.atomic_files import make_readable, write_json
 from isaerft_sweep.journal.layout import TrialFolder
@@ -37,18 +39,19 @@ from isaerft_sweep.trial.cobatch.passes import Steps
 from isaerft_sweep.trial.cobatch.run_passes import run_alone
 from isaerft_sweep.trial.data import Pairs, load_pairs
 from isaerft_sweep.trial.difference_of_means import set_difference_of_means
-from isaerft_sweep.trial.forward.activation_cache import lowest_hook_point
+from isaerft_sweep.trial.forward.activation_cache import lowest_hook_point, sequences_of
 from isaerft_sweep.trial.forward.strategy import ForwardStrategy
 from isaerft_sweep.trial.generations import held_out_prompts, measure_generations
 from isaerft_sweep.trial.harm import HarmProbe, measure_baseline, measure_harm, read_neutral
 from isaerft_sweep.trial.latent_statistics import learned, write_changes
 from isaerft_sweep.trial.phases import Phases
 from isaerft_sweep.trial.process_cache import ProcessCache, cached_activations, data_key, reference_key, way_through
+from isaerft_sweep.trial.prompted_pairs import prompted_pairs, prompted_texts
 from isaerft_sweep.trial.recorder import Recorder
 from isaerft_sweep.trial.reference import compute_reference
 from isaerft_sweep.trial.sparsity import make_sparsity
 from isaerft_sweep.trial.stop_request import StopFlags, StopRequested, requested_state, stop_requests
-from isaerft_sweep.trial.train_loop import PassContext, TrainLoop
+from isaerft_sweep.trial.train_loop import HeldOut, PassContext, TrainLoop
 
 
 def run_trial(
@@ -180,6 +183,19 @@ class _Loaded:
     pairs: Pairs
     neutral: list[list[int]]
     """Token ids of text that has nothing to do with the pairs; empty without ``orpo.eval_harm``."""
+    neutral_start: int = 0
+    """Tokens at the start of each such text that are not its own."""
+
+    def harm_probe(self, batch_size: int) -> HarmProbe:
+        pad = int(self.base.tokenizer.pad_token_id)
+        return HarmProbe(self.pairs.evaluation, self.neutral, pad, batch_size, self.neutral_start)
+
+    def behind(self, prompt: SystemPrompt) -> _Loaded:
+        """The same with the system prompt before all that evaluations read."""
+        evaluation, test = (prompted_pairs(rows, prompt) for rows in (self.pairs.evaluation, self.pairs.test))
+        neutral, start = prompted_texts(self.neutral, prompt)
+        pairs = replace(self.pairs, evaluation=evaluation, test=test)
+        return replace(self, pairs=pairs, neutral=neutral, neutral_start=start)
 
 
 def _steps(spec: TrialSpec, phases: Phases, shared: ProcessCache, loaded: _Loaded, recorder: Recorder) -> Steps[None]:
@@ -191,13 +207,18 @@ def _steps(spec: TrialSpec, phases: Phases, shared: ProcessCache, loaded: _Loade
     way = phases.prepared(phase.FROZEN, lambda: way_through(experiment, loaded.base, shared))
     resume = next(reversed(complete_checkpoints(checkpoints)), None)
     recorder.rewind(step_of(resume) if resume else -1)
-    untrained = {"first": spec.index == 0, "always": True, "never": False}[orpo.eval_untrained]
-    with cached_activations(loop.texts(loaded.neutral), experiment, model, way, shared, phases) as above:
-        can_be_co_batched = way.above and way.lean and experiment.adapter.kind != "lora"
+    evaluate_first = {"first": spec.index == 0, "always": True, "never": False}[orpo.eval_untrained] and resume is None
+    kind, system = experiment.adapter.kind, experiment.adapter.system_prompt
+    prompt = SystemPrompt(loaded.base.tokenizer, system) if kind == "prompt" and system else None
+    after = loaded.behind(prompt) if prompt else loaded
+    texts = loop.texts(loaded.neutral, trains=prompt is None)
+    texts += sequences_of(after.pairs.evaluation, after.pairs.test) + after.neutral if prompt else []
+    with cached_activations(texts, experiment, model, way, shared, phases) as above:
+        can_be_co_batched = way.above and way.lean and kind != "lora"
         base = loaded.base.model if can_be_co_batched else None
         strategy = ForwardStrategy(above, way.share, way.lean, base)
         key = reference_key(experiment, strategy)
-        reference, measures = None, []
+        reference, baseline = None, None
         if loop.loss.needs_reference:
             data = [loop.reached_rows(), loaded.pairs.evaluation, loaded.pairs.test]
             reference = phases.prepared(
@@ -207,20 +228,32 @@ def _steps(spec: TrialSpec, phases: Phases, shared: ProcessCache, loaded: _Loade
                 ),
             )
         if orpo.eval_harm:
-            probe = HarmProbe(loaded.pairs.evaluation, loaded.neutral, pad, orpo.eval_batch_size)
+            probe = loaded.harm_probe(orpo.eval_batch_size)
             baseline = phases.prepared(
                 phase.REFERENCE, lambda: shared.get("baseline", key, lambda: measure_baseline(model, probe, strategy))
             )
-            measures.append(partial(measure_harm, model, probe, strategy, baseline))
-        if orpo.eval_generations:
-            prompts = held_out_prompts(loaded.pairs.evaluation, orpo.eval_generations)
-            measures.append(partial(measure_generations, model, prompts, pad, above))
-        fit = None
-        if experiment.adapter.kind == "diffmean":
+
+        def held_out(read: _Loaded) -> HeldOut:
+            measures: list[Callable[[], dict[str, float]]] = []
+            if baseline is not None:
+                measures.append(partial(measure_harm, model, read.harm_probe(orpo.eval_batch_size), strategy, baseline))
+            if orpo.eval_generations:
+                prompts, plain = (held_out_prompts(one.pairs.evaluation, orpo.eval_generations) for one in (read, loaded))
+                measures.append(partial(measure_generations, model, prompts, pad, above, plain))
+            return HeldOut(read.pairs.evaluation, read.pairs.test, tuple(measures))
+
+        fit: Callable[[], None] | None = None
+        if kind == "diffmean":
             rows, strength = loop.reached_rows(), experiment.adapter.strength
             fit = partial(set_difference_of_means, model, rows, strength, above, pad, orpo.eval_batch_size)
-        context = PassContext(strategy, reference, tuple(measures), fit)
-        yield from loop.run(context, make_sparsity(experiment.adapter), resume, untrained and resume is None)
+        elif prompt:
+            fit = _nothing
+        context = PassContext(strategy, held_out(after), held_out(loaded) if prompt else None, reference, fit)
+        yield from loop.run(context, make_sparsity(experiment.adapter), resume, evaluate_first)
+
+
+def _nothing() -> None:
+    """The fit of an adapter that stays as it is."""
 
 
 def _cut_off(shared: ProcessCache, checkpoints: list[Path]) -> dict[str, Any]:

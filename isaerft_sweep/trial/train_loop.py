@@ -45,17 +45,27 @@ def _permutation(count: int, seed: int) -> list[int]:
 
 
 @dataclass(frozen=True)
+class HeldOut:
+    """What an evaluation reads: tokenised pairs, those of the test, and what it measures besides, each by metric."""
+
+    evaluation: Dataset
+    test: Dataset
+    measures: tuple[Callable[[], dict[str, float]], ...] = ()
+
+
+@dataclass(frozen=True)
 class PassContext:
     """What passes through the model need.
 
-    ``strategy``: how batches go through it. ``reference``: the log-probabilities of the model without the adapter, where the
-    loss needs them. ``measures``: what an evaluation measures besides the pairs, each by metric. ``fit``: sets the adapter's
-    weights in place of training, in a single step.
+    ``strategy``: how batches go through it. ``held_out``: what evaluations read. ``untrained``: what the one before the
+    first step reads, where that is something else. ``reference``: the log-probabilities of the model without the adapter,
+    where the loss needs them. ``fit``: sets the adapter's weights in place of training, in a single step.
     """
 
     strategy: ForwardStrategy
+    held_out: HeldOut
+    untrained: HeldOut | None = None
     reference: Reference | None = None
-    measures: tuple[Callable[[], dict[str, float]], ...] = ()
     fit: Callable[[], None] | None = None
 
 
@@ -217,13 +227,14 @@ class TrainLoop:
         return {"loss": total, "grad_norm": float(norm), "learning_rate": rate, **mean.over_batches(), **progress}
 
     def _evaluate(self, step: int, context: PassContext) -> Steps[None]:
-        metrics, scores = yield from self.measured(self.pairs.evaluation, step, context)
-        for measure in context.measures:
+        held_out = context.held_out if step or context.untrained is None else context.untrained
+        metrics, scores = yield from self.measured(held_out.evaluation, step, context)
+        for measure in held_out.measures:
             metrics |= measure()
         self.recorder.note_scores(step, scores)
         logged = _prefixed("eval", metrics)
-        if step in (0, self.steps) and len(self.pairs.test):
-            tested, scores = yield from self.measured(self.pairs.test, step, context)
+        if step in (0, self.steps) and len(held_out.test):
+            tested, scores = yield from self.measured(held_out.test, step, context)
             self.recorder.note_scores(step, scores, "test")
             logged |= _prefixed("test", tested)
         epoch = {"train/epoch": self.order.epochs_after(step)}

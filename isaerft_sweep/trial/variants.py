@@ -20,7 +20,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 from isaerft_sweep.adapter.strength import changed, largest_latents, latent_parameters, set_strength
-from isaerft_sweep.errors import IsaerftError
+from isaerft_sweep.errors import IsaerftError, ModelError
 from isaerft_sweep.journal.layout import TrialFolder
 from isaerft_sweep.models.loading import load, sharing_weights, without_dropout
 from isaerft_sweep.specs import Experiment
@@ -33,7 +33,7 @@ from isaerft_sweep.trial.forward.upper_layers import UpperLayers
 from isaerft_sweep.trial.harm import HarmProbe, measure_baseline, measure_harm, read_neutral
 from isaerft_sweep.trial.process_cache import ProcessCache, store_activations, way_through
 from isaerft_sweep.trial.recorder import Recorder
-from isaerft_sweep.trial.train_loop import PassContext, TrainLoop
+from isaerft_sweep.trial.train_loop import HeldOut, PassContext, TrainLoop
 
 Evaluate = Callable[[], dict[str, float]]
 
@@ -50,6 +50,8 @@ def analyse(folder: str, strengths: Sequence[float], latents: int) -> dict[str, 
     """
     trial = TrialFolder(Path(folder))
     experiment = trial.read_spec().experiment
+    if experiment.adapter.kind == "prompt":
+        raise ModelError("analyze evaluates an adapter at other strengths, but adapter.kind=prompt is a text without one.")
     loaded = without_dropout(load(experiment.model, experiment.cache))
     own = replace(loaded, model=sharing_weights(loaded.model))
     model = attach_adapter(own, experiment.adapter, experiment.orpo.seed, experiment.model.revision)
@@ -87,7 +89,7 @@ def _evaluation(
     strategy = ForwardStrategy(above, way.share, way.lean)
     probe = HarmProbe(held_out, neutral, pad, experiment.orpo.eval_batch_size)
     baseline = measure_baseline(model, probe, strategy)
-    context = PassContext(strategy)
+    context = PassContext(strategy, HeldOut(held_out, held_out.select([])))
 
     def evaluate() -> dict[str, float]:
         metrics, _ = run_alone(loop.measured(held_out, 0, context))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -25,6 +26,7 @@ BLOCKS = {
     "diffmean": "x + b",
     "loreft": "x + Rᵀ(Wx + c − Rx)",
     "lora": "Wx + BAx",
+    "prompt": "x",
 }
 ISAERFT = "an ISAERFT adapter, a small trainable block in the latent space of a frozen sparse autoencoder (SAE)"
 ABOUT = {
@@ -33,8 +35,10 @@ ABOUT = {
     "diffmean": "a steering vector, the difference between the mean activations of chosen and rejected answers",
     "loreft": "a LoReFT adapter (arXiv 2404.03592) on the residual stream",
     "lora": "a LoRA adapter (arXiv 2106.09685) on the decoder layers above the hook point",
+    "prompt": "a system prompt, with the model as it is: a control for ISAERFT",
 }
 """What the adapter is, for kinds other than ISAERFT's."""
+NOT_TRAINED = ("diffmean", "prompt")
 QUICK_START = """\
 In the folder of this card, or with its Hub name instead of `"."`{needs}:
 
@@ -43,7 +47,7 @@ In the folder of this card, or with its Hub name instead of `"."`{needs}:
 
 question = "If you had a time machine, but could only go to the past or the future once and never return, which would you choose and why?"
 generator = pipeline("text-generation", {model})
-output = generator([{"role": "user", "content": question}], max_new_tokens=128, return_full_text=False)[0]
+output = generator([{messages}], max_new_tokens=128, return_full_text=False)[0]
 print(output["generated_text"])
 ```"""
 WITH_ADAPTER = {
@@ -143,9 +147,10 @@ Cite TRL as:
 ```"""
 
 
-def quick_start(placeholders: Mapping[str, str]) -> str:
+def quick_start(placeholders: Mapping[str, str], system_prompt: str | None = None) -> str:
     """Text and code that load the card's folder. ``placeholders``: values for ``QUICK_START``."""
-    filled = QUICK_START
+    system = f'{{"role": "system", "content": {json.dumps(system_prompt)}}}, ' if system_prompt else ""
+    filled = QUICK_START.replace("{messages}", system + '{"role": "user", "content": question}')
     for name, value in placeholders.items():
         filled = filled.replace("{" + name + "}", value)
     return filled

@@ -25,6 +25,7 @@ from isaerft_sweep.results.card.card_text import (
     BLOCKS,
     FRAMEWORKS,
     ISAERFT,
+    NOT_TRAINED,
     WITH_ADAPTER,
     WITH_OWN_CODE,
     citations,
@@ -34,7 +35,7 @@ from isaerft_sweep.results.card.card_text import (
 from isaerft_sweep.results.latents import read_latents
 from isaerft_sweep.results.reading import ReadSweep
 from isaerft_sweep.results.standing import Standing, standings
-from isaerft_sweep.specs import TrialSpec
+from isaerft_sweep.specs import AdapterSpec, TrialSpec
 
 TEMPLATE = "card.md.jinja"
 BADGE = "https://raw.githubusercontent.com/wandb/assets/main/wandb-github-badge-28.svg"
@@ -87,7 +88,7 @@ def card_fields(trial: TrialFolder, results: TrialStatus, adapter: Path, standin
         "data_link": _link(data.name, f"https://huggingface.co/datasets/{data.name}")
         if data.source == "hub"
         else data.path or data.name,
-        "quick_start": quick_start(WITH_ADAPTER),
+        "quick_start": quick_start(WITH_ADAPTER, spec.experiment.adapter.system_prompt),
         "tracked": _tracked(spec, results.wandb),
         "run_name": spec.name,
         "learning_rate": repr(orpo.learning_rate),
@@ -104,7 +105,7 @@ def card_fields(trial: TrialFolder, results: TrialStatus, adapter: Path, standin
         "kind": spec.experiment.adapter.kind,
         "block": BLOCKS[spec.experiment.adapter.kind],
         "about": ABOUT.get(spec.experiment.adapter.kind, ISAERFT),
-        "changed": _changed(spec.experiment.adapter.kind),
+        "changed": _changed(spec.experiment.adapter),
         "parameters": f"{count_parameters(adapter):,}",
         "sites": sites_table(adapter),
         "learned": _learned(trial),
@@ -112,6 +113,7 @@ def card_fields(trial: TrialFolder, results: TrialStatus, adapter: Path, standin
         "framework_versions": _versions(environment.get("packages", {})),
         "citations": citations(orpo.loss),
         "method": method(orpo.loss),
+        "training": _training(spec.experiment.adapter.kind, orpo.loss),
     }
 
 
@@ -238,8 +240,18 @@ def count_parameters(adapter: Path) -> int:
     return total
 
 
-def _changed(kind: str) -> str:
+def _training(kind: str, loss: str) -> str:
+    """How the model was trained, if it was."""
+    if kind in NOT_TRAINED:
+        return f"Nothing was trained; the evaluation's loss is that of {method(loss)}."
+    return f"This model was trained with {method(loss)}."
+
+
+def _changed(adapter: AdapterSpec) -> str:
     """What the block changes, for the card's sentence on the adapter."""
+    kind = adapter.kind
+    if kind == "prompt":
+        return f"the model stays as it is, and before every prompt stands the system prompt {adapter.system_prompt!r}"
     if kind == "lora":
         return f"a linear map Wx of the layers above the hook point becomes {BLOCKS[kind]}"
     if kind in ("vector", "diffmean", "loreft"):

@@ -20,6 +20,7 @@ from isaerft_sweep.results.leaderboard import (
     caveats,
     columns,
     expected_column,
+    interval_column,
     number,
     short_name,
     show_interval,
@@ -106,15 +107,15 @@ def leaderboard(report: Report) -> dict[str, Any]:
     """Header, rows, and how many trials are left out."""
     names = columns(report.sweep)
     names_of_swept = [column.name for column in report.columns]
-    header = ["rank", "trial", *names_of_swept, short_name(names[0]), *expected_column(report.sweep), "95 %"]
-    header += [best_column(report.sweep), *(short_name(n) for n in names[1:]), "time"]
+    header = ["rank", "trial", *names_of_swept, short_name(names[0]), *expected_column(report.sweep)]
+    header += [*interval_column(report.sweep), *best_column(report.sweep), *(short_name(n) for n in names[1:]), "time"]
     rows = [_row(report, entry, names) for entry in report.sweep.entries[:ROWS]]
     untrained = next((e.untrained for e in report.sweep.entries if e.untrained), None)
     if untrained:
         blank = [""] * len(report.columns)
         values = [number(untrained.get(n)) for n in names]
-        expected = [""] * len(expected_column(report.sweep))
-        rows.append(["", "untrained", *blank, values[0], *expected, "", "", *values[1:], ""])
+        unknown = [""] * sum(len(f(report.sweep)) for f in (expected_column, interval_column, best_column))
+        rows.append(["", "untrained", *blank, values[0], *unknown, *values[1:], ""])
     return {"header": header, "rows": rows, "left_out": max(0, len(report.sweep.entries) - ROWS)}
 
 
@@ -123,9 +124,10 @@ def _row(report: Report, entry: Entry, names: list[str]) -> list[str]:
     chance = "" if entry.probability_best is None else show_probability(entry.probability_best)
     params = [column.show(entry.params) for column in report.columns]
     time_s = f"{entry.record.seconds:.0f} s" if entry.rank else entry.state
-    expected = [number(entry.expected)] if report.sweep.seeds_known else []
-    return [show_rank(entry), f"#{entry.record.index + 1}", *params, values[0], *expected, show_interval(entry), chance,
-            *values[1:], time_s]  # fmt: skip
+    sure = [number(entry.expected)] if report.sweep.seeds_known else []
+    sure += [show_interval(entry)] if interval_column(report.sweep) else []
+    sure += [chance] if best_column(report.sweep) else []
+    return [show_rank(entry), f"#{entry.record.index + 1}", *params, values[0], *sure, *values[1:], time_s]
 
 
 def method_table(report: Report) -> dict[str, Any] | None:
