@@ -154,7 +154,7 @@ def load_sweep(source: str | Path, metric: str | None = None, prefer: Mapping[st
     if str(source).startswith(WANDB):
         from isaerft_sweep.results.from_wandb import read_wandb_sweep
 
-        return Sweep(read_wandb_sweep(str(source).removeprefix(WANDB), metric))
+        return Sweep(read_wandb_sweep(str(source).removeprefix(WANDB), metric, prefer))
     from isaerft_sweep.results.reading import read_sweep_folder
 
     return Sweep(read_sweep_folder(Path(source), metric, prefer=prefer))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+from collections.abc import Iterator
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import pytest
 from helpers.browsing import browser, complaints, needs_browser  # noqa: F401  (a fixture)
 from helpers.serve_client import BUCKET, CREATE, Client
 from helpers.serving import BIN, Serving
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import WebDriverWait
 
 SWEPT = """\
 method: random
@@ -128,3 +131,117 @@ def test_no_page_is_wider_than_a_phone(tmp_path: Path, browser: Any) -> None:  #
         assert [c["message"] for c in complaints(browser) if "404" not in c["message"]] == []
     finally:
         serving.kill()
+
+
+SWEEP_FILE = """\
+name: demo
+method: random
+metric: {name: val/acc, goal: maximize}
+constraints: {val/cost: {at_most: 3}}
+run_cap: 9
+program: train.py
+parameters:
+  lr: {distribution: log_uniform_values, min: 1.0e-5, max: 1.0}
+  width: {values: [8, 16, 32]}
+command: ["${env}", "${interpreter}", "${program}", "${args_json}"]
+"""
+TRAIN = """\
+import json, math, sys, wandb
+params = json.loads(sys.argv[1])
+with wandb.init() as run:
+    print("hello from <the run>")
+    best = 1 - abs(math.log10(params["lr"]) + 2) / 4
+    for step in range(6):
+        run.log({"val/acc": best * (1 - 0.5 ** step), "val/cost": params["width"] / 8})
+    picture = [[[255 * (i == j), 0, 0] for i in range(16)] for j in range(16)]
+    import numpy
+    run.log({"picture": wandb.Image(numpy.array(picture, dtype="uint8"))})
+    with open("notes.txt", "w") as file:
+        file.write("kept")
+    run.save("notes.txt")
+"""
+
+
+@pytest.fixture
+def served_sweep(tmp_path: Path) -> Iterator[tuple[Serving, str]]:
+    """A server with a sweep of which the real agent has run six of nine runs; the sweep's path."""
+    serving = Serving(tmp_path)
+    serving.start()
+    try:
+        (tmp_path / "s.yaml").write_text(SWEEP_FILE)
+        (tmp_path / "train.py").write_text(TRAIN)
+        path = serving.sweep(tmp_path / "s.yaml")
+        done = serving.run("wandb", "agent", "--count", "6", path)
+        assert done.returncode == 0, done.stderr
+        yield serving, path
+    finally:
+        serving.kill()
+
+
+def press(browser: Any, label: str) -> None:  # noqa: F811
+    browser.find_element(By.XPATH, f"//button[text()='{label}']").click()
+
+
+@needs_browser
+@pytest.mark.long
+def test_a_sweep_s_page_is_the_report_with_buttons(served_sweep: tuple[Serving, str], browser: Any) -> None:  # noqa: F811
+    serving, path = served_sweep
+    browser.get(f"http://api:{serving.key}@127.0.0.1:{serving.port}/")
+    browser.get(f"{serving.address}/local/demo/sweeps/{path.rpartition('/')[2]}")
+    figures = browser.find_elements(By.CLASS_NAME, "plotly-graph-div")
+    assert {figure.get_attribute("id") for figure in figures} >= {"figure-map", "figure-importance", "figure-curve-0"}
+    WebDriverWait(browser, 30).until(lambda b: len(b.find_elements(By.CSS_SELECTOR, "svg.main-svg")) >= len(figures))
+    assert len(browser.find_elements(By.CSS_SELECTOR, "#figure-curve-0 .scatterlayer .js-line")) == 6
+    rows = [row.text.split() for row in browser.find_elements(By.CSS_SELECTOR, "#leaderboard ~ .wide tr")][1:7]
+    assert [row[0] for row in rows[:1]] == ["1"] and any(row[0].startswith("(") for row in rows), (
+        "width 32 breaks the constraint"
+    )
+
+    header = next(h for h in browser.find_elements(By.CSS_SELECTOR, "#leaderboard ~ .wide th") if h.text.startswith("lr"))
+    for order in (1, -1):
+        header.click()
+        cells = [
+            float(row.text.split()[2]) for row in browser.find_elements(By.CSS_SELECTOR, "#leaderboard ~ .wide tr")[1:7]
+        ]
+        assert cells == sorted(cells)[::order]
+
+    for label, state in (("Pause", "PAUSED"), ("Resume", "RUNNING"), ("Stop", "FINISHED")):
+        press(browser, label)
+        WebDriverWait(browser, 30).until(lambda b, s=state: s in b.find_element(By.CSS_SELECTOR, "table.fields").text)
+    assert browser.find_elements(By.CSS_SELECTOR, "form button") == []
+
+    browser.find_element(By.CSS_SELECTOR, "tr.best a").click()
+    WebDriverWait(browser, 30).until(lambda b: "/runs/" in b.current_url)
+    text = browser.find_element(By.TAG_NAME, "body").text
+    assert "hello from <the run>" in text and "notes.txt" in text and "Machine" in text
+    image = browser.find_element(By.TAG_NAME, "img")
+    WebDriverWait(browser, 30).until(lambda b: b.execute_script("return arguments[0].naturalWidth", image) == 16)
+    assert complaints(browser) == [], "nothing that the content policy forbids"
+
+
+def test_buttons_need_the_key_and_the_page_s_own_origin(client: Client) -> None:
+    sweep = client.get(CREATE, c=SWEPT, p="p")["upsertSweep"]["sweep"]
+    address = f"/local/p/sweeps/{sweep['name']}/state"
+    post = {"data": {"state": "PAUSED"}, "follow_redirects": False}
+    assert client.http.post(address, **post).status_code == 401
+    assert client.http.post(address, **post, headers={**client.headers, "Origin": "http://evil.example"}).status_code == 403
+    assert client.server.sweeps[sweep["name"]].state == "RUNNING"
+    answer = client.http.post(address, **post, headers=client.headers)
+    assert answer.status_code == 303 and answer.headers["Location"] == address.removesuffix("/state")
+    assert client.server.sweeps[sweep["name"]].state == "PAUSED"
+    refused = client.http.post(address, data={"state": "PAUSED"}, headers=client.headers)
+    assert refused.status_code == 409 and "is PAUSED and cannot become 'PAUSED'" in refused.json()["error"]
+
+
+def test_a_file_s_address_stays_in_the_run_s_folder(client: Client) -> None:
+    client.get(BUCKET, n="r0", c="{}", s="")
+    for name in ("../../server.jsonl", "%2e%2e/%2e%2e/server.jsonl", "/etc/passwd", "nothing.png", "a%00b"):
+        answer = client.http.get(f"/local/demo/runs/r0/files/{name}", headers=client.headers)
+        assert answer.status_code in (400, 404), name
+
+
+def test_without_plotly_the_page_is_plain_and_says_so(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("isaerft_sweep.serve.app.can_draw", lambda: False)
+    sweep = client.get(CREATE, c=SWEPT, p="p")["upsertSweep"]["sweep"]
+    page = client.http.get(f"/local/p/sweeps/{sweep['name']}", headers=client.headers).text
+    assert "isaerft-sweep[report]" in page and page.startswith("<!doctype html>") and "figure-map" not in page

@@ -76,7 +76,7 @@ def test_a_sweep_over_https_and_its_page(serving: Encrypted, tmp_path: Path, bro
     entity, project, sweep = path.split("/")
     browser.get(f"https://api:{serving.key}@127.0.0.1:{serving.port}/")
     browser.get(f"https://127.0.0.1:{serving.port}/{entity}/{project}/sweeps/{sweep}")
-    assert browser.find_element(By.TAG_NAME, "h1").text == f"sweep {sweep}"
+    assert browser.find_element(By.TAG_NAME, "h1").text == sweep
     assert len(browser.find_elements(By.CSS_SELECTOR, "svg polyline")) == 2, "a curve for each run"
     assert browser.find_element(By.TAG_NAME, "svg").size["height"] > 100
     states = [e.text for e in browser.find_elements(By.CSS_SELECTOR, "span.state")]

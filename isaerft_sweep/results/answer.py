@@ -97,7 +97,8 @@ def _gain(winner: Entry, sweep: ReadSweep) -> list[str]:
         interval = f" (95 %: {winner.interval[0]:.3g} to {winner.interval[1]:.3g})" if winner.interval else ""
         change = f", from {before:.4f} untrained" if before is not None else ""
         sentences.append(f"{what}{interval}{change}.")
-    sentences += _test(winner, name.replace("eval/", "test/"), sweep)
+    if name.startswith("eval/"):
+        sentences += _test(winner, name.replace("eval/", "test/"), sweep)
     harm = [
         f"{winner.metrics[metric]:{style}} {words}"
         for metric, style, words in (

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
 
 from isaerft_sweep.errors import ConfigError, FolderError, SpaceError
 from isaerft_sweep.journal.journal import TrialRecord
 from isaerft_sweep.journal.states import TrialState
 from isaerft_sweep.naming import run_id
-from isaerft_sweep.results.reading import Entry, ReadSweep, rank
+from isaerft_sweep.results.reading import Entry, ReadSweep, constraints_of, goals_of, rank
 from isaerft_sweep.search.distributions import Distribution
 from isaerft_sweep.search.sampler import Point
 from isaerft_sweep.search.sweep_file import Metric, read_metric_name, read_sweep
@@ -24,7 +25,7 @@ STATES = {
     "preempted": "stopped",
     "crashed": "failed",
 }
-"""W&B's states of a run that have another name here."""
+"""W&B's states of a run that have another name here; the others keep theirs, which is only shown."""
 
 MAX_TRIALS = 20_000
 """Trial numbers of one sweep that are tried to find the number of a run id."""
@@ -33,7 +34,7 @@ T = TypeVar("T")
 _MISSING = object()
 
 
-def read_wandb_sweep(path: str, metric: str | None = None) -> ReadSweep:
+def read_wandb_sweep(path: str, metric: str | None = None, prefer: Mapping[str, float] | None = None) -> ReadSweep:
     """The sweep ``entity/project/id``, ranked like a folder's, without intervals: W&B keeps no values per pair.
 
     Raises FolderError when W&B cannot be reached, has no such sweep, or refuses the key.
@@ -43,20 +44,67 @@ def read_wandb_sweep(path: str, metric: str | None = None) -> ReadSweep:
     if path.count("/") not in (1, 2):
         raise FolderError(f"a sweep of W&B must have the form wandb:ENTITY/PROJECT/ID but got 'wandb:{path}'.")
     sweep = _call_wandb(path, lambda: wandb.Api(timeout=30).sweep(path))
-    config = dict(sweep.config)
-    own = _metric(config)
-    numbered = _call_wandb(path, lambda: _numbered(sweep.id, sweep.runs))
-    entries = _call_wandb(path, lambda: [_entry(i, run, config, own) for i, run in numbered.items()])
-    runs = {run.id: run for run in numbered.values()}
+    by_id = _call_wandb(path, lambda: {run.id: run for run in sweep.runs})
+    runs = _call_wandb(path, lambda: [_run_data(run) for run in by_id.values()])
+    return sweep_of_runs(
+        f"wandb:{path}",
+        sweep.id,
+        dict(sweep.config),
+        runs,
+        lambda run_id: _call_wandb(path, lambda: list(by_id[run_id].scan_history())),
+        metric,
+        prefer,
+    )
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What W&B keeps of a run. ``created``: any text that sorts by time."""
+
+    id: str
+    name: str
+    state: str
+    created: str
+    config: Mapping[str, Any]
+    summary: Mapping[str, Any]
+
+
+def sweep_of_runs(
+    source: str,
+    sweep_id: str,
+    config: Mapping[str, Any],
+    runs: Iterable[RunData],
+    history: Callable[[str], list[dict[str, Any]]],
+    metric: str | None = None,
+    prefer: Mapping[str, float] | None = None,
+) -> ReadSweep:
+    """The sweep of some runs, ranked.
+
+    Args:
+        source: where the sweep is, for people.
+        sweep_id: W&B's id of the sweep.
+        config: the sweep file.
+        runs: its runs.
+        history: the logged rows of a run, by its id.
+        metric: ranks the trials; None: the sweep's own.
+        prefer: weights of the goals of a sweep with several.
+    """
+    constraints, goals = constraints_of(config), goals_of(config)
+    own = goals[0] if goals else _metric(config)
+    # a goal's direction says which of a summary's values counts
+    read_as = {**{c.metric: None for c in constraints}, **{goal.name: goal.goal for goal in goals}, own.name: own.goal}
     read = ReadSweep(
-        name=str(config.get("name") or sweep.id),
-        source=f"wandb:{path}",
+        name=str(config.get("name") or sweep_id),
+        source=source,
         own=own,
         metric=read_metric_name(metric, own),
-        entries=entries,
+        entries=[_entry(index, run, config, read_as) for index, run in _numbered(sweep_id, runs).items()],
         space=_space(config),
-        sweep_id=sweep.id,
-        read_rows=lambda entry: _call_wandb(path, lambda: _rows(runs[entry.record.run_id])),
+        constraints=constraints,
+        goals=goals if metric is None else (),
+        prefer=prefer or {},
+        sweep_id=sweep_id,
+        read_rows=lambda entry: _rows(history(entry.record.run_id)),
     )
     rank(read)
     return read
@@ -76,9 +124,13 @@ def _call_wandb(path: str, request: Callable[[], T]) -> T:
         ) from error
 
 
-def _numbered(sweep_id: str, runs: Any) -> dict[int, Any]:
+def _run_data(run: Any) -> RunData:
+    return RunData(run.id, run.name, run.state, str(run.created_at), dict(run.config), _plain(run.summary))
+
+
+def _numbered(sweep_id: str, runs: Iterable[RunData]) -> dict[int, RunData]:
     """The runs by trial number, which our run ids encode: uploads come in any order. Other runs follow by age."""
-    by_age = sorted(runs, key=lambda run: str(run.created_at))
+    by_age = sorted(runs, key=lambda run: run.created)
     numbers = {run_id(sweep_id, index): index for index in range(MAX_TRIALS)}
     numbered = {numbers[run.id]: run for run in by_age if run.id in numbers}
     others = [run for run in by_age if run.id not in numbers]
@@ -100,15 +152,15 @@ def _space(config: Mapping[str, Any]) -> Mapping[str, Distribution]:
         return {}  # a sweep of unknown parameters is still readable; only the edges of its space are unknown
 
 
-def _entry(index: int, run: Any, sweep: Mapping[str, Any], own: Metric) -> Entry:
-    config, summary = dict(run.config), _plain(run.summary)
+def _entry(index: int, run: RunData, sweep: Mapping[str, Any], read_as: Mapping[str, str | None]) -> Entry:
+    config, summary = run.config, run.summary
     swept = parameter_names(sweep.get("parameters") or {})
     params = {key: value for key in swept if (value := value_at(config, key, _MISSING)) is not _MISSING}
-    names = (own.name, *(name for name in summary if name.startswith(("eval/", "train/"))))
-    numbers = {name: number_at(summary, name, own.goal if name == own.name else None) for name in names}
+    names = (*read_as, *(name for name in summary if name.startswith(("eval/", "train/"))))
+    numbers = {name: number_at(summary, name, read_as.get(name)) for name in names}
     metrics = {name: value for name, value in numbers.items() if value is not None}
     runtime = summary.get("seconds", summary.get("_runtime", 0))  # _runtime is the upload's when a run was synced later
-    record = TrialRecord(index, run.name, run.id, Point(params), state=STATES.get(run.state, run.state))
+    record = TrialRecord(index, run.name, run.id, Point(params), state=cast(TrialState, STATES.get(run.state, run.state)))
     record.seconds = float(runtime) if is_number(runtime) else 0.0
     return Entry(record, metrics, {}, state=record.state, device_s=record.seconds)
 
@@ -118,6 +170,6 @@ def _plain(summary: Any) -> dict[str, Any]:
     return dict(content if isinstance(content, Mapping) else json.loads(content))
 
 
-def _rows(run: Any) -> list[dict[str, Any]]:
-    rows = [dict(flat(row)) for row in run.scan_history()]
+def _rows(history: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    rows = [dict(flat(row)) for row in history]
     return [{**row, "step": row.get("_step", i), "time": row.get("_timestamp")} for i, row in enumerate(rows)]

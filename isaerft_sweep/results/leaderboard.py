@@ -21,13 +21,16 @@ from isaerft_sweep.results.statistics import MIN_PAIRS, show_probability
 
 ALWAYS_SHOWN = ("eval/log_odds_chosen", "eval/rewards/accuracies", "eval/neutral_nll_rise", "eval/kl_base", "eval/nll_loss")
 FRONT = " ●"
-SHOWN_IF_MEASURED = ("eval/generation_repeated", "eval/generation_base_nll")
+ALSO_SHOWN = ("eval/generation_repeated", "eval/generation_base_nll")
 
 
 def columns(sweep: ReadSweep) -> list[str]:
-    """The metrics that get a column, the one that ranks first."""
-    measured = [name for name in SHOWN_IF_MEASURED if any(name in entry.metrics for entry in sweep.entries)]
-    return list(dict.fromkeys([sweep.metric.name, *(goal.name for goal in sweep.goals), *ALWAYS_SHOWN, *measured]))
+    """The metrics that get a column, the one that ranks first; of a program that is not ours only what it has measured."""
+    measured = {name for entry in sweep.entries for name in entry.metrics}
+    always = ALWAYS_SHOWN if not measured or any(name in measured for name in ALWAYS_SHOWN) else ()
+    others = [*(constraint.metric for constraint in sweep.constraints), *ALSO_SHOWN]
+    shown = [*(goal.name for goal in sweep.goals), *always, *(name for name in others if name in measured)]
+    return list(dict.fromkeys([sweep.metric.name, *shown]))
 
 
 def table(sweep: ReadSweep, rows: int = 20, width: int | None = None) -> Table:

@@ -224,8 +224,8 @@ def read_sweep_folder(
         metric=read_metric_name(metric, own),
         entries=entries,
         space=_space(content),
-        constraints=_constraints(content),
-        goals=_goals(content) if metric is None else (),
+        constraints=constraints_of(content),
+        goals=goals_of(content) if metric is None else (),
         prefer=prefer or {},
         experiment=_experiment(folder),
         folder=folder,
@@ -320,14 +320,15 @@ def _space(content: Any) -> Mapping[str, Distribution]:
         return {}
 
 
-def _constraints(content: Any) -> tuple[Constraint, ...]:
+def constraints_of(content: Any) -> tuple[Constraint, ...]:
+    """Those of a parsed sweep file; none when they cannot be read."""
     try:
         return read_constraints(content.get("constraints"), ours=False) if isinstance(content, Mapping) else ()
     except SpaceError:
         return ()
 
 
-def _goals(content: Any) -> tuple[Metric, ...]:
+def goals_of(content: Any) -> tuple[Metric, ...]:
     """The metrics of a sweep with several goals; empty for one."""
     try:
         goals = read_goals(content, ours=False) if isinstance(content, Mapping) and "metrics" in content else ()

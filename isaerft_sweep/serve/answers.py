@@ -36,8 +36,11 @@ def json_error(status: int, message: str, headers: dict[str, str] | None = None)
 
 
 def html(text: str, status: int = 200) -> Response:
-    """A page without active content."""
-    policy = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
+    """A page whose only active content is this server's own scripts."""
+    policy = (
+        "default-src 'none'; script-src 'self'; style-src 'unsafe-inline'; img-src 'self' data: blob:; form-action 'self'; "
+        "frame-ancestors 'none'"
+    )
     headers = {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff"}
     return Response(text.encode("utf-8", "replace"), status, headers, "text/html")
 

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path, PurePosixPath
-from urllib.parse import unquote
+from urllib.parse import parse_qs, unquote
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -21,17 +21,23 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
+from isaerft_sweep.paths import asset
 from isaerft_sweep.serve import graphql, pages
 from isaerft_sweep.serve.answers import CLOSE, Json, error_response, html, json_error
 from isaerft_sweep.serve.bodies import json_body, parse_files, read_limited
 from isaerft_sweep.serve.caller import Caller
 from isaerft_sweep.serve.checks import RequestError
 from isaerft_sweep.serve.keys import KeyRing
+from isaerft_sweep.serve.runs import ServedRun
 from isaerft_sweep.serve.server import Server
 from isaerft_sweep.serve.signing import Signer
+from isaerft_sweep.serve.sweep_report import can_draw
+from isaerft_sweep.serve.sweeps import ServedSweep
 
 log = logging.getLogger("isaerft.serve")
 WATCH_S = 1.0
+MAX_FORM = 4096
+"""Bytes of a page's form."""
 CHALLENGE = {"WWW-Authenticate": 'Basic realm="isaerft-sweep serve: any name, the key as password", charset="UTF-8"'}
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -50,6 +56,7 @@ class Application:
 
     def __init__(self, server: Server, keys: KeyRing, signer: Signer, max_upload: int) -> None:
         self.server, self.keys, self.signer, self.max_upload = server, keys, signer, max_upload
+        self._drawing = asyncio.Lock()
 
     def asgi(self) -> Starlette:
         """The application that uvicorn runs."""
@@ -62,7 +69,11 @@ class Application:
             Route("/artifactsV2/{path:anything}", self._guarded(self.artifact_file), methods=["GET"]),
             Route("/healthz", self._with_errors(self.health), methods=["GET"]),
             Route("/", self._guarded(self.overview), methods=["GET"]),
+            Route("/static/{name}", self._guarded(self.script), methods=["GET"]),
+            Route("/{entity}/{project}/sweeps/{sweep}/state", self._guarded(self.set_state), methods=["POST"]),
             Route("/{entity}/{project}/sweeps/{sweep}", self._guarded(self.sweep), methods=["GET"]),
+            Route("/{entity}/{project}/runs/{run}/stop", self._guarded(self.stop_run), methods=["POST"]),
+            Route("/{entity}/{project}/runs/{run}/files/{path:anything}", self._guarded(self.run_file), methods=["GET"]),
             Route("/{entity}/{project}/runs/{run}", self._guarded(self.run), methods=["GET"]),
             Route("/{entity}/{project}", self._guarded(self.project), methods=["GET"]),
         ]
@@ -190,12 +201,69 @@ class Application:
         return html(pages.project(caller, caller.server.project(params["entity"], params["project"])))
 
     async def sweep(self, request: Request, caller: Caller) -> Response:
-        params = request.path_params
-        return html(pages.sweep(caller, caller.server.find_sweep(params["entity"], params["project"], params["sweep"])))
+        served = self._sweep_of(request, caller)
+        if not can_draw():
+            return html(pages.sweep(caller, served))
+        async with self._drawing:  # one page at a time: figures take much of a processor
+            return html(await run_in_threadpool(pages.sweep_report(caller, served)))
+
+    async def set_state(self, request: Request, caller: Caller) -> Response:
+        """A button of a sweep's page."""
+        served = self._sweep_of(request, caller)
+        body = b"".join([chunk async for chunk in read_limited(request, MAX_FORM)])
+        state = parse_qs(body.decode("utf-8", "replace")).get("state", [""])[0]
+        if state not in [allowed for _, allowed, _ in pages.sweep_forms(served)]:
+            raise RequestError(f"the sweep is {served.state} and cannot become '{state[:20]}'.", 409)
+        self.server.update_sweep(served, None, state, {})
+        return _back(request, "/state")
 
     async def run(self, request: Request, caller: Caller) -> Response:
+        return html(pages.run(caller, self._run_of(request, caller)))
+
+    async def stop_run(self, request: Request, caller: Caller) -> Response:
+        """The button of a run's page."""
+        self.server.stop_run(self._run_of(request, caller))
+        return _back(request, "/stop")
+
+    async def run_file(self, request: Request, caller: Caller) -> Response:
+        """A file of a run; images are shown, all others are saved."""
+        folder = self.server.files_of(self._run_of(request, caller))
+        parts = PurePosixPath(request.path_params["path"]).parts
+        if any(part in ("..", "/") or "\0" in part for part in parts):
+            raise HTTPException(400, "a file's name must be a relative path without '..'.")
+        path = folder.joinpath(*parts)
+        media_type = pages.IMAGES.get(path.suffix.lower())
+        if media_type is None or not path.is_file():
+            return _attachment(path)
+        headers = {"X-Content-Type-Options": "nosniff", "Content-Security-Policy": "default-src 'none'"}
+        return FileResponse(path, media_type=media_type, headers=headers)
+
+    async def script(self, request: Request, caller: Caller) -> Response:
+        """Plotly, or the script that draws a page's figures with it."""
+        name = request.path_params["name"]
+        if name not in pages.STATIC or (name == "plotly.js" and not can_draw()):
+            raise HTTPException(404, "there is no such file.")
+        headers = {"X-Content-Type-Options": "nosniff", "Cache-Control": "private, max-age=3600"}
+        return Response(await run_in_threadpool(_script, name), headers=headers, media_type="text/javascript")
+
+    def _sweep_of(self, request: Request, caller: Caller) -> ServedSweep:
         params = request.path_params
-        return html(pages.run(caller, caller.server.find_run(params["entity"], params["project"], params["run"])))
+        return caller.server.find_sweep(params["entity"], params["project"], params["sweep"])
+
+    def _run_of(self, request: Request, caller: Caller) -> ServedRun:
+        params = request.path_params
+        return caller.server.find_run(params["entity"], params["project"], params["run"])
+
+
+def _script(name: str) -> str:
+    from plotly.offline import get_plotlyjs
+
+    return str(get_plotlyjs()) if name == "plotly.js" else asset(name).read_text(encoding="utf-8")
+
+
+def _back(request: Request, suffix: str) -> Response:
+    """Send the browser back to the page whose button was pressed."""
+    return Response(status_code=303, headers={"Location": request.url.path.removesuffix(suffix)})
 
 
 def _attachment(path: Path | None) -> Response:

@@ -1,14 +1,16 @@
-"""The read-only web pages of projects, sweeps and runs. Plain HTML and SVG, without scripts or external resources."""
+"""The web pages of projects, sweeps and runs: HTML and SVG; a sweep's is the report's, with plotly from this server."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import jinja2
 
@@ -16,8 +18,9 @@ from isaerft_sweep.paths import asset
 from isaerft_sweep.serve.caller import Caller, stamp, thinned
 from isaerft_sweep.serve.filters import select
 from isaerft_sweep.serve.graphql_types import AGENT_SILENCE_S, AgentView
-from isaerft_sweep.serve.run_state import AgentState
-from isaerft_sweep.serve.runs import HISTORY, ServedRun
+from isaerft_sweep.serve.run_state import AgentState, SweepRunState
+from isaerft_sweep.serve.runs import EVENTS, HISTORY, OUTPUT, ServedRun
+from isaerft_sweep.serve.sweep_report import ACTIONS, render, snapshot
 from isaerft_sweep.serve.sweeps import ServedSweep
 from isaerft_sweep.tracking.metric_names import flat, is_number
 
@@ -30,6 +33,13 @@ MAX_CHARTS = 12
 MAX_LINES = 50
 """In the chart of a sweep."""
 REFRESH_S = 15
+REPORT_REFRESH_S = 30
+MAX_IMAGES = 24
+MAX_OUTPUT_LINES = 300
+IMAGES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".gif": "image/gif", ".webp": "image/webp"}
+"""Media types that are shown in a page, by the file's ending."""
+STATIC = ("plotly.js", "report.js")
+"""Scripts of a sweep's page."""
 
 
 @dataclass(frozen=True)
@@ -42,15 +52,21 @@ class Cell:
     number: bool = False
 
 
-@lru_cache(maxsize=1)
-def _template() -> jinja2.Template:
+@lru_cache(maxsize=2)
+def _template(body: str) -> jinja2.Template:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    return environment.from_string(asset("serve.html.jinja").read_text(encoding="utf-8"))
+    return environment.from_string(asset("tables.html.jinja").read_text(encoding="utf-8") + body)
 
 
 def _render(**content: Any) -> str:
-    empty = {"fields": (), "charts": (), "tables": (), "text": None, "trail": (), "refresh": REFRESH_S}
-    return _template().render({**empty, **content})
+    lists = dict.fromkeys(("fields", "forms", "charts", "system", "images", "tables", "trail"), ())
+    empty = {**lists, "text": None, "note": "", "output": "", "refresh": REFRESH_S}
+    return _template(asset("serve.html.jinja").read_text(encoding="utf-8")).render({**empty, **content}).lstrip()
+
+
+def _tables(tables: list[dict[str, Any]]) -> str:
+    """The tables alone, as HTML."""
+    return _template("{{ tables_of(tables) }}").render(tables=tables)
 
 
 def overview(caller: Caller) -> str:
@@ -77,20 +93,71 @@ def project(caller: Caller, key: tuple[str, str]) -> str:
 
 
 def sweep(caller: Caller, served: ServedSweep) -> str:
-    """A sweep: its runs, best first, its agents and the metric's curves."""
-    sign = "-" if served.goal == "maximize" else "+"
-    metric = served.metric
-    runs = select(list(caller.server.runs_of(served)), None, f"{sign}summary_metrics.{metric}" if metric else "+created_at")
-    fields = [
-        ("state", served.state),
-        ("method", str(served.raw.get("method", ""))),
-        ("metric", f"{metric}, {served.goal}" if metric else "none"),
-        ("runs", f"{len(runs)}" + ("" if served.definition is None or served.cap == math.inf else f" of {served.cap:g}")),
-        ("created", stamp(served.created)),
-    ]
+    """A sweep without plotly: its runs, best first, its agents and the metric's curves."""
+    runs = _best_first(caller, served)
     curves = [(run, [(i + 1.0, value) for i, value in enumerate(run.curve)]) for run in runs[:MAX_LINES]]
     lines = [(_name(run), points) for run, points in curves if points]
-    charts = [chart(metric, lines[::-1], unit="evaluation")] if lines else []
+    note = "The answer, map, importance and interactive curves need the extra on the server: isaerft-sweep[report]."
+    return _render(
+        title=f"sweep {served.id}",
+        note=note,
+        trail=_trail(_project_link(served.entity, served.project)),
+        fields=_sweep_fields(served, len(runs)),
+        forms=sweep_forms(served),
+        charts=[chart(served.metric, lines[::-1], unit="evaluation")] if lines else [],
+        tables=[_run_table(runs, served), _agent_table(caller, served)],
+        text=("Sweep file", served.config),
+    )
+
+
+def sweep_report(caller: Caller, served: ServedSweep) -> Callable[[], str]:
+    """Makes the report's page of the sweep as it is now; another thread may do so."""
+    runs = _best_first(caller, served)
+    taken = snapshot(served, runs)
+    tables = _tables([_run_table(runs, served), _agent_table(caller, served)])
+    fields, forms = _sweep_fields(served, len(runs)), sweep_forms(served)
+    is_over = served.state in (SweepRunState.FINISHED, SweepRunState.CANCELED) and not any(run.active for run in runs)
+
+    def surroundings(ids: dict[int, str]) -> Any:
+        from isaerft_sweep.results.report.page import Served
+
+        return Served(
+            trail=list(_trail(_project_link(served.entity, served.project))),
+            scripts=[f"/static/{name}" for name in STATIC],
+            links={index: f"/{served.entity}/{served.project}/runs/{name}" for index, name in ids.items()},
+            fields=fields,
+            forms=forms,
+            tables=tables,
+            text=("Sweep file", served.config),
+            refresh=0 if is_over else REPORT_REFRESH_S,
+        )
+
+    return lambda: render(taken, surroundings)
+
+
+def sweep_forms(served: ServedSweep) -> list[tuple[str, str, str]]:
+    """Address, value and label of the buttons that change the sweep's state."""
+    address = f"/{served.entity}/{served.project}/sweeps/{served.id}/state"
+    return [] if served.stored_only else [(address, state, label) for state, label in ACTIONS.get(served.state, ())]
+
+
+def _best_first(caller: Caller, served: ServedSweep) -> list[ServedRun]:
+    sign = "-" if served.goal == "maximize" else "+"
+    order = f"{sign}summary_metrics.{served.metric}" if served.metric else "+created_at"
+    return select(list(caller.server.runs_of(served)), None, order)
+
+
+def _sweep_fields(served: ServedSweep, runs: int) -> list[tuple[str, str]]:
+    return [
+        ("state", served.state),
+        ("method", str(served.raw.get("method", ""))),
+        ("metric", f"{served.metric}, {served.goal}" if served.metric else "none"),
+        ("runs", f"{runs}" + ("" if served.definition is None or served.cap == math.inf else f" of {served.cap:g}")),
+        ("created", stamp(served.created)),
+    ]
+
+
+def _agent_table(caller: Caller, served: ServedSweep) -> dict[str, Any]:
     agents = [AgentView(caller, agent) for agent in caller.server.agents.values() if agent.sweep == served.id]
     rows = [
         [
@@ -106,21 +173,14 @@ def sweep(caller: Caller, served: ServedSweep) -> str:
         "header": ("host", "state", "runs", "last seen"),
         "rows": rows[-MAX_TABLE_ROWS:],
     }
-    table |= {"empty": "No agents yet.", "more": max(0, len(rows) - MAX_TABLE_ROWS)}
-    return _render(
-        title=f"sweep {served.id}",
-        trail=_trail((f"{served.entity}/{served.project}", f"/{served.entity}/{served.project}")),
-        fields=fields,
-        charts=charts,
-        tables=[_run_table(runs, served), table],
-        text=("Sweep file", served.config),
-    )
+    return table | {"empty": "No agents yet.", "more": max(0, len(rows) - MAX_TABLE_ROWS)}
 
 
 def run(caller: Caller, served: ServedRun) -> str:
-    """A run: its fields, curves, summary and config."""
+    """A run: its fields, curves, summary, config, files, console output and the machine's load."""
     key = served.key
-    trail = [(f"{key.entity}/{key.project}", f"/{key.entity}/{key.project}")]
+    address = f"/{key.entity}/{key.project}/runs/{key.name}"
+    trail = [_project_link(key.entity, key.project)]
     if served.sweep in caller.server.sweeps:
         trail.append((f"sweep {served.sweep}", f"/{key.entity}/{key.project}/sweeps/{served.sweep}"))
     fields = [
@@ -133,18 +193,53 @@ def run(caller: Caller, served: ServedRun) -> str:
         ("rows", f"{served.line_counts[HISTORY]}"),
     ]
     summary = {name: value for name, value in sorted(flat(json.loads(served.summary))) if not name.startswith("_")}
-    rows = [[Cell(name), Cell(show(value), number=True)] for name, value in summary.items()]
+    rows = [[Cell(name), Cell(show(value), number=is_number(value))] for name, value in summary.items()]
     table = {"name": "Summary", "header": ("name", "value"), "rows": rows, "empty": "Nothing yet.", "more": 0}
     values = {name: value for name, value in served.config_values().items() if name != "_wandb"}
+    folder = caller.server.files_of(served)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    images = [path for path in files if path.suffix.lower() in IMAGES]
     return _render(
         title=_name(served),
         trail=_trail(*trail),
         fields=fields,
+        forms=[(f"{address}/stop", "stop", "Stop")] if served.active and not served.stop else [],
         charts=run_charts(served),
-        tables=[table],
+        system=system_charts(served),
+        images=[(path.relative_to(folder).as_posix(), _file_link(address, path, folder)) for path in images[-MAX_IMAGES:]],
+        tables=[table, _file_table(address, files, folder)],
+        output="\n".join(served.rows(OUTPUT)[-MAX_OUTPUT_LINES:]),
         text=("Config", json.dumps(values, indent=1, sort_keys=True)),
         refresh=REFRESH_S if served.active else 0,
     )
+
+
+def _file_table(address: str, files: Sequence[Path], folder: Path) -> dict[str, Any]:
+    rows = [
+        [
+            Cell(path.relative_to(folder).as_posix(), _file_link(address, path, folder)),
+            Cell(f"{path.stat().st_size:,}", number=True),
+            Cell(stamp(path.stat().st_mtime)),
+        ]
+        for path in files[:MAX_TABLE_ROWS]
+    ]
+    more = max(0, len(files) - MAX_TABLE_ROWS)
+    return {"name": "Files", "header": ("file", "bytes", "written"), "rows": rows, "empty": "None.", "more": more}
+
+
+def _file_link(address: str, path: Path, folder: Path) -> str:
+    return f"{address}/files/{quote(path.relative_to(folder).as_posix())}"
+
+
+def system_charts(served: ServedRun) -> list[dict[str, Any]]:
+    """A chart for each figure of the machine's load, over seconds of the run."""
+    points: dict[str, list[tuple[float, float]]] = {}
+    for i, text in enumerate(thinned(served.rows(EVENTS), MAX_POINTS)):
+        row = json.loads(text)
+        for name, value in flat(row):
+            if name.startswith("system.") and is_number(value):
+                points.setdefault(name.removeprefix("system."), []).append((float(row.get("_runtime", i)), float(value)))
+    return [chart(name, [(name, points[name])], unit="second") for name in sorted(points)[:MAX_CHARTS]]
 
 
 def run_charts(served: ServedRun) -> list[dict[str, Any]]:
@@ -256,6 +351,10 @@ def _agent_state(view: AgentView) -> str:
 
 def _name(served: ServedRun) -> str:
     return str(served.metadata.get("displayName") or served.key.name)
+
+
+def _project_link(entity: str, project: str) -> tuple[str, str]:
+    return f"{entity}/{project}", f"/{entity}/{project}"
 
 
 def _trail(*steps: tuple[str, str]) -> Iterable[tuple[str, str]]:

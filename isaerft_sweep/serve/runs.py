@@ -219,6 +219,11 @@ class ServedRun:
         last, step = self._last_step, _step_of(row)
         return not is_number(last) or not is_number(step) or step > last
 
+    @property
+    def length(self) -> int:
+        """Bytes of the log that are whole lines."""
+        return self._length
+
     def rows(self, name: str = HISTORY) -> Sequence[str]:
         """The lines of a stream, from disk."""
         return rows_in(self.path, self._length, name) if self.line_counts[name] else ()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jinja2
@@ -39,20 +41,41 @@ ROWS = 50
 LATENTS = 15
 
 
-def render(report: Report) -> str:
-    """The whole page as one HTML file that needs no network."""
+@dataclass(frozen=True)
+class Served:
+    """What a server adds to a sweep's page, which it shows instead of writing it.
+
+    ``scripts``: addresses of plotly and ``report.js``, which are otherwise in the page. ``links``: of the runs, by trial
+    number. ``fields``: names and values. ``forms``: address, value and label of each button. ``tables``: HTML. ``text``: a
+    heading with a text. ``refresh``: seconds until the page loads again, 0: never.
+    """
+
+    trail: Sequence[tuple[str, str]]
+    scripts: Sequence[str]
+    links: Mapping[int, str]
+    fields: Sequence[tuple[str, str]]
+    forms: Sequence[tuple[str, str, str]]
+    tables: str
+    text: tuple[str, str]
+    refresh: int
+
+
+def render(report: Report, served: Served | None = None) -> str:
+    """The whole page: one HTML file that needs no network, or a server's."""
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string(asset(TEMPLATE).read_text(encoding="utf-8"))
     named_figures = {
         "pareto": figures.pareto(report),
         "tradeoff": figures.tradeoff(report),
         "map": figures.space_map(report),
-        "parallel": figures.parallel(report),
+        # drawn by WebGL, whose code a server's content policy does not let run
+        "parallel": None if served else figures.parallel(report),
         "importance": figures.importances(report),
         "cost": figures.cost(report),
     }
     return template.render(
-        plotly=get_plotlyjs(),
+        served=served,
+        scripts=[] if served else [get_plotlyjs(), asset("report.js").read_text(encoding="utf-8")],
         sweep=report.sweep,
         version=__version__,
         written=time.strftime("%Y-%m-%d %H:%M"),
@@ -79,10 +102,13 @@ def render(report: Report) -> str:
 
 
 def as_html(figure: go.Figure, name: str) -> str:
-    """A figure as an HTML block, without plotly's script."""
-    config = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["sendDataToCloud"]}
-    html: str = figure.to_html(full_html=False, include_plotlyjs=False, div_id=f"figure-{name}", config=config)
-    return html
+    """A figure as an empty block and its data, which ``report.js`` draws: no code stands in the page."""
+    data = figure.to_json().replace("<", "\\u003c")
+    height = figure.layout.height or 450
+    return (
+        f'<div id="figure-{name}" class="plotly-graph-div" style="height:{height}px"></div>'
+        f'<script type="application/json" class="figure">{data}</script>'
+    )
 
 
 def summary(report: Report) -> list[tuple[str, str]]:
@@ -116,7 +142,7 @@ def leaderboard(report: Report) -> dict[str, Any]:
         values = [number(untrained.get(n)) for n in names]
         unknown = [""] * sum(len(f(report.sweep)) for f in (expected_column, interval_column, best_column))
         rows.append(["", "untrained", *blank, values[0], *unknown, *values[1:], ""])
-    return {"header": header, "rows": rows, "left_out": max(0, len(report.sweep.entries) - ROWS)}
+    return {"header": header, "rows": rows, "left_out": max(0, len(report.sweep.entries) - ROWS), "links": True}
 
 
 def _row(report: Report, entry: Entry, names: list[str]) -> list[str]:
