@@ -5,6 +5,10 @@ Started by ``wandb agent`` it runs the one trial that the agent asks for.
 
 from __future__ import annotations
 
+from isaerft_sweep import interrupts
+
+interrupts.end_with_one_line()
+
 import os
 import sys
 from typing import Any
@@ -50,7 +54,7 @@ def run() -> None:
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would print in six lines
         try:
             main()
-        except (HydraException, OmegaConfBaseException) as error:
+        except (HydraException, OmegaConfBaseException, ValueError) as error:  # of composing: ``main`` guards what follows
             raise explain(error) from error
         return max(failures)
 

@@ -27,6 +27,7 @@ from isaerft_sweep.journal.layout import SweepFolder
 from isaerft_sweep.paths import folder
 from isaerft_sweep.results.reading import read_sweep_folder
 from isaerft_sweep.serve.server import Server
+from isaerft_sweep.spec_fields import overrides
 from isaerft_sweep.specs import Experiment
 
 AGENT = {"WANDB_SWEEP_ID": "sweep123", "WANDB_PROJECT": "p", "WANDB_ENTITY": "e"}
@@ -46,7 +47,7 @@ def test_every_sweep_file_can_be_run_by_agents(file: Path, tmp_path: Path) -> No
     given = {key: block["value"] for key, block in command["args"].items()}
     place = raw["command"].index("isaerft_sweep.launch")
     assert raw["command"][:place] == ["${env}", "${interpreter}", "-m"] and raw["command"][-1] == "${args_no_hyphens}"
-    told = [*raw["command"][place + 1 : -1], *(f"{key}={value}" for key, value in given.items())]
+    told = [*raw["command"][place + 1 : -1], *overrides(given)]
     with initialize_config_dir(str(folder("conf")), version_base="1.3"):
         experiment = to_experiment(compose("config", told))
     definition = to_definition(experiment.sweep, experiment)

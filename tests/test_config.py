@@ -27,6 +27,7 @@ HEAVY = ("torch", "transformers", "peft", "trl", "datasets", "sae_lens", "wandb"
 def test_every_config_file_composes_and_passes_the_checks(choice: str, experiment, tmp_path: Path) -> None:
     needs = {
         "data=jsonl": [f"data.path={tmp_path}/pairs.jsonl"],
+        "adapter=prompt": ["adapter.system_prompt=Hello."],
         "model=hub": ["model.name=org/name", "adapter.sites=[{layer: 3, sae_path: sae}]"],
     }
     composed = experiment(choice, *needs.get(choice, []))
@@ -152,6 +153,10 @@ def test_an_unknown_choice_ends_with_one_clear_error(launch) -> None:
     ("override", "said"),
     [
         ("orpo.betta=1", "'orpo.betta' is not a config key. Did you mean 'orpo.beta'?"),
+        ("=5", "a config group must be set to the name of one of its files"),
+        ("orpo=null", "a config group must be set to the name of one of its files"),
+        ("=", "'' is not a config key."),
+        ("~orpo.betta", "betta"),
         ("adaptr=bias", "'adaptr' is not a config key. Did you mean 'adapter'?"),
         ("adapter=bia", "there is no adapter 'bia'. Did you mean 'bias'? Valid: bias,"),
         ("sweep=dem", "there is no sweep 'dem'. Did you mean 'demo'?"),
@@ -169,6 +174,11 @@ def test_a_bad_override_gets_one_line(override: str, said: str) -> None:
     with pytest.raises(ConfigError) as caught:
         compose_command([override])
     assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_random_model_is_not_called_by_the_name_of_another() -> None:
+    with pytest.raises(ConfigError, match="makes a model with random weights"):
+        compose_command(["model=tiny", "model.name=google/gemma-2-2b"])
 
 
 @pytest.mark.parametrize("override", ["orpo.betta=1", "adapter=bia", "orpo.beta"])

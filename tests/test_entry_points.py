@@ -289,3 +289,13 @@ def test_commands_and_options_complete_on_tab() -> None:
     """
     done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["leaderboard", "--as"], done.stderr
+
+
+@pytest.mark.parametrize(("module", "command"), [("hydra", "isaerft_sweep.launch"), ("shtab", "isaerft_sweep.cli")])
+def test_ctrl_c_during_the_imports_is_one_line(module: str, command: str, tmp_path: Path) -> None:
+    (tmp_path / f"{module}.py").write_text("raise KeyboardInterrupt")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{PACKAGE}"}
+    done = subprocess.run(
+        [sys.executable, "-m", command, "x=1"], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.stderr == "Stopped.\n" and done.returncode in (130, -2)

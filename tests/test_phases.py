@@ -170,7 +170,7 @@ def test_the_phases_in_their_order(trial: Made, tmp_path: Path, monkeypatch: pyt
     bare = list(dict.fromkeys(word.rstrip("0123456789 %") for word in words))
     assert bare == [
         "loading the model", "loading the SAE", "reading the data", "frozen layers", "measuring the base model", "evaluating",
-        "training", "saving",
+        "training", "measuring the latents", "saving",
     ]  # fmt: skip
     assert "frozen layers 100 %" in words and "evaluating 100 %" in words
     began = next(facts for facts in said if "trained_since" in facts)

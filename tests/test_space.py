@@ -144,6 +144,8 @@ def test_mistakes_in_a_parameter_name_key_value_and_right_form(block: object, sa
         ({"run_cap": "3"}, "run_cap must be a whole number"),
         ({"early_terminate": {"type": "envelope"}}, "must be hyperband"),
         ({"early_terminate": {"type": "hyperband"}}, "either min_iter, or max_iter and s"),
+        ({"early_terminate": {"type": "hyperband", "min_iter": 2, "s": 3}}, "either min_iter, or max_iter and s"),
+        ({"early_terminate": {"type": "hyperband", "min_iter": 2, "max_iter": 8}}, "either min_iter, or max_iter and s"),
         ({"parameters": {}}, "parameters must be a mapping"),
         ({"parameters": {"lr": {"value": 1}}}, "must be a config key but got 'lr'"),
         ({"methods": 1}, "unknown key 'methods'. Did you mean 'method'"),

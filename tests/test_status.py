@@ -132,6 +132,27 @@ def test_made_trials_that_an_array_runs_are_counted_once_and_shown_as_what_they_
     assert rows == [["1", "training"]]
 
 
+def test_trials_of_an_array_are_ranked_without_a_controller(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    journal = made(tmp_path / "s", 3)
+    journal.folder.static_array.touch()
+    journal.close()
+    assert main(["leaderboard", str(tmp_path / "s")]) == 0
+    assert "Submit slurm/trials.sbatch again" in capsys.readouterr().out
+    now = time.time()
+    status = {"attempt": 1, "host": "node7", "pid": 1, "started": now - 100, "heartbeat": now}
+    metrics = {journal.record.metric: 0.25}
+    write_json(journal.folder.trial("run-0").status, {**status, "state": "running", "phase": "training"})
+    write_json(
+        journal.folder.trial("run-1").status,
+        {**status, "state": "completed", "ended": now, "metric": 0.25, "metrics": metrics},
+    )
+    assert main(["leaderboard", str(tmp_path / "s")]) == 0
+    text = capsys.readouterr().out
+    rows = [line.split() for line in text.splitlines()]
+    assert [row[:2] for row in rows if row and row[0] in ("1", "–")] == [["1", "2"], ["–", "1"], ["–", "3"]], text
+    assert "0.2500" in text and "running" in text and "100 s" in text
+
+
 def test_a_failed_check_is_no_ended_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     journal = Journal(SweepFolder(tmp_path / "s"))
     assert "controller  checking model, SAE and data" in status(tmp_path / "s"), "while it holds the lock"

@@ -37,17 +37,20 @@ def check_hook(frozen: FrozenSae, hook_point: Mapping[str, Any], model: str, ind
     """
     metadata = _metadata(frozen, hook_point)
     hook, trained_on = metadata.get("hook_name"), metadata.get("model_name")
-    layer = residual_layer(hook, metadata.get("hook_layer")) if hook else hook_point["layer"]
+    if hook:
+        layer = residual_layer(str(hook), metadata.get("hook_layer"))
+    else:
+        layer = metadata.get("hook_layer", hook_point["layer"])
     of_model = trained_on is None or same_model(trained_on, model)
     if layer == hook_point["layer"] and of_model:
         return
-    nearest = ""
-    if layer is not None and layer >= 0 and layer != hook_point["layer"] and of_model:
+    nearest, unnamed = "", f"a hook of layer {layer} without a name" if "hook_layer" in metadata else "a hook without a name"
+    if isinstance(layer, int) and layer >= 0 and layer != hook_point["layer"] and of_model:
         nearest = f" Set the layer: adapter.sites.{index}.layer={layer}."
     raise ModelError(
         f"the SAE must have been trained on the output of decoder layer {hook_point['layer']} (blocks.{hook_point['layer']}."
         f"hook_resid_post) of '{model}', but {describe(hook_point)} says it was trained on "
-        f"{hook or 'a hook without a name'} of '{trained_on or 'a model without a name'}'.{nearest} "
+        f"{hook or unnamed} of '{trained_on or 'a model without a name'}'.{nearest} "
         "Choose the SAE of this hook point, or skip this check: adapter.force_hook=true."
     )
 

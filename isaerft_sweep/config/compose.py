@@ -136,6 +136,7 @@ def compose(overrides: Sequence[str]) -> Experiment:
     register()
     try:
         with hydra.initialize_config_dir(str(folder("conf")), version_base="1.3"):
-            return to_experiment(hydra.compose("config", with_present_names(overrides)))
-    except (HydraException, OmegaConfBaseException) as error:
+            config = hydra.compose("config", with_present_names(overrides))
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise explain(error) from error
+    return to_experiment(config)

@@ -15,8 +15,9 @@ from isaerft_sweep.errors import ConfigError, suggest
 from isaerft_sweep.paths import folder
 from isaerft_sweep.specs import Experiment, HookPoint
 
-_UNKNOWN_KEY = re.compile(r"Could not override '([^']+)'")
+_UNKNOWN_KEY = re.compile(r"Could not (?:override|delete) '([^']*)'")
 _UNKNOWN_CHOICE = re.compile(r"Could not find '([^'/]+)/([^']+)'")
+_NOT_A_CHOICE = re.compile(r"Config group override must be a string")
 _ALREADY_THERE = re.compile(r"An item is already at '([^']+)'")
 _BAD_VALUE = re.compile(r"Error merging override (\S+?)=(.*)")
 _SEVERAL = re.compile(r"Ambiguous value for argument '([^=]+)=(.*)'")
@@ -36,6 +37,11 @@ def explain(error: Exception) -> ConfigError:
         return ConfigError(f"'{match[1]}' is not a config key." + _nearest(match[1]))
     if match := _UNKNOWN_CHOICE.search(text):
         return ConfigError(f"there is no {match[1]} '{match[2]}'." + suggest(match[2], _choices(match[1])))
+    if _NOT_A_CHOICE.search(text):
+        return ConfigError(
+            "a config group must be set to the name of one of its files, such as orpo=quick, but an override sets one to a "
+            f"number or null, or has nothing before its =. Groups: {', '.join(sorted(_groups()))}."
+        )
     if match := _ALREADY_THERE.search(text):
         return ConfigError(f"'{match[1]}' is a config key already: leave the + out, {match[1]}=VALUE.")
     if match := _BAD_VALUE.search(text):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
@@ -35,8 +36,12 @@ def sweep_files() -> list[Path]:
     return sorted(folder("sweeps").glob("*.yaml"))
 
 
+@lru_cache
 def mutable_twin(spec: Any) -> type:
-    """A mutable dataclass with the fields of the frozen ``spec``: OmegaConf makes frozen ones read-only."""
+    """A mutable dataclass with the fields of the frozen ``spec``: OmegaConf makes frozen ones read-only.
+
+    One for each spec: `--cfg job --resolve` compares the types of model.sites and adapter.sites.
+    """
     hints = typing.get_type_hints(spec)
     fields = []
     for f in dataclasses.fields(spec):
@@ -48,7 +53,7 @@ def mutable_twin(spec: Any) -> type:
 def _mutable_hint(hint: Any) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
-        return mutable_twin(hint)
+        return mutable_twin(cast(type, hint))
     if origin is tuple:
         return list[_mutable_hint(args[0])]  # type: ignore[misc]
     if origin in (typing.Union, types.UnionType):

@@ -20,6 +20,7 @@ from rich.table import Table
 from isaerft_sweep.controller.controller_info import ControllerInfo, controller_alive, last_controller_info
 from isaerft_sweep.controller.live_view import SHOWN_LOGS, duration, time_left_s, trial_left_s, trial_table
 from isaerft_sweep.controller.monitor import SweepMonitor
+from isaerft_sweep.controller.static_array import running_arrays
 from isaerft_sweep.controller.trial_activity import (
     current_activity,
     given_up_note,
@@ -28,6 +29,7 @@ from isaerft_sweep.controller.trial_activity import (
     state_for_count,
     under_way,
 )
+from isaerft_sweep.dispatch.base import SchedulerUnavailable
 from isaerft_sweep.dispatch.slurm.cluster import pending_reasons
 from isaerft_sweep.errors import FolderError, IsaerftError, LaunchError
 from isaerft_sweep.journal.job_refs import SlurmJob
@@ -146,6 +148,10 @@ def describe_controller(monitor: SweepMonitor, ended: int) -> str:
         return "none: it ended before any trial began (a check that failed, or Ctrl-C); give the sweep's command again"
     if all(record.ended for record in monitor.records) and ended >= monitor.trials:
         return "none: the sweep has ended" + (", with trials that were given up" if _gave_up(monitor) else "")
+    if monitor.folder.static_array.exists():
+        with suppress(SchedulerUnavailable):
+            if jobs := running_arrays(monitor.folder.path):
+                return f"none: jobs of slurm/trials.sbatch run it ({', '.join(sorted(jobs)[:4])})"
     return f"none: resume it with  isaerft-sweep attach {monitor.folder.path}"
 
 

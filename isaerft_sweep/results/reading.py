@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import time
@@ -18,6 +19,7 @@ from isaerft_sweep.errors import ConfigError, FolderError, SpaceError
 from isaerft_sweep.journal.journal import TrialRecord, is_held, read_record
 from isaerft_sweep.journal.layout import SweepFolder, TrialFolder
 from isaerft_sweep.journal.states import TrialState
+from isaerft_sweep.journal.status import TrialStatus
 from isaerft_sweep.results.caveats import dependence
 from isaerft_sweep.results.columns import Column, columns_for
 from isaerft_sweep.results.confirm_folder import confirm_folder, confirmation_fingerprint
@@ -165,6 +167,8 @@ class ReadSweep:
             )
         if self.folder is None:
             return f"no run has finished yet.{counts}"
+        if self.folder is not None and self.folder.static_array.exists():
+            return f"no trial has completed yet.{counts} Submit slurm/trials.sbatch again for those that are left."
         if not self.entries:
             return "no trial was made: the check before the first one failed, or was interrupted. Run its command again."
         return f"no trial has completed yet.{counts} Run its command again to resume it."
@@ -272,7 +276,9 @@ def _entry(record: TrialRecord, sweep: SweepFolder) -> Entry:
         return Entry(record, {}, {}, state=GONE, problem=problem)
     try:
         status, scores = folder.read_status(), folder.read_evaluation()
-        state = status.state or record.state if record.state is TrialState.QUEUED else record.state
+        in_array = not record.attempt and sweep.static_array.exists()
+        record = _as_its_worker_says(record, status) if in_array and status.is_final else record
+        state = status.state or record.state if record.state is TrialState.QUEUED or in_array else record.state
         metrics = {name: float(value) for name, value in status.metrics.items()}
         untrained = {name: float(value) for name, value in status.untrained.items()}
         for table in scores.values():
@@ -285,6 +291,14 @@ def _entry(record: TrialRecord, sweep: SweepFolder) -> Entry:
             "changed by hand or its disk is broken: restore it."
         )
         return Entry(record, {}, {}, folder=folder, state=UNREADABLE, problem=problem)
+
+
+def _as_its_worker_says(record: TrialRecord, status: TrialStatus) -> TrialRecord:
+    """A trial of a static array as ``attach`` will write it into the journal: no controller does so meanwhile."""
+    begun, ended = status.started or status.heartbeat, status.ended or status.heartbeat
+    record = dataclasses.replace(record, metric=status.metric, message=status.message, seconds=status.duration_s)
+    spans = [(f"{status.host} {status.pid}", begun, ended)]
+    return dataclasses.replace(record, state=status.state or record.state, spans=spans)
 
 
 def _number(entries: list[Entry]) -> None:

@@ -235,7 +235,7 @@ def _read_command(raw: Any) -> tuple[str, ...]:
     if not isinstance(raw, list) or not all(isinstance(part, (str, int, float)) for part in raw):
         raise SpaceError(
             f"command must be a list of words but got {raw!r}. Right form: "
-            "command: [${env}, ${interpreter}, -m, isaerft_sweep.launch, ${args_no_hyphens}]."
+            'command: ["${env}", "${interpreter}", "-m", "isaerft_sweep.launch", "${args_no_hyphens}"].'
         )
     return tuple(str(part) for part in raw)
 
@@ -263,7 +263,7 @@ def _read_early_terminate(raw: Any) -> Mapping[str, Any] | None:
             raise SpaceError(f"early_terminate.{key} must be {requirement} but got {value!r}.")
     if raw["type"] == "median" and "min_iter" not in raw:
         raise SpaceError(f"early_terminate must have min_iter but got {dict(raw)}. {form.replace('hyperband', 'median')}.")
-    if ("min_iter" in raw) == ("max_iter" in raw and "s" in raw):
+    if {"min_iter", "max_iter", "s"} & set(raw) not in ({"min_iter"}, {"max_iter", "s"}):
         raise SpaceError(f"early_terminate must have either min_iter, or max_iter and s, but got {dict(raw)}. {form}.")
     return dict(raw)
 

@@ -11,7 +11,7 @@ from isaerft_sweep.trial.stop_request import StopFlags, at_once
 
 LOADING, ADAPTER, READING = "loading the model", "loading the SAE", "reading the data"
 FROZEN, TRAINING, EVALUATING, SAVING = "frozen layers", "training", "evaluating", "saving"
-REFERENCE = "measuring the base model"
+REFERENCE, LATENTS = "measuring the base model", "measuring the latents"
 
 T = TypeVar("T")
 

@@ -137,6 +137,7 @@ def _train(
     cut_off = False
     try:
         yield from _steps(spec, phases, shared, _Loaded(model, loaded, pairs, neutral), recorder)
+        phases.enter(phase.LATENTS)
         changes = [] if recorder.stopped else learned(model, pairs.evaluation)
     except StopRequested:
         cut_off = True
