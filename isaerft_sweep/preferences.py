@@ -44,8 +44,8 @@ def check_files(spec: DataSpec) -> None:
     if spec.source != "files":
         return
     path, eval_path = data_files(spec)
-    for file in (path, eval_path) if eval_path else (path,):
-        for _ in read_pairs(file):
+    for file, key in ((path, "data.path"), (eval_path, "data.eval_path")):
+        for _ in read_pairs(file, key) if file else ():
             pass
 
 
@@ -65,12 +65,15 @@ def expanded(path: str) -> Path:
     return Path(os.path.expanduser(path))  # noqa: PTH111 (pathlib's raises for an unknown user)
 
 
-def read_pairs(path: Path) -> Iterator[Written]:
-    """The rows of a .jsonl, .jsonl.gz or .parquet file. Raises DataError that names the first invalid one."""
+def read_pairs(path: Path, key: str = "data.path") -> Iterator[Written]:
+    """The rows of a .jsonl, .jsonl.gz or .parquet file. Raises DataError that names the first invalid one.
+
+    ``key``: the config key that names the file, for errors.
+    """
     if not path.is_file():
-        raise DataError(f"data.path must be a file that exists but got '{path}'.")
+        raise DataError(f"{key} must be a file that exists but got '{path}'.")
     if not path.name.endswith(ENDINGS):
-        raise DataError(f"data.path must end in .jsonl, .jsonl.gz or .parquet but got '{path}'.")
+        raise DataError(f"{key} must end in .jsonl, .jsonl.gz or .parquet but got '{path}'.")
     rows = _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
     return alike(Written(where, check_row(row, where)) for where, row in rows)
 

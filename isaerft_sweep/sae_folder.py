@@ -42,7 +42,9 @@ def _read_config(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} must be JSON but cannot be read ({error}). Copy the SAE's folder again.") from error
-    if not isinstance(config, dict) or not isinstance(config.get("metadata", {}), dict):
+    if isinstance(config, dict) and not isinstance(config.get("metadata", {}), dict):
+        raise ModelError(f"{path}: metadata must be an object but is {json.dumps(config['metadata'])[:80]}.")
+    if not isinstance(config, dict):
         raise ModelError(f"{path} must hold an SAE's config, an object, but holds {str(config)[:80]!r}.")
     for name in ("d_in", "d_sae"):
         if not isinstance(config.get(name), int) or isinstance(config[name], bool) or config[name] < 1:

@@ -157,6 +157,7 @@ def test_an_unknown_choice_ends_with_one_clear_error(launch) -> None:
         ("orpo=null", "a config group must be set to the name of one of its files"),
         ("=", "'' is not a config key."),
         ("~orpo.betta", "betta"),
+        ("~orpo.beta", "orpo.beta cannot be removed: every config has it. Set it: orpo.beta=VALUE."),
         ("adaptr=bias", "'adaptr' is not a config key. Did you mean 'adapter'?"),
         ("adapter=bia", "there is no adapter 'bia'. Did you mean 'bias'? Valid: bias,"),
         ("sweep=dem", "there is no sweep 'dem'. Did you mean 'demo'?"),

@@ -299,3 +299,13 @@ def test_ctrl_c_during_the_imports_is_one_line(module: str, command: str, tmp_pa
         [sys.executable, "-m", command, "x=1"], capture_output=True, text=True, env=environment, check=False
     )
     assert done.stderr == "Stopped.\n" and done.returncode in (130, -2)
+
+
+def test_overrides_may_follow_an_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "orpo=quick", "--wait", "1", "model=nope"]) == 2
+    assert "there is no model 'nope'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["doctor", "orpo=quick", "--wait", "1", "--nope"])
+    assert "unrecognized arguments: --nope" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["best", "outputs/x", "more=1"])

@@ -208,6 +208,12 @@ def test_a_model_without_a_residual_stream_is_refused(experiment: Callable[..., 
         prepare(experiment(*TINY, *options(folder, 64)))
 
 
+def test_a_model_that_sees_later_tokens_is_refused(experiment: Callable[..., Any], tmp_path: Path) -> None:
+    folder = saved("bert", tmp_path / "bert")
+    with pytest.raises(ModelError, match="the model must be causal, so that a token sees only earlier ones"):
+        prepare(experiment(*options(folder, 64)))
+
+
 def test_the_check_needs_no_weights_of_a_large_model() -> None:
     config = CONFIG_MAPPING["mixtral"]()
     assert count_parameters(config) > 4e10

@@ -288,3 +288,21 @@ def test_few_pairs_say_nothing_of_sureness(tmp_path: Path) -> None:
         "6 held-out pairs are too few to say how sure the ranking is: at least 8" in text
         for text in leaderboard.caveats(sweep)
     )
+
+
+@pytest.mark.parametrize(("goal", "favoured"), [("minimize", "small gamma"), ("maximize", "large gamma")])
+def test_simpos_loss_contains_gamma(goal: str, favoured: str) -> None:
+    (said,) = dependence("eval/loss", ["orpo.gamma"], goal, "simpo")
+    assert favoured in said
+    margins = torch.tensor([0.3, -0.2])
+    small, large = (-torch.nn.functional.logsigmoid(2.0 * margins - gamma).mean() for gamma in (0.1, 1.0))
+    assert small < large, "by the formula: the loss rises with gamma"
+    assert dependence("eval/loss", ["orpo.gamma"], goal, "orpo") == []
+
+
+def test_a_dumb_terminal_cuts_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = read_sweep_folder(make_sweep(tmp_path / "s").path)
+    wide = leaderboard.needed_width(leaderboard.table(sweep))
+    monkeypatch.setenv("TERM", "dumb")
+    assert leaderboard.needed_width(leaderboard.table(sweep)) == wide > 80
+    assert leaderboard.needed_width(leaderboard.table(sweep, width=80)) <= 80

@@ -124,6 +124,8 @@ def test_the_sae_of_the_place_passes(metadata: dict[str, str], experiment: Compo
         ({"hook_name": "blocks.2.hook_mlp_out"}, "was trained on blocks.2.hook_mlp_out of 'a model without a name'. Choose"),
         ({"hook_name": "blocks.2.hook_resid_pre"}, "Set the layer: adapter.sites.0.layer=1."),
         ({"hook_name": "blocks.3.hook_resid_post"}, "Set the layer: adapter.sites.0.layer=3."),
+        ({"hook_name": "blocks.2.hook_resid_post", "hook_head_index": 3}, "blocks.2.hook_resid_post, head 3,"),
+        ({"hook_name": "blocks.2.hook_resid_post", "hook_name_out": "blocks.2.hook_mlp_out"}, "written to blocks.2.hook_mlp_out"),
         ({"hook_layer": 3}, "was trained on a hook of layer 3 without a name of"),
         ({"hook_name": ["blocks.2.hook_resid_post"]}, "was trained on ['blocks.2.hook_resid_post'] of"),
         ({"hook_name": "blocks.2.hook_resid_post", "model_name": "gemma-2-2b"}, "of 'gemma-2-2b'"),

@@ -213,6 +213,8 @@ def test_a_replaced_data_file_is_refused_and_the_target_ends_a_sweep(
     assert [e["event"] for e in events(tmp_path / "outputs" / "x")].count("trial") == 1
     assert main(["status", str(tmp_path / "outputs" / "x"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["left_s"] is None, "nothing runs, so no time is left"
+    assert main(["status", str(tmp_path / "outputs" / "x")]) == 0
+    assert "none: the sweep has ended after 1 of 4 trials: trial 1 has reached" in capsys.readouterr().out
     write_pairs(held_out, "another word")
     done = launch(*command, "sweep.run_cap=6")
     assert done.returncode == 2 and "held-out.jsonl" in done.stderr

@@ -42,11 +42,14 @@ def check_hook(frozen: FrozenSae, hook_point: Mapping[str, Any], model: str, ind
     else:
         layer = metadata.get("hook_layer", hook_point["layer"])
     of_model = trained_on is None or same_model(trained_on, model)
-    if layer == hook_point["layer"] and of_model:
+    of_stream = metadata.get("hook_head_index") is None and metadata.get("hook_name_out") in (None, hook)
+    if layer == hook_point["layer"] and of_model and of_stream:
         return
     nearest, unnamed = "", f"a hook of layer {layer} without a name" if "hook_layer" in metadata else "a hook without a name"
-    if isinstance(layer, int) and layer >= 0 and layer != hook_point["layer"] and of_model:
+    if isinstance(layer, int) and layer >= 0 and layer != hook_point["layer"] and of_model and of_stream:
         nearest = f" Set the layer: adapter.sites.{index}.layer={layer}."
+    if not of_stream:
+        hook = f"{hook}, head {metadata.get('hook_head_index')}, written to {metadata.get('hook_name_out') or hook}"
     raise ModelError(
         f"the SAE must have been trained on the output of decoder layer {hook_point['layer']} (blocks.{hook_point['layer']}."
         f"hook_resid_post) of '{model}', but {describe(hook_point)} says it was trained on "
@@ -70,7 +73,7 @@ def residual_layer(hook: str, layer: Any = None) -> int | None:
 
 
 def _metadata(frozen: FrozenSae, hook_point: Mapping[str, Any]) -> dict[str, Any]:
-    """``hook_name``, ``hook_layer`` and ``model_name``, if the SAE's config or sae_lens's directory have them."""
+    """Names of hook and model, if the SAE's config or sae_lens's directory have them."""
     sources = [frozen.sae.cfg.metadata.to_dict(), *_raw_configs(hook_point), *_directory_entry(hook_point)]
     metadata: dict[str, Any] = {}
     for source in sources:
@@ -78,6 +81,8 @@ def _metadata(frozen: FrozenSae, hook_point: Mapping[str, Any]) -> dict[str, Any
             "hook_name": source.get("hook_name") or source.get("hook_point") or source.get("hf_hook_name"),
             "hook_layer": source.get("hook_layer", source.get("hook_point_layer")),
             "model_name": source.get("model_name"),
+            "hook_name_out": source.get("hook_name_out"),
+            "hook_head_index": source.get("hook_head_index"),
         }
         metadata |= {name: value for name, value in values.items() if value is not None and name not in metadata}
     return metadata

@@ -21,7 +21,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; see ``guarded``."""
 
     def run() -> int | None:
-        args = make_parser().parse_args(argv)
+        parser = make_parser()
+        args, rest = parser.parse_known_args(argv)
+        # argparse takes overrides only before an option that follows the first of them
+        if hasattr(args, "overrides") and all("=" in text and not text.startswith("-") for text in rest):
+            args.overrides += rest
+        elif rest:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
         exit_code: int | None = args.run(args)
         return exit_code
 

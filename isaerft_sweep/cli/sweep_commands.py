@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -135,8 +136,9 @@ def _make(args: argparse.Namespace) -> None:
 
     folder, trials = create_static_trials(compose(args.overrides), args.overrides)
     template = short_path(shipped("slurm") / "trials.sbatch")
-    print(f"{trials} trials are made. Run them:\n  sbatch --array=0-{trials - 1}%8 {template} {folder}")
-    print(f"then finish what is left, and rank them:\n  isaerft-sweep attach {folder}")
+    script, sweep = shlex.quote(template), shlex.quote(str(folder))
+    print(f"{trials} trials are made. Run them:\n  sbatch --array=0-{trials - 1}%8 {script} {sweep}")
+    print(f"then finish what is left, and rank them:\n  isaerft-sweep attach {sweep}")
 
 
 def _trial(args: argparse.Namespace) -> int:

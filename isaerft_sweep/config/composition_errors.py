@@ -19,6 +19,7 @@ _UNKNOWN_KEY = re.compile(r"Could not (?:override|delete) '([^']*)'")
 _UNKNOWN_CHOICE = re.compile(r"Could not find '([^'/]+)/([^']+)'")
 _NOT_A_CHOICE = re.compile(r"Config group override must be a string")
 _ALREADY_THERE = re.compile(r"An item is already at '([^']+)'")
+_REMOVED = re.compile(r"Error merging override ~([^\s=]+)")
 _BAD_VALUE = re.compile(r"Error merging override (\S+?)=(.*)")
 _SEVERAL = re.compile(r"Ambiguous value for argument '([^=]+)=(.*)'")
 QUOTES = "A value with spaces, commas, brackets or quotes needs its own quotes: \"data.path='a, b.jsonl'\"."
@@ -44,6 +45,8 @@ def explain(error: Exception) -> ConfigError:
         )
     if match := _ALREADY_THERE.search(text):
         return ConfigError(f"'{match[1]}' is a config key already: leave the + out, {match[1]}=VALUE.")
+    if match := _REMOVED.search(text):
+        return ConfigError(f"{match[1]} cannot be removed: every config has it. Set it: {match[1]}=VALUE.")
     if match := _BAD_VALUE.search(text):
         reasons = str(error.__cause__ or "").splitlines()
         return ConfigError(f"{match[1]} cannot be {match[2]}: {reasons[0] if reasons else 'it is of another type'}.")

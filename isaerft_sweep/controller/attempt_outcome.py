@@ -60,8 +60,9 @@ def classify_interrupted(record: TrialRecord, status: TrialStatus, dispatcher: D
     if checkpointed:
         event = "it was stopped from outside" if job_exit.cause == "person" else "it was stopped before it got any further"
     else:
-        event = "its process ended without a word"
-        reason = reason or " (killed, out of memory, or the node was lost)"
+        event = "its process ended"
     log_tail = dispatcher.log_tail(record.job)
+    if not checkpointed and "error: " not in log_tail:
+        event, reason = f"{event} without a word", reason or " (killed, out of memory, or the node was lost)"
     lines = f"; its last lines:\n{log_tail}" if log_tail else ""
     return AttemptOutcome(TrialState.FAILED, None, f"{event}{reason}{lines}", seconds, counted=True)

@@ -36,6 +36,7 @@ class ControllerInfo:
 def write_controller_info(folder: SweepFolder, trials: int, overrides: Sequence[str] = ()) -> Iterator[None]:
     """Record that this process runs the sweep during the block."""
     info = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.time(), "trials": trials}
+    folder.why_ended.unlink(missing_ok=True)
     write_json(folder.controller, {**info, "overrides": list(overrides), "job": os.environ.get("SLURM_JOB_ID")})
     yield
     # the file stays: the number of trials and the overrides are still valid

@@ -76,7 +76,7 @@ class LiveView:
         if record.metric is not None:
             line += f", {self.metric} {record.metric:.4f}, {record.seconds:.0f} s"
         if record.message and record.state not in (TrialState.COMPLETED, TrialState.PRUNED, TrialState.QUEUED):
-            line += f": {record.message}"
+            line += ": " + record.message.replace("\n", "\n    ")
             line += "" if record.ended or record.state is TrialState.STOPPED else "\n  it will be tried again"
         if record.state in (TrialState.FAILED, TrialState.DIVERGED) and self.folder:
             line += f"\n  its log: {short_path(log_path(self.folder, record))}"

@@ -31,6 +31,7 @@ from isaerft_sweep.controller.sweep_identity import (
 )
 from isaerft_sweep.controller.trial_activity import given_up_note
 from isaerft_sweep.controller.trial_factory import AgentRun, TrialFactory, new_sweep_id
+from isaerft_sweep.journal.atomic_files import write_text
 from isaerft_sweep.journal.journal import Journal
 from isaerft_sweep.journal.layout import SweepFolder
 from isaerft_sweep.journal.states import TrialState
@@ -145,7 +146,7 @@ def conclude(run: SweepRun, console: Console, journal: Journal, trials: int, sto
         stopped: whether a user asked to stop.
         show: whether to print the leaderboard.
     """
-    folder, definition = run.parent_folder, run.definition
+    folder = run.parent_folder
     records = list(journal.record.trials.values())
     sweep = read_sweep_folder(folder.path, ending=True)
     leaderboard.write_csv(sweep, folder.leaderboard)
@@ -157,17 +158,10 @@ def conclude(run: SweepRun, console: Console, journal: Journal, trials: int, sto
     if stopped:
         console.print(f"Stopped with {ended} of {trials} trials ended; nothing is left running. The same command resumes.")
         return INTERRUPTED
-    reached = next((r for r in records if definition.reached_by(r.metric) and not r.violation), None)
-    if reached is not None and ended < trials:
-        console.print(
-            f"Ended after {ended} of {trials} trials: trial {reached.index + 1} has reached the sweep file's metric.target, "
-            f"{definition.target:g}.",
-            soft_wrap=True,
-        )
-    elif ended < trials and (enough := make_stop_rule(run.experiment.sweep.stop, journal, run.sampler)()):
-        console.print(f"Ended after {ended} of {trials} trials: {enough}.", soft_wrap=True)
-    elif ended < trials and completed:
-        console.print(f"Ended after {ended} of {trials} trials: the space has no further point.")
+    if ended < trials and completed:
+        why = _why_ended_early(run, journal)
+        write_text(run.folder.why_ended, f"{ended} of {trials} trials: {why}.")
+        console.print(f"Ended after {ended} of {trials} trials: {why}.", soft_wrap=True)
     elif ended < trials:
         reason = next((r.message for r in records if r.given_up), "")
         console.print(f"Ended after {ended} trials, since none of them completed: {reason}", soft_wrap=True, style="red")
@@ -175,3 +169,13 @@ def conclude(run: SweepRun, console: Console, journal: Journal, trials: int, sto
     if given_up and folder.journal.is_file():  # with agents their server decides what runs again
         console.print(given_up_note(records, folder), style="yellow")
     return 0 if completed and not given_up else 1
+
+
+def _why_ended_early(run: SweepRun, journal: Journal) -> str:
+    """Why the sweep has no further trial although some are left of its ``run_cap``."""
+    records = journal.record.trials.values()
+    reached = next((r for r in records if run.definition.reached_by(r.metric) and not r.violation), None)
+    if reached is not None:
+        return f"trial {reached.index + 1} has reached the sweep file's metric.target, {run.definition.target:g}"
+    enough = make_stop_rule(run.experiment.sweep.stop, journal, run.sampler)()
+    return enough or "the space has no further point"

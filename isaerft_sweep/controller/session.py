@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import socket
 import subprocess
 import sys
@@ -66,7 +67,7 @@ def detach(experiment: Experiment, overrides: Sequence[str]) -> int:
         while controller.poll() is None:
             info = last_controller_info(folder)
             if info and info.pid == controller.pid and has_begun(folder, journal_bytes, info.started):
-                print(f"The sweep is run by {info}.\nfollow it:  isaerft-sweep attach {folder.path}")
+                print(f"The sweep is run by {info}.\nfollow it:  isaerft-sweep attach {shlex.quote(str(folder.path))}")
                 print(f"            isaerft-sweep status {folder.path}\nend it:     isaerft-sweep cancel {folder.path}")
                 return 0
             time.sleep(POLL_S)
@@ -155,8 +156,9 @@ def may_resume(folder: SweepFolder, experiment: Experiment) -> bool:
         return True
     raise FolderError(
         f"{left} of {monitor.trials} trials are left, and launcher=local would train them on this machine, {host}, where no "
-        f"controller has run this sweep before. If that is right: isaerft-sweep attach --here {folder.path}. Else "
-        f"give its command with another launcher: python -m isaerft_sweep.launch name={folder.path.name} … launcher=slurm."
+        f"controller has run this sweep before. If that is right: isaerft-sweep attach --here "
+        f"{shlex.quote(str(folder.path))}. Else give its command with another launcher: python -m isaerft_sweep.launch "
+        f"name={folder.path.name} … launcher=slurm."
     )
 
 

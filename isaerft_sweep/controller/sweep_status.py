@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shlex
 import socket
 import time
 from collections import Counter
@@ -152,7 +153,9 @@ def describe_controller(monitor: SweepMonitor, ended: int) -> str:
         with suppress(SchedulerUnavailable):
             if jobs := running_arrays(monitor.folder.path):
                 return f"none: jobs of slurm/trials.sbatch run it ({', '.join(sorted(jobs)[:4])})"
-    return f"none: resume it with  isaerft-sweep attach {monitor.folder.path}"
+    if monitor.folder.why_ended.is_file():
+        return f"none: the sweep has ended after {monitor.folder.why_ended.read_text(encoding='utf-8')}"
+    return f"none: resume it with  isaerft-sweep attach {shlex.quote(str(monitor.folder.path))}"
 
 
 def in_preflight(info: ControllerInfo | None) -> bool:

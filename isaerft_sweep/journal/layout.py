@@ -97,6 +97,11 @@ class SweepFolder:
         return self.path / "controller.json"
 
     @property
+    def why_ended(self) -> Path:
+        """Why the sweep has ended before its last trial, as text; is there only once it has."""
+        return self.path / "ended.txt"
+
+    @property
     def controller_log(self) -> Path:
         """The output of a controller in the background."""
         return self.path / "controller.log"

@@ -120,8 +120,13 @@ def _loading(spec: ModelSpec, load: Callable[[], Any]) -> Any:
     except (OSError, ValueError, ImportError) as error:
         where = "a local folder" if Path(spec.name).exists() else "the Hub's cache on this machine or the Hub"
         offline = " HF_HUB_OFFLINE is set, so the Hub was not tried." if os.environ.get("HF_HUB_OFFLINE") else ""
+        advice = (
+            "Check that it is a whole model's folder (config.json, weights, tokenizer)."
+            if Path(spec.name).exists()
+            else f"Check the name and your access, or on a machine with internet run `hf download {spec.name}`, or give a "
+            "local folder: model.name=/path."
+        )
         raise ModelError(
             f"model.name must be a causal language model that can be loaded, but '{spec.name}' could not be loaded "
-            f"from {where}.{offline} First reason: {str(error).splitlines()[0]} Check the name and your access, or "
-            f"on a machine with internet run `hf download {spec.name}`, or give a local folder: model.name=/path."
+            f"from {where}.{offline} First reason: {str(error).splitlines()[0]} {advice}"
         ) from error

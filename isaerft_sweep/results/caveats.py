@@ -30,6 +30,12 @@ def dependence(metric: str, swept: Iterable[str], goal: str = "maximize", loss: 
             f"{effect_of_beta(metric, goal, loss)}. "
             f"{BETA_FREE} and eval/rewards/accuracies do not; --metric {BETA_FREE} ranks by it."
         )
+    if "orpo.gamma" in swept and loss == "simpo" and metric.partition("/")[2] == "loss":
+        # −log σ(beta · difference − gamma), arXiv 2405.14734, equation 6: it rises with gamma
+        reasons.append(
+            f"{metric} contains gamma itself, and gamma was swept: by its formula this ranking ({goal}) favours "
+            f"{'small' if goal == 'minimize' else 'large'} gamma. {BETA_FREE} does not; --metric {BETA_FREE} ranks by it."
+        )
     if "orpo.loss" in swept and metric.partition("/")[2] in OF_THE_LOSS:
         reasons.append(f"{metric} means something else for each loss, and the loss was swept. Compare {BETA_FREE}.")
     sections = {key.split(".")[0] for key in swept}

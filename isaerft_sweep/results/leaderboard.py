@@ -56,7 +56,7 @@ def print_whole(console: Console, shown: Table) -> None:
 
 def needed_width(shown: Table) -> int:
     """Characters per line that the untruncated table needs."""
-    return Console(width=1000).measure(shown).maximum
+    return Console(width=1000, height=100).measure(shown).maximum  # without a height rich ignores it where TERM=dumb
 
 
 def _table(sweep: ReadSweep, rows: int, extra: list[str], with_best: bool, with_time: bool) -> Table:
@@ -170,7 +170,7 @@ def caveats(sweep: ReadSweep) -> list[str]:
         if sweep.seeds_known:
             texts.append(
                 f"expected, 95 %: {counted}, which ranks the trials, and its interval. best: the probability that it is the "
-                f"best of all trials. Seeds vary by ± {sweep.seed_sd:.2g} (standard deviation)."
+                f"best of all trials. Beyond the noise of pairs, seeds vary by ± {sweep.seed_sd:.2g} (standard deviation)."
             )
         else:
             texts.append(

@@ -242,7 +242,7 @@ def _read(spec: DataSpec, left_out: Counter[str], notes: Counter[str]) -> tuple[
     path, eval_path = (asset("data", "courtesy.jsonl"), None) if spec.source == "builtin" else data_files(spec)
     rows = prompted(read_pairs(path))
     if eval_path:
-        held_out = prompted(read_pairs(eval_path))
+        held_out = prompted(read_pairs(eval_path, "data.eval_path"))
         train, evaluation = _apart(spec, rows[: spec.train_size], held_out[: spec.eval_size], notes)
         return train, evaluation, _unseen(spec, held_out[len(evaluation) :], train, evaluation)
     train, evaluation = split_by_prompt(rows, spec.eval_size or max(1, len(rows) // 10), spec.seed)

@@ -10,6 +10,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -36,6 +37,9 @@ from isaerft_sweep.trial.prompted_pairs import prompted_pairs
 
 SMALL = 5e8
 """Up to this many parameters, a model without a usable small twin is loaded for the check."""
+
+CAUSAL = 1e-3
+"""Relative change of the logits that rounding explains."""
 
 T = TypeVar("T")
 
@@ -202,9 +206,28 @@ def _check_step(experiment: Experiment, config: Any, layers: list[int]) -> bool:
 
 def _step(model: PreTrainedModel, layers: list[int]) -> None:
     remove_dropout(model)  # as a trial does
+    _check_causal(model)
     width = model.get_input_embeddings().weight.shape[-1]
     sites = [{"layer": layer, "sae_release": OWN_RELEASE, "sae_id": f"random-{width}x{2 * width}"} for layer in layers]
     exact_way(model, sites, PLAIN)
+
+
+@torch.no_grad()
+def _check_causal(model: PreTrainedModel) -> None:
+    """Raise ModelError if a token's logits depend on a later token, as in a model for filling in masks."""
+    ids = torch.arange(1, 9)[None]
+    other = ids.clone()
+    other[0, -1] = 9
+    was_training, kind = model.training, type(model).__name__
+    model.eval()
+    with suppress(ValueError, TypeError, RuntimeError, IndexError, NotImplementedError):  # the step says what is wrong
+        one, two = (model(input_ids=i, attention_mask=torch.ones_like(i)).logits[0, :4] for i in (ids, other))
+        if (one - two).abs().max() > CAUSAL * one.abs().max():
+            raise ModelError(
+                f"the model must be causal, so that a token sees only earlier ones, but in {kind} later ones change its "
+                "logits (is_decoder in its config?). Choose a decoder-only language model."
+            )
+    model.train(was_training)
 
 
 def _describe_sae(hook_point: dict[str, Any], sae: FrozenSae) -> str:

@@ -74,7 +74,7 @@ def run_slurm_command(*command: str, cluster: str | None = None) -> str:
                 f"launcher=slurm needs a machine that belongs to a SLURM cluster, but '{program}' finds no configuration of "
                 "one. Start it on a login node, set SLURM_CONF, or use launcher=local."
             )
-        raise SchedulerUnavailable(f"'{' '.join(command[:3])}' failed: {message}. See: scontrol ping")
+        raise SchedulerUnavailable(f"'{' '.join(command[:3])}' failed: {message.rstrip('.')}. See: scontrol ping")
     return done.stdout
 
 
