@@ -315,6 +315,13 @@ class SweepSpec:
         at_least=1,
         omit_from_hash_if_default=True,
     )
+    start: tuple[dict[str, Any], ...] = option(
+        "Points to run first, such as [{orpo.learning_rate: 0.05, orpo.beta: 2}]; a key that is left out keeps the config's "
+        "value.",
+        (),
+        affects_result=False,
+    )
+    shuffle: bool = option("Whether a grid runs in random order.", False, affects_result=False)
     stop: StopSpec = field(default_factory=StopSpec)
 
 

@@ -26,6 +26,7 @@ from isaerft_sweep.journal.journal import Journal
 from isaerft_sweep.journal.layout import SweepFolder
 from isaerft_sweep.paths import folder
 from isaerft_sweep.results.reading import read_sweep_folder
+from isaerft_sweep.search.distributions import contains
 from isaerft_sweep.serve.server import Server
 from isaerft_sweep.spec_fields import overrides
 from isaerft_sweep.specs import Experiment
@@ -53,14 +54,14 @@ def test_every_sweep_file_can_be_run_by_agents(file: Path, tmp_path: Path) -> No
     definition = to_definition(experiment.sweep, experiment)
     assert (definition.metric.name, definition.metric.goal) == (raw["metric"]["name"], raw["metric"]["goal"])
     point = agent.point_from_agent(experiment, definition, {})
-    assert dict(point.params) == given and agent.contains(definition.parameters, point.params)
+    assert dict(point.params) == given and contains(definition.parameters, point.params)
 
 
 def test_a_point_of_another_space_is_noticed(experiment: Callable[..., Experiment]) -> None:
     composed = experiment("sweep=demo", "orpo.beta=0.7")
     definition = to_definition(composed.sweep, composed)
-    assert not agent.contains(definition.parameters, agent.point_from_agent(composed, definition, {}).params)
-    assert not agent.contains(definition.parameters, {"orpo.beta": 0.5})
+    assert not contains(definition.parameters, agent.point_from_agent(composed, definition, {}).params)
+    assert not contains(definition.parameters, {"orpo.beta": 0.5})
 
 
 def test_the_agent_s_own_file_names_what_is_swept(experiment: Callable[..., Experiment], tmp_path: Path) -> None:

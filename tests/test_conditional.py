@@ -7,10 +7,10 @@ from conftest import TINY
 
 from isaerft_sweep.config.boundary import check_definition, variants
 from isaerft_sweep.config.compose import compose
-from isaerft_sweep.controller.agent import contains
 from isaerft_sweep.errors import ConfigError, SpaceError
 from isaerft_sweep.results.caveats import edges
 from isaerft_sweep.results.standing import describe
+from isaerft_sweep.search.distributions import contains
 from isaerft_sweep.search.sampler import Sampler
 from isaerft_sweep.search.sweep_file import SweepDefinition, read_sweep
 

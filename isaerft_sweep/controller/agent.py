@@ -12,7 +12,6 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from isaerft_sweep.config.boundary import to_definition
 from isaerft_sweep.config.compose import agent_values
@@ -22,15 +21,15 @@ from isaerft_sweep.controller.run_controller import INTERRUPTED
 from isaerft_sweep.controller.run_sweep import SweepRun, run_trials
 from isaerft_sweep.controller.sweep_identity import write_definition
 from isaerft_sweep.controller.trial_factory import AgentRun
-from isaerft_sweep.errors import LaunchError
+from isaerft_sweep.errors import ConfigError, LaunchError
 from isaerft_sweep.journal.journal import TrialRecord, read_record
 from isaerft_sweep.journal.layout import SweepFolder, TrialFolder
 from isaerft_sweep.journal.states import FINAL, TrialState
-from isaerft_sweep.search.distributions import Distribution, resolved
+from isaerft_sweep.search.distributions import contains
 from isaerft_sweep.search.sampler import FixedPoints, Point
 from isaerft_sweep.search.sweep_file import SweepDefinition
 from isaerft_sweep.spec_fields import to_dict
-from isaerft_sweep.specs import Experiment, swept_value
+from isaerft_sweep.specs import Experiment, SweepSpec, swept_value
 from isaerft_sweep.terminal import make_console
 from isaerft_sweep.tracking.late_report import report_late
 
@@ -43,6 +42,7 @@ def run_for_agent(experiment: Experiment, overrides: Sequence[str], environment:
     ``environment``: the process's, with the agent's variables. Raises IsaerftError before the trial is dispatched when
     something is wrong that the user can fix.
     """
+    _check_sweep_options(experiment.sweep)
     agent = os.getppid()
     sweep_id, run_id = (id_from_agent(environment, name) for name in ("WANDB_SWEEP_ID", "WANDB_RUN_ID"))
     output = Path(experiment.output).expanduser().absolute()
@@ -76,6 +76,17 @@ def run_for_agent(experiment: Experiment, overrides: Sequence[str], environment:
         print("it had ended already: reporting it to W&B again", flush=True)
         report_late(already_ended)
     return exit_code(folder)
+
+
+def _check_sweep_options(sweep: SweepSpec) -> None:
+    """Raise ConfigError for an option that decides over points: under an agent its server does."""
+    default = SweepSpec()
+    given = [name for name in ("seeds", "start", "shuffle", "stop") if getattr(sweep, name) != getattr(default, name)]
+    if given:
+        raise ConfigError(
+            f"sweep.{given[0]} decides which points run, but under `wandb agent` the server of the sweep does. Leave it out "
+            "of the sweep file's command, or run the sweep without agents: python -m isaerft_sweep.launch."
+        )
 
 
 def unreported_trial(folder: SweepFolder) -> TrialFolder | None:
@@ -120,29 +131,6 @@ def point_from_agent(experiment: Experiment, definition: SweepDefinition, enviro
                 "the sweep file's command."
             )
     return Point(point)
-
-
-def contains(space: Mapping[str, Distribution], params: Mapping[str, Any]) -> bool:
-    """Whether the point is in the space."""
-    if set(space) != set(params):
-        return False
-    for key, distribution in resolved(space, params).items():
-        value = params[key]
-        if distribution.choices is not None:
-            if not any(_equivalent(choice, value) for choice in distribution.choices):
-                return False
-        elif not min(distribution.at(0.0), distribution.at(1.0)) <= value <= max(distribution.at(0.0), distribution.at(1.0)):
-            return False
-    return True
-
-
-def _equivalent(choice: Any, configured: Any) -> bool:
-    """Whether a sweep file's value is the config's, in which options that the file leaves out are None."""
-    if isinstance(choice, Mapping) and isinstance(configured, Mapping):
-        return all(_equivalent(choice.get(key), configured.get(key)) for key in choice.keys() | configured.keys())
-    if isinstance(choice, (list, tuple)) and isinstance(configured, (list, tuple)):
-        return len(choice) == len(configured) and all(map(_equivalent, choice, configured))
-    return bool(choice == configured)
 
 
 def is_first_run(parent: SweepFolder, run_id: str) -> bool:

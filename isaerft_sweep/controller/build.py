@@ -14,17 +14,31 @@ from isaerft_sweep.journal.layout import SweepFolder
 from isaerft_sweep.scheduling.early_stopping import EarlyStopping
 from isaerft_sweep.scheduling.sweep_state import SweepLimits, SweepState
 from isaerft_sweep.search.pruning import evaluations, make_pruner
-from isaerft_sweep.search.sampler import PointSource, Sampler
+from isaerft_sweep.search.sampler import PointSource, Sampler, ShuffledGrid
 from isaerft_sweep.search.seeded import SEED, SeededPoints
+from isaerft_sweep.search.start_points import StartPoints, point_in
 from isaerft_sweep.search.sweep_file import SweepDefinition
-from isaerft_sweep.specs import Experiment, LauncherSpec
+from isaerft_sweep.spec_fields import to_dict
+from isaerft_sweep.specs import Experiment, LauncherSpec, swept_value
 
 
 def make_sampler(experiment: Experiment, definition: SweepDefinition) -> PointSource:
     """The sampler of the definition's method; with ``sweep.seeds`` it gives good points new seeds."""
     sweep, sign = experiment.sweep, definition.metric.sign
     goals = max(1, len(definition.goals))
-    sampler = Sampler(definition.parameters, definition.method, sweep.seed, sign, sweep.repeats, goals)
+    kind = ShuffledGrid if sweep.shuffle else Sampler
+    if sweep.shuffle and definition.method != "grid":
+        raise ConfigError(
+            f"sweep.shuffle must go with method grid, whose points have an order, but got {definition.method}."
+        )
+    sampler: PointSource = kind(definition.parameters, definition.method, sweep.seed, sign, sweep.repeats, goals)
+    if sweep.start:
+
+        def of_config(key: str) -> Any:
+            return to_dict(swept_value(experiment, key))
+
+        points = [point_in(definition.parameters, values, of_config) for values in sweep.start]
+        sampler = StartPoints(sampler, points)
     if sweep.seeds == 1:
         return sampler
     excludes = {SEED: SEED in definition.parameters, "sweep.repeats": sweep.repeats, "metrics": goals > 1}

@@ -225,6 +225,29 @@ def resolved(space: Mapping[str, Distribution], params: Mapping[str, Any]) -> di
     return {key: d.at_point(params) if isinstance(d, Conditional) else d for key, d in space.items()}
 
 
+def contains(space: Mapping[str, Distribution], params: Mapping[str, Any]) -> bool:
+    """Whether the point is in the space."""
+    if set(space) != set(params):
+        return False
+    for key, distribution in resolved(space, params).items():
+        value = params[key]
+        if distribution.choices is not None:
+            if not any(equivalent(choice, value) for choice in distribution.choices):
+                return False
+        elif not min(distribution.at(0.0), distribution.at(1.0)) <= value <= max(distribution.at(0.0), distribution.at(1.0)):
+            return False
+    return True
+
+
+def equivalent(choice: Any, configured: Any) -> bool:
+    """Whether a sweep file's value is the config's, in which options that the file leaves out are None."""
+    if isinstance(choice, Mapping) and isinstance(configured, Mapping):
+        return all(equivalent(choice.get(key), configured.get(key)) for key in choice.keys() | configured.keys())
+    if isinstance(choice, (list, tuple)) and isinstance(configured, (list, tuple)):
+        return len(choice) == len(configured) and all(map(equivalent, choice, configured))
+    return bool(choice == configured)
+
+
 def cases_of(space: Mapping[str, Distribution]) -> list[dict[str, Constant | Categorical | Numeric]]:
     """Spaces without conditional parameters that together are ``space``: one for each value of their parents."""
     parents = sorted({d.parent for d in space.values() if isinstance(d, Conditional)})

@@ -9,13 +9,14 @@ than ``MOST_PARAMETERS`` parameters, or several goals, Optuna's multivariate TPE
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from isaerft_sweep.search.distributions import Categorical, Conditional, Constant, Distribution, cases_of, resolved
+from isaerft_sweep.search.distributions import Categorical, Conditional, Constant, Distribution, Numeric, cases_of, resolved
 from isaerft_sweep.search.gaussian_process import MOST_PARAMETERS, GaussianProcessModel
 from isaerft_sweep.search.point import Point as Point
 
@@ -27,6 +28,8 @@ INFEASIBLE = 1e12
 """Larger than any metric."""
 STARTUP = {"gp": 6, "tpe": 5}
 """Outcomes before the first model-based point: with fewer, a model's points would be less even than quasi-random ones."""
+MOST_SHUFFLED = 1_000_000
+"""Points of a grid whose order is a permutation in memory."""
 ATTEMPTS = 200
 """Draws that may repeat a tried point before the untried points are listed."""
 
@@ -217,15 +220,18 @@ class Sampler:
     def _grid_points(self) -> Iterator[Point]:
         """Yield every point, the last parameter varying fastest: a grid may be larger than the memory."""
         for case in cases_of(self.space):
-            sizes = {key: int(d.size) for key, d in case.items()}
-            for number in range(math.prod(sizes.values())):
-                choice: dict[str, int] = {}
-                for key in reversed(sizes):
-                    number, choice[key] = divmod(number, sizes[key])
-                params = {key: d.nth(choice[key]) for key, d in case.items()}
-                unit = {key: (choice[key] + 0.5) / sizes[key] for key in self.free}
-                unit |= {key: self._unit_of(key, value) for key, value in params.items() if self._is_parent(key)}
-                yield Point(params, unit)
+            for number in range(math.prod(int(d.size) for d in case.values())):
+                yield self._grid_point(case, number)
+
+    def _grid_point(self, case: Mapping[str, Constant | Categorical | Numeric], number: int) -> Point:
+        sizes = {key: int(d.size) for key, d in case.items()}
+        choice: dict[str, int] = {}
+        for key in reversed(sizes):
+            number, choice[key] = divmod(number, sizes[key])
+        params = {key: d.nth(choice[key]) for key, d in case.items()}
+        unit = {key: (choice[key] + 0.5) / sizes[key] for key in self.free}
+        unit |= {key: self._unit_of(key, value) for key, value in params.items() if self._is_parent(key)}
+        return Point(params, unit)
 
     def _is_parent(self, key: str) -> bool:
         return any(isinstance(d, Conditional) and d.parent == key for d in self.space.values())
@@ -234,6 +240,24 @@ class Sampler:
         """The u of a value of a list: the middle of its share."""
         choices = self.space[key].choices or ()
         return (choices.index(value) + 0.5) / len(choices)
+
+
+class ShuffledGrid(Sampler):
+    """A grid in random order: a part of it covers all values."""
+
+    def _grid_points(self) -> Iterator[Point]:
+        rng, size = random.Random(self.seed), int(self.size)  # numpy's generators end at 2**63
+        case = resolved(self.space, {})
+        if size <= MOST_SHUFFLED:
+            for number in rng.sample(range(size), size):
+                yield self._grid_point(case, number)
+            return
+        seen: set[int] = set()  # of a huge grid a small part is run: independent draws hardly repeat
+        while len(seen) < size:
+            number = rng.randrange(size)
+            if number not in seen:
+                seen.add(number)
+                yield self._grid_point(case, number)
 
 
 def load_libraries() -> None:
