@@ -321,6 +321,11 @@ class SweepSpec:
         (),
         affects_result=False,
     )
+    prior: tuple[str, ...] = option(
+        "Earlier sweeps whose results the search learns from: their folders, or wandb:ENTITY/PROJECT/ID.",
+        (),
+        affects_result=False,
+    )
     shuffle: bool = option("Whether a grid runs in random order.", False, affects_result=False)
     stop: StopSpec = field(default_factory=StopSpec)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +113,8 @@ def run(experiment: Callable[..., Experiment], tmp_path: Path) -> Callable[..., 
         factory = TrialFactory(composed, definition, folder, "s", None)
         state = make_state(journal, points, factory, trials)
         state.restore()
-        SweepController(state, folder, cluster, composed.launcher, view, lambda: 0).run()
-        journal.close()
+        with closing(journal):
+            SweepController(state, folder, cluster, composed.launcher, view, lambda: 0).run()
         return [e for e in events(folder.path) if e["event"] == "end"], view
 
     return run_on

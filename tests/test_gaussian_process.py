@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -34,13 +35,14 @@ def run(sampler: Sampler, number: int) -> list[float]:
     return values
 
 
-def test_the_gradient_is_that_of_finite_differences() -> None:
+@pytest.mark.parametrize("task", [np.zeros(9, dtype=int), np.array([0, 0, 1, 1, 1, 2, 2, 2, 2])])
+def test_the_gradient_is_that_of_finite_differences(task: np.ndarray) -> None:
     rng = np.random.default_rng(0)
     x, y = rng.random((9, 3)), rng.standard_normal(9)
     for _ in range(5):
         logs = rng.uniform(-1.5, 0.5, 5)
-        value = lambda at: module._objective(at, x, y)[0]  # noqa: E731
-        assert module._objective(logs, x, y)[1] == pytest.approx(
+        value = lambda at: module._objective(at, x, y, module.Tasks(task))[0]  # noqa: E731
+        assert module._objective(logs, x, y, module.Tasks(task))[1] == pytest.approx(
             optimize.approx_fprime(logs, value, 1e-6), rel=1e-3, abs=1e-3
         )
 
@@ -52,7 +54,36 @@ def test_the_objective_is_the_normal_density_with_the_priors() -> None:
     expected = stats.multivariate_normal(np.zeros(6), covariance).logpdf(y)
     for at, (mean, sd) in zip(logs, [module.LENGTH_PRIOR] * 2 + [module.SCALE_PRIOR, module.NOISE_PRIOR], strict=True):
         expected += -0.5 * ((at - mean) / sd) ** 2
-    assert -module._objective(logs, x, y)[0] == pytest.approx(expected + 3 * np.log(2 * np.pi))
+    alone = module.Tasks(np.zeros(6, dtype=int))
+    assert -module._objective(logs, x, y, alone)[0] == pytest.approx(expected + 3 * np.log(2 * np.pi))
+
+
+def test_two_sweeps_have_offsets_and_what_they_share() -> None:
+    """Their joint density and the prediction for this one, with the covariance written out entry by entry."""
+    rng = np.random.default_rng(3)
+    x, y, task, logs = (
+        rng.random((6, 2)),
+        rng.standard_normal(6),
+        np.array([0, 0, 1, 1, 1, 1]),
+        np.array([-0.5, -1.0, 0.2, -2.0]),
+    )
+    correlation = module._matern(x, x, np.exp(logs[:2]))[0]
+    covariance = np.empty((6, 6))
+    for i, j in itertools.product(range(6), repeat=2):
+        same = task[i] == task[j]
+        covariance[i, j] = np.exp(0.4) * correlation[i, j] * (1 if same else 0.8) + (1.0 if same else 0.0)
+        covariance[i, j] += (np.exp(-4.0) + 1e-8) * (i == j)
+    expected = stats.multivariate_normal(np.zeros(6), covariance).logpdf(y)
+    for at, (mean, sd) in zip(logs, [module.LENGTH_PRIOR] * 2 + [module.SCALE_PRIOR, module.NOISE_PRIOR], strict=True):
+        expected += -0.5 * ((at - mean) / sd) ** 2
+    assert -module._objective(logs, x, y, module.Tasks(task))[0] == pytest.approx(expected + 3 * np.log(2 * np.pi))
+    model = module._posterior(x, y, module.Tasks(task), logs)
+    at = rng.random((2, 2))
+    across = np.exp(0.4) * module._matern(at, x, np.exp(logs[:2]))[0] * np.where(task == 0, 1, 0.8) + (task == 0)
+    mean, sd = model.predict(at)
+    assert mean == pytest.approx(across @ np.linalg.solve(covariance, y))
+    variance = np.exp(0.4) + 1 - np.einsum("ij,ji->i", across, np.linalg.solve(covariance, across.T))
+    assert sd == pytest.approx(np.sqrt(variance))
 
 
 @pytest.mark.parametrize(

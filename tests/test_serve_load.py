@@ -232,10 +232,10 @@ def test_connections_that_say_nothing_keep_nobody_out_and_are_closed(serving: Se
 @pytest.mark.slow
 def test_a_request_without_a_key_ends_its_connection(serving: Serving) -> None:
     for said in (b"GET / HTTP/1.1\r\nHost: a\r\n\r\n", b"POST /graphql HTTP/1.1\r\nHost: a\r\nContent-Length: 9999\r\n\r\n"):
-        one = connect(serving, said)
-        one.settimeout(5)
-        assert b" 401 " in one.recv(65536)
-        wait_for(lambda one=one: is_closed(one), timeout_s=5)
+        with connect(serving, said) as one:
+            one.settimeout(5)
+            assert b" 401 " in one.recv(65536)
+            wait_for(lambda one=one: is_closed(one), timeout_s=5)
 
 
 @pytest.mark.slow
@@ -243,16 +243,17 @@ def test_a_body_that_dribbles_in_is_given_up_and_a_slow_one_is_taken(serving: Se
     key = base64.b64encode(f"api:{serving.key}".encode())
     head = b"POST /graphql HTTP/1.1\r\nHost: a\r\nAuthorization: Basic " + key + b"\r\nContent-Length: "
     query = json.dumps({"query": "query V { viewer { id } }"}).encode()
-    slow = connect(serving, head + b"%d\r\nConnection: close\r\n\r\n" % len(query))
-    for letter in query:
-        time.sleep(0.02)
-        slow.sendall(bytes([letter]))
-    slow.settimeout(5)
-    assert b'"viewer"' in slow.recv(65536) + slow.recv(65536)
-    stalled, began = connect(serving, head + b"99999\r\n\r\n{"), time.monotonic()
-    stalled.settimeout(bodies.GRACE_S + 20)
-    assert b" 408 " in stalled.recv(65536) and time.monotonic() - began < bodies.GRACE_S + 10
-    wait_for(lambda: is_closed(stalled), timeout_s=5)
+    with connect(serving, head + b"%d\r\nConnection: close\r\n\r\n" % len(query)) as slow:
+        for letter in query:
+            time.sleep(0.02)
+            slow.sendall(bytes([letter]))
+        slow.settimeout(5)
+        assert b'"viewer"' in slow.recv(65536) + slow.recv(65536)
+    began = time.monotonic()
+    with connect(serving, head + b"99999\r\n\r\n{") as stalled:
+        stalled.settimeout(bodies.GRACE_S + 20)
+        assert b" 408 " in stalled.recv(65536) and time.monotonic() - began < bodies.GRACE_S + 10
+        wait_for(lambda: is_closed(stalled), timeout_s=5)
 
 
 # -- how it starts and ends

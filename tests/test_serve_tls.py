@@ -16,6 +16,7 @@ from helpers.browsing import browser, complaints, needs_browser  # noqa: F401  (
 from helpers.served_sweeps import READ
 from helpers.serving import Serving
 from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import WebDriverWait
 
 pytestmark = pytest.mark.slow
 PROGRAM = """
@@ -77,14 +78,15 @@ def test_a_sweep_over_https_and_its_page(serving: Encrypted, tmp_path: Path, bro
     browser.get(f"https://api:{serving.key}@127.0.0.1:{serving.port}/")
     browser.get(f"https://127.0.0.1:{serving.port}/{entity}/{project}/sweeps/{sweep}")
     assert browser.find_element(By.TAG_NAME, "h1").text == sweep
-    assert len(browser.find_elements(By.CSS_SELECTOR, "svg polyline")) == 2, "a curve for each run"
-    assert browser.find_element(By.TAG_NAME, "svg").size["height"] > 100
+    lines = "#figure-curve-0 .scatterlayer .js-line"
+    WebDriverWait(browser, 30).until(lambda b: len(b.find_elements(By.CSS_SELECTOR, lines)) == 2, "a curve for each run")
     states = [e.text for e in browser.find_elements(By.CSS_SELECTOR, "span.state")]
     assert states.count("finished") == 2 and "FINISHED" in states
     browser.find_element(By.LINK_TEXT, found["runs"][found["best"]]["name"]).click()
     assert found["runs"][found["best"]]["name"] in browser.find_element(By.TAG_NAME, "h1").text
     assert "loss" in [e.text for e in browser.find_elements(By.TAG_NAME, "figcaption")]
-    assert browser.execute_script("return performance.getEntriesByType('resource').map(e => e.name)") == []
+    fetched = browser.execute_script("return performance.getEntriesByType('resource').map(e => e.name)")
+    assert all(name.startswith(f"{serving.address}/static/") for name in fetched), fetched
     assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
     assert complaints(browser) == []
 

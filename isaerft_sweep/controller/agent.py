@@ -81,7 +81,8 @@ def run_for_agent(experiment: Experiment, overrides: Sequence[str], environment:
 def _check_sweep_options(sweep: SweepSpec) -> None:
     """Raise ConfigError for an option that decides over points: under an agent its server does."""
     default = SweepSpec()
-    given = [name for name in ("seeds", "start", "shuffle", "stop") if getattr(sweep, name) != getattr(default, name)]
+    names = ("seeds", "start", "prior", "shuffle", "stop")
+    given = [name for name in names if getattr(sweep, name) != getattr(default, name)]
     if given:
         raise ConfigError(
             f"sweep.{given[0]} decides which points run, but under `wandb agent` the server of the sweep does. Leave it out "

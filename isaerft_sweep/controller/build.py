@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from isaerft_sweep.controller.prior import Result
 from isaerft_sweep.controller.stop_rule import make_stop_rule
 from isaerft_sweep.controller.trial_factory import TrialFactory
 from isaerft_sweep.dispatch.base import Dispatcher
@@ -22,8 +24,13 @@ from isaerft_sweep.spec_fields import to_dict
 from isaerft_sweep.specs import Experiment, LauncherSpec, swept_value
 
 
-def make_sampler(experiment: Experiment, definition: SweepDefinition) -> PointSource:
-    """The sampler of the definition's method; with ``sweep.seeds`` it gives good points new seeds."""
+def make_sampler(
+    experiment: Experiment, definition: SweepDefinition, earlier: Sequence[Sequence[Result]] = ()
+) -> PointSource:
+    """The sampler of the definition's method; with ``sweep.seeds`` it gives good points new seeds.
+
+    ``earlier``: results of earlier sweeps that it learns from.
+    """
     sweep, sign = experiment.sweep, definition.metric.sign
     goals = max(1, len(definition.goals))
     kind = ShuffledGrid if sweep.shuffle else Sampler
@@ -31,7 +38,10 @@ def make_sampler(experiment: Experiment, definition: SweepDefinition) -> PointSo
         raise ConfigError(
             f"sweep.shuffle must go with method grid, whose points have an order, but got {definition.method}."
         )
-    sampler: PointSource = kind(definition.parameters, definition.method, sweep.seed, sign, sweep.repeats, goals)
+    own = kind(definition.parameters, definition.method, sweep.seed, sign, sweep.repeats, goals)
+    if earlier:
+        own.learn(earlier)
+    sampler: PointSource = own
     if sweep.start:
 
         def of_config(key: str) -> Any:

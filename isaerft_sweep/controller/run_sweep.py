@@ -18,6 +18,7 @@ from isaerft_sweep.controller.build import (
 )
 from isaerft_sweep.controller.introduction import introduction, print_preflight
 from isaerft_sweep.controller.preflight import check_disk, known_trial_needs
+from isaerft_sweep.controller.prior import prior_results, summary
 from isaerft_sweep.controller.run_controller import INTERRUPTED, disk_errors_named, run_controller
 from isaerft_sweep.controller.stop_rule import make_stop_rule
 from isaerft_sweep.controller.sweep_identity import (
@@ -86,7 +87,10 @@ def run_sweep(experiment: Experiment, overrides: Sequence[str] = ()) -> int:
     """
     definition = to_definition(experiment.sweep, experiment)
     folder = sweep_folder(experiment, definition)
-    return run_trials(SweepRun(experiment, definition, make_sampler(experiment, definition), folder, overrides))
+    earlier = prior_results(folder, experiment, definition) if experiment.sweep.prior else []
+    sampler = make_sampler(experiment, definition, earlier)
+    definition = replace(definition, notes=(*definition.notes, *summary(earlier, experiment.sweep.prior)))
+    return run_trials(SweepRun(experiment, definition, sampler, folder, overrides))
 
 
 def run_trials(run: SweepRun, show: bool = True, check: bool = True) -> int:

@@ -54,6 +54,8 @@ def create_static_trials(experiment: Experiment, overrides: Sequence[str]) -> tu
             "trials can be made ahead only without sweep.stop, which looks at results. Leave it out, or let a controller "
             "run them: slurm/controller.sbatch."
         )
+    if experiment.sweep.prior:
+        raise ConfigError("trials can be made ahead only without sweep.prior, which goes with method bayes. Leave it out.")
     if experiment.sweep.seeds > 1:
         raise ConfigError(
             f"trials can be made ahead only with one seed a point, since good points alone get more, but got sweep.seeds="

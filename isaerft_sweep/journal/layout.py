@@ -97,6 +97,11 @@ class SweepFolder:
         return self.path / "controller.json"
 
     @property
+    def prior(self) -> Path:
+        """Results of earlier sweeps that this one's search learns from; see ``controller/prior.py``."""
+        return self.path / "prior.json"
+
+    @property
     def why_ended(self) -> Path:
         """Why the sweep has ended before its last trial, as text; is there only once it has."""
         return self.path / "ended.txt"

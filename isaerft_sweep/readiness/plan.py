@@ -15,6 +15,7 @@ from isaerft_sweep.controller.build import count_trials, make_sampler
 from isaerft_sweep.controller.introduction import introduction
 from isaerft_sweep.controller.live_view import duration
 from isaerft_sweep.controller.preflight import known_trial_needs
+from isaerft_sweep.controller.prior import prior_results
 from isaerft_sweep.controller.sweep_identity import sweep_folder
 from isaerft_sweep.dispatch.local import visible_gpus
 from isaerft_sweep.dispatch.slurm.cluster import cluster_of, parse_gres, read_cluster
@@ -33,7 +34,7 @@ WIDTH = 32
 def plan(console: Console, experiment: Experiment, calibrating: bool) -> None:
     """Print trials, space, time and layout; submits only a calibration. Raises IsaerftError as the sweep would."""
     definition = to_definition(experiment.sweep, experiment)
-    sampler = make_sampler(experiment, definition)
+    sampler = make_sampler(experiment, definition, prior_results(None, experiment, definition))
     trials = count_trials(definition, sampler, 0)
     folder = sweep_folder(experiment, definition)
     console.print(introduction(folder, experiment, definition, sampler, trials, 0), soft_wrap=True, highlight=False)

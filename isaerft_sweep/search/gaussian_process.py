@@ -3,13 +3,14 @@
 Matérn 5/2 with one length scale per parameter; hyperparameters by maximum a posteriori with analytic gradients (Rasmussen
 and Williams 2006, equations 2.30, 4.17 and 5.9); the next point by the largest expected improvement over the best posterior
 mean, in logarithms (Ament et al. 2023, arXiv 2310.20708). Points that still run count as observed at their posterior mean
-("kriging believer", Ginsbourger et al. 2010), so that parallel trials spread.
+("kriging believer", Ginsbourger et al. 2010), so that parallel trials spread. Results of earlier sweeps are further tasks
+(Bonilla et al. 2008), each with an offset of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -36,13 +37,40 @@ SCALE_PRIOR = (0.0, 0.7)
 """Mean and standard deviation of the logarithms of length scales, noise and scale, for standardised values."""
 BOUNDS = {"length": (-3.5, 2.0), "noise": (-7.0, 0.5), "scale": (-2.0, 2.0)}
 JITTER = 1e-8
+RELATED = (0.8, 0.0, 0.4, 0.95)
+"""Possible correlations between the same point in two sweeps, apart from their offsets; the first until results tell."""
+LEAST_OWN = 5
+"""Values of this sweep from which their own spread is the unit."""
+OFFSET = 1.0
+"""Standard deviation of a sweep's offset, for standardised values."""
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """The sweep that each point is of [points], 0 for this one; ``related``: correlation of what two sweeps share."""
+
+    of: np.ndarray
+    related: float = RELATED[0]
+
+    @property
+    def several(self) -> bool:
+        return bool(self.of.any())
+
+    def between(self, other: np.ndarray) -> tuple[np.ndarray, np.ndarray | float]:
+        """Correlations and covariance of offsets [other, points] of points of the sweeps ``other`` and these."""
+        same = other[:, None] == self.of[None, :]
+        return np.where(same, 1.0, self.related), OFFSET**2 * same if self.several else 0.0
 
 
 @dataclass(frozen=True)
 class Posterior:
-    """A fitted process. ``predict`` gives mean and standard deviation of the standardised values, noise left out."""
+    """A fitted process. ``predict`` gives mean and standard deviation of the standardised values, noise left out.
+
+    ``tasks``: the sweeps that the points are of.
+    """
 
     x: np.ndarray
+    tasks: Tasks
     lengths: np.ndarray
     scale: float
     noise: float
@@ -50,41 +78,54 @@ class Posterior:
     weights: np.ndarray
 
     def predict(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and standard deviation at x [points, coordinates]."""
-        across = self.scale**2 * _matern(x, self.x, self.lengths)[0]
+        """Mean and standard deviation at x [points, coordinates] in this sweep."""
+        related, offsets = self.tasks.between(np.zeros(len(x), dtype=int))
+        across = self.scale**2 * _matern(x, self.x, self.lengths)[0] * related + offsets
         mean = across @ self.weights
         solved = np.linalg.solve(self.factor, across.T)
-        variance = self.scale**2 - (solved**2).sum(axis=0)
+        own = self.scale**2 + (OFFSET**2 if self.tasks.several else 0.0)
+        variance = own - (solved**2).sum(axis=0)
         return mean, np.sqrt(np.maximum(variance, 1e-12))
 
 
-def fit(x: np.ndarray, y: np.ndarray) -> Posterior:
-    """The process for the values y [points] at x [points, coordinates], with the most probable hyperparameters."""
+def fit(x: np.ndarray, y: np.ndarray, task: np.ndarray | None = None) -> Posterior:
+    """The process for the values y [points] at x [points, coordinates], with the most probable hyperparameters.
+
+    ``task`` [points]: the sweep that each point is of; None: all are of this one, number 0.
+    """
     from scipy.optimize import minimize
 
+    tasks = Tasks(np.zeros(len(x), dtype=int) if task is None else task)
     dimensions = x.shape[1]
     bounds = [BOUNDS["length"]] * dimensions + [BOUNDS["scale"], BOUNDS["noise"]]
     starts = [
         [length] * dimensions + [0.0, noise] for length, noise in ((LENGTH_PRIOR[0], np.log(0.05)), (-1.8, np.log(0.2)))
     ]
-    results = [minimize(_objective, np.array(s), args=(x, y), jac=True, method="L-BFGS-B", bounds=bounds) for s in starts]
-    best = min(results, key=lambda result: float(result.fun))
-    return _posterior(x, y, best.x)
+    data = (x, y, tasks)
+    results = [minimize(_objective, np.array(s), args=data, jac=True, method="L-BFGS-B", bounds=bounds) for s in starts]
+    logs = min(results, key=lambda result: float(result.fun)).x
+    if tasks.several:
+        others = [replace(tasks, related=related) for related in RELATED]
+        tasks = min(others, key=lambda one: _objective(logs, x, y, one)[0])
+    return _posterior(x, y, tasks, logs)
 
 
-def _posterior(x: np.ndarray, y: np.ndarray, logs: np.ndarray) -> Posterior:
+def _posterior(x: np.ndarray, y: np.ndarray, tasks: Tasks, logs: np.ndarray) -> Posterior:
     lengths, scale, noise = np.exp(logs[:-2]), float(np.exp(logs[-2])), float(np.exp(logs[-1]))
-    covariance = scale**2 * _matern(x, x, lengths)[0] + (noise**2 + JITTER) * np.eye(len(x))
+    related, offsets = tasks.between(tasks.of)
+    covariance = scale**2 * _matern(x, x, lengths)[0] * related + offsets + (noise**2 + JITTER) * np.eye(len(x))
     factor = np.linalg.cholesky(covariance)
     weights = np.linalg.solve(factor.T, np.linalg.solve(factor, y))
-    return Posterior(x, lengths, scale, noise, factor, weights)
+    return Posterior(x, tasks, lengths, scale, noise, factor, weights)
 
 
-def _objective(logs: np.ndarray, x: np.ndarray, y: np.ndarray) -> tuple[float, np.ndarray]:
+def _objective(logs: np.ndarray, x: np.ndarray, y: np.ndarray, tasks: Tasks) -> tuple[float, np.ndarray]:
     """Minus the log posterior of the hyperparameters, and its gradient."""
     lengths, scale, noise = np.exp(logs[:-2]), np.exp(logs[-2]), np.exp(logs[-1])
     kernel, distance = _matern(x, x, lengths)
-    covariance = scale**2 * kernel + (noise**2 + JITTER) * np.eye(len(x))
+    related, offsets = tasks.between(tasks.of)
+    kernel *= related
+    covariance = scale**2 * kernel + offsets + (noise**2 + JITTER) * np.eye(len(x))
     try:
         factor = np.linalg.cholesky(covariance)
     except np.linalg.LinAlgError:
@@ -95,7 +136,7 @@ def _objective(logs: np.ndarray, x: np.ndarray, y: np.ndarray) -> tuple[float, n
     inner = np.outer(weights, weights) - inverse
     gradient = np.empty_like(logs)
     # dK / d log length_d of Matérn 5/2: 5/3 · (1 + √5 r) · exp(−√5 r) · (difference_d / length_d)²
-    slope = scale**2 * 5 / 3 * (1 + distance) * np.exp(-distance)
+    slope = scale**2 * related * 5 / 3 * (1 + distance) * np.exp(-distance)
     for d, length in enumerate(lengths):
         gradient[d] = 0.5 * (inner * slope * ((x[:, None, d] - x[None, :, d]) / length) ** 2).sum()
     gradient[-2] = (inner * scale**2 * kernel).sum()
@@ -148,12 +189,14 @@ class GaussianProcessModel:
         self.pending: dict[str, list[Point]] = {}
         self.observed: list[tuple[Point, float | None]] = []
         """Points with their values, larger is better; None for one that diverged or broke a constraint."""
+        self.earlier: list[list[tuple[Point, float | None]]] = []
+        """The same of each earlier sweep."""
         self._ranked: tuple[Any, list[dict[str, float]]] | None = None
         self._gain = 0.0
 
     @property
     def outcomes(self) -> int:
-        return len(self.observed)
+        return len(self.observed) + sum(map(len, self.earlier))
 
     def add_pending(self, point: Point) -> None:
         self.pending.setdefault(point.key, []).append(point)
@@ -184,20 +227,25 @@ class GaussianProcessModel:
 
     def _rank(self, number: int) -> list[dict[str, float]]:
         """Candidates by expected improvement, best first."""
-        observed = sorted(self.observed, key=lambda entry: (entry[0].key, entry[1] is None, entry[1] or 0.0))
+        tasks = [self.observed, *self.earlier]
+        tasks = [sorted(one, key=lambda entry: (entry[0].key, entry[1] is None, entry[1] or 0.0)) for one in tasks]
+        observed = [entry for one in tasks for entry in one]
         x = np.array([self.coordinates(point.unit) for point, _ in observed])
-        y, sd = _standardised([value for _, value in observed])
-        model = fit(x, y)
+        task = np.repeat(np.arange(len(tasks)), [len(one) for one in tasks])
+        y, sd = _standardised_tasks([[value for _, value in one] for one in tasks])
+        model = fit(x, y, task)
         running = [p for key in sorted(self.pending) for p in self.pending[key]]
         if running:
             at = np.array([self.coordinates(point.unit) for point in running])
             believed = model.predict(at)[0]
             logs = np.log([*model.lengths, model.scale, model.noise])
-            model = _posterior(np.concatenate([x, at]), np.concatenate([y, believed]), logs)
+            of = np.concatenate([task, np.zeros(len(running), dtype=int)])
+            both = np.concatenate([x, at]), np.concatenate([y, believed])
+            model = _posterior(*both, replace(model.tasks, of=of), logs)
         means = model.predict(x)[0]
         candidates = self._candidates(number, [observed[i][0].unit for i in np.argsort(-means, kind="stable")])
         at = np.array([self.coordinates(unit) for unit in candidates])
-        gain = log_expected_improvement(*model.predict(at), best=float(means.max()))
+        gain = log_expected_improvement(*model.predict(at), best=float((means[task == 0] if self.observed else means).max()))
         self._gain = sd * float(np.exp(gain.max()))
         return [candidates[i] for i in np.argsort(-gain, kind="stable")]
 
@@ -248,3 +296,15 @@ def _standardised(values: Sequence[float | None]) -> tuple[np.ndarray, float]:
     cut = np.array([floor if value is None else max(value, floor) for value in values])
     sd = float(cut.std())
     return ((cut - cut.mean()) / sd if sd > 0 else np.zeros(len(cut))), sd
+
+
+def _standardised_tasks(tasks: Sequence[Sequence[float | None]]) -> tuple[np.ndarray, float]:
+    """The values of all tasks in a row, each task with mean 0; the divisor, by which all are divided.
+
+    This sweep's own, once it has spread; else that of the earlier ones.
+    """
+    parts = [_standardised(values) for values in tasks]
+    own = parts[0][1] if len(tasks[0]) >= LEAST_OWN or len(tasks) == 1 else 0.0
+    sd = own or float(np.mean([sd for _, sd in parts[1:] if sd > 0] or [parts[0][1]]))
+    scaled = [values * part_sd / sd if sd > 0 else values for values, part_sd in parts]
+    return np.concatenate(scaled), sd

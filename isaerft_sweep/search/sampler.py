@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from isaerft_sweep.errors import SpaceError
 from isaerft_sweep.search.distributions import Categorical, Conditional, Constant, Distribution, Numeric, cases_of, resolved
 from isaerft_sweep.search.gaussian_process import MOST_PARAMETERS, GaussianProcessModel
 from isaerft_sweep.search.point import Point as Point
@@ -138,6 +139,18 @@ class Sampler:
             return GaussianProcessModel(self.space, self.seed)
         return _Tpe(self.space, self.seed, self.goals)
 
+    def learn(self, sweeps: Sequence[Sequence[tuple[Point, float | None]]]) -> None:
+        """Learn the results of earlier sweeps: points of this space with their values, None for those that went wrong.
+
+        Raises SpaceError for a method without a model that can tell sweeps apart.
+        """
+        if not isinstance(self._model, GaussianProcessModel):
+            raise SpaceError(
+                f"sweep.prior must go with method bayes, one metric and 1 to {MOST_PARAMETERS} parameters, whose model can "
+                f"tell sweeps apart, but the method is {self.method} with {len(self.free)} parameters."
+            )
+        self._model.earlier = [[(p, None if v is None else self.sign * v) for p, v in one] for one in sweeps]
+
     @property
     def free(self) -> list[str]:
         """The parameters that are not constant."""
@@ -150,7 +163,7 @@ class Sampler:
 
     @property
     def foreseeable(self) -> float:
-        return STARTUP[self._model.kind] if self._model else math.inf
+        return max(1, STARTUP[self._model.kind] - self._model.outcomes) if self._model else math.inf
 
     def ask(self) -> Point | None:
         point = self._next_untried()
