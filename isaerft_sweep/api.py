@@ -2,7 +2,7 @@
 
     import isaerft_sweep as isw
 
-    sweep = isw.run(["model=tiny", "sweep=demo", "name=first"])
+    sweep = isw.run(["model=tiny", "sweep=quick", "name=first"])
     sweep = isw.load_sweep("outputs/first")      # the same, later
     sweep.to_dataframe()
     model, tokenizer = sweep.best().load_model()

@@ -58,7 +58,7 @@ def test_every_sweep_file_can_be_run_by_agents(file: Path, tmp_path: Path) -> No
 
 
 def test_a_point_of_another_space_is_noticed(experiment: Callable[..., Experiment]) -> None:
-    composed = experiment("sweep=demo", "orpo.beta=0.7")
+    composed = experiment("sweep=quick", "orpo.beta=0.7")
     definition = to_definition(composed.sweep, composed)
     assert not contains(definition.parameters, agent.point_from_agent(composed, definition, {}).params)
     assert not contains(definition.parameters, {"orpo.beta": 0.5})
@@ -67,7 +67,7 @@ def test_a_point_of_another_space_is_noticed(experiment: Callable[..., Experimen
 def test_the_agent_s_own_file_names_what_is_swept(experiment: Callable[..., Experiment], tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text("wandb_version: 1\nadapter.kind: {value: scale}\n")
-    composed = experiment("sweep=demo", "adapter.kind=scale")
+    composed = experiment("sweep=quick", "adapter.kind=scale")
     point = agent.point_from_agent(composed, to_definition(composed.sweep, composed), {"WANDB_SWEEP_PARAM_PATH": str(file)})
     assert point.params == {"adapter.kind": "scale"}
 

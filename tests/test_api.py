@@ -58,10 +58,10 @@ def test_importing_it_loads_neither_torch_nor_pandas() -> None:
 @pytest.mark.slow
 def test_from_running_to_the_winner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    sweep = isw.run([*TINY, "sweep=demo", "sweep.run_cap=2", "name=first", "tracker=disabled"])
+    sweep = isw.run([*TINY, "sweep=quick", "sweep.run_cap=2", "name=first", "tracker=disabled"])
     assert sweep.name == "first" and len(sweep.trials) == 2
     model, tokenizer = sweep.best().load_model()
     tokens = model.generate(**tokenizer("Hello", return_tensors="pt"), max_new_tokens=3)
     assert tokens.shape[0] == 1
-    more = isw.run([*TINY, "sweep=demo", "sweep.run_cap=3", "name=first", "tracker=disabled"])
+    more = isw.run([*TINY, "sweep=quick", "sweep.run_cap=3", "name=first", "tracker=disabled"])
     assert len(more.trials) == 3, "it goes on with the same sweep"

@@ -131,7 +131,7 @@ def test_the_orchestrator_never_imports_torch() -> None:
 def test_help_lists_the_groups(launch) -> None:
     shown = launch("--help").stdout
     assert "model: gemma-2-2b, hub, smollm2-135m, tiny" in shown
-    assert "sweep: compare, demo, grid, none, reference, reference-bayes" in shown
+    assert "sweep: compare, demo, grid, none, quick, reference, reference-bayes" in shown
 
 
 def test_shell_completion_offers_the_choices() -> None:

@@ -50,7 +50,7 @@ def test_co_batched_trials_and_devices_with_several_workers() -> None:
 
 
 def test_a_plan_learns_from_earlier_sweeps(experiment: Any, tmp_path: Path) -> None:
-    composed = experiment(*TINY, f"output={tmp_path}", "sweep=demo")
+    composed = experiment(*TINY, f"output={tmp_path}", "sweep=quick")
     assert from_earlier_sweeps(composed, ["orpo.learning_rate"]) is None
     folder = SweepFolder(tmp_path / "earlier")
     journal = Journal(folder)
@@ -65,7 +65,7 @@ def test_a_plan_learns_from_earlier_sweeps(experiment: Any, tmp_path: Path) -> N
     found = from_earlier_sweeps(composed, ["orpo.learning_rate"])
     assert found is not None and found.seconds == 60 and found.device_s == pytest.approx(20, rel=0.01), "three went together"
     assert "median of 3 trials of earlier" in found.source
-    assert from_earlier_sweeps(experiment(*TINY, f"output={tmp_path}", "sweep=demo", "orpo.max_steps=9"), []) is None
+    assert from_earlier_sweeps(experiment(*TINY, f"output={tmp_path}", "sweep=quick", "orpo.max_steps=9"), []) is None
     words = time_text(found, 30, 3, 2)
     assert "0.333 GPU-hours together, about 10 min with 3 at a time" in words, words
 

@@ -118,9 +118,9 @@ def test_a_folder_is_read_once(tmp_path: Path, experiment: Callable[..., Experim
 
 def test_a_sweep_without_anything_to_learn_is_an_error(tmp_path: Path, experiment: Callable[..., Experiment]) -> None:
     other = make_sweep(tmp_path / "other")
-    composed = experiment("sweep=demo", f"sweep.prior=[{other.path}]")
+    composed = experiment("sweep=quick", f"sweep.prior=[{other.path}]")
     with pytest.raises(ConfigError, match="must have a completed trial with eval/log_odds_chosen in this sweep's space"):
         prior_results(None, composed, to_definition(composed.sweep, composed))
-    composed = experiment("sweep=demo", f"sweep.prior=[{tmp_path}/nowhere]")
+    composed = experiment("sweep=quick", f"sweep.prior=[{tmp_path}/nowhere]")
     with pytest.raises(FolderError):
         prior_results(None, composed, to_definition(composed.sweep, composed))

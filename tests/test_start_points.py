@@ -94,7 +94,7 @@ def test_a_point_outside_is_refused(values: dict[str, Any], words: str) -> None:
 
 def test_the_config_fills_what_is_left_out(experiment: Callable[..., Experiment]) -> None:
     composed = experiment(
-        "sweep=demo", "orpo.learning_rate=0.05", "sweep.start=[{orpo.beta:5},{orpo.beta:1,orpo.learning_rate:0.1}]"
+        "sweep=quick", "orpo.learning_rate=0.05", "sweep.start=[{orpo.beta:5},{orpo.beta:1,orpo.learning_rate:0.1}]"
     )
     source = make_sampler(composed, to_definition(composed.sweep, composed))
     first, second = source.ask(), source.ask()
@@ -123,7 +123,7 @@ def test_a_huge_grid_is_shuffled_without_a_list() -> None:
 
 
 def test_shuffling_goes_with_grids(experiment: Callable[..., Experiment]) -> None:
-    composed = experiment("sweep=demo", "sweep.shuffle=true")
+    composed = experiment("sweep=quick", "sweep.shuffle=true")
     with pytest.raises(ConfigError, match="must go with method grid"):
         make_sampler(composed, to_definition(composed.sweep, composed))
 
@@ -133,7 +133,7 @@ def test_shuffling_goes_with_grids(experiment: Callable[..., Experiment]) -> Non
 )
 def test_under_an_agent_its_server_decides(option: str, experiment: Callable[..., Experiment]) -> None:
     with pytest.raises(ConfigError, match="under `wandb agent` the server of the sweep does"):
-        run_for_agent(experiment("sweep=demo", option), [], {})
+        run_for_agent(experiment("sweep=quick", option), [], {})
 
 
 def test_permutations_differ() -> None:

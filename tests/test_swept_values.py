@@ -119,7 +119,7 @@ def test_without_an_agents_file_the_command_line_stays(tmp_path: Path) -> None:
 
 
 def test_what_the_config_has_is_checked_against_what_the_agent_gave(experiment: Composed, tmp_path: Path) -> None:
-    composed = experiment("sweep=demo", "orpo.beta=1.0")
+    composed = experiment("sweep=quick", "orpo.beta=1.0")
     definition = to_definition(composed.sweep, composed)
     with pytest.raises(LaunchError, match=r"orpo\.beta must be what the agent gave, 0\.1, but the config has 1\.0"):
         point_from_agent(composed, definition, agents_file(tmp_path, {"orpo.beta": 0.1}))

@@ -78,7 +78,9 @@ def _best(winner: Entry, sweep: ReadSweep) -> str:
     sentence = f"Trial {winner.record.index + 1}{_described(winner, sweep.columns)} is the best by {sweep.metric.name}"
     if winner.probability_best is not None and trials > 1:
         assumed = "" if sweep.seeds_known else ", if seeds vary as assumed"
-        sentence += f", with a probability of {show_probability(winner.probability_best)} among {trials}{assumed}"
+        bound = any(entry.rank and entry.violation for entry in sweep.entries)
+        compared = f"the {trials} that meet the constraints" if bound else f"{trials}"
+        sentence += f", with a probability of {show_probability(winner.probability_best)} among {compared}{assumed}"
     return f"{sentence}."
 
 

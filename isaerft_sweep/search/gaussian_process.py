@@ -30,7 +30,7 @@ SPREADS = (0.15, 0.04, 0.01)
 """Standard deviations of the candidates near a leader."""
 FLOOR = 2.0
 """Values this many times further below the median than the best is above it are cut: how bad a bad point is says little of
-where the best is. A trial that diverged or broke a constraint is at the floor."""
+where the best is. A trial that diverged is at the floor."""
 LENGTH_PRIOR = (np.log(0.4), 0.7)
 NOISE_PRIOR = (np.log(0.05), 1.0)
 SCALE_PRIOR = (0.0, 0.7)
@@ -39,6 +39,7 @@ BOUNDS = {"length": (-3.5, 2.0), "noise": (-7.0, 0.5), "scale": (-2.0, 2.0)}
 JITTER = 1e-8
 RELATED = (0.8, 0.0, 0.4, 0.95)
 """Possible correlations between the same point in two sweeps, apart from their offsets; the first until results tell."""
+MOST_VIOLATION = 1e6
 LEAST_OWN = 5
 """Values of this sweep from which their own spread is the unit."""
 OFFSET = 1.0
@@ -188,9 +189,11 @@ class GaussianProcessModel:
         self.free = [key for key, d in self.space.items() if not isinstance(d, Constant)]
         self.pending: dict[str, list[Point]] = {}
         self.observed: list[tuple[Point, float | None]] = []
-        """Points with their values, larger is better; None for one that diverged or broke a constraint."""
+        """Points with their values, larger is better; None for one that diverged."""
         self.earlier: list[list[tuple[Point, float | None]]] = []
         """The same of each earlier sweep."""
+        self.violations: dict[str, float] = {}
+        """How far an observed point breaks the sweep's constraints, by key."""
         self._ranked: tuple[Any, list[dict[str, float]]] | None = None
         self._gain = 0.0
 
@@ -201,10 +204,12 @@ class GaussianProcessModel:
     def add_pending(self, point: Point) -> None:
         self.pending.setdefault(point.key, []).append(point)
 
-    def tell(self, point: Point, values: Sequence[float] | None) -> None:
+    def tell(self, point: Point, values: Sequence[float] | None, violation: float = 0.0) -> None:
         waiting = self.pending.get(point.key)
         if waiting:
-            self.observed.append((waiting.pop(), None if values is None else float(values[0])))
+            told = waiting.pop()
+            self.observed.append((told, None if values is None else float(values[0])))
+            self.violations[told.key] = min(violation, MOST_VIOLATION)
 
     def forget(self, point: Point) -> None:
         waiting = self.pending.get(point.key)
@@ -243,11 +248,32 @@ class GaussianProcessModel:
             both = np.concatenate([x, at]), np.concatenate([y, believed])
             model = _posterior(*both, replace(model.tasks, of=of), logs)
         means = model.predict(x)[0]
-        candidates = self._candidates(number, [observed[i][0].unit for i in np.argsort(-means, kind="stable")])
+        own = [point for point, _ in tasks[0]]
+        broken = np.array([self.violations[point.key] for point in own] + [0.0] * (len(x) - len(own)))
+        # leaders are those that meet the constraints, then those that break them least
+        order = np.lexsort((-means, broken))
+        candidates = self._candidates(number, [observed[i][0].unit for i in order])
         at = np.array([self.coordinates(unit) for unit in candidates])
-        gain = log_expected_improvement(*model.predict(at), best=float((means[task == 0] if self.observed else means).max()))
+        met = (means[task == 0] if own else means)[broken[: len(own) or len(x)] == 0]
+        # without a point that meets the constraints, one is looked for
+        gain = log_expected_improvement(*model.predict(at), best=float(met.max())) if len(met) else np.zeros(len(at))
+        if broken.any():
+            gain = gain + self._log_feasibility(x[: len(own)], broken[: len(own)], at)
         self._gain = sd * float(np.exp(gain.max()))
         return [candidates[i] for i in np.argsort(-gain, kind="stable")]
+
+    def _log_feasibility(self, x: np.ndarray, broken: np.ndarray, at: np.ndarray) -> np.ndarray:
+        """log of the probability that the constraints are met at ``at`` (Gardner et al. 2014, arXiv 1403.5087).
+
+        A process of how far they are broken. Where they are met it is not known by how much: counted as half the median.
+        """
+        from scipy.special import log_ndtr
+
+        margin = float(np.median(broken[broken > 0])) / 2
+        signed = np.log1p(broken / margin) * (broken > 0) - np.log1p(1.0) * (broken == 0)
+        spread = float(signed.std()) or 1.0
+        mean, sd = fit(x, (signed - signed.mean()) / spread).predict(at)
+        return np.asarray(log_ndtr(-(mean + signed.mean() / spread) / sd))
 
     def _candidates(self, number: int, best_first: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
         from scipy.stats import qmc

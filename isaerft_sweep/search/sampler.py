@@ -177,8 +177,8 @@ class Sampler:
         if value is None:
             self._model.tell(point, None)
             return
-        if violation and isinstance(self._model, GaussianProcessModel):
-            self._model.tell(point, None)
+        if isinstance(self._model, GaussianProcessModel):
+            self._model.tell(point, [self.sign * value], violation)
             return
         # TPE looks at the order alone: a point that breaks a constraint is behind all others, by how far it does
         worst = -INFEASIBLE * (1 + min(violation, 1e6))
