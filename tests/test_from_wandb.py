@@ -11,7 +11,7 @@ from helpers.stand_ins import StandInWandb, served
 
 from isaerft_sweep.cli import main
 from isaerft_sweep.naming import run_id
-from isaerft_sweep.results.from_wandb import RunData, read_wandb_sweep, sweep_of_runs
+from isaerft_sweep.results.from_wandb import RemoteSweep, RunData, ranked, read_wandb_sweep
 
 CONFIG = """\
 method: random
@@ -122,9 +122,9 @@ def test_constraints_and_goals_rank_the_runs_of_wandb_too() -> None:
         RunData(f"r{i}", f"r{i}", "finished", f"{i}", {"lr": 0.1 * i}, {"val/acc": acc, "val/cost": cost})
         for i, (acc, cost) in enumerate([(0.9, 4.0), (0.5, 2.0), (0.7, 3.0)])
     ]
-    read = sweep_of_runs("wandb:e/p/s", "s", config, runs, lambda _: [])
+    read = ranked(RemoteSweep("wandb:e/p/s", "s", config, runs, lambda _: []))
     assert [(e.record.run_id, e.violation > 0) for e in read.entries] == [("r2", False), ("r1", False), ("r0", True)]
     goals = {**config, "metrics": [{"name": "val/acc", "goal": "maximize"}, {"name": "val/cost", "goal": "minimize"}]}
     del goals["constraints"], goals["metric"]
-    by_goals = sweep_of_runs("wandb:e/p/s", "s", goals, runs, lambda _: [], prefer={"val/cost": 100.0})
+    by_goals = ranked(RemoteSweep("wandb:e/p/s", "s", goals, runs, lambda _: []), prefer={"val/cost": 100.0})
     assert by_goals.entries[0].record.run_id == "r1" and all(entry.on_front for entry in by_goals.entries)

@@ -72,6 +72,16 @@ def test_a_template_without_system_messages_gets_it_in_the_first_message(
     assert SystemPrompt(tokenizer, TEXT).before(conversation(tokenizer, [{"role": "user", "content": "Hello?"}])) == expected
 
 
+def test_a_second_system_message_is_refused_where_the_template_has_a_default_one(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = WITH_DEFAULT
+    talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello?"}]
+    with pytest.raises(IsaerftError, match="must go with conversations without a system message"):
+        SystemPrompt(tokenizer, TEXT).before(conversation(tokenizer, talk))
+    tokenizer.chat_template = CHATML
+    both = [{"role": "system", "content": TEXT}, *talk]
+    assert SystemPrompt(tokenizer, TEXT).before(conversation(tokenizer, talk)) == conversation(tokenizer, both)
+
+
 def test_a_prompt_written_as_text_gets_a_paragraph(tokenizer: PreTrainedTokenizerBase) -> None:
     assert SystemPrompt(tokenizer, TEXT).before("Once upon") == f"{TEXT}\n\nOnce upon"
     tokenizer.chat_template = None

@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from isaerft_sweep.errors import DataError, ModelError
 
-QUESTION = "\u2042question\u2042"
-"""The user's message of the conversation that is compared."""
+QUESTION, SYSTEM = "\u2042question\u2042", "\u2043system\u2043"
+"""Messages of the conversations that are compared: nothing that a template writes begins or ends like them."""
 
 
 class SystemPrompt:
@@ -25,18 +25,26 @@ class SystemPrompt:
         self.tokenizer, self.text = tokenizer, text
         self._start, self._replaced, self._inserted = "", "", f"{text}\n\n"
         if tokenizer.chat_template:
-            without, with_text = self._rendered(None), self._rendered(text)
-            before = os.path.commonprefix([without, with_text])  # noqa: RUF071  (of texts, not of paths)
-            rest, rest_with = without[len(before) :], with_text[len(before) :]
+            without, with_mark, with_text = (self._rendered(system) for system in (None, SYSTEM, text))
+            before = os.path.commonprefix([without, with_mark])  # noqa: RUF071  (of texts, not of paths)
+            rest, rest_with = without[len(before) :], with_mark[len(before) :]
             after = len(os.path.commonprefix([rest[::-1], rest_with[::-1]]))  # noqa: RUF071
             self._start, self._replaced = before, rest[: len(rest) - after]
-            self._inserted = rest_with[: len(rest_with) - after]
+            self._inserted = with_text[len(before) : len(with_text) - after]
 
     def before(self, prompt: str) -> str:
-        """The prompt with the system prompt: one that the chat template rendered, or one written as text."""
+        """The prompt with the system prompt: one that the chat template rendered, or one written as text.
+
+        Raises DataError where the conversation has a system message of its own in place of the template's default one.
+        """
         start = self._start + self._replaced
         if prompt.startswith(start):
             return self._start + self._inserted + prompt[len(start) :]
+        if self._start and prompt.startswith(self._start):
+            raise DataError(
+                "adapter.system_prompt must go with conversations without a system message where the chat template has a "
+                f"default one, but this one begins with {prompt[:80]!r}. Leave these rows out."
+            )
         return f"{self.text}\n\n{prompt}"
 
     def ids_before(self, prompt: str, ids: list[int]) -> list[int]:
@@ -74,7 +82,7 @@ class SystemPrompt:
             text = self._template([{"role": "system", "content": system}, user])
             if system.strip() in text:
                 return text
-        except Exception:
+        except Exception:  # a template can raise anything, and many do for a system message
             pass
         return self._template([{**user, "content": f"{system}\n\n{QUESTION}"}])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -46,15 +46,14 @@ def read_wandb_sweep(path: str, metric: str | None = None, prefer: Mapping[str, 
     sweep = _call_wandb(path, lambda: wandb.Api(timeout=30).sweep(path))
     by_id = _call_wandb(path, lambda: {run.id: run for run in sweep.runs})
     runs = _call_wandb(path, lambda: [_run_data(run) for run in by_id.values()])
-    return sweep_of_runs(
+    remote = RemoteSweep(
         f"wandb:{path}",
         sweep.id,
         dict(sweep.config),
         runs,
         lambda run_id: _call_wandb(path, lambda: list(by_id[run_id].scan_history())),
-        metric,
-        prefer,
     )
+    return ranked(remote, metric, prefer)
 
 
 @dataclass(frozen=True)
@@ -69,42 +68,37 @@ class RunData:
     summary: Mapping[str, Any]
 
 
-def sweep_of_runs(
-    source: str,
-    sweep_id: str,
-    config: Mapping[str, Any],
-    runs: Iterable[RunData],
-    history: Callable[[str], list[dict[str, Any]]],
-    metric: str | None = None,
-    prefer: Mapping[str, float] | None = None,
-) -> ReadSweep:
-    """The sweep of some runs, ranked.
+@dataclass(frozen=True)
+class RemoteSweep:
+    """A sweep that is no folder of ours. ``source``: where it is, for people. ``sweep_id``: W&B's id of it. ``config``: the
+    sweep file. ``history``: the logged rows of a run, by its id."""
 
-    Args:
-        source: where the sweep is, for people.
-        sweep_id: W&B's id of the sweep.
-        config: the sweep file.
-        runs: its runs.
-        history: the logged rows of a run, by its id.
-        metric: ranks the trials; None: the sweep's own.
-        prefer: weights of the goals of a sweep with several.
-    """
+    source: str
+    sweep_id: str
+    config: Mapping[str, Any]
+    runs: Sequence[RunData]
+    history: Callable[[str], list[dict[str, Any]]]
+
+
+def ranked(remote: RemoteSweep, metric: str | None = None, prefer: Mapping[str, float] | None = None) -> ReadSweep:
+    """The sweep, ranked by ``metric`` (None: its own); ``prefer``: weights of the goals of a sweep with several."""
+    config = remote.config
     constraints, goals = constraints_of(config), goals_of(config)
     own = goals[0] if goals else _metric(config)
     # a goal's direction says which of a summary's values counts
     read_as = {**{c.metric: None for c in constraints}, **{goal.name: goal.goal for goal in goals}, own.name: own.goal}
     read = ReadSweep(
-        name=str(config.get("name") or sweep_id),
-        source=source,
+        name=str(config.get("name") or remote.sweep_id),
+        source=remote.source,
         own=own,
         metric=read_metric_name(metric, own),
-        entries=[_entry(index, run, config, read_as) for index, run in _numbered(sweep_id, runs).items()],
+        entries=[_entry(index, run, config, read_as) for index, run in _numbered(remote.sweep_id, remote.runs).items()],
         space=_space(config),
         constraints=constraints,
         goals=goals if metric is None else (),
         prefer=prefer or {},
-        sweep_id=sweep_id,
-        read_rows=lambda entry: _rows(history(entry.record.run_id)),
+        sweep_id=remote.sweep_id,
+        read_rows=lambda entry: _rows(remote.history(entry.record.run_id)),
     )
     rank(read)
     return read

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from isaerft_sweep.results.from_wandb import RunData, sweep_of_runs
+from isaerft_sweep.results.from_wandb import RemoteSweep, RunData, ranked
 from isaerft_sweep.serve.caller import thinned
 from isaerft_sweep.serve.run_state import SweepRunState
 from isaerft_sweep.serve.runs import HISTORY, ServedRun, rows_in
@@ -76,7 +76,7 @@ def render(taken: Snapshot, surroundings: Callable[[dict[int, str]], Any]) -> st
         rows = rows_in(path, length, HISTORY) if has_rows and run_id in drawn else ()
         return [{"_step": i, **json.loads(text)} for i, text in thinned(list(enumerate(rows)), MAX_ROWS)]
 
-    sweep = sweep_of_runs(taken.source, taken.sweep_id, taken.config, taken.runs, history)
+    sweep = ranked(RemoteSweep(taken.source, taken.sweep_id, taken.config, taken.runs, history))
     if len(taken.runs) > DRAWN:
         sweep.problems.append(f"Curves are drawn of {DRAWN} of {len(taken.runs)} runs.")
     ids = {entry.record.index: entry.record.run_id for entry in sweep.entries}
