@@ -143,6 +143,11 @@ def test_mistakes_in_a_parameter_name_key_value_and_right_form(block: object, sa
         ({"run_cap": 0}, "run_cap must be a whole number of at least 1"),
         ({"run_cap": "3"}, "run_cap must be a whole number"),
         ({"early_terminate": {"type": "envelope"}}, "must be hyperband"),
+        ({"scheduler": {"engine": "nope"}}, "scheduler.engine must be one of wandb, optuna, ax"),
+        ({"scheduler": "optuna"}, "scheduler.engine must be one of wandb, optuna, ax"),
+        ({"scheduler": {"engine": "optuna", "enginee": 1}}, "scheduler has an unknown key 'enginee'"),
+        ({"scheduler": {"engine": "ax", "source": "s.py"}}, "scheduler.source names Python code of your own"),
+        ({"scheduler": {"engine": "optuna", "search_space": "f"}}, "scheduler.search_space names Python code"),
         ({"early_terminate": {"type": "hyperband"}}, "either min_iter, or max_iter and s"),
         ({"early_terminate": {"type": "hyperband", "min_iter": 2, "s": 3}}, "either min_iter, or max_iter and s"),
         ({"early_terminate": {"type": "hyperband", "min_iter": 2, "max_iter": 8}}, "either min_iter, or max_iter and s"),
@@ -265,3 +270,15 @@ def test_the_reference_sweep_is_the_published_one() -> None:
 def test_every_sweep_file_is_valid_and_names_itself_in_its_command(path) -> None:
     read = read_sweep_file(path)
     assert f"sweep={path.stem}" in read.command and "${args_no_hyphens}" in read.command
+
+
+@pytest.mark.parametrize("engine", ["wandb", "optuna", "ax"])
+def test_the_scheduler_of_wandb_is_read_and_our_search_takes_its_place(engine: str) -> None:
+    raw = {
+        "method": "bayes",
+        "metric": {"name": "eval/loss"},
+        "run_cap": 3,
+        "scheduler": {"engine": engine},
+        "parameters": {"orpo.beta": {"min": 0.1, "max": 1.0}},
+    }
+    assert read_sweep(raw).notes == (f"scheduler.engine {engine}: the search is this package's own, method bayes",)

@@ -19,7 +19,21 @@ from isaerft_sweep.specs import split_key
 METHODS = ("grid", "random", "bayes")
 GOALS = ("minimize", "maximize")
 TEXT_KEYS = ("program", "name", "description", "project", "entity")
-TOP_KEYS = ("command", "method", "metric", "metrics", "parameters", "constraints", "early_terminate", "run_cap", *TEXT_KEYS)
+TOP_KEYS = (
+    "command",
+    "method",
+    "metric",
+    "metrics",
+    "parameters",
+    "constraints",
+    "early_terminate",
+    "run_cap",
+    "scheduler",
+    *TEXT_KEYS,
+)
+ENGINES = ("wandb", "optuna", "ax")
+"""Search engines of `wandb sweep-scheduler`."""
+SCHEDULER_KEYS = ("engine", "source", "optimizer", "search_space")
 METRIC_KEYS = ("name", "goal", "target", "impute", "impute_while_running")
 EARLY_KEYS = {"hyperband": ("type", "min_iter", "max_iter", "eta", "s", "strict"), "median": ("type", "min_iter")}
 """Keys of ``early_terminate`` by its type. W&B itself has only hyperband."""
@@ -123,7 +137,25 @@ def read_sweep(raw: Any, ours: bool = True) -> SweepDefinition:
         constraints=read_constraints(raw.get("constraints"), ours),
         command=_read_command(raw.get("command")),
         raw=dict(raw),
+        notes=_read_scheduler(raw.get("scheduler"), str(method)),
     )
+
+
+def _read_scheduler(raw: Any, method: str) -> tuple[str, ...]:
+    """A remark on W&B's block for `wandb sweep-scheduler`, whose place this package's own search takes."""
+    if raw is None:
+        return ()
+    if not isinstance(raw, Mapping) or raw.get("engine") not in ENGINES:
+        raise SpaceError(f"scheduler.engine must be one of {', '.join(ENGINES)} but got {raw!r}.")
+    for key in raw:
+        if key not in SCHEDULER_KEYS:
+            raise SpaceError(f"scheduler has an unknown key '{key}'." + suggest(str(key), SCHEDULER_KEYS))
+    if code := [key for key in SCHEDULER_KEYS[1:] if raw.get(key) is not None]:
+        raise SpaceError(
+            f"scheduler.{code[0]} names Python code of your own that chooses the points, which only `wandb sweep-scheduler` "
+            "runs, with W&B's server. Leave it out: the file's method and parameters decide here."
+        )
+    return (f"scheduler.engine {raw['engine']}: the search is this package's own, method {method}",)
 
 
 def read_parameters(raw: Any, prefix: str = "", ours: bool = True) -> dict[str, Distribution]:

@@ -225,6 +225,7 @@ class Root:
             raise RequestError("a new sweep must have a config.")
         else:
             sweep = server.create_sweep(input.get("entityName"), input.get("projectName"), input["config"], metadata)
+        warnings += sweep.definition.notes if sweep.definition else ()
         return {"sweep": SweepView(self.caller, sweep), "configValidationWarnings": warnings}
 
     def import_sweep(self, input: dict[str, Any]) -> Any:
