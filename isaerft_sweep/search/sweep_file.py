@@ -19,18 +19,8 @@ from isaerft_sweep.specs import split_key
 METHODS = ("grid", "random", "bayes")
 GOALS = ("minimize", "maximize")
 TEXT_KEYS = ("program", "name", "description", "project", "entity")
-TOP_KEYS = (
-    "command",
-    "method",
-    "metric",
-    "metrics",
-    "parameters",
-    "constraints",
-    "early_terminate",
-    "run_cap",
-    "scheduler",
-    *TEXT_KEYS,
-)
+SEARCH_KEYS = ("method", "metric", "metrics", "parameters", "constraints", "early_terminate", "run_cap", "scheduler")
+TOP_KEYS = ("command", *SEARCH_KEYS, *TEXT_KEYS)
 ENGINES = ("wandb", "optuna", "ax")
 """Search engines of `wandb sweep-scheduler`."""
 SCHEDULER_KEYS = ("engine", "source", "optimizer", "search_space")
