@@ -177,11 +177,6 @@ def test_a_bad_override_gets_one_line(override: str, said: str) -> None:
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_random_model_is_not_called_by_the_name_of_another() -> None:
-    with pytest.raises(ConfigError, match="makes a model with random weights"):
-        compose_command(["model=tiny", "model.name=google/gemma-2-2b"])
-
-
 @pytest.mark.parametrize("override", ["orpo.betta=1", "adapter=bia", "orpo.beta"])
 def test_launch_says_it_and_exits_with_2(override: str, launch: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     done = launch(override)

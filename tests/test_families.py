@@ -208,6 +208,12 @@ def test_a_model_without_a_residual_stream_is_refused(experiment: Callable[..., 
         prepare(experiment(*TINY, *options(folder, 64)))
 
 
+def test_random_weights_are_said(experiment: Callable[..., Any]) -> None:
+    """Also where the model's name is that of another one."""
+    said = prepare(experiment(*TINY, "model.name=org/model"))["model"]
+    assert said.startswith("org/model with random weights: 4 layers")
+
+
 def test_a_model_that_sees_later_tokens_is_refused(experiment: Callable[..., Any], tmp_path: Path) -> None:
     folder = saved("bert", tmp_path / "bert")
     with pytest.raises(ModelError, match="the model must be causal, so that a token sees only earlier ones"):

@@ -61,11 +61,6 @@ def check(experiment: Experiment) -> None:
     data, adapter = experiment.data, experiment.adapter
     if data.source == "files" and not data.path:
         raise ConfigError("data.path must name a file when data.source=files. Give it: data.path=/path/pairs.jsonl.")
-    if experiment.model.source == "random" and "/" in experiment.model.name:
-        raise ConfigError(
-            f"model.source=random makes a model with random weights, but model.name={experiment.model.name} is the name of "
-            "another one. Load that: model=hub model.name=ORG/NAME."
-        )
     if not adapter.sites:
         raise ConfigError(
             "adapter.sites must name at least one hook point but is empty. Give one: "

@@ -62,7 +62,7 @@ def classify_interrupted(record: TrialRecord, status: TrialStatus, dispatcher: D
     else:
         event = "its process ended"
     log_tail = dispatcher.log_tail(record.job)
-    if not checkpointed and "error: " not in log_tail:
+    if not checkpointed and not any(line.startswith("error: ") for line in log_tail.splitlines()):
         event, reason = f"{event} without a word", reason or " (killed, out of memory, or the node was lost)"
     lines = f"; its last lines:\n{log_tail}" if log_tail else ""
     return AttemptOutcome(TrialState.FAILED, None, f"{event}{reason}{lines}", seconds, counted=True)

@@ -91,8 +91,9 @@ def prepare(experiment: Experiment, cache: dict[str, Any] | None = None) -> dict
         _check_system_prompt(experiment, config, tokenizer, pairs)
     neutral_key = ("neutral", *model_key, data.neutral_path, max_length)
     once(lambda: read_neutral(data.neutral_path, tokenizer, max_length), *neutral_key)
+    name = f"{model.name} with random weights" if model.source == "random" else model.name
     return {
-        "model": f"{model.name}: {text.num_hidden_layers} layers, hidden size {text.hidden_size}"
+        "model": f"{name}: {text.num_hidden_layers} layers, hidden size {text.hidden_size}"
         + ("" if step_checked else "; too large for a trial step here, so the first trial checks it"),
         "saes": saes,
         "data": f"{data.path or data.name}: {pairs.summary}",
