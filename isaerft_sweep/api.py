@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
     from isaerft_sweep.results.reading import Entry, ReadSweep
 
-WANDB = "wandb:"
-
 
 @dataclass(frozen=True)
 class Trial:
@@ -151,13 +149,9 @@ def load_sweep(source: str | Path, metric: str | None = None, prefer: Mapping[st
     such as ``{"eval/kl_base": 2}``. Raises FolderError when there is no sweep, SpaceError when
     no trial logs that metric.
     """
-    if str(source).startswith(WANDB):
-        from isaerft_sweep.results.from_wandb import read_wandb_sweep
+    from isaerft_sweep.results.from_wandb import read_any_sweep
 
-        return Sweep(read_wandb_sweep(str(source).removeprefix(WANDB), metric, prefer))
-    from isaerft_sweep.results.reading import read_sweep_folder
-
-    return Sweep(read_sweep_folder(Path(source), metric, prefer=prefer))
+    return Sweep(read_any_sweep(str(source), metric, prefer))
 
 
 def run(overrides: Sequence[str] = ()) -> Sweep:

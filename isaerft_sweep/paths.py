@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
+WANDB = "wandb:"
+"""What a sweep's place begins with when it is in W&B: ``wandb:ENTITY/PROJECT/ID``."""
 
 
 def folder(name: str) -> Path:
@@ -26,3 +29,8 @@ def cache_folder(configured: str | None = None) -> Path:
         return Path(chosen).expanduser()
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(base).expanduser() / "isaerft-sweep"
+
+
+def quoted(path: Path | str) -> str:
+    """The path as a shell takes it, for commands that are printed."""
+    return shlex.quote(str(path))

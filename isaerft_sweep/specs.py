@@ -442,9 +442,9 @@ def split_key(key: str) -> tuple[str, str]:
 
 
 def swept_value(experiment: Experiment, key: str) -> Any:
-    """The value of ``experiment`` at a dotted key that a sweep may set."""
+    """The value of ``experiment`` at a dotted key that a sweep may set, as plain data."""
     section, name = split_key(key)
-    return getattr(getattr(experiment, section), name)
+    return to_dict(getattr(getattr(experiment, section), name))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from isaerft_sweep.api import WANDB, load_sweep
+from isaerft_sweep.api import load_sweep
 from isaerft_sweep.cli.argument_types import (
     add_metric_argument,
     add_prompt_arguments,
@@ -17,6 +17,7 @@ from isaerft_sweep.cli.argument_types import (
     weight,
     whole_number,
 )
+from isaerft_sweep.paths import WANDB
 from isaerft_sweep.terminal import make_console
 
 if TYPE_CHECKING:

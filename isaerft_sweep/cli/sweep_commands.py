@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -132,11 +131,12 @@ def _make(args: argparse.Namespace) -> None:
     from isaerft_sweep.config.compose import compose
     from isaerft_sweep.controller.static_array import create_static_trials
     from isaerft_sweep.paths import folder as shipped
+    from isaerft_sweep.paths import quoted
     from isaerft_sweep.results.leaderboard import short_path
 
     folder, trials = create_static_trials(compose(args.overrides), args.overrides)
     template = short_path(shipped("slurm") / "trials.sbatch")
-    script, sweep = shlex.quote(template), shlex.quote(str(folder))
+    script, sweep = quoted(template), quoted(folder)
     print(f"{trials} trials are made. Run them:\n  sbatch --array=0-{trials - 1}%8 {script} {sweep}")
     print(f"then finish what is left, and rank them:\n  isaerft-sweep attach {sweep}")
 

@@ -14,7 +14,7 @@ from isaerft_sweep.errors import ConfigError, SpaceError
 from isaerft_sweep.metrics import GENERATION, HARM
 from isaerft_sweep.search.distributions import Categorical, Conditional, Constant, Distribution, Numeric, Truncated, cases_of
 from isaerft_sweep.search.sweep_file import Metric, SweepDefinition, check_grid, read_parameters, read_sweep_file
-from isaerft_sweep.spec_fields import canonical_json, from_mapping, overrides, to_dict
+from isaerft_sweep.spec_fields import canonical_json, from_mapping, overrides
 from isaerft_sweep.specs import (
     AdapterSpec,
     Experiment,
@@ -211,7 +211,7 @@ def _check_values(definition: SweepDefinition, experiment: Experiment) -> None:
     for key, distribution in _each_case(definition.parameters):
         value_of: dict[str, Any] = {}
         for value in _values_or_limits(distribution):
-            parsed = canonical_json(to_dict(swept_value(experiment.with_params({key: value}), key)))
+            parsed = canonical_json(swept_value(experiment.with_params({key: value}), key))
             if isinstance(distribution, Categorical) and parsed in value_of:
                 raise SpaceError(
                     f"{key}: values must be different from each other but {value_of[parsed]!r} and {value!r} are one."

@@ -28,7 +28,6 @@ from isaerft_sweep.journal.states import FINAL, TrialState
 from isaerft_sweep.search.distributions import contains
 from isaerft_sweep.search.sampler import FixedPoints, Point
 from isaerft_sweep.search.sweep_file import SweepDefinition
-from isaerft_sweep.spec_fields import to_dict
 from isaerft_sweep.specs import Experiment, SweepSpec, swept_value
 from isaerft_sweep.terminal import make_console
 from isaerft_sweep.tracking.late_report import report_late
@@ -123,9 +122,9 @@ def point_from_agent(experiment: Experiment, definition: SweepDefinition, enviro
     Raises LaunchError when the config and the agent's file differ.
     """
     values = agent_values(environment)
-    point = {key: to_dict(swept_value(experiment, key)) for key in (definition.parameters if values is None else values)}
+    point = {key: swept_value(experiment, key) for key in (definition.parameters if values is None else values)}
     for key, value in (values or {}).items():
-        expected = to_dict(swept_value(experiment.with_params({key: value}).with_absolute_paths(), key))
+        expected = swept_value(experiment.with_params({key: value}).with_absolute_paths(), key)
         if point[key] != expected:
             raise LaunchError(
                 f"{key} must be what the agent gave, {expected!r}, but the config has {point[key]!r}. Leave {key} out of "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from isaerft_sweep.controller.prior import Result
@@ -13,6 +14,7 @@ from isaerft_sweep.errors import ConfigError, LaunchError
 from isaerft_sweep.journal.job_refs import WorkerTask
 from isaerft_sweep.journal.journal import Journal
 from isaerft_sweep.journal.layout import SweepFolder
+from isaerft_sweep.paths import quoted
 from isaerft_sweep.scheduling.early_stopping import EarlyStopping
 from isaerft_sweep.scheduling.sweep_state import SweepLimits, SweepState
 from isaerft_sweep.search.pruning import evaluations, make_pruner
@@ -20,7 +22,6 @@ from isaerft_sweep.search.sampler import PointSource, Sampler, ShuffledGrid
 from isaerft_sweep.search.seeded import SEED, SeededPoints
 from isaerft_sweep.search.start_points import StartPoints, point_in
 from isaerft_sweep.search.sweep_file import SweepDefinition
-from isaerft_sweep.spec_fields import to_dict
 from isaerft_sweep.specs import Experiment, LauncherSpec, swept_value
 
 
@@ -43,11 +44,7 @@ def make_sampler(
         own.learn(earlier)
     sampler: PointSource = own
     if sweep.start:
-
-        def of_config(key: str) -> Any:
-            return to_dict(swept_value(experiment, key))
-
-        points = [point_in(definition.parameters, values, of_config) for values in sweep.start]
+        points = [point_in(definition.parameters, values, partial(swept_value, experiment)) for values in sweep.start]
         sampler = StartPoints(sampler, points)
     if sweep.seeds == 1:
         return sampler
@@ -128,7 +125,7 @@ def check_launcher(journal: Journal, launcher: LauncherSpec) -> None:
         raise LaunchError(
             f"trials of {journal.folder.path} that launcher={started_by[0]} "
             f"launcher.resident={str(started_by[1]).lower()} has started may still run: resume the sweep with the same, or "
-            f"end them first: isaerft-sweep cancel {journal.folder.path}."
+            f"end them first: isaerft-sweep cancel {quoted(journal.folder.path)}."
         )
 
 

@@ -15,6 +15,7 @@ from isaerft_sweep.journal.journal import TrialRecord
 from isaerft_sweep.journal.layout import SweepFolder
 from isaerft_sweep.journal.states import TrialState
 from isaerft_sweep.journal.status import NO_STATUS, TrialStatus
+from isaerft_sweep.paths import quoted
 from isaerft_sweep.results.columns import Column, columns_for
 from isaerft_sweep.results.leaderboard import needed_width, short_name, short_path
 from isaerft_sweep.results.reading import read_space
@@ -130,7 +131,9 @@ class LiveView:
         running = [r for r in records if r.state is TrialState.QUEUED and (statuses.get(r.index) or is_process(r.job))]
         lines = [f"log of {r.index + 1}: {short_path(log_path(self.folder, r))}" for r in running[:SHOWN_LOGS]]
         if len(running) > SHOWN_LOGS:
-            lines.append(f"{len(running) - SHOWN_LOGS} more: isaerft-sweep logs {short_path(self.folder.path)} TRIAL -f")
+            lines.append(
+                f"{len(running) - SHOWN_LOGS} more: isaerft-sweep logs {quoted(short_path(self.folder.path))} TRIAL -f"
+            )
         return Text("\n".join(lines), style="dim", overflow="fold")
 
     def _summary(self, records: list[TrialRecord], statuses: Statuses) -> Text:

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from isaerft_sweep.errors import ConfigError, SpaceError
 from isaerft_sweep.journal.atomic_files import read_json, write_json
 from isaerft_sweep.journal.layout import SweepFolder
 from isaerft_sweep.journal.states import TrialState
-from isaerft_sweep.results.from_wandb import read_wandb_sweep
-from isaerft_sweep.results.reading import ReadSweep, read_sweep_folder
+from isaerft_sweep.results.from_wandb import read_any_sweep
+from isaerft_sweep.results.reading import ReadSweep
 from isaerft_sweep.search.point import Point
 from isaerft_sweep.search.start_points import point_in
 from isaerft_sweep.search.sweep_file import SweepDefinition
-from isaerft_sweep.spec_fields import to_dict
 from isaerft_sweep.specs import Experiment, swept_value
 
-WANDB = "wandb:"
 Result = tuple[Point, float | None]
 """A point and its metric; None for a trial that diverged or broke a constraint."""
 
@@ -44,10 +42,7 @@ def prior_results(folder: SweepFolder | None, experiment: Experiment, definition
 
 def _results(source: str, experiment: Experiment, definition: SweepDefinition) -> list[Result]:
     metric = definition.metric.name
-    if source.startswith(WANDB):
-        sweep = read_wandb_sweep(source.removeprefix(WANDB), metric)
-    else:
-        sweep = read_sweep_folder(Path(source), metric)
+    sweep = read_any_sweep(source, metric)
     results = []
     for entry in sweep.entries:
         point = _point(entry.params, sweep, experiment, definition)
@@ -66,14 +61,9 @@ def _results(source: str, experiment: Experiment, definition: SweepDefinition) -
 
 def _point(params: Mapping[str, Any], sweep: ReadSweep, experiment: Experiment, definition: SweepDefinition) -> Point | None:
     """The trial's point in this sweep's space; None when it lies outside."""
-    other = sweep.experiment or experiment
-
-    def of_config(key: str) -> Any:
-        return to_dict(swept_value(other, key))
-
     known = {key: value for key, value in params.items() if key in definition.parameters}
     try:
-        return point_in(definition.parameters, known, of_config)
+        return point_in(definition.parameters, known, partial(swept_value, sweep.experiment or experiment))
     except SpaceError:
         return None
 

@@ -15,6 +15,7 @@ from isaerft_sweep.errors import FolderError
 from isaerft_sweep.journal.journal import Journal, TrialRecord
 from isaerft_sweep.journal.layout import SweepFolder
 from isaerft_sweep.journal.states import TrialState
+from isaerft_sweep.paths import quoted
 from isaerft_sweep.results import leaderboard
 from isaerft_sweep.results.card.model_card import refresh_cards
 from isaerft_sweep.results.reading import read_sweep_folder
@@ -43,7 +44,7 @@ def retry(path: Path, trial: str) -> int:
 def _check(record: TrialRecord, folder: SweepFolder) -> None:
     """Raise FolderError unless a retry may change the outcome."""
     label = f"trial {record.index + 1}, {record.name},"
-    log = f"isaerft-sweep logs {folder.path} {record.index + 1}"
+    log = f"isaerft-sweep logs {quoted(folder.path)} {record.index + 1}"
     if record.state in (TrialState.COMPLETED, TrialState.PRUNED):
         raise FolderError(f"{label} has {record.state}: there is nothing to try again. With another seed: confirm.")
     if record.state == TrialState.DIVERGED:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shlex
 import socket
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from isaerft_sweep.journal.journal import Journal, SweepRecord
 from isaerft_sweep.journal.layout import SweepFolder
 from isaerft_sweep.journal.states import TrialState
 from isaerft_sweep.journal.status import NO_STATUS
+from isaerft_sweep.paths import quoted
 from isaerft_sweep.results.confirm_folder import first_sweep
 from isaerft_sweep.search.sampler import FixedPoints
 from isaerft_sweep.search.sweep_file import Metric, SweepDefinition
@@ -67,8 +67,9 @@ def detach(experiment: Experiment, overrides: Sequence[str]) -> int:
         while controller.poll() is None:
             info = last_controller_info(folder)
             if info and info.pid == controller.pid and has_begun(folder, journal_bytes, info.started):
-                print(f"The sweep is run by {info}.\nfollow it:  isaerft-sweep attach {shlex.quote(str(folder.path))}")
-                print(f"            isaerft-sweep status {folder.path}\nend it:     isaerft-sweep cancel {folder.path}")
+                sweep = quoted(folder.path)
+                print(f"The sweep is run by {info}.\nfollow it:  isaerft-sweep attach {sweep}")
+                print(f"            isaerft-sweep status {sweep}\nend it:     isaerft-sweep cancel {sweep}")
                 return 0
             time.sleep(POLL_S)
     except KeyboardInterrupt:
@@ -118,7 +119,7 @@ def attach(path: Path, here: bool = False) -> int:
     if first := first_sweep(folder):
         raise FolderError(
             f"{folder.path} runs the leaders of {first.path} again, and no controller runs it now. Resume it: "
-            f"isaerft-sweep confirm {first.path}, with the same --top and --seeds."
+            f"isaerft-sweep confirm {quoted(first.path)}, with the same --top and --seeds."
         )
     experiment, info = read_experiment(folder), last_controller_info(folder)
     if not (here or may_resume(folder, experiment)):
@@ -136,7 +137,7 @@ def may_resume(folder: SweepFolder, experiment: Experiment) -> bool:
     if folder.static_array.exists() and (jobs := running_arrays(folder.path)):
         raise FolderError(
             f"SLURM's jobs {', '.join(jobs)} run trials of {folder.path}, which no controller started. Wait for them, or "
-            f"end them: isaerft-sweep cancel {folder.path}."
+            f"end them: isaerft-sweep cancel {quoted(folder.path)}."
         )
     monitor = SweepMonitor(folder.path)
     statuses = monitor.statuses()
@@ -157,7 +158,7 @@ def may_resume(folder: SweepFolder, experiment: Experiment) -> bool:
     raise FolderError(
         f"{left} of {monitor.trials} trials are left, and launcher=local would train them on this machine, {host}, where no "
         f"controller has run this sweep before. If that is right: isaerft-sweep attach --here "
-        f"{shlex.quote(str(folder.path))}. Else give its command with another launcher: python -m isaerft_sweep.launch "
+        f"{quoted(folder.path)}. Else give its command with another launcher: python -m isaerft_sweep.launch "
         f"name={folder.path.name} … launcher=slurm."
     )
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import shlex
 import socket
 import time
 from collections import Counter
@@ -38,6 +37,7 @@ from isaerft_sweep.journal.journal import TrialRecord
 from isaerft_sweep.journal.layout import SweepFolder
 from isaerft_sweep.journal.states import TrialState
 from isaerft_sweep.journal.status import NO_STATUS, TrialStatus
+from isaerft_sweep.paths import quoted
 from isaerft_sweep.results.columns import columns_for
 from isaerft_sweep.results.leaderboard import print_whole
 from isaerft_sweep.results.reading import read_space
@@ -155,7 +155,7 @@ def describe_controller(monitor: SweepMonitor, ended: int) -> str:
                 return f"none: jobs of slurm/trials.sbatch run it ({', '.join(sorted(jobs)[:4])})"
     if monitor.folder.why_ended.is_file():
         return f"none: the sweep has ended after {monitor.folder.why_ended.read_text(encoding='utf-8')}"
-    return f"none: resume it with  isaerft-sweep attach {shlex.quote(str(monitor.folder.path))}"
+    return f"none: resume it with  isaerft-sweep attach {quoted(monitor.folder.path)}"
 
 
 def in_preflight(info: ControllerInfo | None) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from isaerft_sweep.journal.journal import TrialRecord
 from isaerft_sweep.journal.layout import SweepFolder
 from isaerft_sweep.journal.states import TrialState
 from isaerft_sweep.journal.status import TrialStatus
+from isaerft_sweep.paths import quoted
 from isaerft_sweep.results.leaderboard import short_path
 from isaerft_sweep.results.reading import SILENT_S
 
@@ -75,7 +75,7 @@ def given_up_note(records: Iterable[TrialRecord], folder: SweepFolder) -> str:
     numbers = [str(record.index + 1) for record in records if record.given_up]
     single = len(numbers) == 1
     subject, pronoun = (f"Trial {numbers[0]} was", "it") if single else (f"Trials {', '.join(numbers)} were", "them")
-    sweep = shlex.quote(short_path(folder.path))
+    sweep = quoted(short_path(folder.path))
     return (
         f"{subject} given up. The same command tries {pronoun} again, once the cause is fixed; one alone: isaerft-sweep "
         f"retry {sweep} {numbers[0]}; why it failed: isaerft-sweep logs {sweep} {numbers[0]}"

@@ -6,13 +6,15 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from isaerft_sweep.errors import ConfigError, FolderError, SpaceError
 from isaerft_sweep.journal.journal import TrialRecord
 from isaerft_sweep.journal.states import TrialState
 from isaerft_sweep.naming import run_id
-from isaerft_sweep.results.reading import Entry, ReadSweep, constraints_of, goals_of, rank
+from isaerft_sweep.paths import WANDB
+from isaerft_sweep.results.reading import Entry, ReadSweep, constraints_of, goals_of, rank, read_sweep_folder
 from isaerft_sweep.search.distributions import Distribution
 from isaerft_sweep.search.sampler import Point
 from isaerft_sweep.search.sweep_file import Metric, read_metric_name, read_sweep
@@ -32,6 +34,13 @@ MAX_TRIALS = 20_000
 
 T = TypeVar("T")
 _MISSING = object()
+
+
+def read_any_sweep(source: str, metric: str | None = None, prefer: Mapping[str, float] | None = None) -> ReadSweep:
+    """The sweep in a folder (``outputs/NAME``) or in W&B (``wandb:ENTITY/PROJECT/ID``). Raises as its reader does."""
+    if source.startswith(WANDB):
+        return read_wandb_sweep(source.removeprefix(WANDB), metric, prefer)
+    return read_sweep_folder(Path(source), metric, prefer=prefer)
 
 
 def read_wandb_sweep(path: str, metric: str | None = None, prefer: Mapping[str, float] | None = None) -> ReadSweep:

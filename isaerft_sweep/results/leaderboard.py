@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import math
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from isaerft_sweep.journal.atomic_files import write_text
+from isaerft_sweep.paths import quoted
 from isaerft_sweep.results.answer import answer
 from isaerft_sweep.results.caveats import edges
 from isaerft_sweep.results.reading import Entry, ReadSweep
@@ -190,9 +190,9 @@ def notes(sweep: ReadSweep) -> list[Text]:
     lines += [Text(text, style="dim" if text.startswith(("95 %", "expected")) else "yellow") for text in caveats(sweep)]
     if best.folder:
         lines.append(Text(f"Best trial: {best.folder.path}"))
-        lines.append(Text(f"Try it:     isaerft-sweep generate {shlex.quote(short_path(best.folder.path))}"))
+        lines.append(Text(f"Try it:     isaerft-sweep generate {quoted(short_path(best.folder.path))}"))
         if sweep.folder:
-            lines.append(Text(f"See all:    isaerft-sweep report {shlex.quote(short_path(sweep.folder.path))}"))
+            lines.append(Text(f"See all:    isaerft-sweep report {quoted(short_path(sweep.folder.path))}"))
     return lines
 
 

@@ -20,6 +20,7 @@ from isaerft_sweep.journal.journal import TrialRecord, is_held, read_record
 from isaerft_sweep.journal.layout import SweepFolder, TrialFolder
 from isaerft_sweep.journal.states import TrialState
 from isaerft_sweep.journal.status import TrialStatus
+from isaerft_sweep.paths import quoted
 from isaerft_sweep.results.caveats import dependence
 from isaerft_sweep.results.columns import Column, columns_for
 from isaerft_sweep.results.confirm_folder import confirm_folder, confirmation_fingerprint
@@ -162,9 +163,8 @@ class ReadSweep:
         ended = Counter(entry.state for entry in self.entries if entry.record.ended)
         counts = f" So far: {', '.join(f'{n} {state}' for state, n in sorted(ended.items()))}." if ended else ""
         if self.is_run:
-            return (
-                f"no trial has completed yet, and the sweep runs.{counts} Its progress: isaerft-sweep status {self.source}"
-            )
+            progress = f"isaerft-sweep status {quoted(self.source)}"
+            return f"no trial has completed yet, and the sweep runs.{counts} Its progress: {progress}"
         if self.folder is None:
             return f"no run has finished yet.{counts}"
         if self.folder is not None and self.folder.static_array.exists():

@@ -38,6 +38,7 @@ MAX_IMAGES = 24
 MAX_OUTPUT_LINES = 300
 IMAGES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".gif": "image/gif", ".webp": "image/webp"}
 """Media types that are shown in a page, by the file's ending."""
+TABLES = "{{ tables_of(tables) }}"
 STATIC = ("plotly.js", "report.js")
 """Scripts of a sweep's page."""
 
@@ -53,20 +54,22 @@ class Cell:
 
 
 @lru_cache(maxsize=2)
-def _template(body: str) -> jinja2.Template:
+def _template(name: str) -> jinja2.Template:
+    """The template of a whole page, or ``TABLES``, with the macros of tables."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    body = name if name == TABLES else asset(name).read_text(encoding="utf-8")
     return environment.from_string(asset("tables.html.jinja").read_text(encoding="utf-8") + body)
 
 
 def _render(**content: Any) -> str:
     lists = dict.fromkeys(("fields", "forms", "charts", "system", "images", "tables", "trail"), ())
     empty = {**lists, "text": None, "note": "", "output": "", "refresh": REFRESH_S}
-    return _template(asset("serve.html.jinja").read_text(encoding="utf-8")).render({**empty, **content}).lstrip()
+    return _template("serve.html.jinja").render({**empty, **content}).lstrip()
 
 
 def _tables(tables: list[dict[str, Any]]) -> str:
     """The tables alone, as HTML."""
-    return _template("{{ tables_of(tables) }}").render(tables=tables)
+    return _template(TABLES).render(tables=tables)
 
 
 def overview(caller: Caller) -> str:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from isaerft_sweep.results.from_wandb import RemoteSweep, RunData, ranked
@@ -33,29 +31,16 @@ def can_draw() -> bool:
     return find_spec("plotly") is not None
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """A sweep and its runs at one moment: what another thread may read while the server goes on.
+def snapshot(sweep: ServedSweep, runs: list[ServedRun]) -> RemoteSweep:
+    """The sweep now: what another thread may read while the server goes on. Only the first ``DRAWN`` runs have rows."""
+    logs = {run.key.name: (run.path, run.length) for run in runs[:DRAWN] if run.line_counts[HISTORY]}
 
-    ``histories``: of each run its log, how many bytes of it, and whether it has rows.
-    """
+    def history(run_id: str) -> list[dict[str, Any]]:
+        rows = rows_in(*logs[run_id], HISTORY) if run_id in logs else ()
+        return [{"_step": i, **json.loads(text)} for i, text in thinned(list(enumerate(rows)), MAX_ROWS)]
 
-    source: str
-    sweep_id: str
-    config: dict[str, Any]
-    runs: list[RunData]
-    histories: dict[str, tuple[Path, int, bool]]
-
-
-def snapshot(sweep: ServedSweep, runs: list[ServedRun]) -> Snapshot:
-    """The sweep now."""
-    return Snapshot(
-        f"wandb:{sweep.entity}/{sweep.project}/{sweep.id}",
-        sweep.id,
-        dict(sweep.raw),
-        [_data(sweep, run) for run in runs],
-        {run.key.name: (run.path, run.length, bool(run.line_counts[HISTORY])) for run in runs},
-    )
+    source = f"wandb:{sweep.entity}/{sweep.project}/{sweep.id}"
+    return RemoteSweep(source, sweep.id, dict(sweep.raw), [_data(sweep, run) for run in runs], history)
 
 
 def _data(sweep: ServedSweep, run: ServedRun) -> RunData:
@@ -64,19 +49,12 @@ def _data(sweep: ServedSweep, run: ServedRun) -> RunData:
     return RunData(run.key.name, name, str(run.state), f"{run.created:020.3f}", config, json.loads(run.summary))
 
 
-def render(taken: Snapshot, surroundings: Callable[[dict[int, str]], Any]) -> str:
+def render(taken: RemoteSweep, surroundings: Callable[[dict[int, str]], Any]) -> str:
     """The page. ``surroundings``: from the runs' ids by trial number to what the server adds to the page (``Served``)."""
     from isaerft_sweep.results.report.gather import gather
     from isaerft_sweep.results.report.page import render as render_report
 
-    drawn = {run.id for run in taken.runs[:DRAWN]}
-
-    def history(run_id: str) -> list[dict[str, Any]]:
-        path, length, has_rows = taken.histories[run_id]
-        rows = rows_in(path, length, HISTORY) if has_rows and run_id in drawn else ()
-        return [{"_step": i, **json.loads(text)} for i, text in thinned(list(enumerate(rows)), MAX_ROWS)]
-
-    sweep = ranked(RemoteSweep(taken.source, taken.sweep_id, taken.config, taken.runs, history))
+    sweep = ranked(taken)
     if len(taken.runs) > DRAWN:
         sweep.problems.append(f"Curves are drawn of {DRAWN} of {len(taken.runs)} runs.")
     ids = {entry.record.index: entry.record.run_id for entry in sweep.entries}
