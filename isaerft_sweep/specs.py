@@ -327,6 +327,12 @@ class SweepSpec:
         affects_result=False,
     )
     shuffle: bool = option("Whether a grid runs in random order.", False, affects_result=False)
+    emulate: bool = option(
+        "Emulate trials from the recorded gradients of those that have run, to choose the next and to stop when enough is "
+        "known: adapters that add a constant (bias, random, vector), orpo.loss=orpo.",
+        False,
+        omit_from_hash_if_default=True,
+    )
     stop: StopSpec = field(default_factory=StopSpec)
 
 

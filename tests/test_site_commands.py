@@ -55,7 +55,7 @@ def test_the_axis_shows_every_trial() -> None:
 def test_what_doctor_thinks_of_preemption_and_clocks() -> None:
     assert preemption({"PreemptType": "preempt/none"}, 0).state == "good"
     held = preemption({"PreemptType": "preempt/partition_prio", "PreemptMode": "SUSPEND,GANG"}, 0)
-    assert held.state == "good" and "suspended" in held.words
+    assert held.state == "good" and "suspended" in held.text
     short = preemption({"PreemptType": "preempt/qos", "PreemptMode": "REQUEUE"}, 0)
     assert short.state == "warning" and "orpo.checkpoint_every_min" in short.remedy
     assert preemption({"PreemptType": "preempt/qos", "PreemptMode": "REQUEUE"}, 60).state == "good"

@@ -78,7 +78,7 @@ def test_a_job_that_accounting_calls_pending_or_running_lives(site: Site, tmp_pa
     assert dispatcher.alive(refs) == [True, True], "a site's squeue shows nothing of them"
     site.says("sacct", "7_0|RUNNING|n1\n7_1|NODE_FAIL|n2\n")
     assert dispatcher.alive(refs) == [True, False]
-    assert dispatcher.job_exit(refs[1]).words == "SLURM: NODE_FAIL (n2)"
+    assert dispatcher.job_exit(refs[1]).reason == "SLURM: NODE_FAIL (n2)"
     site.says("sacct", "7_0|COMPLETED|n1\n7_1|NODE_FAIL|n2\n")
     assert dispatcher.alive(refs) == [False, False]
     site.says("sacct", "")
@@ -92,10 +92,10 @@ def test_a_job_that_is_completing_for_ever_is_over(site: Site, tmp_path: Path, m
     now = time.monotonic()
     monkeypatch.setattr(slurm.time, "monotonic", lambda: now + slurm.COMPLETING_S + 1)
     assert dispatcher.alive(refs) == [False, True]
-    assert dispatcher.job_exit(refs[0]).words == "SLURM: COMPLETING (n1)" and dispatcher.job_exit(refs[0]).cause == "site"
+    assert dispatcher.job_exit(refs[0]).reason == "SLURM: COMPLETING (n1)" and dispatcher.job_exit(refs[0]).cause == "site"
     site.says("sacct", "7_0|OUT_OF_MEMORY|n1\n")
     assert dispatcher.alive(refs) == [False, True]
-    assert dispatcher.job_exit(refs[0]).words == "SLURM: OUT_OF_MEMORY (n1)"
+    assert dispatcher.job_exit(refs[0]).reason == "SLURM: OUT_OF_MEMORY (n1)"
 
 
 def test_another_cluster_is_named_to_every_command(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +146,7 @@ def test_a_named_cluster_that_is_real(slurm: Bed, tmp_path: Path, monkeypatch: p
     assert dispatcher.alive(refs) == [True, True] and [ref.cluster for ref in refs] == ["bed", "bed"]
     dispatcher.kill(refs)
     wait_for(lambda: not any(dispatcher.alive(refs)), timeout_s=60)
-    assert dispatcher.job_exit(refs[0]).words.startswith("SLURM: CANCELLED")
+    assert dispatcher.job_exit(refs[0]).reason.startswith("SLURM: CANCELLED")
 
 
 BANNERS = (

@@ -306,7 +306,7 @@ def test_accounting_knows_what_squeue_has_forgotten(slurm: Bed, tmp_path: Path, 
     refs = dispatcher.submit_all([Dies(), Dies(), Dies()])  # type: ignore[list-item]
     wait_for(lambda: not any(dispatcher.alive(refs)))
     told = dispatcher.job_exit(refs[0])
-    assert told.words.startswith("SLURM: FAILED")
+    assert told.reason.startswith("SLURM: FAILED")
     slurm.reconfigure("MinJobAge", "2")
     try:
         job = refs[0].id.split("_")[0]
@@ -318,7 +318,7 @@ def test_accounting_knows_what_squeue_has_forgotten(slurm: Bed, tmp_path: Path, 
     for _ in range(2):
         assert later.alive(refs) == [False] * 3
         for ref in refs:
-            assert later.job_exit(ref).words.startswith("SLURM: FAILED") and later.job_exit(ref).cause == told.cause
+            assert later.job_exit(ref).reason.startswith("SLURM: FAILED") and later.job_exit(ref).cause == told.cause
     assert len(calls.read_text().splitlines()) == 1
 
 

@@ -16,7 +16,7 @@ from isaerft_sweep.errors import ConfigError
 from isaerft_sweep.journal.journal import Journal
 from isaerft_sweep.search.distributions import Numeric
 from isaerft_sweep.search.sampler import FixedPoints, Sampler
-from isaerft_sweep.specs import StopSpec
+from isaerft_sweep.specs import StopSpec, SweepSpec
 
 
 @pytest.fixture
@@ -38,11 +38,11 @@ def journal(tmp_path: Path) -> Any:
     ],
 )
 def test_the_reason_has_its_numbers(spec: StopSpec, reason: str, journal: Journal) -> None:
-    assert make_stop_rule(spec, journal, FixedPoints([]))() == reason
+    assert make_stop_rule(SweepSpec(stop=spec), journal, FixedPoints([]))() == reason
 
 
 def test_it_looks_again_only_after_a_trial_has_ended(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
-    rule, looks = StopRule(StopSpec(device_hours=9), journal, FixedPoints([])), []
+    rule, looks = StopRule(SweepSpec(stop=StopSpec(device_hours=9)), journal, FixedPoints([])), []
     monkeypatch.setattr(rule, "_look", lambda: looks.append(1) or "")
     for _ in range(5):
         assert rule() == ""
@@ -55,7 +55,8 @@ def test_the_expected_gain_falls_as_the_optimum_is_known() -> None:
         point = sampler.ask()
         assert point is not None
         sampler.tell(point, -100 * (point.params["x"] - 0.4) ** 2)
-        gains.append(sampler.expected_gain())
+        gain = sampler.expected_gain()
+        gains.append(gain and gain.value)
     assert gains[:5] == [None] * 5 and all(gain is not None and gain >= 0 for gain in gains[5:])
     assert (gains[-1] or 0) < 0.05 < (gains[5] or 0), "in units of the metric"
 

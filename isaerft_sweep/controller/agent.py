@@ -80,7 +80,7 @@ def run_for_agent(experiment: Experiment, overrides: Sequence[str], environment:
 def _check_sweep_options(sweep: SweepSpec) -> None:
     """Raise ConfigError for an option that decides over points: under an agent its server does."""
     default = SweepSpec()
-    names = ("seeds", "start", "prior", "shuffle", "stop")
+    names = ("seeds", "start", "prior", "shuffle", "emulate", "stop")
     given = [name for name in names if getattr(sweep, name) != getattr(default, name)]
     if given:
         raise ConfigError(

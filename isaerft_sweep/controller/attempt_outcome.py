@@ -53,7 +53,7 @@ def classify_interrupted(record: TrialRecord, status: TrialStatus, dispatcher: D
     progressed = status.checkpoint > record.checkpoint
     if checkpointed and job_exit.cause != "person" and progressed:
         return AttemptOutcome(TrialState.STOPPED, None, status.message, seconds)
-    reason = f" ({job_exit.words})" if job_exit.words else ""
+    reason = f" ({job_exit.reason})" if job_exit.reason else ""
     if job_exit.cause == "site" and progressed:
         message = f"its job was ended by the site{reason}; it resumes from a checkpoint"
         return AttemptOutcome(TrialState.STOPPED, None, message, seconds)

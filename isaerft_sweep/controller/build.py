@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from isaerft_sweep.controller.emulated_search import EmulatedSearch, check_emulation
 from isaerft_sweep.controller.prior import Result
 from isaerft_sweep.controller.stop_rule import make_stop_rule
 from isaerft_sweep.controller.trial_factory import TrialFactory
@@ -26,11 +27,18 @@ from isaerft_sweep.specs import Experiment, LauncherSpec, swept_value
 
 
 def make_sampler(
-    experiment: Experiment, definition: SweepDefinition, earlier: Sequence[Sequence[Result]] = ()
+    experiment: Experiment,
+    definition: SweepDefinition,
+    earlier: Sequence[Sequence[Result]] = (),
+    folder: SweepFolder | None = None,
 ) -> PointSource:
     """The sampler of the definition's method; with ``sweep.seeds`` it gives good points new seeds.
 
-    ``earlier``: results of earlier sweeps that it learns from.
+    Args:
+        experiment: the composed config.
+        definition: the sweep file.
+        earlier: results of earlier sweeps that it learns from.
+        folder: the sweep's, in which trials leave what ``sweep.emulate`` needs; None: another process samples.
     """
     sweep, sign = experiment.sweep, definition.metric.sign
     goals = max(1, len(definition.goals))
@@ -43,6 +51,13 @@ def make_sampler(
     if earlier:
         own.learn(earlier)
     sampler: PointSource = own
+    if sweep.emulate:
+        check_emulation(own, experiment, definition)
+        if folder is None:
+            raise ConfigError(
+                "sweep.emulate must go with isaerft_sweep.launch, which chooses the points itself. Leave it out."
+            )
+        sampler = EmulatedSearch(own, experiment, definition, folder)
     if sweep.start:
         points = [point_in(definition.parameters, values, partial(swept_value, experiment)) for values in sweep.start]
         sampler = StartPoints(sampler, points)
@@ -91,7 +106,7 @@ def make_state(
     launcher, definition = factory.experiment.launcher, factory.definition
     reached = None if definition.target is None else definition.reached_by
     retries, failures = launcher.max_retries, launcher.max_failures
-    enough = make_stop_rule(factory.experiment.sweep.stop, journal, sampler)
+    enough = make_stop_rule(factory.experiment.sweep, journal, sampler)
     limits = SweepLimits(trials, retries, failures, reached, definition.violation, definition.others, enough)
     return SweepState(journal, sampler, limits, factory.create, early)
 

@@ -74,6 +74,7 @@ class LiveView:
         if record.state is TrialState.QUEUED:
             line += f", attempt {record.attempt}" if record.attempt > 1 else ""
             line += f", {job}" if (job := job_label(record.job)) else ""
+            line += f"\n  {record.point.note}" if record.point.note and record.attempt == 1 else ""
         if record.metric is not None:
             line += f", {self.metric} {record.metric:.4f}, {record.seconds:.0f} s"
         if record.message and record.state not in (TrialState.COMPLETED, TrialState.PRUNED, TrialState.QUEUED):

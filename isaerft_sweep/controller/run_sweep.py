@@ -88,7 +88,7 @@ def run_sweep(experiment: Experiment, overrides: Sequence[str] = ()) -> int:
     definition = to_definition(experiment.sweep, experiment)
     folder = sweep_folder(experiment, definition)
     earlier = prior_results(folder, experiment, definition) if experiment.sweep.prior else []
-    sampler = make_sampler(experiment, definition, earlier)
+    sampler = make_sampler(experiment, definition, earlier, folder)
     definition = replace(definition, notes=(*definition.notes, *summary(earlier, experiment.sweep.prior)))
     return run_trials(SweepRun(experiment, definition, sampler, folder, overrides))
 
@@ -181,5 +181,5 @@ def _why_ended_early(run: SweepRun, journal: Journal) -> str:
     reached = next((r for r in records if run.definition.reached_by(r.metric) and not r.violation), None)
     if reached is not None:
         return f"trial {reached.index + 1} has reached the sweep file's metric.target, {run.definition.target:g}"
-    enough = make_stop_rule(run.experiment.sweep.stop, journal, run.sampler)()
+    enough = make_stop_rule(run.experiment.sweep, journal, run.sampler)()
     return enough or "the space has no further point"

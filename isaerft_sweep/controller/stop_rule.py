@@ -9,7 +9,7 @@ from isaerft_sweep.journal.journal import Journal
 from isaerft_sweep.results.reading import read_sweep_folder
 from isaerft_sweep.results.statistics import show_probability
 from isaerft_sweep.search.sampler import PointSource
-from isaerft_sweep.specs import StopSpec
+from isaerft_sweep.specs import SweepSpec
 
 LEAST_COMPLETED = 5
 """Trials that must have completed before a sweep can have done enough by its results."""
@@ -18,8 +18,8 @@ LEAST_COMPLETED = 5
 class StopRule:
     """Says why no further trial is to start. It looks again only after a trial has ended."""
 
-    def __init__(self, spec: StopSpec, journal: Journal, sampler: PointSource) -> None:
-        self.spec, self.journal, self.sampler = spec, journal, sampler
+    def __init__(self, sweep: SweepSpec, journal: Journal, sampler: PointSource) -> None:
+        self.spec, self.emulates, self.journal, self.sampler = sweep.stop, sweep.emulate, journal, sampler
         self._seen = -1
         self._reason = ""
 
@@ -35,16 +35,21 @@ class StopRule:
         hours = sum(record.seconds for record in records) / 3600
         if self.spec.device_hours is not None and hours >= self.spec.device_hours:
             return f"{hours:.3g} device-hours are spent (sweep.stop.device_hours={self.spec.device_hours:g})"
-        if sum(record.metric is not None for record in records) < LEAST_COMPLETED:
-            return ""
-        return self._by_gain() or self._by_probability()
+        completed = sum(record.metric is not None for record in records)
+        if (completed >= LEAST_COMPLETED or self.emulates) and (reason := self._by_gain()):
+            return reason
+        return self._by_probability() if completed >= LEAST_COMPLETED else ""
 
     def _by_gain(self) -> str:
-        bound = self.spec.expected_gain
-        gain = self.sampler.expected_gain() if bound is not None else None
-        if bound is None or gain is None or gain >= bound:
+        own = self.spec.expected_gain
+        gain = self.sampler.expected_gain() if own is not None or self.emulates else None
+        if gain is None:
             return ""
-        return f"another trial is expected to gain {gain:.2g} (sweep.stop.expected_gain={bound:g})"
+        bound = gain.negligible if own is None else own
+        if bound is None or gain.value >= bound:
+            return ""
+        why = "a hundredth of the emulated range" if own is None else f"sweep.stop.expected_gain={own:g}"
+        return f"another trial is expected to gain {gain.value:.2g}, less than {bound:.2g} ({why})"
 
     def _by_probability(self) -> str:
         bound = self.spec.probability_best
@@ -63,7 +68,8 @@ class StopRule:
         )
 
 
-def make_stop_rule(spec: StopSpec, journal: Journal, sampler: PointSource) -> Callable[[], str]:
+def make_stop_rule(sweep: SweepSpec, journal: Journal, sampler: PointSource) -> Callable[[], str]:
     """The rule; one that never stops where nothing is set."""
+    spec = sweep.stop
     is_set = any(bound is not None for bound in (spec.probability_best, spec.expected_gain, spec.device_hours))
-    return StopRule(spec, journal, sampler) if is_set else lambda: ""
+    return StopRule(sweep, journal, sampler) if is_set or sweep.emulate else lambda: ""

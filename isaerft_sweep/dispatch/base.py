@@ -30,7 +30,7 @@ class JobExit:
     it, ``trial`` when neither is known.
     """
 
-    words: str = ""
+    reason: str = ""
     cause: Cause = "trial"
 
 

@@ -80,7 +80,7 @@ class SweepRecord:
         self.metric, self.goal = event["metric"], event["goal"]
 
     def _on_trial(self, event: Mapping[str, Any]) -> None:
-        point = Point(event["params"], event["unit"])
+        point = Point(event["params"], event["unit"], event.get("note", ""))
         self.trials[event["index"]] = TrialRecord(event["index"], event["name"], event["run_id"], point)
 
     def _on_dispatch(self, event: Mapping[str, Any]) -> None:

@@ -216,6 +216,11 @@ class TrialFolder:
         return self.path / "latents.npz"
 
     @property
+    def gradients(self) -> Path:
+        """With ``sweep.emulate``, what its training recorded; see ``trial/gradient_record.py``."""
+        return self.path / "gradients.npz"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 

@@ -98,7 +98,7 @@ def calibrate(experiment: Experiment, definition: SweepDefinition, point: Point,
         if status.state is not TrialState.COMPLETED:
             raise LaunchError(
                 f"the calibration must complete but ended as {status.state or 'nothing'}: {status.message} "
-                f"{dispatcher.job_exit(job).words}\n{dispatcher.log_tail(job)}"
+                f"{dispatcher.job_exit(job).reason}\n{dispatcher.log_tail(job)}"
             )
         alone_s = reckon(trial, status, steps, evaluations_per_trial(experiment))
         return Estimate(alone_s, alone_s, f"{orpo.max_steps} steps, run just now by itself")

@@ -49,7 +49,7 @@ def show(console: Console, findings: list[Finding]) -> list[Finding]:
     """Print ``findings`` and return them."""
     for finding in findings:
         console.print(Text.assemble(MARKS[finding.state], "  ", (finding.what, "bold"), ": "), end="")
-        console.print(finding.words, soft_wrap=True, markup=False, highlight=False)
+        console.print(finding.text, soft_wrap=True, markup=False, highlight=False)
         if finding.state != GOOD and finding.remedy:
             console.print(f"         {finding.remedy}", soft_wrap=True, markup=False, highlight=False)
     return findings
@@ -169,7 +169,7 @@ def _run_probe(experiment: Experiment, folder: SweepFolder, ahead_s: float, wait
         dispatcher.kill([job])
     answer = read_json(folder.path / ANSWER)
     if answer is None:
-        text = f"it ended without an answer. {dispatcher.job_exit(job).words}\n{dispatcher.log_tail(job, 20)}"
+        text = f"it ended without an answer. {dispatcher.job_exit(job).reason}\n{dispatcher.log_tail(job, 20)}"
         return [Finding("job", BAD, text, "It needs the same Python environment and output folder as this machine.")]
     findings = [Finding(**finding) for finding in answer["findings"]]
     return [*findings, clocks(answer["ahead_of_disk_s"] - ahead_s)]

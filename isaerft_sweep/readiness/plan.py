@@ -34,9 +34,9 @@ WIDTH = 32
 def plan(console: Console, experiment: Experiment, calibrating: bool) -> None:
     """Print trials, space, time and layout; submits only a calibration. Raises IsaerftError as the sweep would."""
     definition = to_definition(experiment.sweep, experiment)
-    sampler = make_sampler(experiment, definition, prior_results(None, experiment, definition))
-    trials = count_trials(definition, sampler, 0)
     folder = sweep_folder(experiment, definition)
+    sampler = make_sampler(experiment, definition, prior_results(None, experiment, definition), folder)
+    trials = count_trials(definition, sampler, 0)
     console.print(introduction(folder, experiment, definition, sampler, trials, 0), soft_wrap=True, highlight=False)
     known = int(min(trials, sampler.foreseeable))
     points = [point for point in (sampler.ask() for _ in range(min(known, 1000))) if point is not None]

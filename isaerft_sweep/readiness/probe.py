@@ -40,7 +40,7 @@ class Finding:
 
     what: str
     state: str
-    words: str
+    text: str
     remedy: str = ""
 
 
@@ -129,20 +129,20 @@ def shared_folder(folder: Path) -> list[Finding]:
     ]  # fmt: skip
 
 
-def run_check(what: str, check: Callable[[], bool], words: str, remedy: str) -> Finding:
+def run_check(what: str, check: Callable[[], bool], text: str, remedy: str) -> Finding:
     """Run a check that may raise OSError.
 
     Args:
         what: the checked thing.
         check: returns whether it works.
-        words: the finding's text when it works.
+        text: the finding's text when it works.
         remedy: what to do when it does not.
     """
     try:
         works, reason = check(), "it does not work"
     except OSError as error:
         works, reason = False, str(error)
-    return Finding(what, GOOD, words) if works else Finding(what, BAD, reason, remedy)
+    return Finding(what, GOOD, text) if works else Finding(what, BAD, reason, remedy)
 
 
 def scratch(experiment: Experiment) -> Finding:

@@ -102,8 +102,8 @@ def _gain(winner: Entry, sweep: ReadSweep) -> list[str]:
     if name.startswith("eval/"):
         sentences += _test(winner, name.replace("eval/", "test/"), sweep)
     harm = [
-        f"{winner.metrics[metric]:{style}} {words}"
-        for metric, style, words in (
+        f"{winner.metrics[metric]:{style}} {unit}"
+        for metric, style, unit in (
             (KL, ".3f", "nats of KL from the base model per answer token"),
             (NEUTRAL, "+.3f", "nats per token on unrelated text"),
         )

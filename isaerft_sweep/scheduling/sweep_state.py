@@ -176,7 +176,8 @@ class SweepState:
         index = len(self.records)
         name, run_id = self.name_trial(index, point)
         params, unit = dict(point.params), dict(point.unit)
-        self.journal.write("trial", index=index, name=name, run_id=run_id, params=params, unit=unit)
+        note = {"note": point.note} if point.note else {}
+        self.journal.write("trial", index=index, name=name, run_id=run_id, params=params, unit=unit, **note)
         self._unrecorded = None
         return self.records[index]
 

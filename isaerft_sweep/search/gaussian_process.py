@@ -207,9 +207,9 @@ class GaussianProcessModel:
     def tell(self, point: Point, values: Sequence[float] | None, violation: float = 0.0) -> None:
         waiting = self.pending.get(point.key)
         if waiting:
-            told = waiting.pop()
-            self.observed.append((told, None if values is None else float(values[0])))
-            self.violations[told.key] = min(violation, MOST_VIOLATION)
+            point = waiting.pop()
+            self.observed.append((point, None if values is None else float(values[0])))
+            self.violations[point.key] = min(violation, MOST_VIOLATION)
 
     def forget(self, point: Point) -> None:
         waiting = self.pending.get(point.key)

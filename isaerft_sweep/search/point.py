@@ -12,10 +12,11 @@ from isaerft_sweep.spec_fields import canonical_json
 
 @dataclass(frozen=True)
 class Point:
-    """Sampled values by dotted config key; ``unit`` holds each one's u in [0, 1]."""
+    """Sampled values by dotted config key; ``unit`` holds each one's u in [0, 1]. ``note``: why it was chosen, to print."""
 
     params: Mapping[str, Any]
     unit: Mapping[str, float] = field(default_factory=dict)
+    note: str = field(default="", compare=False)
 
     @cached_property
     def key(self) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -33,6 +34,15 @@ MOST_SHUFFLED = 1_000_000
 """Points of a grid whose order is a permutation in memory."""
 ATTEMPTS = 200
 """Draws that may repeat a tried point before the untried points are listed."""
+
+
+@dataclass(frozen=True)
+class Gain:
+    """By how much another trial is expected to better the metric, in its units. ``negligible``: below which a source that
+    knows its own error needs no further trial."""
+
+    value: float
+    negligible: float | None = None
 
 
 class PointSource(Protocol):
@@ -61,7 +71,7 @@ class PointSource(Protocol):
         further goals, larger is better.
         """
 
-    def expected_gain(self) -> float | None:
+    def expected_gain(self) -> Gain | None:
         """By how much another trial is expected to better the metric; None where the source has no model of it."""
 
     def forget(self, point: Point) -> None:
@@ -101,7 +111,7 @@ class FixedPoints:
     def tell(self, point: Point, value: float | None, violation: float = 0.0, others: Sequence[float] = ()) -> None:
         """Nothing follows from it."""
 
-    def expected_gain(self) -> float | None:
+    def expected_gain(self) -> Gain | None:
         """Unknown."""
         return None
 
@@ -132,7 +142,7 @@ class Sampler:
         self.count = 0
         self.goals = goals
         self._model = self._make_model() if method == "bayes" else None
-        self._grid = self._grid_points() if method == "grid" else iter(())
+        self._grid = self.grid_points() if method == "grid" else iter(())
 
     def _make_model(self) -> GaussianProcessModel | _Tpe:
         if self.goals == 1 and 0 < len(self.free) <= MOST_PARAMETERS:
@@ -184,9 +194,10 @@ class Sampler:
         worst = -INFEASIBLE * (1 + min(violation, 1e6))
         self._model.tell(point, [worst] * self.goals if violation else [self.sign * value, *others])
 
-    def expected_gain(self) -> float | None:
-        is_ready = isinstance(self._model, GaussianProcessModel) and self._model.outcomes >= STARTUP[self._model.kind]
-        return self._model.expected_gain(self.count) if is_ready else None  # type: ignore[union-attr]
+    def expected_gain(self) -> Gain | None:
+        if isinstance(self._model, GaussianProcessModel) and self._model.outcomes >= STARTUP[self._model.kind]:
+            return Gain(self._model.expected_gain(self.count))
+        return None
 
     def forget(self, point: Point) -> None:
         if self._model:
@@ -216,21 +227,26 @@ class Sampler:
                 return point
         if self.size == math.inf:
             return None  # unbounded steps of which the draws repeat the tried ones
-        left = [p for p in self._grid_points() if p.key not in self.tried]
+        left = [p for p in self.grid_points() if p.key not in self.tried]
         return left[np.random.default_rng([self.seed, self.count]).integers(len(left))]
 
     def _draw(self, number: int, attempt: int) -> Point:
         if self._model and self._model.outcomes >= STARTUP[self._model.kind] and attempt < ATTEMPTS // 4:
-            return self._point(self._model.suggest(number, attempt))
-        row = _sobol(len(self.free), self.seed, number + attempt)
-        return self._point(dict(zip(self.free, row, strict=True)))
+            return self.point_at(self._model.suggest(number, attempt))
+        return self.quasi_random(number + attempt)
 
-    def _point(self, unit: Mapping[str, float]) -> Point:
+    def quasi_random(self, number: int) -> Point:
+        """Point ``number`` of the quasi-random sequence."""
+        row = _sobol(len(self.free), self.seed, number)
+        return self.point_at(dict(zip(self.free, row, strict=True)))
+
+    def point_at(self, unit: Mapping[str, float]) -> Point:
+        """The point with these u by key; one that is left out is in the middle."""
         params = {key: d.at(unit.get(key, 0.5)) for key, d in self.space.items() if not isinstance(d, Conditional)}
         params = {key: d.at(unit.get(key, 0.5)) for key, d in resolved(self.space, params).items()}
         return Point(params, {key: float(u) for key, u in unit.items()})
 
-    def _grid_points(self) -> Iterator[Point]:
+    def grid_points(self) -> Iterator[Point]:
         """Yield every point, the last parameter varying fastest: a grid may be larger than the memory."""
         for case in cases_of(self.space):
             for number in range(math.prod(int(d.size) for d in case.values())):
@@ -258,7 +274,7 @@ class Sampler:
 class ShuffledGrid(Sampler):
     """A grid in random order: a part of it covers all values."""
 
-    def _grid_points(self) -> Iterator[Point]:
+    def grid_points(self) -> Iterator[Point]:
         rng, size = random.Random(self.seed), int(self.size)  # numpy's generators end at 2**63
         case = resolved(self.space, {})
         if size <= MOST_SHUFFLED:

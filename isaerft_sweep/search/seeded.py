@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from isaerft_sweep.search.sampler import Point, PointSource
+from isaerft_sweep.search.sampler import Gain, Point, PointSource
 from isaerft_sweep.spec_fields import canonical_json
 
 SEED = "orpo.seed"
@@ -63,7 +63,7 @@ class SeededPoints:
         self._values.setdefault(bare.key, {})[seed] = -math.inf if is_bad or value is None else self.sign * value
         self.source.tell(bare, value, violation, others)
 
-    def expected_gain(self) -> float | None:
+    def expected_gain(self) -> Gain | None:
         return self.source.expected_gain()
 
     def forget(self, point: Point) -> None:

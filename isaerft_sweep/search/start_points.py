@@ -7,7 +7,7 @@ from typing import Any
 
 from isaerft_sweep.errors import SpaceError, suggest
 from isaerft_sweep.search.distributions import Categorical, Constant, Distribution, Numeric, equivalent, resolved
-from isaerft_sweep.search.sampler import Point, PointSource
+from isaerft_sweep.search.sampler import Gain, Point, PointSource
 
 
 class StartPoints:
@@ -36,7 +36,7 @@ class StartPoints:
     def tell(self, point: Point, value: float | None, violation: float = 0.0, others: Sequence[float] = ()) -> None:
         self.source.tell(point, value, violation, others)
 
-    def expected_gain(self) -> float | None:
+    def expected_gain(self) -> Gain | None:
         return self.source.expected_gain()
 
     def forget(self, point: Point) -> None:

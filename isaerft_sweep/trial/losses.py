@@ -96,6 +96,10 @@ class OrpoLoss(PreferenceLoss):
     def pair_losses(self, logps: PairLogps) -> torch.Tensor:
         return -(self.beta * logsigmoid(logps.log_odds))
 
+    def odds_ratio(self, logps: PairLogps) -> torch.Tensor:
+        """The odds-ratio term for β = 1, scalar: the loss is NLL + β · it."""
+        return -logsigmoid(logps.log_odds).mean()
+
     def rewards(self, logps: PairLogps) -> tuple[torch.Tensor, torch.Tensor]:
         return self.beta * logps.chosen, self.beta * logps.rejected
 

@@ -128,8 +128,9 @@ def way_through(experiment: Experiment, loaded: LoadedModel, shared: ProcessCach
             "each answer is computed with its own copy of the prompt": wanted.share and not way.share,
             "the model's own forward pass runs, with all logits": wanted.lean and not way.lean,
         }
-        for words in (words for words, is_lost in lost.items() if is_lost):
-            print(f"{words}: {reason}", flush=True)
+        for consequence, is_lost in lost.items():
+            if is_lost:
+                print(f"{consequence}: {reason}", flush=True)
         return way
 
     settings = [to_dict(experiment.model), experiment.cache, launcher.share_prompts, launcher.lean_logits, sites]

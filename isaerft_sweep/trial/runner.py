@@ -42,6 +42,7 @@ from isaerft_sweep.trial.difference_of_means import set_difference_of_means
 from isaerft_sweep.trial.forward.activation_cache import lowest_hook_point, sequences_of
 from isaerft_sweep.trial.forward.strategy import ForwardStrategy
 from isaerft_sweep.trial.generations import held_out_prompts, measure_generations
+from isaerft_sweep.trial.gradient_record import make_record
 from isaerft_sweep.trial.harm import HarmProbe, measure_baseline, measure_harm, read_neutral
 from isaerft_sweep.trial.latent_statistics import learned, write_changes
 from isaerft_sweep.trial.phases import Phases
@@ -249,7 +250,8 @@ def _steps(spec: TrialSpec, phases: Phases, shared: ProcessCache, loaded: _Loade
             fit = partial(set_difference_of_means, model, rows, strength, above, pad, orpo.eval_batch_size)
         elif prompt:
             fit = _nothing
-        context = PassContext(strategy, held_out(after), held_out(loaded) if prompt else None, reference, fit)
+        record = make_record(experiment, model, loop.steps, phases.status.folder.gradients)
+        context = PassContext(strategy, held_out(after), held_out(loaded) if prompt else None, reference, fit, record)
         yield from loop.run(context, make_sparsity(experiment.adapter), resume, evaluate_first)
 
 
@@ -262,8 +264,8 @@ def _cut_off(shared: ProcessCache, checkpoints: list[Path]) -> dict[str, Any]:
 
     That is no fault of its own when its worker has run others before: it has not begun.
     """
-    words = "it goes on from its last checkpoint" if checkpoints else "it had no step to keep"
-    return {"message": f"asked to stop; {words}", **({"begun": False} if shared.served else {})}
+    then = "it resumes from its last checkpoint" if checkpoints else "it had no step to keep"
+    return {"message": f"asked to stop; {then}", **({"begun": False} if shared.served else {})}
 
 
 def _pairs_of(experiment: Experiment, loaded: LoadedModel) -> tuple[Any, ...]:

@@ -30,7 +30,8 @@ from isaerft_sweep.trial.data import Pairs
 from isaerft_sweep.trial.forward.activation_cache import sequences_of
 from isaerft_sweep.trial.forward.batch_layout import TokenLogps
 from isaerft_sweep.trial.forward.strategy import ForwardStrategy
-from isaerft_sweep.trial.losses import PairLogps, make_loss
+from isaerft_sweep.trial.gradient_record import GradientRecord
+from isaerft_sweep.trial.losses import OrpoLoss, PairLogps, make_loss
 from isaerft_sweep.trial.optimizers import make_optimizer, make_schedule
 from isaerft_sweep.trial.pair_batch import PairBatch, pair_batch
 from isaerft_sweep.trial.recorder import Recorder
@@ -59,7 +60,8 @@ class PassContext:
 
     ``strategy``: how batches go through it. ``held_out``: what evaluations read. ``untrained``: what the one before the
     first step reads, where that is something else. ``reference``: the log-probabilities of the model without the adapter,
-    where the loss needs them. ``fit``: sets the adapter's weights in place of training, in a single step.
+    where the loss needs them. ``fit``: sets the adapter's weights in place of training, in a single step. ``record``: of the
+    gradients of the loss's parts.
     """
 
     strategy: ForwardStrategy
@@ -67,6 +69,7 @@ class PassContext:
     untrained: HeldOut | None = None
     reference: Reference | None = None
     fit: Callable[[], None] | None = None
+    record: GradientRecord | None = None
 
 
 @dataclass(frozen=True)
@@ -182,6 +185,14 @@ class TrainLoop:
             evaluate_first: whether to evaluate the untrained model.
         """
         step = load_checkpoint(resume, self.model, self.optimizer, self.schedule) if resume else 0
+        record = context.record
+        if record is not None and not record.resume(step):
+            print(
+                "sweep.emulate: no record of the steps before the checkpoint; nothing is emulated from this trial",
+                flush=True,
+            )
+            record = None
+        context = replace(context, record=record)
         if context.fit is not None:
             self.steps = 1
         if evaluate_first:
@@ -194,6 +205,8 @@ class TrainLoop:
             self.recorder.log(_prefixed("train", metrics), step, self.steps)
             if step % steps_between(self.spec.eval_fraction, self.steps) == 0 or step == self.steps:
                 yield from self._evaluate(step, context)
+            if record is not None and (actions.save or self.recorder.stopped or step == self.steps):
+                record.save(is_last=step == self.steps)
             if actions.save or self.recorder.stopped:
                 save_checkpoint(self.checkpoints, step, self.model, self.optimizer, self.schedule)
                 self.recorder.saved(step)
@@ -209,12 +222,11 @@ class TrainLoop:
         for pairs in batches:
             batch = self._batch(self.pairs.train[pairs], read_prompt=self.loss.reads_prompt)
             logps, tokens = yield from self._forward(batch, context, trains=True)
-            loss = self._loss(logps, tokens) / len(batches)
-            loss.backward()
-            yield BackwardPass()
-            total += float(loss.detach())
+            total += yield from self._backward(logps, tokens, len(batches), context.record)
             mean.add(self._metrics(logps, tokens, batch), batch)
             self.recorder.count_tokens(batch.tokens)
+        if context.record is not None:
+            context.record.finish_step(self.spec.beta)
         limit = self.spec.max_grad_norm or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.trained, limit)
         rate = float(self.schedule.get_last_lr()[0])
@@ -270,9 +282,32 @@ class TrainLoop:
             logps = replace(logps, **context.reference.of(batch, tokens.logps.device))
         return logps, tokens
 
-    def _loss(self, logps: PairLogps, tokens: TokenLogps) -> torch.Tensor:
-        loss = self.loss(logps)
-        return loss if tokens.router_loss is None else loss + self._router_weight * tokens.router_loss
+    def _backward(self, logps: PairLogps, tokens: TokenLogps, batches: int, record: GradientRecord | None) -> Steps[float]:
+        """The backward pass of a batch, or one for each part of its loss that is recorded; the loss.
+
+        Args:
+            logps: of the batch's pairs, made of ``tokens``.
+            tokens: what the forward pass gave.
+            batches: of the optimiser step, which takes their mean.
+            record: of the gradients of the loss's parts.
+        """
+        if record is None:
+            parts = [self.loss(logps)]
+        else:
+            assert isinstance(self.loss, OrpoLoss)
+            parts = [self.loss.nll(logps), self.loss.odds_ratio(logps)]
+        if tokens.router_loss is not None:
+            parts[0] = parts[0] + self._router_weight * tokens.router_loss
+        for number, part in enumerate(parts):
+            is_last = number == len(parts) - 1
+            (part / batches).backward(retain_graph=not is_last)
+            yield BackwardPass(again=not is_last)
+            if record is not None:
+                record.add_part(number)
+                for tensor in tokens.differentiable():
+                    tensor.grad = None
+        whole = parts[0] if record is None else parts[0] + self.spec.beta * parts[1]
+        return float(whole.detach()) / batches
 
     @property
     def _router_weight(self) -> float:

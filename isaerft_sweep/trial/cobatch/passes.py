@@ -37,7 +37,12 @@ class ForwardPass:
 
 @dataclass(frozen=True)
 class BackwardPass:
-    """The backward pass of the last ``ForwardPass``, whose answer's tensors now hold the gradient. Has no answer."""
+    """The backward pass of the last ``ForwardPass``, whose answer's tensors now hold the gradient. Has no answer.
+
+    ``again``: whether another one of the same ``ForwardPass`` follows.
+    """
+
+    again: bool = False
 
 
 Request = ForwardPass | BackwardPass

@@ -15,7 +15,7 @@ from typing import Any, Generic, TextIO, TypeVar
 import torch
 
 from isaerft_sweep.trial.cobatch.multi_trial import MultiTrialModel, measure_trials_per_pass, set_gradients_aside
-from isaerft_sweep.trial.cobatch.passes import ForwardPass, Steps
+from isaerft_sweep.trial.cobatch.passes import BackwardPass, ForwardPass, Steps
 from isaerft_sweep.trial.forward.batch_layout import TokenLogps
 from isaerft_sweep.trial.random_state import RandomState
 
@@ -51,6 +51,8 @@ class RunningTrial(Generic[T]):
         """The last forward pass that the trial requested."""
         self.wants_forward = False
         """True while the trial waits for a forward pass, False for a backward pass."""
+        self.keeps_graph = False
+        """Whether another backward pass follows the one that it waits for."""
         self.held = False
         """Whether its pass was put off, so that it runs together with those of others."""
         self.result: T | None = None
@@ -86,6 +88,7 @@ class RunningTrial(Generic[T]):
             self._state = ProcessState.now()
             outer.restore()
         self.wants_forward = isinstance(request, ForwardPass)
+        self.keeps_graph = isinstance(request, BackwardPass) and request.again
         if isinstance(request, ForwardPass):
             self.forward = request
 
@@ -111,7 +114,9 @@ class RunningTrial(Generic[T]):
         return [output for output, _ in pairs], [gradient for _, gradient in pairs]
 
     def free_graph(self) -> None:
-        self._graph = None
+        """Free the graph, unless another backward pass follows."""
+        if not self.keeps_graph:
+            self._graph = None
 
 
 def run_alone(steps: Steps[T]) -> T:
@@ -194,7 +199,8 @@ def _try_backward(joint: MultiTrialModel | None, trials: Sequence[RunningTrial[A
             for trial, trial_outputs in zip(trials, _run(joint, trials), strict=True):
                 trial.recomputed(trial_outputs)
         starts = [trial.outputs_and_gradients() for trial in trials]
-        torch.autograd.backward([t for outputs, _ in starts for t in outputs], [g for _, grads in starts for g in grads])
+        outputs, gradients = [t for some, _ in starts for t in some], [g for _, some in starts for g in some]
+        torch.autograd.backward(outputs, gradients, retain_graph=any(trial.keeps_graph for trial in trials))
         return True
     except Exception as error:
         if len(trials) == 1:

@@ -1,0 +1,143 @@
+"""Emulated trials: the arithmetic is torch's, and what is interpolated comes near a training that really runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from transformers import get_scheduler
+
+from isaerft_sweep.search.emulator import AdamW, Anchor, Emulator, Interpolation, Recipe
+
+RECIPE = Recipe(learning_rate=0.05, beta=1.0, steps=24, warmup_steps=2, schedule="linear", l1=0.0, max_grad_norm=1.0)
+
+
+def test_adamw_is_torchs() -> None:
+    """To the last bits: torch's vectorised square root is not the nearest number everywhere."""
+    random = torch.Generator().manual_seed(0)
+    parameter = torch.nn.Parameter(torch.zeros(3, 500))
+    theirs = torch.optim.AdamW([parameter], lr=1.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    ours = AdamW((3, 500))
+    for step in range(60):
+        parameter.grad = torch.randn(3, 500, generator=random) * 10 ** float(torch.randn(1, generator=random))
+        theirs.param_groups[0]["lr"] = rate = 0.05 * (1 - step / 60)
+        ours.step(parameter.grad.numpy(), rate)
+        theirs.step()
+        np.testing.assert_allclose(ours.values, parameter.detach().numpy(), rtol=1e-5, atol=2e-7)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant", "constant_with_warmup"])
+@pytest.mark.parametrize("warmup", [0, 3, 40])
+def test_rates_are_those_of_transformers(schedule: str, warmup: int) -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
+    theirs = get_scheduler(schedule, optimizer, num_warmup_steps=warmup, num_training_steps=30)
+    expected = []
+    for _ in range(30):
+        expected.append(theirs.get_last_lr()[0])
+        optimizer.step()
+        theirs.step()
+    ours = replace(RECIPE, learning_rate=0.3, steps=30, warmup_steps=warmup, schedule=schedule).rates
+    np.testing.assert_allclose(ours, expected, rtol=1e-12, atol=1e-15)
+
+
+class Toy:
+    """A loss with curvature and its own batches, of a vector v = b @ decoder, trained by torch."""
+
+    def __init__(self, latents: int = 40, width: int = 12, steps: int = 24) -> None:
+        random = torch.Generator().manual_seed(1)
+        self.decoder = torch.randn(latents, width, generator=random) / 6
+        # batches pull in about the same direction, as pairs with one preference do; the NLL's in part in another one
+        preference, fluency = torch.nn.functional.normalize(torch.randn(2, width, generator=random))
+        noise = 0.1 * torch.randn(2, steps, width, generator=random)
+        self.nll = noise[0] - 0.4 * preference - 0.6 * fluency
+        self.odds = noise[1] - preference
+        self.steps = steps
+
+    def parts(self, v: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        nll = torch.nn.functional.softplus(v @ self.nll[step]) + 0.02 * (v**2).sum()
+        return nll, -torch.nn.functional.logsigmoid(-v @ self.odds[step])
+
+    def gain(self, v: torch.Tensor) -> float:
+        return float(torch.tanh(-v @ self.odds.mean(0) / 3) - 0.02 * (v**2).sum())
+
+    def train(self, recipe: Recipe) -> Anchor:
+        b = torch.nn.Parameter(torch.zeros(len(self.decoder)))
+        optimizer = torch.optim.AdamW([b], lr=recipe.learning_rate, weight_decay=0.0)
+        schedule = get_scheduler(recipe.schedule, optimizer, recipe.warmup_steps, recipe.steps)
+        gradients, vectors = [], []
+        for step in range(recipe.steps):
+            v = b @ self.decoder
+            vectors.append(v.detach())
+            parts = [torch.autograd.grad(part, b, retain_graph=True)[0] for part in self.parts(v, step)]
+            gradients.append(torch.stack(parts))
+            b.grad = parts[0] + recipe.beta * parts[1]
+            torch.nn.utils.clip_grad_norm_([b], recipe.max_grad_norm or math.inf)
+            rate = schedule.get_last_lr()[0]
+            optimizer.step()
+            schedule.step()
+            if recipe.l1:
+                b.data = torch.nn.functional.softshrink(b.data, rate * recipe.l1)
+        vectors.append((b @ self.decoder).detach())
+        seen = torch.stack(vectors)
+        evaluations = {step: {"eval/gain": self.gain(seen[step])} for step in {0, recipe.steps // 2, recipe.steps}}
+        return Anchor(recipe, torch.stack(gradients).numpy(), seen.numpy(), (seen @ self.decoder.T).numpy(), evaluations)
+
+
+@pytest.fixture(scope="module")
+def toy() -> Toy:
+    return Toy()
+
+
+@pytest.fixture(scope="module")
+def emulator(toy: Toy) -> Emulator:
+    points = [(0.2, 5.0), (0.2, 0.3), (0.05, 1.0)]
+    return Emulator([toy.train(replace(RECIPE, learning_rate=lr, beta=beta)) for lr, beta in points])
+
+
+def gains(emulator: Emulator, recipes: list[Recipe]) -> np.ndarray:
+    return emulator.metric("eval/gain").at(emulator.train(recipes))
+
+
+def test_anchors_reproduce_themselves(emulator: Emulator) -> None:
+    recipes = [anchor.recipe for anchor in emulator.anchors]
+    ends = emulator.train(recipes)
+    for end, coordinates in zip(ends, emulator.coordinates, strict=True):
+        np.testing.assert_allclose(end, coordinates[-1], atol=5e-3 * float(np.linalg.norm(coordinates[-1])))
+    truth = [anchor.evaluations[RECIPE.steps]["eval/gain"] for anchor in emulator.anchors]
+    np.testing.assert_allclose(gains(emulator, recipes), truth, atol=5e-3)
+
+
+def test_other_settings_come_near_what_training_gives(toy: Toy, emulator: Emulator) -> None:
+    recipes = [replace(RECIPE, learning_rate=lr, beta=beta) for lr in (0.07, 0.1, 0.14) for beta in (0.5, 1.0, 2.0, 4.0)]
+    truth = np.array([toy.train(recipe).evaluations[RECIPE.steps]["eval/gain"] for recipe in recipes])
+    emulated = gains(emulator, recipes)
+    assert float(np.abs(emulated - truth).max()) < 0.12 * float(np.ptp(truth)), (emulated, truth)
+    assert float(np.corrcoef(emulated, truth)[0, 1]) > 0.99
+
+
+@pytest.mark.parametrize(
+    "change", [{"schedule": "cosine"}, {"warmup_steps": 8}, {"l1": 0.3}, {"max_grad_norm": 0.0}, {"steps": 18}]
+)
+def test_other_recipes_too(change: dict[str, float], toy: Toy, emulator: Emulator) -> None:
+    recipe = replace(RECIPE, learning_rate=0.1, **change)  # type: ignore[arg-type]
+    truth = toy.train(recipe).evaluations[recipe.steps]["eval/gain"]
+    assert float(gains(emulator, [recipe])[0]) == pytest.approx(truth, abs=0.03)
+
+
+def test_recipes_together_end_as_alone(emulator: Emulator) -> None:
+    recipes = [replace(RECIPE, learning_rate=lr) for lr in (0.06, 0.1, 0.15)]
+    together, alone = emulator.train(recipes), np.concatenate([emulator.train([recipe]) for recipe in recipes])
+    np.testing.assert_allclose(together, alone, atol=1e-4)
+
+
+@pytest.mark.parametrize("function", [lambda z: 3 + z[:, 0] - 2 * z[:, 1], lambda z: np.tanh(z[:, 0]) + 0.2 * z[:, 1] ** 2])
+def test_interpolation(function: Callable[[np.ndarray], np.ndarray]) -> None:
+    random = np.random.default_rng(0)
+    known, new = random.uniform(-1, 1, (25, 2)), random.uniform(-0.7, 0.7, (50, 2))
+    fitted = Interpolation(known, function(known))
+    np.testing.assert_allclose(fitted.at(known), function(known), atol=1e-2)
+    np.testing.assert_allclose(fitted.at(new), function(new), atol=0.05)
