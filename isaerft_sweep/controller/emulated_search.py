@@ -83,6 +83,8 @@ class EmulatedSearch:
         self._anchors: dict[str, Anchor] = {}
         self._looked_at: tuple[Any, ...] | None = None
         self._forecast: Forecast | None = None
+        self._why_not = ""
+        """Why the last look gave no forecast."""
 
     @property
     def size(self) -> float:
@@ -93,15 +95,14 @@ class EmulatedSearch:
         return max(1, LEAST_ANCHORS - len(self._outcomes))
 
     def ask(self) -> Point | None:
-        point = next((p for p in self._first if p.key not in self._tried), None)
-        if point is None:
-            point = self._best_emulated()
-        if point is None:
-            point = self.source.ask()
-            if point is not None:
-                self._tried[point.key] = point
+        point = next((p for p in self._first if p.key not in self._tried), None) or self._best_emulated()
+        if point is not None:
+            self.restore(point)
             return point
-        self.restore(point)
+        point = self.source.ask()
+        if point is not None:
+            point = replace(point, note=self._why_not)
+            self._tried[point.key] = point
         return point
 
     def tell(self, point: Point, value: float | None, violation: float = 0.0, others: Sequence[float] = ()) -> None:
@@ -179,6 +180,9 @@ class EmulatedSearch:
         if state != self._looked_at:
             self._read_anchors()
             self._looked_at = state
+            self._why_not = (
+                f"not emulated: {len(self._anchors)} trials have recorded their gradients, {LEAST_ANCHORS} are needed"
+            )
             self._forecast = self._make_forecast() if len(self._anchors) >= LEAST_ANCHORS else None
         return self._forecast
 
@@ -203,7 +207,11 @@ class EmulatedSearch:
         errors = {name: np.array(left_out[name]) - np.array(values[name]) for name in self._names}
         metric = self.definition.metric.name
         error = float(np.sqrt((errors[metric] ** 2).mean()))
-        if not error <= UNUSABLE * float(np.std(values[metric])):
+        spread = float(np.std(values[metric]))
+        if not error <= UNUSABLE * spread:
+            self._why_not = (
+                f"not emulated: the leave-one-out error, {error:.2g}, is too large beside the trials' spread, {spread:.2g}"
+            )
             return None
         points = self._candidates(emulator)
         if not points:
