@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from isaerft_sweep.version import __version__
 
 if TYPE_CHECKING:
     from isaerft_sweep.api import Sweep, Trial, load_sweep, run
@@ -16,3 +16,7 @@ def __getattr__(name: str) -> Any:
     if name in __all__:
         return getattr(import_module("isaerft_sweep.api"), name)
     raise AttributeError(f"module 'isaerft_sweep' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

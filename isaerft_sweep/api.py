@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
-    from isaerft_sweep.results.reading import Entry, ReadSweep
+    from isaerft_sweep.results.sweep_results import RankedTrial, SweepResults
 
 
 @dataclass(frozen=True)
 class Trial:
     """One trial of a sweep: its parameters, metrics and files."""
 
-    _entry: Entry
+    _entry: RankedTrial
 
     @property
     def name(self) -> str:
@@ -61,13 +61,13 @@ class Trial:
     @property
     def path(self) -> Path:
         """The trial's folder. Raises FolderError for a sweep that was read from W&B."""
-        from isaerft_sweep.results.reading import trial_of
+        from isaerft_sweep.results.sweep_results import trial_of
 
         return trial_of(self._entry).path
 
     def history(self) -> list[dict[str, Any]]:
         """What the trial logged: one dict per row, with ``step``, ``time`` (seconds since the epoch) and metrics."""
-        from isaerft_sweep.results.reading import trial_of
+        from isaerft_sweep.results.sweep_results import trial_of
 
         return trial_of(self._entry).read_metrics()
 
@@ -92,7 +92,7 @@ class Trial:
 class Sweep:
     """A sweep's results at the time it was loaded."""
 
-    _read: ReadSweep
+    _read: SweepResults
 
     @property
     def name(self) -> str:

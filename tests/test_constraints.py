@@ -54,6 +54,8 @@ def test_what_a_sweep_file_may_say() -> None:
         ({"eval/kl_base": {"at_most": math.nan}}, "must be a finite number"),
         ({"eval/kl_base": {"at_most": True}}, "must be a finite number"),
         ({"eval/kl_base": {"at_most": "base + 0.1"}}, "is possible for eval/neutral_nll only"),
+        ({"eval/kl_base": {"at_most": 0.1, "at_least": 0.3}}, "at_least must not be above at_most but got 0.3 and 0.1"),
+        ({"eval/kl_base": {"at_most": -1}}, "must be 0 or more"),
         ({"eval/neutral_nll": {"at_most": "base - 0.1"}}, "or 'base \\+ NUMBER' but got"),
     ],
 )

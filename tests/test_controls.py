@@ -23,8 +23,9 @@ from isaerft_sweep.errors import ConfigError, IsaerftError
 from isaerft_sweep.models.loading import load
 from isaerft_sweep.publish.export import export
 from isaerft_sweep.results.answer import answer, methods
-from isaerft_sweep.results.reading import ReadSweep, read_sweep_folder
+from isaerft_sweep.results.reading import read_sweep_folder
 from isaerft_sweep.results.report.write import write_report
+from isaerft_sweep.results.sweep_results import SweepResults
 from isaerft_sweep.spec_fields import to_dict
 from isaerft_sweep.trial.data import load_pairs
 from isaerft_sweep.trial.prepare import prepare
@@ -149,7 +150,7 @@ def test_the_control_needs_no_sae() -> None:
         compose([*TINY, "adapter=random", "adapter.sites=[{layer: 1}]"])
 
 
-def sweep_of_kinds(path: Path) -> ReadSweep:
+def sweep_of_kinds(path: Path) -> SweepResults:
     """The made-up sweep's trials as three kinds: 4 best, a vector, then 3 bias, 2 lora, 1 bias, 0 vector."""
     folder = make_sweep(path)
     kinds = ["vector", "bias", "lora", "bias", "vector"]

@@ -81,6 +81,10 @@ def test_ranked_by_the_front_and_by_preference(tmp_path: Path, capsys: pytest.Ca
     assert "eval/log_odds_chosen, maximize; eval/kl_base, minimize" in shown and "1 ●" in shown
     assert main(["best", str(path), "--prefer", "eval/los=2"]) == 2
     assert "--prefer must name a goal of the sweep" in capsys.readouterr().err
+    assert main(["best", str(path), "--prefer", "eval/kl_base=0", "--prefer", "eval/log_odds_chosen=0"]) == 2
+    assert "--prefer must leave a goal with a weight above 0" in capsys.readouterr().err
+    assert main(["best", str(path), "--prefer", "eval/kl_base=2", "--metric", "eval/nll_loss"]) == 2
+    assert "--prefer must go with a sweep of several goals" in capsys.readouterr().err
     page, _ = write_report(sweep)
     assert "Pareto front" in page.read_text()
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from isaerft_sweep.results.reading import read_sweep_folder, shared_untrained
+from isaerft_sweep.results.reading import read_sweep_folder
+from isaerft_sweep.results.sweep_results import shared_untrained
 
 RECORDED = Path(__file__).parent / "golden" / "sweep-0.1.0.tar.gz"
 LOG_ODDS = {1: -0.0051, 2: -0.0052, 3: -0.0063, 4: -0.0078}

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 import shtab
 
-from isaerft_sweep import __version__
 from isaerft_sweep.cli.adapter_commands import add_adapter_commands
 from isaerft_sweep.cli.result_commands import add_result_commands
 from isaerft_sweep.cli.serve_commands import add_serve_commands
 from isaerft_sweep.cli.sweep_commands import add_sweep_commands
 from isaerft_sweep.guard import guarded
+from isaerft_sweep.version import __version__
 
 DESCRIPTION = "Commands for sweeps and adapters: inspect a sweep, use its best trial, try an adapter."
 

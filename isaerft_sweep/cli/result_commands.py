@@ -21,7 +21,7 @@ from isaerft_sweep.paths import WANDB
 from isaerft_sweep.terminal import make_console
 
 if TYPE_CHECKING:
-    from isaerft_sweep.results.reading import ReadSweep
+    from isaerft_sweep.results.sweep_results import SweepResults
 
 
 def add_result_commands(commands: Any) -> None:
@@ -97,7 +97,8 @@ def _leaderboard(args: argparse.Namespace) -> None:
 
 
 def _best(args: argparse.Namespace) -> None:
-    from isaerft_sweep.results.reading import best_as_json, trial_of
+    from isaerft_sweep.results.reading import best_as_json
+    from isaerft_sweep.results.sweep_results import trial_of
     from isaerft_sweep.spec_fields import overrides
 
     sweep = _read(args)
@@ -120,9 +121,9 @@ def _confirm(args: argparse.Namespace) -> int:
 
 def _report(args: argparse.Namespace) -> None:
     from isaerft_sweep.results.analysis import analyse
-    from isaerft_sweep.results.reading import trial_of
     from isaerft_sweep.results.report.write import write_report
     from isaerft_sweep.results.samples import PROMPTS, as_text, make_samples
+    from isaerft_sweep.results.sweep_results import trial_of
 
     sweep = _read(args)
     if args.generate or args.prompt:
@@ -148,6 +149,6 @@ def _analyze(args: argparse.Namespace) -> None:
     console.print(f"{trial.analysis}; the report shows it too.", soft_wrap=True)
 
 
-def _read(args: argparse.Namespace) -> ReadSweep:
+def _read(args: argparse.Namespace) -> SweepResults:
     """The sweep that the command names: a folder or one in W&B."""
     return load_sweep(args.sweep, args.metric, dict(args.prefer))._read

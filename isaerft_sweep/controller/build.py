@@ -20,7 +20,7 @@ from isaerft_sweep.scheduling.early_stopping import EarlyStopping
 from isaerft_sweep.scheduling.sweep_state import SweepLimits, SweepState
 from isaerft_sweep.search.pruning import evaluations, make_pruner
 from isaerft_sweep.search.sampler import PointSource, Sampler, ShuffledGrid
-from isaerft_sweep.search.seeded import SEED, SeededPoints
+from isaerft_sweep.search.seeded import SEED, WITHOUT_SEEDS, SeededPoints
 from isaerft_sweep.search.start_points import StartPoints, point_in
 from isaerft_sweep.search.sweep_file import SweepDefinition
 from isaerft_sweep.specs import Experiment, LauncherSpec, swept_value
@@ -69,7 +69,14 @@ def make_sampler(
         raise ConfigError(
             f"sweep.seeds={sweep.seeds} gives each point its seeds and must not go with {other}. Leave one out."
         )
-    return SeededPoints(sampler, sweep.seeds, experiment.orpo.seed, sign)
+    configured = experiment.adapter.kind
+    return SeededPoints(
+        sampler,
+        sweep.seeds,
+        experiment.orpo.seed,
+        sign,
+        varies=lambda params: params.get("adapter.kind", configured) not in WITHOUT_SEEDS,
+    )
 
 
 def make_early_stopping(experiment: Experiment, definition: SweepDefinition) -> EarlyStopping | None:

@@ -20,9 +20,10 @@ from isaerft_sweep.results import confirmation
 from isaerft_sweep.results.card.model_card import refresh_cards
 from isaerft_sweep.results.confirm_folder import confirm_folder, confirmation_fingerprint
 from isaerft_sweep.results.leaderboard import print_whole, short_path
-from isaerft_sweep.results.reading import Entry, ReadSweep, read_sweep_folder, trial_of
+from isaerft_sweep.results.reading import read_sweep_folder
+from isaerft_sweep.results.sweep_results import RankedTrial, SweepResults, kind_of, trial_of
 from isaerft_sweep.search.sampler import FixedPoints, Point
-from isaerft_sweep.search.seeded import SEED, without_seed
+from isaerft_sweep.search.seeded import SEED, WITHOUT_SEEDS, without_seed
 from isaerft_sweep.search.sweep_file import SweepDefinition
 from isaerft_sweep.spec_fields import from_mapping, to_dict
 from isaerft_sweep.specs import Experiment
@@ -61,7 +62,8 @@ def confirm(path: Path, metric: str | None, top: int, seeds: int, settings: Sequ
         raise FolderError(f"{sweep.folder.config} must hold the sweep's config, but it is not there or was changed by hand.")
     leaders = find_leaders(sweep)[:top]
     if not leaders:
-        sweep.best()  # raises
+        sweep.best()  # raises, unless a trial completed
+        raise FolderError(f"no trial of {sweep.source} varies over seeds: {', '.join(WITHOUT_SEEDS)} is the same with each.")
     target = confirm_folder(sweep.folder)
     experiment = with_settings(sweep.experiment, settings)
     experiment = dataclasses.replace(experiment, output=str(target.path.parent), name=target.path.name)
@@ -77,21 +79,21 @@ def confirm(path: Path, metric: str | None, top: int, seeds: int, settings: Sequ
     return code
 
 
-def find_leaders(sweep: ReadSweep) -> list[Entry]:
-    """The ranked trials, best first; of those that differ only in their seed the best one."""
-    best_by_point: dict[str, Entry] = {}
+def find_leaders(sweep: SweepResults) -> list[RankedTrial]:
+    """The ranked trials that vary over seeds, best first; of those that differ only in their seed the best one."""
+    best_by_point: dict[str, RankedTrial] = {}
     for entry in sweep.entries:
-        if entry.rank:
+        if entry.rank and kind_of(entry, sweep) not in WITHOUT_SEEDS:
             best_by_point.setdefault(without_seed(entry.params), entry)
     return list(best_by_point.values())
 
 
-def point_with_seed(entry: Entry, seed: int) -> Point:
+def point_with_seed(entry: RankedTrial, seed: int) -> Point:
     """The entry's point with another seed."""
     return Point({**entry.params, SEED: seed}, dict(entry.record.point.unit))
 
 
-def show(console: Console, sweep: ReadSweep) -> None:
+def show(console: Console, sweep: SweepResults) -> None:
     """Print the results of the new seeds."""
     candidates = confirmation.read_confirmation(sweep)
     if not candidates:
@@ -123,7 +125,7 @@ def with_settings(experiment: Experiment, settings: Sequence[str]) -> Experiment
     return changed  # type: ignore[no-any-return]
 
 
-def _check_unchanged(sweep: ReadSweep) -> str:
+def _check_unchanged(sweep: SweepResults) -> str:
     """The first sweep's fingerprint. Raises FolderError when its config, data or SAE have changed."""
     assert sweep.folder is not None and sweep.experiment is not None
     record = read_record(sweep.folder)
@@ -140,7 +142,7 @@ def _check_unchanged(sweep: ReadSweep) -> str:
     return record.fingerprint
 
 
-def _overrides(leader: Entry) -> list[str]:
+def _overrides(leader: RankedTrial) -> list[str]:
     """The overrides of the first sweep's command line that concern a trial."""
     command = shlex.split(trial_of(leader).read_spec().command)
     return command[3 : command.index("sweep=none")] if "sweep=none" in command else []

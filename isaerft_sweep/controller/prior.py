@@ -12,7 +12,7 @@ from isaerft_sweep.journal.atomic_files import read_json, write_json
 from isaerft_sweep.journal.layout import SweepFolder
 from isaerft_sweep.journal.states import TrialState
 from isaerft_sweep.results.from_wandb import read_any_sweep
-from isaerft_sweep.results.reading import ReadSweep
+from isaerft_sweep.results.sweep_results import SweepResults
 from isaerft_sweep.search.point import Point
 from isaerft_sweep.search.start_points import point_in
 from isaerft_sweep.search.sweep_file import SweepDefinition
@@ -59,7 +59,9 @@ def _results(source: str, experiment: Experiment, definition: SweepDefinition) -
     return results
 
 
-def _point(params: Mapping[str, Any], sweep: ReadSweep, experiment: Experiment, definition: SweepDefinition) -> Point | None:
+def _point(
+    params: Mapping[str, Any], sweep: SweepResults, experiment: Experiment, definition: SweepDefinition
+) -> Point | None:
     """The trial's point in this sweep's space; None when it lies outside."""
     known = {key: value for key, value in params.items() if key in definition.parameters}
     try:

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from isaerft_sweep.results.columns import Column
-from isaerft_sweep.results.reading import Entry, ReadSweep, shared_untrained
 from isaerft_sweep.results.statistics import show_probability
+from isaerft_sweep.results.sweep_results import RankedTrial, SweepResults, kind_of, paired_gain, shared_untrained
 from isaerft_sweep.search.seeded import without_seed
 
-KIND = "adapter.kind"
 KL, NEUTRAL = "eval/kl_base", "eval/neutral_nll_rise"
 
 
@@ -25,19 +24,13 @@ class Method:
     kind: str
     trials: int
     completed: int
-    best: Entry | None
+    best: RankedTrial | None
     probability_best: float | None
 
 
-def kind_of(entry: Entry, sweep: ReadSweep) -> str:
-    """The trial's ``adapter.kind``; empty when it is not known."""
-    configured = sweep.experiment.adapter.kind if sweep.experiment else ""
-    return str(entry.params.get(KIND, configured))
-
-
-def methods(sweep: ReadSweep) -> list[Method]:
+def methods(sweep: SweepResults) -> list[Method]:
     """The kinds of adapter that the sweep compares, best first; empty when all trials are of one kind."""
-    by_kind: dict[str, list[Entry]] = {}
+    by_kind: dict[str, list[RankedTrial]] = {}
     for entry in sweep.entries:
         by_kind.setdefault(kind_of(entry, sweep), []).append(entry)
     if len(by_kind) < 2:
@@ -52,7 +45,7 @@ def methods(sweep: ReadSweep) -> list[Method]:
     return sorted(compared, key=lambda m: (m.best is None, m.best.rank if m.best and m.best.rank else 0))
 
 
-def answer(sweep: ReadSweep) -> list[str]:
+def answer(sweep: SweepResults) -> list[str]:
     """Which trial is best and how surely, what it gains and harms, and how the other methods do, a sentence each.
 
     Empty without a winner.
@@ -66,7 +59,7 @@ def answer(sweep: ReadSweep) -> list[str]:
     return sentences
 
 
-def _best(winner: Entry, sweep: ReadSweep) -> str:
+def _best(winner: RankedTrial, sweep: SweepResults) -> str:
     if sweep.goals:
         front = sum(entry.on_front for entry in sweep.entries)
         weights = ", ".join(f"{goal.name} {sweep.prefer.get(goal.name, 1.0):g}" for goal in sweep.goals)
@@ -84,12 +77,12 @@ def _best(winner: Entry, sweep: ReadSweep) -> str:
     return f"{sentence}."
 
 
-def _described(entry: Entry, columns: list[Column]) -> str:
+def _described(entry: RankedTrial, columns: list[Column]) -> str:
     shown = ", ".join(f"{column.name} {column.show(entry.params)}" for column in columns if column.key in entry.params)
     return f" ({shown})" if shown else ""
 
 
-def _gain(winner: Entry, sweep: ReadSweep) -> list[str]:
+def _gain(winner: RankedTrial, sweep: SweepResults) -> list[str]:
     """Its gain over the untrained model, and its harm."""
     name, value = sweep.metric.name, winner.value(sweep.metric.name)
     before = shared_untrained(sweep).get(name)
@@ -99,6 +92,7 @@ def _gain(winner: Entry, sweep: ReadSweep) -> list[str]:
         interval = f" (95 %: {winner.interval[0]:.3g} to {winner.interval[1]:.3g})" if winner.interval else ""
         change = f", from {before:.4f} untrained" if before is not None else ""
         sentences.append(f"{what}{interval}{change}.")
+        sentences += _over_untrained(winner, sweep, before)
     if name.startswith("eval/"):
         sentences += _test(winner, name.replace("eval/", "test/"), sweep)
     harm = [
@@ -112,17 +106,34 @@ def _gain(winner: Entry, sweep: ReadSweep) -> list[str]:
     return [*sentences, f"Its price: {' and '.join(harm)}."] if harm else sentences
 
 
-def _test(winner: Entry, name: str, sweep: ReadSweep) -> list[str]:
+def _over_untrained(winner: RankedTrial, sweep: SweepResults, before: float | None) -> list[str]:
+    """Whether training has helped at all, on the same pairs."""
+    gain = paired_gain(winner, sweep)
+    if gain is None:
+        value = winner.value(sweep.metric.name)
+        is_worse = before is not None and value is not None and sweep.metric.sign * (value - before) <= 0
+        return ["No trial is better than the untrained model."] if is_worse else []
+    mean, interval, pairs = gain
+    on = f"on the same {pairs} pairs" + (f" (95 %: {interval[0]:.3g} to {interval[1]:.3g})" if interval else "")
+    if mean <= 0:
+        return [f"It is no better than the untrained model: {mean:+.4f} {on}. None of these settings helps."]
+    unsure = " The interval contains 0: whether it helps at all is not sure." if interval and interval[0] <= 0 else ""
+    return [f"It gains {mean:.4f} over the untrained model {on}.{unsure}"]
+
+
+def _test(winner: RankedTrial, name: str, sweep: SweepResults) -> list[str]:
     """The metric on the test pairs; empty when there are none."""
     if name not in winner.metrics:
         return []
     pairs = len(winner.scores.get("test_trained", {}).get("pairs", ())) or "the"
     before = shared_untrained(sweep).get(name)
     change = f", from {before:.4f} untrained" if before is not None else ""
-    return [f"On {pairs} test pairs, which no ranking has seen, it has {winner.metrics[name]:.4f}{change}."]
+    gain = paired_gain(winner, sweep, "test_")
+    between = f" (a gain of {gain[1][0]:.3g} to {gain[1][1]:.3g}, 95 %)" if gain and gain[1] else ""
+    return [f"On {pairs} test pairs, which no ranking has seen, it has {winner.metrics[name]:.4f}{change}{between}."]
 
 
-def _method(method: Method, winner: Entry, sweep: ReadSweep) -> str:
+def _method(method: Method, winner: RankedTrial, sweep: SweepResults) -> str:
     """How the best of another method compares."""
     assert method.best is not None
     name, best = sweep.metric.name, method.best
@@ -138,7 +149,7 @@ def _method(method: Method, winner: Entry, sweep: ReadSweep) -> str:
     return f"{sentence}."
 
 
-def trials_by_kind(entries: list[Entry], sweep: ReadSweep) -> dict[str, list[Entry]]:
+def trials_by_kind(entries: list[RankedTrial], sweep: SweepResults) -> dict[str, list[RankedTrial]]:
     """The entries by kind, in the order of their first appearance."""
     order = {kind_of(entry, sweep): None for entry in entries}
     grouped = groupby(sorted(entries, key=lambda e: list(order).index(kind_of(e, sweep))), key=lambda e: kind_of(e, sweep))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from isaerft_sweep.results.columns import Column
-from isaerft_sweep.results.reading import ReadSweep
+from isaerft_sweep.results.sweep_results import SweepResults
 from isaerft_sweep.search.distributions import Categorical, Distribution, Numeric
 from isaerft_sweep.spec_fields import canonical_json
 
@@ -39,13 +39,13 @@ class Axis:
         return math.log10(self.coordinate(value)) if self.kind == "log" else self.coordinate(value)
 
 
-def axes(sweep: ReadSweep) -> list[Axis]:
+def axes(sweep: SweepResults) -> list[Axis]:
     """The swept parameters, learning rate and beta first."""
     labels, swept = {column.key: column.name for column in sweep.columns}, sweep.swept
     return [replace(axis(key, sweep), label=name) for key, name in labels.items() if key in swept]
 
 
-def axis(key: str, sweep: ReadSweep) -> Axis:
+def axis(key: str, sweep: SweepResults) -> Axis:
     """The axis of one swept parameter, from its distribution, or from its values when the distribution is unknown."""
     values = list({canonical_json(e.params[key]): e.params[key] for e in sweep.entries if key in e.params}.values())
     numbers = [value for value in values if isinstance(value, (int, float)) and not isinstance(value, bool)]

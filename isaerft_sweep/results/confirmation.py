@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from isaerft_sweep.results.leaderboard import number, short_name, show_interval
-from isaerft_sweep.results.reading import Entry, ReadSweep
 from isaerft_sweep.results.statistics import show_probability
+from isaerft_sweep.results.sweep_results import RankedTrial, SweepResults
 from isaerft_sweep.search.seeded import SEED, without_seed
 
 
@@ -20,7 +20,7 @@ class Candidate:
     ``values``: the metric by seed, without the first run: being the leader biases that one.
     """
 
-    first: Entry
+    first: RankedTrial
     values: dict[int, float]
 
     @property
@@ -33,7 +33,7 @@ class Candidate:
         return statistics.stdev(self.values.values()) if len(self.values) > 1 else None
 
 
-def read_confirmation(sweep: ReadSweep) -> list[Candidate]:
+def read_confirmation(sweep: SweepResults) -> list[Candidate]:
     """The rerun candidates in the order of the leaderboard; empty without a confirmation."""
     by_point: dict[str, Candidate] = {}
     entries = {without_seed(entry.params): entry for entry in reversed(sweep.entries) if entry.rank}
@@ -44,7 +44,7 @@ def read_confirmation(sweep: ReadSweep) -> list[Candidate]:
     return sorted(by_point.values(), key=lambda candidate: candidate.first.rank or 0)
 
 
-def table(sweep: ReadSweep, candidates: list[Candidate]) -> Table:
+def table(sweep: SweepResults, candidates: list[Candidate]) -> Table:
     """The candidates as a table for a terminal."""
     name = short_name(sweep.metric.name)
     title = f"Leaders with new seeds: {sweep.metric.name}, {sweep.metric.goal}"
@@ -76,7 +76,7 @@ def table(sweep: ReadSweep, candidates: list[Candidate]) -> Table:
     return shown
 
 
-def summary(sweep: ReadSweep) -> str:
+def summary(sweep: SweepResults) -> str:
     """The result in one sentence."""
     best = sweep.best()
     sentence = f"Trial {best.record.index + 1} has the best expected value over seeds and pairs"

@@ -8,8 +8,9 @@ from pathlib import Path
 from isaerft_sweep.errors import FolderError
 from isaerft_sweep.journal.layout import TrialFolder
 from isaerft_sweep.journal.states import TrialState
-from isaerft_sweep.results.reading import is_sweep, read_sweep_folder, trial_of
+from isaerft_sweep.results.reading import is_sweep, read_sweep_folder
 from isaerft_sweep.results.standing import Standing, standings
+from isaerft_sweep.results.sweep_results import trial_of
 
 
 def find_trial(folder: Path, metric: str | None = None) -> tuple[TrialFolder, Standing | None]:

@@ -14,7 +14,8 @@ from isaerft_sweep.journal.journal import TrialRecord
 from isaerft_sweep.journal.states import TrialState
 from isaerft_sweep.naming import run_id
 from isaerft_sweep.paths import WANDB
-from isaerft_sweep.results.reading import Entry, ReadSweep, constraints_of, goals_of, rank, read_sweep_folder
+from isaerft_sweep.results.reading import constraints_of, goals_of, rank, read_sweep_folder
+from isaerft_sweep.results.sweep_results import RankedTrial, SweepResults
 from isaerft_sweep.search.distributions import Distribution
 from isaerft_sweep.search.sampler import Point
 from isaerft_sweep.search.sweep_file import Metric, read_metric_name, read_sweep
@@ -36,14 +37,14 @@ T = TypeVar("T")
 _MISSING = object()
 
 
-def read_any_sweep(source: str, metric: str | None = None, prefer: Mapping[str, float] | None = None) -> ReadSweep:
+def read_any_sweep(source: str, metric: str | None = None, prefer: Mapping[str, float] | None = None) -> SweepResults:
     """The sweep in a folder (``outputs/NAME``) or in W&B (``wandb:ENTITY/PROJECT/ID``). Raises as its reader does."""
     if source.startswith(WANDB):
         return read_wandb_sweep(source.removeprefix(WANDB), metric, prefer)
     return read_sweep_folder(Path(source), metric, prefer=prefer)
 
 
-def read_wandb_sweep(path: str, metric: str | None = None, prefer: Mapping[str, float] | None = None) -> ReadSweep:
+def read_wandb_sweep(path: str, metric: str | None = None, prefer: Mapping[str, float] | None = None) -> SweepResults:
     """The sweep ``entity/project/id``, ranked like a folder's, without intervals: W&B keeps no values per pair.
 
     Raises FolderError when W&B cannot be reached, has no such sweep, or refuses the key.
@@ -89,14 +90,14 @@ class RemoteSweep:
     history: Callable[[str], list[dict[str, Any]]]
 
 
-def ranked(remote: RemoteSweep, metric: str | None = None, prefer: Mapping[str, float] | None = None) -> ReadSweep:
+def ranked(remote: RemoteSweep, metric: str | None = None, prefer: Mapping[str, float] | None = None) -> SweepResults:
     """The sweep, ranked by ``metric`` (None: its own); ``prefer``: weights of the goals of a sweep with several."""
     config = remote.config
     constraints, goals = constraints_of(config), goals_of(config)
     own = goals[0] if goals else _metric(config)
     # a goal's direction says which of a summary's values counts
     read_as = {**{c.metric: None for c in constraints}, **{goal.name: goal.goal for goal in goals}, own.name: own.goal}
-    read = ReadSweep(
+    read = SweepResults(
         name=str(config.get("name") or remote.sweep_id),
         source=remote.source,
         own=own,
@@ -155,7 +156,7 @@ def _space(config: Mapping[str, Any]) -> Mapping[str, Distribution]:
         return {}  # a sweep of unknown parameters is still readable; only the edges of its space are unknown
 
 
-def _entry(index: int, run: RunData, sweep: Mapping[str, Any], read_as: Mapping[str, str | None]) -> Entry:
+def _entry(index: int, run: RunData, sweep: Mapping[str, Any], read_as: Mapping[str, str | None]) -> RankedTrial:
     config, summary = run.config, run.summary
     swept = parameter_names(sweep.get("parameters") or {})
     params = {key: value for key in swept if (value := value_at(config, key, _MISSING)) is not _MISSING}
@@ -165,7 +166,7 @@ def _entry(index: int, run: RunData, sweep: Mapping[str, Any], read_as: Mapping[
     runtime = summary.get("seconds", summary.get("_runtime", 0))  # _runtime is the upload's when a run was synced later
     record = TrialRecord(index, run.name, run.id, Point(params), state=cast(TrialState, STATES.get(run.state, run.state)))
     record.seconds = float(runtime) if is_number(runtime) else 0.0
-    return Entry(record, metrics, {}, state=record.state, device_s=record.seconds)
+    return RankedTrial(record, metrics, {}, state=record.state, device_s=record.seconds)
 
 
 def _plain(summary: Any) -> dict[str, Any]:

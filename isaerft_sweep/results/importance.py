@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from isaerft_sweep.results.axes import Axis, axes
-from isaerft_sweep.results.reading import ReadSweep
+from isaerft_sweep.results.sweep_results import SweepResults
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -25,7 +25,7 @@ class Importance:
     trials: int
 
 
-def importance(sweep: ReadSweep) -> Importance | None:
+def importance(sweep: SweepResults) -> Importance | None:
     """PED-ANOVA (Watanabe et al. 2023, arXiv 2304.10255) of the completed trials; None with too few trials or parameters."""
     swept = axes(sweep)
     ranked = [entry for entry in sweep.entries if entry.rank and all(a.key in entry.params for a in swept)]

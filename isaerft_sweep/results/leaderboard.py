@@ -16,15 +16,15 @@ from isaerft_sweep.journal.atomic_files import write_text
 from isaerft_sweep.paths import quoted
 from isaerft_sweep.results.answer import answer
 from isaerft_sweep.results.caveats import edges
-from isaerft_sweep.results.reading import Entry, ReadSweep
 from isaerft_sweep.results.statistics import MIN_PAIRS, show_probability
+from isaerft_sweep.results.sweep_results import RankedTrial, SweepResults
 
 ALWAYS_SHOWN = ("eval/log_odds_chosen", "eval/rewards/accuracies", "eval/neutral_nll_rise", "eval/kl_base", "eval/nll_loss")
 FRONT = " ●"
 ALSO_SHOWN = ("eval/generation_repeated", "eval/generation_base_nll")
 
 
-def columns(sweep: ReadSweep) -> list[str]:
+def columns(sweep: SweepResults) -> list[str]:
     """The metrics that get a column, the one that ranks first; of a program that is not ours only what it has measured."""
     measured = {name for entry in sweep.entries for name in entry.metrics}
     always = ALWAYS_SHOWN if not measured or any(name in measured for name in ALWAYS_SHOWN) else ()
@@ -33,7 +33,7 @@ def columns(sweep: ReadSweep) -> list[str]:
     return list(dict.fromkeys([sweep.metric.name, *shown]))
 
 
-def table(sweep: ReadSweep, rows: int = 20, width: int | None = None) -> Table:
+def table(sweep: SweepResults, rows: int = 20, width: int | None = None) -> Table:
     """The leaderboard for a terminal, with the untrained model as the last row.
 
     ``width``: characters of the terminal. Less important columns are dropped until the table fits: a truncated number is
@@ -59,7 +59,7 @@ def needed_width(shown: Table) -> int:
     return Console(width=1000, height=100).measure(shown).maximum  # without a height rich ignores it where TERM=dumb
 
 
-def _table(sweep: ReadSweep, rows: int, extra: list[str], with_best: bool, with_time: bool) -> Table:
+def _table(sweep: SweepResults, rows: int, extra: list[str], with_best: bool, with_time: bool) -> Table:
     name = sweep.metric.name
     swept = sweep.columns
     goals = "; ".join(f"{goal.name}, {goal.goal}" for goal in sweep.goals or (sweep.metric,))
@@ -95,17 +95,17 @@ def _table(sweep: ReadSweep, rows: int, extra: list[str], with_best: bool, with_
     return shown
 
 
-def expected_column(sweep: ReadSweep) -> list[str]:
+def expected_column(sweep: SweepResults) -> list[str]:
     """The header of the expected value, shown once it ranks the trials."""
     return ["expected"] if sweep.seeds_known else []
 
 
-def interval_column(sweep: ReadSweep) -> list[str]:
+def interval_column(sweep: SweepResults) -> list[str]:
     """The header of the intervals, if a trial has one."""
     return ["95 %"] if any(entry.interval for entry in sweep.entries) else []
 
 
-def best_column(sweep: ReadSweep) -> list[str]:
+def best_column(sweep: SweepResults) -> list[str]:
     """The header of the probability of being best, if it is known: it says when the spread over seeds is only assumed."""
     if all(entry.probability_best is None for entry in sweep.entries):
         return []
@@ -127,14 +127,14 @@ def short_name(metric: str) -> str:
     return short.get(metric, metric.removeprefix("eval/"))
 
 
-def show_rank(entry: Entry) -> str:
+def show_rank(entry: RankedTrial) -> str:
     """The rank; in brackets for a trial that breaks a constraint, with ``FRONT`` on the Pareto front, a dash for none."""
     if not entry.rank:
         return "–"
     return f"({entry.rank})" if entry.violation else f"{entry.rank}{FRONT * entry.on_front}"
 
 
-def show_interval(entry: Entry) -> str:
+def show_interval(entry: RankedTrial) -> str:
     """``0.02 … 0.23``, with as many digits as its width needs; empty without an interval."""
     if not entry.rank or not entry.interval:
         return ""
@@ -143,7 +143,7 @@ def show_interval(entry: Entry) -> str:
     return f"{low:.{digits}f} … {high:.{digits}f}"
 
 
-def caveats(sweep: ReadSweep) -> list[str]:
+def caveats(sweep: SweepResults) -> list[str]:
     """Problems while reading the sweep, and reasons why the ranking may mislead."""
     texts = [*sweep.problems, *(f"Trial {e.record.index + 1}: {e.problem}" for e in sweep.entries if e.problem)]
     best = sweep.winner
@@ -180,7 +180,7 @@ def caveats(sweep: ReadSweep) -> list[str]:
     return texts
 
 
-def notes(sweep: ReadSweep) -> list[Text]:
+def notes(sweep: SweepResults) -> list[Text]:
     """The caveats and the commands that use the winner."""
     best = sweep.winner
     if best is None:
@@ -196,13 +196,13 @@ def notes(sweep: ReadSweep) -> list[Text]:
     return lines
 
 
-def show(console: Console, sweep: ReadSweep) -> None:
+def show(console: Console, sweep: SweepResults) -> None:
     """Print the leaderboard and its notes."""
     print_whole(console, table(sweep, width=console.width if console.is_terminal else None))
     console.print(*notes(sweep), sep="\n", soft_wrap=True)
 
 
-def write_csv(sweep: ReadSweep, path: Path) -> None:
+def write_csv(sweep: SweepResults, path: Path) -> None:
     """Write all trials and metrics as a CSV file."""
     entries = sweep.entries
     params = sorted({key for e in entries for key in e.params})

@@ -11,9 +11,10 @@ hypotheses, weighted by their marginal likelihood (the same book, equation 2.30,
 
 - the standard deviation of ``g``: a quarter to three times that of the observed values;
 - its length scale: independent points, 0.2, 0.5 or 1.2 of the cube's edge;
-- the standard deviation over seeds: 0 to 1.5 times the typical difference between a point and its neighbour
-  (``SEED_RATIOS``, with weights that fall). Two seeds at one point are data about it; before there are any, this is a prior;
-- the part of it that all trials of a seed share: none or half.
+- the standard deviation over seeds. Before a point has two seeds it is assumed: 0 to 1.5 times the typical difference
+  between a point and its neighbour (``SEED_RATIOS``, with weights that fall), and at least ``Trials.least_seed_sd``. With
+  two seeds at one point it is measured: 0.02 to 1.5 times the standard deviation of all values, each as likely;
+- the part of it that all trials of a seed share: none or half, and nearly all once it is measured.
 """
 
 from __future__ import annotations
@@ -28,12 +29,14 @@ from isaerft_sweep.search.gaussian_process import matern
 
 SEED_RATIOS = {0.05: 0.2, 0.15: 0.1, 0.3: 0.15, 0.5: 0.15, 0.75: 0.15, 1.0: 0.15, 1.5: 0.1}
 """Standard deviation over seeds, divided by the root mean square difference between neighbours: its prior probability."""
-SHARED_BY_SEED = (0.0, 0.5)
+MEASURED_RATIOS = (0.02, 0.03, 0.045, 0.065, 0.1, 0.14, 0.2, 0.27, 0.36, 0.5, 0.7, 1.0, 1.5)
+"""The same, divided by the standard deviation of all trials' values, once some point has two seeds."""
+SHARED_BY_SEED, SHARED_MEASURED = (0.0, 0.5), (0.0, 0.5, 0.9, 1.0)
 """The part of the variance over seeds that all points of a seed share."""
 LENGTH_SCALES = (0.0, 0.2, 0.5, 1.2)
 """0: no point says anything of another."""
-SCALES = (0.25, 0.5, 0.75, 1.0, 1.4, 2.0, 3.0)
-"""Standard deviation of ``g`` divided by that of the observed means."""
+SCALES, SMALL_SCALES = (0.25, 0.5, 0.75, 1.0, 1.4, 2.0, 3.0), (0.02, 0.08)
+"""Standard deviation of ``g`` divided by that of the observed means; the small ones only once seeds are measured."""
 JITTER = 1e-9
 """Of the average variance, added to every variance so that rounding leaves covariances positive."""
 DRAWS = 4000
@@ -63,13 +66,22 @@ class Trials:
 
     ``values`` [trials, pairs]: the metric on each held-out pair; [trials, 1] where only its mean is known. ``point``
     [trials]: the number of each trial's point. ``seed`` [trials]: the number of its seed. ``places`` [points, parameters]:
-    the points on the unit cube; None when they are unknown.
+    the points on the unit cube; None when they are unknown. ``least_seed_sd``: the smallest standard deviation over seeds
+    that is possible while no point has two. ``varies`` [trials]: whether another seed would change the trial; None: each.
     """
 
     values: np.ndarray
     point: np.ndarray
     seed: np.ndarray
     places: np.ndarray | None = None
+    least_seed_sd: float = 0.0
+    varies: np.ndarray | None = None
+
+    @property
+    def seeds_known(self) -> bool:
+        """Whether a point that varies over seeds has two of them."""
+        varying = self.point if self.varies is None else self.point[self.varies]
+        return len(varying) > len(set(varying.tolist()))
 
     @property
     def points(self) -> int:
@@ -149,14 +161,24 @@ def _hypotheses(trials: Trials, means: np.ndarray, within: np.ndarray) -> Iterat
     same_seed = (trials.seed[:, None] == trials.seed[None, :]).astype(float)
     kept: list[tuple[float, np.ndarray, np.ndarray, float]] = []
     # with one seed in all, what trials share through it cannot be separated from mu
-    shared_parts = SHARED_BY_SEED if len(set(trials.seed.tolist())) > 1 else (0.0,)
-    grid = list(itertools.product(SCALES, SEED_RATIOS.items(), shared_parts))
+    several = len(set(trials.seed.tolist())) > 1
+    known, spread_of_all = trials.seeds_known, float(means.std(ddof=1))
+    shared_parts = (SHARED_MEASURED if known else SHARED_BY_SEED) if several else (0.0,)
+    ratios = dict.fromkeys(MEASURED_RATIOS, 1 / len(MEASURED_RATIOS)) if known else SEED_RATIOS
+    grid = list(itertools.product((*SMALL_SCALES, *SCALES) if known else SCALES, ratios.items(), shared_parts))
+    varies = np.ones(len(means)) if trials.varies is None else trials.varies.astype(float)
     for kernel in _kernels(trials):
         neighbours = _neighbour_difference(kernel, trials.places)
-        scales = [scale * means.std(ddof=1) for scale, _, _ in grid]
-        seed_sds = [scale * ratio * neighbours for scale, (_, (ratio, _), _) in zip(scales, grid, strict=True)]
+        scales = [scale * spread_of_all for scale, _, _ in grid]
+        if known:
+            seed_sds = [ratio * spread_of_all for _, (ratio, _), _ in grid]
+        else:
+            seed_sds = [
+                max(trials.least_seed_sd, scale * ratio * neighbours)
+                for scale, (_, (ratio, _), _) in zip(scales, grid, strict=True)
+            ]
         noises = [
-            within + sd**2 * ((1 - shared) * np.eye(len(means)) + shared * same_seed)
+            within + sd**2 * ((1 - shared) * np.eye(len(means)) + shared * same_seed) * np.outer(varies, varies)
             for sd, (_, _, shared) in zip(seed_sds, grid, strict=True)
         ]
         spread = design @ kernel @ design.T
@@ -194,11 +216,13 @@ def _log_likelihoods(means: np.ndarray, covariances: np.ndarray) -> np.ndarray:
 
     ``covariances`` [hypotheses, trials, trials].
     """
+    from scipy.linalg import solve_triangular
+
     count = len(means)
     jitter = JITTER * np.trace(covariances, axis1=1, axis2=2)[:, None, None] / count * np.eye(count)
     factors = np.linalg.cholesky(covariances + jitter)
-    right = np.broadcast_to(np.stack([means, np.ones(count)], axis=1), (len(covariances), count, 2))
-    solved = np.linalg.solve(factors, right)
+    right = np.stack([means, np.ones(count)], axis=1)
+    solved = np.stack([solve_triangular(factor, right, lower=True, check_finite=False) for factor in factors])
     ones = (solved[..., 1] ** 2).sum(axis=1)
     across = (solved[..., 0] * solved[..., 1]).sum(axis=1)
     rest = (solved[..., 0] ** 2).sum(axis=1) - across**2 / ones

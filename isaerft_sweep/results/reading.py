@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,191 +14,28 @@ import yaml
 
 from isaerft_sweep.errors import ConfigError, FolderError, SpaceError
 from isaerft_sweep.journal.journal import TrialRecord, is_held, read_record
-from isaerft_sweep.journal.layout import SweepFolder, TrialFolder
+from isaerft_sweep.journal.layout import SweepFolder
 from isaerft_sweep.journal.states import TrialState
 from isaerft_sweep.journal.status import TrialStatus
-from isaerft_sweep.paths import quoted
-from isaerft_sweep.results.caveats import dependence
-from isaerft_sweep.results.columns import Column, columns_for
 from isaerft_sweep.results.confirm_folder import confirm_folder, confirmation_fingerprint
 from isaerft_sweep.results.cost import device_seconds
 from isaerft_sweep.results.pareto import fronts, preference, weights_of
-from isaerft_sweep.results.statistics import pair_values
 from isaerft_sweep.results.sureness import assess
+from isaerft_sweep.results.sweep_results import RankedTrial, SweepResults
 from isaerft_sweep.search.constraints import Constraint, read_constraints, violation
 from isaerft_sweep.search.distributions import Distribution
+from isaerft_sweep.search.seeded import without_seed
 from isaerft_sweep.search.sweep_file import Metric, read_goals, read_metric_name, read_sweep
-from isaerft_sweep.specs import Experiment, OrpoSpec
+from isaerft_sweep.specs import Experiment
 
 UNREADABLE, GONE = "unreadable", "deleted"
 SILENT_S = 300.0
 """A worker without a controller counts as dead after this time without a heartbeat."""
 
 
-@dataclass
-class Entry:
-    """One trial, ranked by the requested metric; ``rank`` is None when it did not complete.
-
-    ``state``: from the journal, or from the worker's status while the job runs. ``problem``: why the trial's files cannot
-    be read, else empty. ``violation``: how far the trial's metrics break the sweep's constraints.
-    ``device_s``: device time of all attempts; time shared with other trials is divided among them.
-    ``scores``: those of each held-out pair, from ``TrialFolder.read_evaluation``. ``expected``, ``interval``: posterior mean
-    and 95 % interval of the metric's expected value over seeds and pairs; an interval alone, over the pairs, where there is
-    one trial. ``probability_best``: that this expected value is the best of all trials.
-    """
-
-    record: TrialRecord
-    metrics: dict[str, float]
-    untrained: dict[str, float]
-    scores: dict[str, Any] = field(default_factory=dict)
-    folder: TrialFolder | None = None
-    rank: int | None = None
-    expected: float | None = None
-    interval: tuple[float, float] | None = None
-    probability_best: float | None = None
-    state: str = ""
-    violation: float = 0.0
-    problem: str = ""
-    device_s: float = 0.0
-    on_front: bool = False
-    """Whether no other trial is at least as good in every goal and better in one; false for sweeps with one goal."""
-
-    @property
-    def params(self) -> Mapping[str, Any]:
-        return self.record.point.params
-
-    def value(self, metric: str) -> float | None:
-        """The final value of the metric; None when it is missing or not finite."""
-        value = self.metrics.get(metric)
-        return value if value is not None and math.isfinite(value) else None
-
-    def pair_values(self, metric: str, orpo: OrpoSpec | None) -> tuple[list[str], np.ndarray] | None:
-        """Names of the held-out pairs and the metric on each [pairs], without pairs on which it is not finite.
-
-        ``orpo``: the sweep's settings, for what the trial's params do not set.
-        """
-        trained = self.scores.get("trained")
-        beta = self.params.get("orpo.beta", orpo.beta if orpo else None)
-        loss = self.params.get("orpo.loss", orpo.loss if orpo else "orpo")
-        values = pair_values(metric, trained, beta, loss) if trained and beta is not None else None
-        if not trained or values is None:
-            return None
-        finite = np.isfinite(values)
-        return [name for name, is_finite in zip(trained["pairs"], finite, strict=True) if is_finite], values[finite]
-
-
-@dataclass
-class ReadSweep:
-    """A sweep's ranked trials. ``own``: the metric that the sweep optimises. ``metric``: the one that ranks the trials.
-
-    ``space``: distributions of the swept parameters, empty when unknown. ``experiment``: the composed config. ``source``:
-    the sweep's folder or URL. ``is_run``: whether a controller or an array runs it. ``read_rows``: returns a trial's logged
-    rows. ``problems``: what else could not be read, one message each. ``constraints``: those of the sweep file.
-    ``confirmation``: the trials of ``isaerft-sweep confirm``. ``seeds_known``: whether a point has two seeds, so that the
-    spread over seeds is measured and trials are ranked by ``expected``. ``seed_sd``: that spread, a standard deviation.
-    """
-
-    name: str
-    source: str
-    own: Metric
-    metric: Metric
-    entries: list[Entry]
-    space: Mapping[str, Distribution] = field(default_factory=dict)
-    constraints: tuple[Constraint, ...] = ()
-    experiment: Experiment | None = None
-    folder: SweepFolder | None = None
-    sweep_id: str = ""
-    fingerprint: str = ""
-    is_run: bool = False
-    problems: list[str] = field(default_factory=list)
-    goals: tuple[Metric, ...] = ()
-    """All metrics of a sweep with several goals, while it is ranked by them."""
-    prefer: Mapping[str, float] = field(default_factory=dict)
-    """Weights of the goals; 1 where there is none."""
-    confirmation: list[Entry] = field(default_factory=list)
-    seeds_known: bool = False
-    seed_sd: float | None = None
-    read_rows: Callable[[Entry], list[dict[str, Any]]] = lambda _: []
-
-    @property
-    def winner(self) -> Entry | None:
-        """The first trial, if it has completed and meets the constraints."""
-        return next((entry for entry in self.entries if entry.rank == 1 and not entry.violation), None)
-
-    def best(self) -> Entry:
-        """The winner. Raises FolderError when no trial has completed yet, or none meets the constraints."""
-        winner = self.winner
-        if winner is None:
-            raise FolderError(f"the sweep {self.source} has no winner: {self.why_unranked()}")
-        return winner
-
-    def best_command(self) -> str:
-        """The command that runs the winner again. Raises FolderError as ``best``."""
-        return trial_of(self.best()).read_spec().command
-
-    def why_unranked(self) -> str:
-        """Why no trial has a rank."""
-        completed = [entry for entry in self.entries if entry.record.state == TrialState.COMPLETED]
-        if not completed:
-            return self._why_incomplete()
-        if self.entries[0].rank == 1:
-            nearest = self.entries[0]
-            values = ", ".join(f"{c.metric} {nearest.metrics.get(c.metric, math.nan):.4g}" for c in self.constraints)
-            bounds = ", ".join(map(str, self.constraints))
-            return (
-                f"none of {len(completed)} completed trials meets the constraints ({bounds}). "
-                f"The nearest is trial {nearest.record.index + 1}: {values}. Search a milder range, or relax it."
-            )
-        logged = sorted({name for entry in completed for name in entry.metrics if name.startswith("eval/")})
-        return (
-            f"{len(completed)} trials have completed but none has {self.metric.name}. Rank by another with --metric: "
-            f"{', '.join(logged) or 'none was logged'}."
-        )
-
-    def _why_incomplete(self) -> str:
-        """Why no trial has completed."""
-        ended = Counter(entry.state for entry in self.entries if entry.record.ended)
-        counts = f" So far: {', '.join(f'{n} {state}' for state, n in sorted(ended.items()))}." if ended else ""
-        if self.is_run:
-            progress = f"isaerft-sweep status {quoted(self.source)}"
-            return f"no trial has completed yet, and the sweep runs.{counts} Its progress: {progress}"
-        if self.folder is None:
-            return f"no run has finished yet.{counts}"
-        if self.folder is not None and self.folder.static_array.exists():
-            return f"no trial has completed yet.{counts} Submit slurm/trials.sbatch again for those that are left."
-        if not self.entries:
-            return "no trial was made: the check before the first one failed, or was interrupted. Run its command again."
-        return f"no trial has completed yet.{counts} Run its command again to resume it."
-
-    @property
-    def swept(self) -> list[str]:
-        """The parameters that have more than one value."""
-        values: dict[str, set[str]] = {}
-        for entry in self.entries:
-            for key, value in entry.params.items():
-                values.setdefault(key, set()).add(repr(value))
-        return [key for key, different in values.items() if len(different) > 1]
-
-    @property
-    def columns(self) -> list[Column]:
-        """The swept parameters as the columns of a table."""
-        return columns_for((entry.params for entry in self.entries), self.space)
-
-    @property
-    def orpo(self) -> OrpoSpec | None:
-        """Loss and optimiser of the trials whose params do not set them."""
-        return self.experiment.orpo if self.experiment else None
-
-    @property
-    def dependence(self) -> list[str]:
-        """Why the trials cannot be compared by the metric that ranks them; empty when they can."""
-        loss = self.orpo.loss if self.orpo else "orpo"
-        return dependence(self.metric.name, self.swept, self.metric.goal, loss)
-
-
 def read_sweep_folder(
     path: Path, metric: str | None = None, ending: bool = False, prefer: Mapping[str, float] | None = None
-) -> ReadSweep:
+) -> SweepResults:
     """The sweep in ``path``, ranked. Raises FolderError when ``path`` has no sweep.
 
     Args:
@@ -221,7 +55,7 @@ def read_sweep_folder(
     if len(parts) > 1:
         _number(entries)
     own, content = Metric(record.metric, record.goal), _sweep_file_content(folder)
-    sweep = ReadSweep(
+    sweep = SweepResults(
         name=folder.path.name,
         source=str(folder.path),
         own=own,
@@ -250,7 +84,7 @@ def read_sweep_folder(
     return sweep
 
 
-def _confirmation(sweep: ReadSweep) -> list[Entry]:
+def _confirmation(sweep: SweepResults) -> list[RankedTrial]:
     """The trials that rerun this sweep's leaders with new seeds."""
     if sweep.folder is None or not confirm_folder(sweep.folder).journal.is_file():
         return []
@@ -259,7 +93,7 @@ def _confirmation(sweep: ReadSweep) -> list[Entry]:
     return [] if is_unrelated else again.entries
 
 
-def _array_runs(folder: SweepFolder, entries: list[Entry]) -> bool:
+def _array_runs(folder: SweepFolder, entries: list[RankedTrial]) -> bool:
     """Whether a worker of a static array, which has no controller, sent a recent heartbeat."""
     if not folder.static_array.exists():
         return False
@@ -268,12 +102,12 @@ def _array_runs(folder: SweepFolder, entries: list[Entry]) -> bool:
     return any(folder.read_status().heartbeat > oldest_alive for folder in running)
 
 
-def _entry(record: TrialRecord, sweep: SweepFolder) -> Entry:
+def _entry(record: TrialRecord, sweep: SweepFolder) -> RankedTrial:
     """The trial from its folder. An unreadable one gets a ``problem``, so that the others are still shown."""
     folder = sweep.trial(record.name)
     if record.attempt and not folder.path.is_dir():
         problem = f"its folder {folder.path} is missing, so the trial has no rank. Restore it."
-        return Entry(record, {}, {}, state=GONE, problem=problem)
+        return RankedTrial(record, {}, {}, state=GONE, problem=problem)
     try:
         status, scores = folder.read_status(), folder.read_evaluation()
         in_array = not record.attempt and sweep.static_array.exists()
@@ -284,13 +118,13 @@ def _entry(record: TrialRecord, sweep: SweepFolder) -> Entry:
         for table in scores.values():
             if not len(table["pairs"]) == len(table["chosen"]) == len(table["rejected"]):
                 raise ValueError("evaluation.json must have as many scores as pairs")
-        return Entry(record, metrics, untrained, scores, folder, state=state)
+        return RankedTrial(record, metrics, untrained, scores, folder, state=state)
     except (ValueError, TypeError, AttributeError, KeyError, OSError) as error:
         problem = (
             f"status.json or evaluation.json in {folder.path} cannot be read ({type(error).__name__}: {error}). It was "
             "changed by hand or its disk is broken: restore it."
         )
-        return Entry(record, {}, {}, folder=folder, state=UNREADABLE, problem=problem)
+        return RankedTrial(record, {}, {}, folder=folder, state=UNREADABLE, problem=problem)
 
 
 def _as_its_worker_says(record: TrialRecord, status: TrialStatus) -> TrialRecord:
@@ -301,7 +135,7 @@ def _as_its_worker_says(record: TrialRecord, status: TrialStatus) -> TrialRecord
     return dataclasses.replace(record, state=status.state or record.state, spans=spans)
 
 
-def _number(entries: list[Entry]) -> None:
+def _number(entries: list[RankedTrial]) -> None:
     """Number the runs of agents, which have no trial number, by the age of their folders."""
     entries.sort(key=lambda entry: entry.folder.spec.stat().st_ctime if entry.folder and entry.folder.spec.exists() else 0)
     for index, entry in enumerate(entries):
@@ -358,21 +192,18 @@ def _experiment(folder: SweepFolder) -> Experiment | None:
         return None
 
 
-def rank(sweep: ReadSweep) -> None:
+def rank(sweep: SweepResults) -> None:
     """Sort the entries, completed trials from best to worst, then the others by number; set ranks and uncertainties.
 
     The order is that of the metric; of its expected value over seeds and pairs once some point has two seeds.
     """
     name, sign = sweep.metric.name, sweep.metric.sign
 
-    def key(entry: Entry) -> tuple[bool, float, float]:
+    def key(entry: RankedTrial) -> tuple[bool, float, float]:
         value = entry.value(name) if entry.record.state == TrialState.COMPLETED else None
         return (value is None, entry.violation, entry.record.index if value is None else -sign * value)
 
-    for entry in sweep.entries:
-        completed = entry.record.state == TrialState.COMPLETED
-        entry.violation = violation(sweep.constraints, entry.metrics) if completed else 0.0
-
+    _judge(sweep)
     sweep.entries.sort(key=key)
     for position, entry in enumerate(sweep.entries, 1):
         ranked = entry.record.state == TrialState.COMPLETED and entry.value(name) is not None
@@ -380,6 +211,11 @@ def rank(sweep: ReadSweep) -> None:
     if sweep.goals:
         _rank_by_goals(sweep)
         return
+    if sweep.prefer:
+        raise SpaceError(
+            f"--prefer must go with a sweep of several goals (metrics: in its file) that is ranked by them, but this one is "
+            f"ranked by {name} alone. Leave it out."
+        )
     assess(sweep)
     if sweep.seeds_known:
         compared = [entry for entry in sweep.entries if entry.expected is not None]
@@ -388,12 +224,28 @@ def rank(sweep: ReadSweep) -> None:
             sweep.entries[place], entry.rank = entry, place + 1
 
 
-def _rank_by_goals(sweep: ReadSweep) -> None:
+def _judge(sweep: SweepResults) -> None:
+    """Set how far each completed trial breaks the constraints: by its metrics, or by the means over its point's seeds."""
+    by_point: dict[str, list[RankedTrial]] = {}
+    for entry in sweep.entries:
+        entry.violation = 0.0
+        if entry.record.state == TrialState.COMPLETED:
+            by_point.setdefault(without_seed(entry.params), []).append(entry)
+    for entries in by_point.values():
+        names = set.intersection(*(set(entry.metrics) for entry in entries))
+        means = {name: float(np.mean([entry.metrics[name] for entry in entries])) for name in names}
+        for entry in entries:
+            entry.violation = violation(sweep.constraints, means)
+
+
+def _rank_by_goals(sweep: SweepResults) -> None:
     """Sort the ranked trials by their front, those of one front by ``pareto.preference``."""
     names = [goal.name for goal in sweep.goals]
     for name in sweep.prefer:
         if name not in names:
             raise SpaceError(f"--prefer must name a goal of the sweep ({', '.join(names)}) but got '{name}'.")
+    if not any(weights_of(names, sweep.prefer)):
+        raise SpaceError(f"--prefer must leave a goal with a weight above 0 but sets all to 0: {', '.join(names)}.")
     ranked = [entry for entry in sweep.entries if entry.rank]
     feasible = [entry for entry in ranked if not entry.violation and all(entry.value(name) is not None for name in names)]
     if not feasible:
@@ -412,20 +264,7 @@ def _rank_by_goals(sweep: ReadSweep) -> None:
         entry.rank = position if entry.rank else None
 
 
-def shared_untrained(sweep: ReadSweep) -> dict[str, float]:
-    """Those metrics of the untrained model that no swept parameter changes, so that all trials share them."""
-    first = next((entry.untrained for entry in sweep.entries if entry.untrained), {})
-    return {name: value for name, value in first.items() if not dependence(name, sweep.swept)}
-
-
-def trial_of(entry: Entry) -> TrialFolder:
-    """The entry's folder. Raises FolderError when the sweep was read from W&B."""
-    if entry.folder is None:
-        raise FolderError(f"the trial {entry.record.name} is in W&B, not on this machine. Use the sweep's folder.")
-    return entry.folder
-
-
-def best_as_json(sweep: ReadSweep) -> str:
+def best_as_json(sweep: SweepResults) -> str:
     """The winner with its params, metrics and path, as JSON."""
     winner = sweep.best()
     summary = {

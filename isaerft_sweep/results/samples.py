@@ -9,7 +9,7 @@ from typing import Any
 from isaerft_sweep.errors import FolderError
 from isaerft_sweep.journal.atomic_files import write_json
 from isaerft_sweep.results.axes import params_text
-from isaerft_sweep.results.reading import Entry, ReadSweep, trial_of
+from isaerft_sweep.results.sweep_results import RankedTrial, SweepResults, trial_of
 from isaerft_sweep.results.torch_process import request
 
 PROMPTS = (
@@ -19,7 +19,7 @@ PROMPTS = (
 )
 
 
-def make_samples(sweep: ReadSweep, prompts: Sequence[str], max_new_tokens: int) -> Mapping[str, Any]:
+def make_samples(sweep: SweepResults, prompts: Sequence[str], max_new_tokens: int) -> Mapping[str, Any]:
     """Generate the answers and write ``samples.json``. Raises FolderError or ModelError when that fails."""
     if sweep.folder is None:
         raise FolderError("answers need a sweep in a folder, since its adapters are there. Use the sweep's folder.")
@@ -47,7 +47,7 @@ def make_samples(sweep: ReadSweep, prompts: Sequence[str], max_new_tokens: int) 
     return samples
 
 
-def stale(samples: Mapping[str, Any], sweep: ReadSweep) -> bool:
+def stale(samples: Mapping[str, Any], sweep: SweepResults) -> bool:
     """Whether the best trial is now, or by this metric, another one than in the samples."""
     best = sweep.winner
     return best is not None and samples.get("trials", {}).get("best") != best.record.name
@@ -62,6 +62,6 @@ def as_text(samples: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _title(role: str, entry: Entry, sweep: ReadSweep) -> str:
+def _title(role: str, entry: RankedTrial, sweep: SweepResults) -> str:
     params = params_text(entry.params, sweep.columns)
     return f"{role} by {sweep.metric.name}: trial {entry.record.index + 1}" + (f" ({params})" if params else "")

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from isaerft_sweep.results.confirmation import Candidate, read_confirmation
-from isaerft_sweep.results.reading import Entry, ReadSweep, shared_untrained
 from isaerft_sweep.results.statistics import show_probability
+from isaerft_sweep.results.sweep_results import RankedTrial, SweepResults, shared_untrained
 from isaerft_sweep.search.distributions import Categorical, Conditional, Constant, Distribution, Numeric
 from isaerft_sweep.search.sweep_file import Metric
 
@@ -53,7 +53,7 @@ class Standing:
         return "\n".join(lines)
 
 
-def standings(sweep: ReadSweep) -> list[tuple[Entry, Standing]]:
+def standings(sweep: SweepResults) -> list[tuple[RankedTrial, Standing]]:
     """Every completed trial with its standing."""
     ranked = [entry for entry in sweep.entries if entry.rank]
     space = {key: describe(distribution) for key, distribution in sweep.space.items()}

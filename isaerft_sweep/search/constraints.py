@@ -17,6 +17,7 @@ from isaerft_sweep.errors import SpaceError, suggest
 from isaerft_sweep.metrics import METRICS
 
 FORM = "constraints: {eval/kl_base: {at_most: 0.2}}"
+NOT_NEGATIVE = ("eval/kl_base", "eval/nll_loss", "eval/neutral_nll", "eval/loss")
 RISES = {"eval/neutral_nll": "eval/neutral_nll_rise"}
 """Metrics whose difference from the base model's is a metric too."""
 _OVER_BASE = re.compile(r"base\s*\+\s*(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)")
@@ -60,7 +61,16 @@ def _read_bounds(name: str, bounds: Any, ours: bool) -> list[Constraint]:
         raise SpaceError(f"constraints.{name} is not logged by any trial." + suggest(name, METRICS))
     if not isinstance(bounds, Mapping) or not bounds or not set(bounds) <= {"at_most", "at_least"}:
         raise SpaceError(f"constraints.{name} must have at_most or at_least but got {bounds!r}. Right form: {FORM}.")
-    return [_read_bound(name, side, bound) for side, bound in bounds.items()]
+    read = {one.at_most: one for one in (_read_bound(name, side, bound) for side, bound in bounds.items())}
+    if len(read) == 2 and read[False].metric == read[True].metric and read[False].bound > read[True].bound:
+        raise SpaceError(
+            f"constraints.{name}: at_least must not be above at_most but got {read[False].bound:g} and {read[True].bound:g}."
+        )
+    if name in NOT_NEGATIVE and True in read and read[True].bound < 0:
+        raise SpaceError(
+            f"constraints.{name}.at_most must be 0 or more, since no trial is below, but got {read[True].bound:g}."
+        )
+    return list(read.values())
 
 
 def _read_bound(name: str, side: str, bound: Any) -> Constraint:

@@ -7,7 +7,7 @@ half of the points that have k. The points' source learns the outcome of every s
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from isaerft_sweep.search.sampler import Gain, Point, PointSource
@@ -24,10 +24,18 @@ class SeededPoints:
         seeds: at most so many for a point.
         first: the first seed of every point.
         sign: +1 when more is better, −1 when less is.
+        varies: whether a trial with these params changes with the seed; one that does not gets a single one.
     """
 
-    def __init__(self, source: PointSource, seeds: int, first: int, sign: int) -> None:
-        self.source, self.seeds, self.first, self.sign = source, seeds, first, sign
+    def __init__(
+        self,
+        source: PointSource,
+        seeds: int,
+        first: int,
+        sign: int,
+        varies: Callable[[Mapping[str, Any]], bool] = lambda _params: True,
+    ) -> None:
+        self.source, self.seeds, self.first, self.sign, self.varies = source, seeds, first, sign, varies
         self.method, self.repeats = source.method, False
         self._points: dict[str, Point] = {}
         """The points without a seed, by key, in the order in which they came."""
@@ -94,6 +102,8 @@ class SeededPoints:
             reached = {key: self._mean(key, rung) for key, values in self._values.items() if len(values) >= rung}
             best = sorted(reached, key=lambda key: -reached[key])[: len(reached) // 2]
             for key in best:
+                if not self.varies(self._points[key].params):
+                    continue
                 if len(self._asked[key]) == rung == len(self._values[key]) and reached[key] > -math.inf:
                     return key
         return None
@@ -111,6 +121,10 @@ def _with_seed(point: Point, seed: int) -> Point:
 def _bare(point: Point) -> tuple[Point, int]:
     params: Mapping[str, Any] = {key: value for key, value in point.params.items() if key != SEED}
     return Point(params, point.unit), int(point.params[SEED])
+
+
+WITHOUT_SEEDS = ("prompt",)
+"""Kinds of adapter that are the same with every seed."""
 
 
 def without_seed(params: Mapping[str, Any]) -> str:

@@ -33,8 +33,8 @@ from isaerft_sweep.results.card.card_text import (
     quick_start,
 )
 from isaerft_sweep.results.latents import read_latents
-from isaerft_sweep.results.reading import ReadSweep
 from isaerft_sweep.results.standing import Standing, standings
+from isaerft_sweep.results.sweep_results import SweepResults
 from isaerft_sweep.specs import AdapterSpec, TrialSpec
 
 TEMPLATE = "card.md.jinja"
@@ -166,7 +166,7 @@ def refresh_card(trial: TrialFolder, standing: Standing | None = None, template:
         trial.card_digest.unlink()
 
 
-def refresh_cards(sweep: ReadSweep) -> None:
+def refresh_cards(sweep: SweepResults) -> None:
     """Rewrite every completed trial's card with its rank in the sweep; cards that a user edited are kept."""
     for entry, standing in standings(sweep):
         if entry.folder and entry.folder.adapter.is_dir() and _is_unedited(entry.folder):

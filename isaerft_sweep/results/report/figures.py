@@ -12,8 +12,8 @@ import plotly.graph_objects as go
 from isaerft_sweep.results.answer import trials_by_kind
 from isaerft_sweep.results.axes import Axis, show_value
 from isaerft_sweep.results.leaderboard import short_name
-from isaerft_sweep.results.reading import Entry
 from isaerft_sweep.results.report.gather import Report, SiteAcrossTrials
+from isaerft_sweep.results.sweep_results import RankedTrial
 
 LEADERS = 8
 """Trials whose curves get their own colour and name."""
@@ -84,7 +84,7 @@ class GainAndHarm:
     """Completed trials with both numbers, best first, their metric and their KL from the base model; the untrained model's
     metric if known, and the sweep's bound on the KL if it has one."""
 
-    entries: list[Entry]
+    entries: list[RankedTrial]
     gains: list[float]
     harms: list[float]
     untrained: float | None
@@ -324,7 +324,7 @@ class Dimension:
     tick_labels: list[str] | None = None
 
 
-def dimensions(report: Report) -> tuple[list[Entry], list[Dimension]]:
+def dimensions(report: Report) -> tuple[list[RankedTrial], list[Dimension]]:
     """The completed trials and the parallel axes; no axes with fewer than two trials or no swept parameter."""
     entries = [e for e in report.completed if has(e, *report.axes)]
     if not report.axes or len(entries) < 2:
@@ -337,7 +337,7 @@ def dimensions(report: Report) -> tuple[list[Entry], list[Dimension]]:
     return entries, shown
 
 
-def spending(report: Report) -> tuple[list[Entry], np.ndarray, np.ndarray, np.ndarray] | None:
+def spending(report: Report) -> tuple[list[RankedTrial], np.ndarray, np.ndarray, np.ndarray] | None:
     """Trials in the order of their numbers, with arrays [trials]: device-hours spent up to each, its value (NaN without a
     rank) and the best value so far of trials that keep the constraints. None while no trial has a rank."""
     entries = sorted((e for e in report.sweep.entries if e.device_s), key=lambda e: e.record.index)
@@ -350,7 +350,7 @@ def spending(report: Report) -> tuple[list[Entry], np.ndarray, np.ndarray, np.nd
     return entries, hours, values, sign * np.fmax.accumulate(sign * allowed)
 
 
-def error_bars(entries: Sequence[Entry], values: Sequence[float] | np.ndarray) -> dict[str, Any] | None:
+def error_bars(entries: Sequence[RankedTrial], values: Sequence[float] | np.ndarray) -> dict[str, Any] | None:
     """Plotly's error bars for the trials' 95 % intervals; None without any interval."""
     if not any(entry.interval for entry in entries):
         return None
@@ -383,7 +383,7 @@ def _figure(height: int) -> go.Figure:
     return figure
 
 
-def has(entry: Entry, *axes: Axis | None) -> bool:
+def has(entry: RankedTrial, *axes: Axis | None) -> bool:
     """Whether the trial has all these parameters: a trial read from W&B may lack some."""
     return all(axis is None or axis.key in entry.params for axis in axes)
 
@@ -400,7 +400,7 @@ def _apply(update: Any, axis: Axis) -> None:
     update(**settings)
 
 
-def _dimension(axis: Axis, entries: Sequence[Entry]) -> Dimension:
+def _dimension(axis: Axis, entries: Sequence[RankedTrial]) -> Dimension:
     values = [axis.on_scale(e.params[axis.key]) for e in entries]
     if axis.kind == "category":
         return Dimension(

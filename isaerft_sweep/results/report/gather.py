@@ -18,7 +18,7 @@ from isaerft_sweep.results.confirmation import Candidate, read_confirmation
 from isaerft_sweep.results.curves import Curve, curves_of
 from isaerft_sweep.results.importance import Importance, importance
 from isaerft_sweep.results.latents import Agreement, SiteLatents, agreement, cosines, read_labels, read_latents
-from isaerft_sweep.results.reading import Entry, ReadSweep, shared_untrained
+from isaerft_sweep.results.sweep_results import RankedTrial, SweepResults, shared_untrained
 
 COMPARED = 30
 """Leaders whose steering vectors are compared."""
@@ -31,7 +31,7 @@ ALWAYS_DRAWN = ("train/loss", "eval/nll_loss")
 class SiteAcrossTrials:
     """One site over the leading trials: ``sites`` in the order of ``entries``, ``cosines`` [n, n] of their vectors."""
 
-    entries: list[Entry]
+    entries: list[RankedTrial]
     sites: list[SiteLatents]
     cosines: np.ndarray
     agreed: list[Agreement]
@@ -46,7 +46,7 @@ class Report:
     number. ``samples``: answers to prompts.
     """
 
-    sweep: ReadSweep
+    sweep: SweepResults
     axes: list[Axis]
     columns: list[Column]
     curves: dict[str, dict[int, Curve]]
@@ -57,16 +57,16 @@ class Report:
     environment: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def completed(self) -> list[Entry]:
+    def completed(self) -> list[RankedTrial]:
         return [entry for entry in self.sweep.entries if entry.rank]
 
-    def label(self, entry: Entry) -> str:
+    def label(self, entry: RankedTrial) -> str:
         """``#3, lr 3.6e-05, beta 0.2``."""
         params = params_text(entry.params, self.columns)
         return f"#{entry.record.index + 1}" + (f", {params}" if params else "")
 
 
-def gather(sweep: ReadSweep, labels: Mapping[int | None, Path] | None = None) -> Report:
+def gather(sweep: SweepResults, labels: Mapping[int | None, Path] | None = None) -> Report:
     """Read curves, latents and the rest of a report. What cannot be read becomes one of the sweep's ``problems``.
 
     ``labels``: files by layer; the key None is the only site. Raises DataError when they do not match the sites.
@@ -91,7 +91,7 @@ def gather(sweep: ReadSweep, labels: Mapping[int | None, Path] | None = None) ->
     )
 
 
-def _side_file(sweep: ReadSweep, path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
+def _side_file(sweep: SweepResults, path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
     """The ``keys`` of a JSON file; empty when it is missing, or unreadable, which becomes a problem of the sweep."""
     try:
         content = read_json(path)
@@ -103,7 +103,7 @@ def _side_file(sweep: ReadSweep, path: Path, keys: tuple[str, ...]) -> dict[str,
         return {}
 
 
-def _rows(entry: Entry, sweep: ReadSweep, untrained: Mapping[str, float]) -> list[dict[str, Any]]:
+def _rows(entry: RankedTrial, sweep: SweepResults, untrained: Mapping[str, float]) -> list[dict[str, Any]]:
     """The trial's rows. ``untrained`` is row 0 of a trial that did not evaluate the untrained model itself."""
     try:
         rows = sweep.read_rows(entry)
@@ -116,10 +116,10 @@ def _rows(entry: Entry, sweep: ReadSweep, untrained: Mapping[str, float]) -> lis
     return rows if complete else [{"step": 0, **untrained}, *rows]
 
 
-def _latents(sweep: ReadSweep, labels: Mapping[int | None, Path]) -> list[SiteAcrossTrials]:
+def _latents(sweep: SweepResults, labels: Mapping[int | None, Path]) -> list[SiteAcrossTrials]:
     leaders = [e for e in sweep.entries if e.record.state == TrialState.COMPLETED and e.folder][:COMPARED]
     # by SAE too: latents of different SAEs are unrelated
-    by_site: dict[tuple[int, int, str], list[tuple[Entry, SiteLatents]]] = {}
+    by_site: dict[tuple[int, int, str], list[tuple[RankedTrial, SiteLatents]]] = {}
     for entry in leaders:
         for site in _read_latents(sweep, entry):
             by_site.setdefault((site.layer, site.d_sae, site.fingerprint), []).append((entry, site))
@@ -146,7 +146,7 @@ def _latents(sweep: ReadSweep, labels: Mapping[int | None, Path]) -> list[SiteAc
     return across_trials
 
 
-def _read_latents(sweep: ReadSweep, entry: Entry) -> list[SiteLatents]:
+def _read_latents(sweep: SweepResults, entry: RankedTrial) -> list[SiteLatents]:
     try:
         return read_latents(entry.folder.latents) if entry.folder else []
     except FolderError as error:

@@ -12,11 +12,10 @@ import jinja2
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from isaerft_sweep import __version__
 from isaerft_sweep.paths import asset
 from isaerft_sweep.results.analysis import columns as metric_columns
 from isaerft_sweep.results.analysis import read_analysis, rows_by_latent, rows_by_strength
-from isaerft_sweep.results.answer import KIND, KL, answer, methods
+from isaerft_sweep.results.answer import KL, answer, methods
 from isaerft_sweep.results.leaderboard import (
     best_column,
     caveats,
@@ -28,12 +27,13 @@ from isaerft_sweep.results.leaderboard import (
     show_interval,
     show_rank,
 )
-from isaerft_sweep.results.reading import Entry
 from isaerft_sweep.results.report import figures
 from isaerft_sweep.results.report.gather import COMPARED, Report, SiteAcrossTrials
 from isaerft_sweep.results.samples import stale
 from isaerft_sweep.results.standing import describe
 from isaerft_sweep.results.statistics import show_probability
+from isaerft_sweep.results.sweep_results import KIND, RankedTrial
+from isaerft_sweep.version import __version__
 
 TEMPLATE = "report.html.jinja"
 ROWS = 50
@@ -145,7 +145,7 @@ def leaderboard(report: Report) -> dict[str, Any]:
     return {"header": header, "rows": rows, "left_out": max(0, len(report.sweep.entries) - ROWS), "links": True}
 
 
-def _row(report: Report, entry: Entry, names: list[str]) -> list[str]:
+def _row(report: Report, entry: RankedTrial, names: list[str]) -> list[str]:
     values = [number(entry.metrics.get(n)) if entry.rank else "" for n in names]
     chance = "" if entry.probability_best is None else show_probability(entry.probability_best)
     params = [column.show(entry.params) for column in report.columns]

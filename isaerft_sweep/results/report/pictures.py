@@ -15,7 +15,6 @@ from matplotlib.figure import Figure
 
 from isaerft_sweep.results.axes import Axis, show_value
 from isaerft_sweep.results.leaderboard import short_name
-from isaerft_sweep.results.reading import Entry
 from isaerft_sweep.results.report.figures import (
     COLORS,
     LEADERS,
@@ -30,6 +29,7 @@ from isaerft_sweep.results.report.figures import (
     spending,
 )
 from isaerft_sweep.results.report.gather import Report
+from isaerft_sweep.results.sweep_results import RankedTrial
 
 DPI = 200
 FORMATS = ("png", "pdf", "svg")
@@ -66,7 +66,7 @@ def write_pictures(report: Report, folder: Path) -> list[Path]:
     return written
 
 
-def _error_bars(entries: Sequence[Entry], values: Sequence[Any] | np.ndarray) -> np.ndarray:
+def _error_bars(entries: Sequence[RankedTrial], values: Sequence[Any] | np.ndarray) -> np.ndarray:
     """Distances from each value to the ends of its 95 % interval [2, trials]; NaN without an interval."""
     intervals = [entry.interval or (np.nan, np.nan) for entry in entries]
     return np.array([[max(0.0, v - low), max(0.0, high - v)] for v, (low, high) in zip(values, intervals, strict=True)]).T
@@ -104,7 +104,7 @@ def _circle(ax: Any, xs: Sequence[Any], ys: Sequence[Any]) -> None:
 
 
 def _draw_intervals(
-    ax: Any, xs: Sequence[Any] | np.ndarray, entries: Sequence[Entry], values: Sequence[Any] | np.ndarray
+    ax: Any, xs: Sequence[Any] | np.ndarray, entries: Sequence[RankedTrial], values: Sequence[Any] | np.ndarray
 ) -> None:
     bars = _error_bars(entries, values)
     if np.isfinite(bars).any():

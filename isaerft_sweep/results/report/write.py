@@ -9,11 +9,11 @@ from pathlib import Path
 from isaerft_sweep.errors import FolderError
 from isaerft_sweep.journal.atomic_files import write_text
 from isaerft_sweep.results.leaderboard import write_csv
-from isaerft_sweep.results.reading import ReadSweep
+from isaerft_sweep.results.sweep_results import SweepResults
 
 
 def write_report(
-    sweep: ReadSweep, out: Path | None = None, labels: Mapping[int | None, Path] | None = None
+    sweep: SweepResults, out: Path | None = None, labels: Mapping[int | None, Path] | None = None
 ) -> tuple[Path, list[Path]]:
     """Write the page and the pictures; returns their paths.
 
