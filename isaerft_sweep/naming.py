@@ -102,8 +102,14 @@ def model_name(model: str, run: str, loss: str = "orpo", kind: str = "bias") -> 
     return clean(model).upper()[:room].rstrip("-._") + method + run
 
 
+NOT_TRAINED = ("prompt", "diffmean")
+"""Kinds of adapter without learning rate and beta."""
+
+
 def tags(learning_rate: float, beta: float, extra: tuple[str, ...] = (), kind: str = "bias") -> tuple[str, ...]:
     """Tags of the run and its card; learning rate and beta at full precision."""
+    if kind in NOT_TRAINED:
+        return (*extra, method_name(kind))
     return ("generated_from_trainer", *extra, method_name(kind), f"lr_{learning_rate!r}", f"beta_{beta!r}")
 
 

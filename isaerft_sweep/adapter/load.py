@@ -31,24 +31,7 @@ def load_model(
         cache: folder of converted models; None: the user's cache folder.
         dtype: ``float32``, ``bfloat16``, ``float16`` or ``auto``; None: the base's.
     """
-    try:
-        config = PeftConfig.from_pretrained(adapter)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(
-            f"an adapter must be a folder or Hub repository with adapter_config.json, but '{adapter}' has none "
-            "that can be read. Give the folder `adapter` of a finished trial."
-        ) from error
-    if not isinstance(config, (IsaerftConfig, LoraConfig)):
-        raise ModelError(f"the adapter '{adapter}' must be of type ISAERFT or LORA but is of type {config.peft_type}.")
-    name = config.base_model_name_or_path
-    trial = TrialFolder(Path(adapter).absolute().parent)
-    if base is None and trial.spec.is_file() and Path(adapter).name == trial.adapter.name:
-        base = trial.read_spec().experiment.model
-    if base is None:
-        if not name:
-            raise ModelError(f"the adapter '{adapter}' does not name its base model: give one.")
-        base = ModelSpec(name=name, tokenizer=_tokenizer(adapter), source="package" if name in PACKAGES else "hub")
-        base = replace(base, revision=config.revision)
+    base = base or base_model_of(adapter)
     loaded = load(replace(base, dtype=dtype or base.dtype), cache)
     loaded.model.config.use_cache = True
     with warnings.catch_warnings():
@@ -65,6 +48,30 @@ def load_model(
                 f"trained on. {str(error).splitlines()[0][:300]}"
             ) from error
     return model.eval(), loaded.tokenizer
+
+
+def base_model_of(adapter: str) -> ModelSpec:
+    """The base model: that of the trial whose folder holds the adapter, else the one that the adapter names.
+
+    Raises ModelError when ``adapter``, a folder or a repository of the Hub, is no ISAERFT or LoRA adapter, or names none.
+    """
+    try:
+        config = PeftConfig.from_pretrained(adapter)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"an adapter must be a folder or Hub repository with adapter_config.json, but '{adapter}' has none "
+            "that can be read. Give the folder `adapter` of a finished trial."
+        ) from error
+    if not isinstance(config, (IsaerftConfig, LoraConfig)):
+        raise ModelError(f"the adapter '{adapter}' must be of type ISAERFT or LORA but is of type {config.peft_type}.")
+    name = config.base_model_name_or_path
+    trial = TrialFolder(Path(adapter).absolute().parent)
+    if trial.spec.is_file() and Path(adapter).name == trial.adapter.name:
+        return trial.read_spec().experiment.model
+    if not name:
+        raise ModelError(f"the adapter '{adapter}' does not name its base model: give one.")
+    source = "package" if name in PACKAGES else "hub"
+    return ModelSpec(name=name, tokenizer=_tokenizer(adapter), source=source, revision=config.revision)
 
 
 def _tokenizer(adapter: str) -> str | None:

@@ -11,14 +11,15 @@ import torch
 from isaerft_sweep.adapter.architecture import decoder_layers, decoder_layers_name
 from isaerft_sweep.adapter.blocks import BiasBlock
 from isaerft_sweep.adapter.layer import IsaerftLayer
-from isaerft_sweep.adapter.load import load_model
+from isaerft_sweep.adapter.load import base_model_of, load_model
 from isaerft_sweep.adapter.strength import set_strength
 from isaerft_sweep.adapter.system_prompt import check_changes_model
 from isaerft_sweep.errors import FolderError, ModelError
+from isaerft_sweep.models.loading import resolve
 
 
 def write_steering_file(adapter: Path, out: Path | None, cache: str | None, strength: float = 1.0) -> tuple[Path, str]:
-    """The file, and the base model's name for the harness.
+    """The file, and the base model's name or folder for the harness.
 
     Args:
         adapter: a folder with an adapter whose change is a constant vector (bias, random, vector, diffmean).
@@ -57,7 +58,8 @@ def write_steering_file(adapter: Path, out: Path | None, cache: str | None, stre
     else:
         if entries:
             _save(entries, target)
-            return target, str(base.config._name_or_path or base.config.name_or_path)
+            # a model that is not on the Hub has been converted into a folder, which the harness can read
+            return target, resolve(base_model_of(str(adapter)), cache)[0]
     raise ModelError(
         "the harness adds one vector to the residual stream, so the adapter must be of kind bias, random, vector or "
         "diffmean. Export another kind as a model: isaerft-sweep export, and evaluate the folder with --model hf."

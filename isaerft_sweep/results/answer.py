@@ -74,6 +74,9 @@ def _best(winner: RankedTrial, sweep: SweepResults) -> str:
         bound = any(entry.rank and entry.violation for entry in sweep.entries)
         compared = f"the {trials} that meet the constraints" if bound else f"{trials}"
         sentence += f", with a probability of {show_probability(winner.probability_best)} among {compared}{assumed}"
+    own = next((entries for entries in sweep.points_with_seeds() if winner in entries), [])
+    if own:
+        sentence += f": the first of the {len(own)} trials of its point, which are compared by their mean"
     return f"{sentence}."
 
 

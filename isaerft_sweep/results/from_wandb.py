@@ -160,7 +160,7 @@ def _entry(index: int, run: RunData, sweep: Mapping[str, Any], read_as: Mapping[
     config, summary = run.config, run.summary
     swept = parameter_names(sweep.get("parameters") or {})
     params = {key: value for key in swept if (value := value_at(config, key, _MISSING)) is not _MISSING}
-    names = (*read_as, *(name for name in summary if name.startswith(("eval/", "train/"))))
+    names = (*read_as, *(name for name in summary if name.startswith(("eval/", "test/", "train/"))))
     numbers = {name: number_at(summary, name, read_as.get(name)) for name in names}
     metrics = {name: value for name, value in numbers.items() if value is not None}
     runtime = summary.get("seconds", summary.get("_runtime", 0))  # _runtime is the upload's when a run was synced later

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import math
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,10 @@ from isaerft_sweep.results.sweep_results import RankedTrial, SweepResults
 ALWAYS_SHOWN = ("eval/log_odds_chosen", "eval/rewards/accuracies", "eval/neutral_nll_rise", "eval/kl_base", "eval/nll_loss")
 FRONT = " ●"
 ALSO_SHOWN = ("eval/generation_repeated", "eval/generation_base_nll")
+
+
+MOST_POINTS = 5
+"""Points whose seeds are listed."""
 
 
 def columns(sweep: SweepResults) -> list[str]:
@@ -153,6 +159,9 @@ def caveats(sweep: SweepResults) -> list[str]:
         texts.append(f"In brackets: trials that break a constraint ({', '.join(map(str, sweep.constraints))}).")
     if sweep.goals:
         texts.append("●: on the Pareto front, where no other trial is at least as good in every goal and better in one.")
+    if points := sweep.points_with_seeds():
+        shown = "; ".join(_over_seeds(entries, sweep) for entries in points[:MOST_POINTS])
+        texts.append(f"Points over their seeds (mean ± standard deviation of {short_name(sweep.metric.name)}): {shown}.")
     texts += sweep.dependence
     texts += edges(sweep.space, best.record.point)
     scored = best.pair_values(sweep.metric.name, sweep.orpo)
@@ -178,6 +187,13 @@ def caveats(sweep: SweepResults) -> list[str]:
                 f"has two seeds yet, so their spread is assumed{hint}."
             )
     return texts
+
+
+def _over_seeds(entries: Sequence[RankedTrial], sweep: SweepResults) -> str:
+    """One point's trials: which they are, their mean and spread, and how many seeds."""
+    values = [value for entry in entries if (value := entry.value(sweep.metric.name)) is not None]
+    numbers = ", ".join(str(entry.record.index + 1) for entry in entries)
+    return f"trials {numbers}: {statistics.fmean(values):.4g} ± {statistics.stdev(values):.2g}, {len(values)} seeds"
 
 
 def notes(sweep: SweepResults) -> list[Text]:

@@ -20,6 +20,7 @@ from isaerft_sweep.results.columns import Column, columns_for
 from isaerft_sweep.results.statistics import interval, pair_values
 from isaerft_sweep.search.constraints import Constraint
 from isaerft_sweep.search.distributions import Distribution
+from isaerft_sweep.search.seeded import SEED, without_seed
 from isaerft_sweep.search.sweep_file import Metric
 from isaerft_sweep.specs import Experiment, OrpoSpec
 
@@ -164,6 +165,14 @@ class SweepResults:
             for key, value in entry.params.items():
                 values.setdefault(key, set()).add(repr(value))
         return [key for key, different in values.items() if len(different) > 1]
+
+    def points_with_seeds(self) -> list[list[RankedTrial]]:
+        """The ranked trials of each point that has several seeds of its own, best point first."""
+        by_point: dict[str, list[RankedTrial]] = {}
+        for entry in self.entries:
+            if entry.rank:
+                by_point.setdefault(without_seed(entry.params), []).append(entry)
+        return [entries for entries in by_point.values() if len({entry.params.get(SEED) for entry in entries}) > 1]
 
     @property
     def columns(self) -> list[Column]:

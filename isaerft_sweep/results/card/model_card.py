@@ -51,6 +51,10 @@ SHOWN_METRICS = (
 MAX_LATENTS = 10
 
 
+VERSION_OF = {"prompt": "a system prompt for", "diffmean": "a steered version of"}
+"""How a card names what the kinds of adapter make that are not trained."""
+
+
 def make_card(
     trial: TrialFolder,
     results: TrialStatus,
@@ -106,7 +110,10 @@ def card_fields(trial: TrialFolder, results: TrialStatus, adapter: Path, standin
         "block": BLOCKS[spec.experiment.adapter.kind],
         "about": ABOUT.get(spec.experiment.adapter.kind, ISAERFT),
         "changed": _changed(spec.experiment.adapter),
-        "parameters": f"{count_parameters(adapter):,}",
+        "version_of": VERSION_OF.get(spec.experiment.adapter.kind, "a fine-tuned version of"),
+        "parameters": "Nothing is trained."
+        if spec.experiment.adapter.kind in VERSION_OF
+        else f"{count_parameters(adapter):,} trained parameters.",
         "sites": sites_table(adapter),
         "learned": _learned(trial),
         "evaluation": _evaluation(spec, results, standing),
