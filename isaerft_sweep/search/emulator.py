@@ -28,7 +28,10 @@ MOST_DIRECTIONS = 16
 CONSTANT = 100.0
 """Variance of the constant part, of which the data tell everything."""
 JITTER = 1e-6
-BENDS = (0.1, 0.5)
+GRADIENT_REACH, GRADIENT_NOISE = 2.0, 1e-4
+"""Of the interpolation of gradients: the Matérn part's length scale, in units of the anchors' length at that step, and the
+variance of noise. There is no linear part: small differences between anchors would be extrapolated."""
+BENDS = (0.1, 0.5, 2.0)
 """Standard deviation of the part that is not linear, in units of the linear one's at the anchors' mean length."""
 REACHES = (0.5, 1.0, 2.0)
 """Its length scales, in units of that length."""
@@ -151,7 +154,6 @@ class Emulator:
         self.to_coordinates = projected.T @ mixing
         self.coordinates = [anchor.vectors @ (vectors.T @ mixing) for anchor in self.anchors]
         """Of each anchor's vectors [steps + 1, directions]."""
-        self._kernel = Kernel(BENDS[0], REACHES[1])
 
     @cached_property
     def steps(self) -> int:
@@ -184,8 +186,9 @@ class Emulator:
         known = np.stack([coordinates[step] for coordinates in self.coordinates])
         length = math.sqrt(float((known**2).sum(axis=1).mean())) or 1.0  # the first step's vectors are all zero
         known, at = known / length, at / length
-        covariance = self._kernel(known, known) + JITTER * np.eye(len(known))
-        weights: np.ndarray = np.linalg.solve(covariance, self._kernel(at, known).T).T
+        reach = np.full(known.shape[1], GRADIENT_REACH)
+        covariance = CONSTANT + matern(known, known, reach) + GRADIENT_NOISE * np.eye(len(known))
+        weights: np.ndarray = np.linalg.solve(covariance, (CONSTANT + matern(at, known, reach)).T).T
         return weights.astype(np.float32)
 
     def metric(self, name: str) -> Interpolation:

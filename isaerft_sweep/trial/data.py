@@ -28,6 +28,7 @@ from isaerft_sweep.trial.pair_tokenizer import TEXTS, PairTokenizer, joined, wit
 PROMPT_FILLS = "prompt fills max_length"
 SAME_ANSWERS = "chosen and rejected are the same"
 NO_PROMPT = "no prompt, and answers that begin differently"
+UNTESTED = "none to test on: data.train_size=N would leave some"
 TOO_MANY = "more answers to a held-out prompt than data.eval_size has room for"
 OTHER_PROMPT = "with a text prompt that their messages do not hold: the messages count, as in TRL"
 ALSO_TRAINED = "of the held-out pairs are also trained on"
@@ -68,6 +69,8 @@ class Pairs:
     left_out: dict[str, int]
     truncated: int
     notes: dict[str, int]
+    untested: bool = False
+    """Whether no pair was left for the test although none was unwanted."""
 
     @property
     def dropped(self) -> int:
@@ -84,6 +87,7 @@ class Pairs:
     def summary(self) -> str:
         phrases = [f"{len(self.train)} pairs to train on", f"{len(self.evaluation)} held out"]
         phrases += [f"{len(self.test)} to test on"] if len(self.test) else []
+        phrases += [UNTESTED] if self.untested else []
         phrases += [f"{count} left out ({reason})" for reason, count in self.left_out.items() if count]
         phrases += [f"{self.truncated} cut at max_length"] if self.truncated else []
         phrases += [f"{count} {note}" for note, count in self.notes.items() if count]
@@ -133,7 +137,8 @@ def load_pairs(
         tokenised = make()
     counts = dict(left_out + Counter(tokenised.left_out))
     train, evaluation, test = (tokenised.sets[name] for name in SPLITS)
-    return Pairs(train, evaluation, test, counts, tokenised.truncated, dict(notes))
+    untested = not len(test) and spec.test_size is None and spec.source != "hub"
+    return Pairs(train, evaluation, test, counts, tokenised.truncated, dict(notes), untested)
 
 
 def _tokenised(splits: dict[str, list[Written]], tokenize: PairTokenizer, spec: DataSpec, report: Report) -> Tokenised:
