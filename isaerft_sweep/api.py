@@ -115,12 +115,13 @@ class Sweep:
         return [Trial(entry) for entry in self._read.entries]
 
     def best(self) -> Trial:
-        """The best trial. Raises FolderError when no trial has completed."""
+        """The best trial. Raises FolderError when no trial has completed, or none meets the sweep's constraints."""
         return Trial(self._read.best())
 
     def to_dataframe(self) -> pandas.DataFrame:
-        """One row per trial, indexed by name: rank, state, params, metrics, the metric's expected value over seeds and
-        pairs with its 95 % interval, the probability of being the best, and seconds of device time."""
+        """One row per trial, indexed by name: rank, state, params, metrics, whether they meet the sweep's constraints, the
+        metric's expected value over seeds and pairs with its 95 % interval, the probability of being the best, and seconds
+        of device time. What is not known is missing (``pandas.NA``)."""
         import pandas
 
         rows = [
@@ -130,6 +131,7 @@ class Sweep:
                 "state": entry.state,
                 **entry.params,
                 **entry.metrics,
+                "meets_constraints": not entry.violation if entry.rank else None,
                 "expected": entry.expected,
                 "low_95": entry.interval[0] if entry.interval else None,
                 "high_95": entry.interval[1] if entry.interval else None,
@@ -139,7 +141,8 @@ class Sweep:
             for entry in self._read.entries
         ]
         table = pandas.DataFrame(rows).set_index("trial")
-        return table.astype({"rank": "Int64"})
+        numbers = dict.fromkeys(("expected", "low_95", "high_95", "probability_best", "device_s"), "Float64")
+        return table.astype({"rank": "Int64", "meets_constraints": "boolean", **numbers})
 
 
 def load_sweep(source: str | Path, metric: str | None = None, prefer: Mapping[str, float] | None = None) -> Sweep:

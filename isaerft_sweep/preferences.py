@@ -75,10 +75,10 @@ def read_pairs(path: Path, key: str = "data.path") -> Iterator[Written]:
     if not path.name.endswith(ENDINGS):
         raise DataError(f"{key} must end in .jsonl, .jsonl.gz or .parquet but got '{path}'.")
     rows = _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
-    return alike(Written(where, check_row(row, where)) for where, row in rows)
+    return check_same_format(Written(where, check_row(row, where)) for where, row in rows)
 
 
-def alike(rows: Iterable[Written]) -> Iterator[Written]:
+def check_same_format(rows: Iterable[Written]) -> Iterator[Written]:
     """The rows. Raises DataError at one whose form (text or chat messages) differs: a column of TRL's table has one type."""
     first: Written | None = None
     for row in rows:

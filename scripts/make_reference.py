@@ -15,6 +15,22 @@ from typing import Any
 from isaerft_sweep.cli.parser import make_parser
 from isaerft_sweep.specs import Experiment
 
+LAUNCH = """\
+## python -m isaerft_sweep.launch
+
+Runs a sweep, or resumes it: the same command, any number of times. Also as `isaerft-launch`.
+
+| argument | meaning |
+| --- | --- |
+| `KEY=VALUE` | An override of the config: see the config reference. |
+| `--detach` | Leave the controller running in the background. |
+| `--cfg job` | Print the composed config and run nothing. |
+| `--multirun`, `-m` | One sweep after the other: `-m model=tiny,gemma-2-2b name=a,b`. |
+| `--config-dir FOLDER` | A folder with config files of your own, searched before the package's. |
+| `--help` | Show the groups and Hydra's further flags. |
+
+Exit codes: 0; 1 when no trial completed or one was given up; 2 after an error that you can fix; 130 after Ctrl-C.
+""".splitlines()
 DOCS = Path(__file__).parent.parent / "docs"
 NOTE = "Made by `python scripts/make_reference.py`; do not edit.\n"
 
@@ -84,7 +100,7 @@ def bounds_words(meta: Any) -> str:
 
 def commands_page() -> str:
     """Every command of ``isaerft-sweep`` with its arguments."""
-    lines = ["# Command reference", "", NOTE]
+    lines = ["# Command reference", "", NOTE, *LAUNCH, ""]
     parser = make_parser()
     commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
     summaries = {choice.dest: choice.help for choice in commands._choices_actions}
@@ -98,7 +114,7 @@ def commands_page() -> str:
 
 def sentence(text: str) -> str:
     """``text`` as a sentence."""
-    return f"{text[:1].upper()}{text[1:]}." if text else ""
+    return f"{text[:1].upper()}{text[1:]}{'' if text[-1] in '.?!' else '.'}" if text else ""
 
 
 def arguments(command: argparse.ArgumentParser) -> Iterator[str]:

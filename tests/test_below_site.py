@@ -19,7 +19,7 @@ from isaerft_sweep.trial.forward.frozen_prefix import in_pairs, streams_of
 SEQUENCES = st.lists(st.lists(st.integers(6, 8), min_size=1, max_size=6), unique_by=tuple, max_size=12)
 
 
-def alike(a: list[int], b: list[int]) -> int:
+def check_same_format(a: list[int], b: list[int]) -> int:
     return len(os.path.commonprefix(["".join(map(chr, a)), "".join(map(chr, b))]))  # noqa: RUF071 (letter by letter is meant)
 
 
@@ -28,7 +28,7 @@ def alike(a: list[int], b: list[int]) -> int:
 def test_every_sequence_is_in_one_pair(sequences: list[list[int]]) -> None:
     pairs = in_pairs(sequences)
     assert sorted(n for pair in pairs for n in set(pair)) == list(range(len(sequences)))
-    assert all(a == b or alike(sequences[a], sequences[b]) > 0 for a, b in pairs), "nothing in common is no pair"
+    assert all(a == b or check_same_format(sequences[a], sequences[b]) > 0 for a, b in pairs), "nothing in common is no pair"
 
 
 def test_the_answers_to_a_prompt_come_together() -> None:

@@ -136,9 +136,8 @@ def test_cancel_asks_and_kill_does_not(make: Make, tmp_path: Path) -> None:
     dispatcher.alive(refs)
     dispatcher.kill(refs[:1])
     until_gone(dispatcher, refs[:1])
-    left = (tmp_path / "left0").read_text() if (tmp_path / "left0").exists() else "killed"
-    # SLURM sends SIGTERM before it kills
-    assert left == "killed" if isinstance(dispatcher, LocalDispatcher) else left in ("killed", "asked")
+    if isinstance(dispatcher, LocalDispatcher):  # SLURM sends SIGTERM before it kills, which the job may still note
+        assert not (tmp_path / "left0").exists(), "it was not asked"
     assert dispatcher.alive(refs) == [False, True]
     dispatcher.cancel(refs[1:])
     until_gone(dispatcher, refs)

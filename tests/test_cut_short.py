@@ -27,7 +27,11 @@ from isaerft_sweep.search.sampler import FixedPoints, Point
 from isaerft_sweep.search.sweep_file import Metric, SweepDefinition
 from isaerft_sweep.specs import Experiment
 
-SITE, PERSON, TRIAL = JobExit("SLURM: PREEMPTED", "site"), JobExit("SLURM: CANCELLED", "person"), JobExit("SLURM: FAILED")
+SCHEDULER, USER, TRIAL = (
+    JobExit("SLURM: PREEMPTED", "scheduler"),
+    JobExit("SLURM: CANCELLED", "user"),
+    JobExit("SLURM: FAILED"),
+)
 DONE = (TrialState.COMPLETED, 0, TRIAL)
 UNBEGUN, SILENT = "unbegun", "silent"
 """States of an attempt that its worker gave back, and of one that died before it said a word."""
@@ -124,20 +128,20 @@ def run(experiment: Callable[..., Experiment], tmp_path: Path) -> Callable[..., 
     ("script", "states"),
     [
         # by the site, further each time: as often as it likes
-        ([(TrialState.RUNNING, n, SITE) for n in (5, 10, 15, 20, 25)] + [DONE], ["stopped"] * 5 + ["completed"]),
-        ([(TrialState.STOPPED, n, SITE) for n in (5, 10, 15)] + [DONE], ["stopped"] * 3 + ["completed"]),
+        ([(TrialState.RUNNING, n, SCHEDULER) for n in (5, 10, 15, 20, 25)] + [DONE], ["stopped"] * 5 + ["completed"]),
+        ([(TrialState.STOPPED, n, SCHEDULER) for n in (5, 10, 15)] + [DONE], ["stopped"] * 3 + ["completed"]),
         # in order, and nobody knows by whom
         ([(TrialState.STOPPED, 5, TRIAL), (TrialState.STOPPED, 9, TRIAL), DONE], ["stopped", "stopped", "completed"]),
         # never any further: jobs that are too short must not go on for ever
         (
-            [(TrialState.RUNNING, 5, SITE), (TrialState.RUNNING, 5, SITE), (TrialState.RUNNING, 5, SITE)],
+            [(TrialState.RUNNING, 5, SCHEDULER), (TrialState.RUNNING, 5, SCHEDULER), (TrialState.RUNNING, 5, SCHEDULER)],
             ["stopped", "failed", "failed"],
         ),
-        ([(TrialState.STOPPED, 0, SITE)], ["failed", "failed"]),
+        ([(TrialState.STOPPED, 0, SCHEDULER)], ["failed", "failed"]),
         # never begun, since its worker ended for another trial's sake: nobody's fault, however often
         ([(UNBEGUN, 0, TRIAL)] * 4 + [DONE], ["stopped"] * 4 + ["completed"]),
         # by a person: counted, whatever it has reached
-        ([(TrialState.STOPPED, 5, PERSON), (TrialState.STOPPED, 10, PERSON)], ["failed", "failed"]),
+        ([(TrialState.STOPPED, 5, USER), (TrialState.STOPPED, 10, USER)], ["failed", "failed"]),
         # of its own
         ([(TrialState.RUNNING, 5, TRIAL), (TrialState.RUNNING, 10, TRIAL)], ["failed", "failed"]),
         ([(TrialState.RUNNING, 5, TRIAL), DONE], ["failed", "completed"]),

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from isaerft_sweep.search.parameters import DISTRIBUTIONS
+from isaerft_sweep.search.sweep_file import EARLY_KEYS, METHODS, METRIC_KEYS, SCHEDULER_KEYS, TOP_KEYS
+
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 LINK = re.compile(r"\]\(([^)#]+)(?:#[^)]*)?\)")
@@ -62,3 +65,10 @@ def test_the_tutorial_runs_as_printed(tmp_path: Path) -> None:
         )
         assert done.returncode == 0, f"{code}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     assert (tmp_path / "outputs" / "first" / "report.html").is_file()
+
+
+def test_the_sweep_files_reference_has_every_key() -> None:
+    words = set(re.findall(r"[a-z_]+", (ROOT / "docs" / "reference-sweep-file.md").read_text(encoding="utf-8")))
+    keys = {*TOP_KEYS, *METRIC_KEYS, *SCHEDULER_KEYS, *METHODS, *(key for keys in EARLY_KEYS.values() for key in keys)}
+    missing = {*keys, *DISTRIBUTIONS} - words
+    assert not missing, missing

@@ -21,7 +21,7 @@ from isaerft_sweep.errors import ConfigError
 from isaerft_sweep.journal.layout import TrialFolder
 from isaerft_sweep.journal.status import TrialStatus
 from isaerft_sweep.models.random_model import made_folder
-from isaerft_sweep.readiness.calibrate import reckon
+from isaerft_sweep.readiness.calibrate import extrapolate_seconds
 from isaerft_sweep.readiness.doctor import clocks, preemption, show
 from isaerft_sweep.readiness.plan import axis
 from isaerft_sweep.readiness.probe import LOCKED, MADE_BEFORE, shared_folder, wandb_server
@@ -39,11 +39,11 @@ def test_a_trials_time_is_reckoned_from_a_short_one(tmp_path: Path) -> None:
     rows.append({"step": 8, "time": 126 + 5.0, "eval/loss": 1.0})
     trial = TrialFolder(tmp_path)
     trial.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    seconds = reckon(trial, TrialStatus(1, started=100.0, ended=134.0), steps=100, evaluations=5)
+    seconds = extrapolate_seconds(trial, TrialStatus(1, started=100.0, ended=134.0), steps=100, evaluations=5)
     assert seconds == pytest.approx(10 + 100 * 2 + 5 * 5 + 3)
     trial.metrics.write_text(json.dumps(rows[0]) + "\n")
     with pytest.raises(ConfigError, match="at least two steps"):
-        reckon(trial, TrialStatus(), 1, 1)
+        extrapolate_seconds(trial, TrialStatus(), 1, 1)
 
 
 def test_the_axis_shows_every_trial() -> None:

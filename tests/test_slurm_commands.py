@@ -92,7 +92,9 @@ def test_a_job_that_is_completing_for_ever_is_over(site: Site, tmp_path: Path, m
     now = time.monotonic()
     monkeypatch.setattr(slurm.time, "monotonic", lambda: now + slurm.COMPLETING_S + 1)
     assert dispatcher.alive(refs) == [False, True]
-    assert dispatcher.job_exit(refs[0]).reason == "SLURM: COMPLETING (n1)" and dispatcher.job_exit(refs[0]).cause == "site"
+    assert (
+        dispatcher.job_exit(refs[0]).reason == "SLURM: COMPLETING (n1)" and dispatcher.job_exit(refs[0]).cause == "scheduler"
+    )
     site.says("sacct", "7_0|OUT_OF_MEMORY|n1\n")
     assert dispatcher.alive(refs) == [False, True]
     assert dispatcher.job_exit(refs[0]).reason == "SLURM: OUT_OF_MEMORY (n1)"

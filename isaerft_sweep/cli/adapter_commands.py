@@ -25,7 +25,7 @@ def add_adapter_commands(commands: Any) -> None:
     push = commands.add_parser("push", help="upload an adapter or an export to the Hub")
     push.add_argument("folder", type=Path, help="a trial's folder, a sweep's (its best trial), or an exported model")
     push.add_argument("--repo", help="ORG/NAME (default: the card's model name, under the token's owner)")
-    push.add_argument("--private", action="store_true")
+    push.add_argument("--private", action="store_true", help="create the repository as a private one")
     push.add_argument("--dry-run", action="store_true", help="check, and list what would be uploaded")
     add_metric_argument(push)
     push.set_defaults(run=_push)

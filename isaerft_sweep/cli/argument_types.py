@@ -70,4 +70,4 @@ def add_metric_argument(parser: argparse.ArgumentParser) -> None:
 def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
     """Add ``--prompt`` and ``--max-new-tokens``."""
     parser.add_argument("--prompt", action="append", help="a prompt to answer; repeatable")
-    parser.add_argument("--max-new-tokens", type=at_least_one, default=60)
+    parser.add_argument("--max-new-tokens", type=at_least_one, default=60, help="longest answer, in tokens")

@@ -32,7 +32,7 @@ def add_result_commands(commands: Any) -> None:
 
     best = commands.add_parser("best", help="print the winner as JSON, as Hydra overrides or as a path")
     _sweep_arguments(best)
-    best.add_argument("--as", dest="form", choices=("json", "overrides", "path"), default="json")
+    best.add_argument("--as", dest="form", choices=("json", "overrides", "path"), default="json", help="form of the output")
     best.set_defaults(run=_best)
 
     confirm = commands.add_parser("confirm", help="rerun the leaders with new seeds: which of them is the best?")

@@ -15,7 +15,7 @@ def add_serve_commands(commands: Any) -> None:
     serve = commands.add_parser("serve", help="run your own W&B backend: wandb sweep and wandb agent without internet")
     serve.add_argument("--data", type=Path, default=Path("isaerft-serve"), help="the folder that keeps everything")
     serve.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: this machine alone)")
-    serve.add_argument("--port", type=int, default=8090)
+    serve.add_argument("--port", type=int, default=8090, help="the port to listen on; 0: a free one")
     serve.add_argument("--entity", default="local", help="the name that projects belong to (default local)")
     serve.add_argument("--certificate", type=Path, help="a PEM file, for https")
     serve.add_argument("--private-key", type=Path, help="the certificate's key, where it is not in the same file")
@@ -37,7 +37,7 @@ def add_serve_commands(commands: Any) -> None:
         "--to", metavar="URL", help="the server (default: WANDB_BASE_URL, else W&B's cloud); key: WANDB_API_KEY"
     )
     sync.add_argument("--sweep", help="only this sweep's runs of a data folder")
-    sync.add_argument("--entity")
+    sync.add_argument("--entity", help="the entity to upload to instead of your default one")
     sync.add_argument("--project", help="default: the runs' own")
     sync.set_defaults(run=_sync)
 

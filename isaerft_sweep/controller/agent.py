@@ -64,7 +64,7 @@ def run_for_agent(experiment: Experiment, overrides: Sequence[str], environment:
     if not parent.definition.exists():
         write_definition(experiment, definition, parent)
     already_ended = ended_trial(folder)
-    checked = parent.path / ".checked"
+    checked = parent.checked
     agent_run = AgentRun(sweep_id, run_id, parent, agent)
     run = SweepRun(experiment, definition, FixedPoints([point]), folder, overrides, agent_run=agent_run)
     run_trials(run, show=False, check=not checked.exists())
@@ -135,9 +135,8 @@ def point_from_agent(experiment: Experiment, definition: SweepDefinition, enviro
 
 def is_first_run(parent: SweepFolder, run_id: str) -> bool:
     """Whether this run is the sweep's first: true for exactly one, also when several start at the same time."""
-    marker = parent.path / ".first"
+    marker, aside = parent.first_run, parent.claim_of_first_run(run_id)
     parent.path.mkdir(parents=True, exist_ok=True)
-    aside = parent.path / f".first-{run_id}"
     aside.write_text(run_id, encoding="utf-8")
     try:
         os.link(aside, marker)

@@ -51,14 +51,14 @@ def classify_interrupted(record: TrialRecord, status: TrialStatus, dispatcher: D
     if checkpointed and not status.begun:  # its worker ended because of another trial
         return AttemptOutcome(TrialState.STOPPED, None, status.message)
     progressed = status.checkpoint > record.checkpoint
-    if checkpointed and job_exit.cause != "person" and progressed:
+    if checkpointed and job_exit.cause != "user" and progressed:
         return AttemptOutcome(TrialState.STOPPED, None, status.message, seconds)
     reason = f" ({job_exit.reason})" if job_exit.reason else ""
-    if job_exit.cause == "site" and progressed:
+    if job_exit.cause == "scheduler" and progressed:
         message = f"its job was ended by the site{reason}; it resumes from a checkpoint"
         return AttemptOutcome(TrialState.STOPPED, None, message, seconds)
     if checkpointed:
-        event = "it was stopped from outside" if job_exit.cause == "person" else "it was stopped before it got any further"
+        event = "it was stopped from outside" if job_exit.cause == "user" else "it was stopped before it got any further"
     else:
         event = "its process ended"
     log_tail = dispatcher.log_tail(record.job)

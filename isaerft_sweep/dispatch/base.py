@@ -12,7 +12,7 @@ from isaerft_sweep.dispatch.job import Job
 from isaerft_sweep.errors import LaunchError
 from isaerft_sweep.journal.job_refs import JobRef
 
-Cause = Literal["site", "person", "trial"]
+Cause = Literal["scheduler", "user", "trial"]
 R = TypeVar("R", bound=JobRef)
 TRACEBACK = "Traceback (most recent call last)"
 CHAINED = ("During handling of the above exception", "The above exception was the direct cause")
@@ -26,8 +26,8 @@ class SchedulerUnavailable(LaunchError):
 class JobExit:
     """Why a job ended, according to the scheduler.
 
-    ``cause``: ``site`` when the scheduler ended it (preemption, time limit, a lost node), ``person`` when a user cancelled
-    it, ``trial`` when neither is known.
+    ``cause``: ``scheduler`` when that ended it (preemption, time limit, a lost node), ``user`` when a user cancelled it,
+    ``trial`` when neither is known.
     """
 
     reason: str = ""

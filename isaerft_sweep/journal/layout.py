@@ -1,6 +1,7 @@
-"""Every file name of a sweep and of a trial, and the protocol between controller and worker.
+"""The file names of sweeps and trials, and the protocol between controller and worker.
 
-A worker writes only inside its own trial folder. Attempts are fenced: the controller raises the attempt number before it
+A trial's results are only in its own folder; a resident worker's task queue is in ``workers/`` (``worker_queue.py``), and
+parts of checkpoints, W&B runs and caches have the names that their libraries give. Attempts are fenced: the controller raises the attempt number before it
 dispatches a trial again, and a worker of an older attempt (an orphan of a node that seemed dead) may not write any more.
 """
 
@@ -140,6 +141,20 @@ class SweepFolder:
         return self.path / ".made"
 
     @property
+    def checked(self) -> Path:
+        """Exists once model, SAE and data of a sweep that agents run have been checked."""
+        return self.path / ".checked"
+
+    @property
+    def first_run(self) -> Path:
+        """Holds the id of the run that evaluates the untrained model, of a sweep that agents run."""
+        return self.path / ".first"
+
+    def claim_of_first_run(self, run_id: str) -> Path:
+        """What a run links to ``first_run``: the first link wins."""
+        return self.path / f".first-{run_id}"
+
+    @property
     def names(self) -> Path:
         """Reserved run names, shared by all sweeps of one output folder."""
         return (self.names_root or self.path.parent) / ".names"
@@ -227,6 +242,10 @@ class TrialFolder:
     @property
     def adapter(self) -> Path:
         return self.path / "adapter"
+
+    def unfinished_adapter(self, attempt: int) -> Path:
+        """Where an attempt writes the adapter before it renames the whole folder."""
+        return self.path / f".adapter-{attempt}"
 
     @property
     def card(self) -> Path:

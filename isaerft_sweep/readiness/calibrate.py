@@ -100,13 +100,13 @@ def calibrate(experiment: Experiment, definition: SweepDefinition, point: Point,
                 f"the calibration must complete but ended as {status.state or 'nothing'}: {status.message} "
                 f"{dispatcher.job_exit(job).reason}\n{dispatcher.log_tail(job)}"
             )
-        alone_s = reckon(trial, status, steps, evaluations_per_trial(experiment))
+        alone_s = extrapolate_seconds(trial, status, steps, evaluations_per_trial(experiment))
         return Estimate(alone_s, alone_s, f"{orpo.max_steps} steps, run just now by itself")
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def reckon(trial: TrialFolder, status: TrialStatus, steps: int, evaluations: int) -> float:
+def extrapolate_seconds(trial: TrialFolder, status: TrialStatus, steps: int, evaluations: int) -> float:
     """Seconds of a whole trial, extrapolated from a short one.
 
     Args:

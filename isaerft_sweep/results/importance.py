@@ -37,7 +37,8 @@ def importance(sweep: SweepResults) -> Importance | None:
     # the good ones are a tenth of the trials, at least five, at most half
     quantile = min(0.5, max(0.1, 5 / len(ranked)))
     spaces = {axis.key: _distribution(axis, [entry.params[axis.key] for entry in ranked]) for axis in swept}
-    study = optuna.create_study(direction=sweep.metric.goal, sampler=optuna.samplers.RandomSampler(seed=0))
+    direction = optuna.study.StudyDirection[sweep.metric.goal.upper()]
+    study = optuna.create_study(direction=direction, sampler=optuna.samplers.RandomSampler(seed=0))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # parts are experimental in Optuna; the tests check the numbers
         study.add_trials(

@@ -201,7 +201,7 @@ def notes(sweep: SweepResults) -> list[Text]:
     best = sweep.winner
     if best is None:
         reasons = [Text(text, style="yellow") for text in caveats(sweep)]
-        return [*reasons, Text(f"No winner{' yet' if sweep.is_run else ''}: {sweep.why_unranked()}", style="red")]
+        return [*reasons, Text(f"No winner{' yet' if sweep.is_running else ''}: {sweep.why_unranked()}", style="red")]
     lines = [Text(" ".join(answer(sweep)))]
     lines += [Text(text, style="dim" if text.startswith(("95 %", "expected")) else "yellow") for text in caveats(sweep)]
     if best.folder:

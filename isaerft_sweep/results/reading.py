@@ -69,7 +69,7 @@ def read_sweep_folder(
         folder=folder,
         sweep_id=record.sweep_id,
         fingerprint=record.fingerprint,
-        is_run=not ending and (any(is_held(part) for part in parts) or _array_runs(folder, entries)),
+        is_running=not ending and (any(is_held(part) for part in parts) or _array_runs(folder, entries)),
         read_rows=lambda entry: entry.folder.read_metrics() if entry.folder else [],
     )
     if not sweep.space and folder.definition.is_file() and folder.definition.read_bytes().strip() not in (b"", b"{}"):

@@ -78,8 +78,8 @@ class SweepResults:
     """A sweep's ranked trials. ``own``: the metric that the sweep optimises. ``metric``: the one that ranks the trials.
 
     ``space``: distributions of the swept parameters, empty when unknown. ``experiment``: the composed config. ``source``:
-    the sweep's folder or URL. ``is_run``: whether a controller or an array runs it. ``read_rows``: returns a trial's logged
-    rows. ``problems``: what else could not be read, one message each. ``constraints``: those of the sweep file.
+    the sweep's folder or URL. ``is_running``: whether a controller or an array runs it. ``read_rows``: returns a trial's
+    logged rows. ``problems``: what else could not be read, one message each. ``constraints``: those of the sweep file.
     ``confirmation``: the trials of ``isaerft-sweep confirm``. ``seeds_known``: whether a point has two seeds, so that the
     spread over seeds is measured and trials are ranked by ``expected``. ``seed_sd``: that spread, a standard deviation.
     """
@@ -95,7 +95,7 @@ class SweepResults:
     folder: SweepFolder | None = None
     sweep_id: str = ""
     fingerprint: str = ""
-    is_run: bool = False
+    is_running: bool = False
     problems: list[str] = field(default_factory=list)
     goals: tuple[Metric, ...] = ()
     """All metrics of a sweep with several goals, while it is ranked by them."""
@@ -146,7 +146,7 @@ class SweepResults:
         """Why no trial has completed."""
         ended = Counter(entry.state for entry in self.entries if entry.record.ended)
         counts = f" So far: {', '.join(f'{n} {state}' for state, n in sorted(ended.items()))}." if ended else ""
-        if self.is_run:
+        if self.is_running:
             progress = f"isaerft-sweep status {quoted(self.source)}"
             return f"no trial has completed yet, and the sweep runs.{counts} Its progress: {progress}"
         if self.folder is None:

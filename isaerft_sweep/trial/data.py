@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from isaerft_sweep.errors import DataError
 from isaerft_sweep.paths import asset
-from isaerft_sweep.preferences import ANSWERS, Row, Written, alike, check_row, data_files, read_pairs
+from isaerft_sweep.preferences import ANSWERS, Row, Written, check_row, check_same_format, data_files, read_pairs
 from isaerft_sweep.spec_fields import canonical_json
 from isaerft_sweep.specs import DataSpec
 from isaerft_sweep.trial.kept_tokens import Tokenised, kept_tokens
@@ -360,4 +360,4 @@ def _from_hub(spec: DataSpec, split: str) -> Iterator[Written]:
             "data=jsonl data.path=PATH."
         ) from error
     located = ((f"{spec.name} ({split}), row {i}", row) for i, row in enumerate(rows))
-    return alike(Written(where, check_row(row, where)) for where, row in located)
+    return check_same_format(Written(where, check_row(row, where)) for where, row in located)

@@ -84,7 +84,7 @@ def cached_activations(
             )
         return stored
 
-    stored = phases.prepared(FROZEN, lambda: shared.get("trunk", activations_key(experiment), compute))
+    stored = phases.prepared(FROZEN, lambda: shared.get("activations", activations_key(experiment), compute))
     if stored is None:
         yield None
         return

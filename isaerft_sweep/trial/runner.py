@@ -291,7 +291,7 @@ def _save(
     folder: TrialFolder, model: peft.PeftModel, loaded: LoadedModel, results: TrialStatus, status: StatusWriter
 ) -> None:
     """Write the adapter folder aside and rename it: it is there whole or not at all."""
-    aside = folder.path / f".adapter-{status.attempt}"
+    aside = folder.unfinished_adapter(status.attempt)
     shutil.rmtree(aside, ignore_errors=True)
     # the embeddings are frozen; asked to look, PEFT would search the Hub for the base model's vocabulary
     model.save_pretrained(aside, save_embedding_layers=False)

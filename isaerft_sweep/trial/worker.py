@@ -33,7 +33,7 @@ POLL_S = 0.05
 IDLE_S = 60.0
 """A worker without a new task for so long ends: its controller has gone."""
 
-OVER = (*FINAL, TrialState.PRUNED)
+ENDED = (*FINAL, TrialState.PRUNED)
 
 T = TypeVar("T")
 
@@ -159,7 +159,7 @@ class _Worker:
     def _run(self, trial: TrialFolder, attempt: int, experiment: Experiment) -> Steps[bool]:
         """One attempt; returns whether the worker should end after it."""
         try:
-            if trial.read_status().of_attempt(attempt).state in OVER:
+            if trial.read_status().of_attempt(attempt).state in ENDED:
                 return False  # the trial had ended when a scheduler restarted this worker
             with logged_to(trial.log):
                 try:
@@ -173,7 +173,7 @@ class _Worker:
             return True
         # bitsandbytes never frees the paged state of large parameters
         paged = resolve_optimizer(experiment.orpo.optimizer).startswith("paged")
-        return (paged and experiment.adapter.kind in ("linear", "mlp")) or state not in (*OVER, TrialState.STOPPED)
+        return (paged and experiment.adapter.kind in ("linear", "mlp")) or state not in (*ENDED, TrialState.STOPPED)
 
     def _close(self) -> None:
         """Take no further task; hand waiting tasks back to the controller."""

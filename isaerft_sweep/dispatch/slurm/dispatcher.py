@@ -40,7 +40,7 @@ from isaerft_sweep.errors import LaunchError
 from isaerft_sweep.journal.job_refs import SlurmJob
 from isaerft_sweep.specs import LauncherSpec
 
-SITE_CAUSED = {"TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "PREEMPTED", "REVOKED", "LAUNCH_FAILED", "COMPLETING"}
+SCHEDULER_CAUSED = {"TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "PREEMPTED", "REVOKED", "LAUNCH_FAILED", "COMPLETING"}
 """States in which the site, not a person or the trial, ended the job."""
 CORES = '[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"'
 """Since 22.05 srun ignores sbatch's number of cores: without this a step would be bound to one."""
@@ -152,7 +152,7 @@ class SlurmDispatcher(Dispatcher[SlurmJob]):
         state, details = self._queue(ref).current_state(ref.id)
         if not state or state == "COMPLETED":
             return JobExit()
-        cause: Cause = "site" if state in SITE_CAUSED else "person" if state == "CANCELLED" else "trial"
+        cause: Cause = "scheduler" if state in SCHEDULER_CAUSED else "user" if state == "CANCELLED" else "trial"
         return JobExit(f"SLURM: {state}" + (f" ({details})" if details else ""), cause)
 
     def cancel(self, refs: Sequence[SlurmJob]) -> None:
@@ -206,9 +206,9 @@ class _Queue:
         except LaunchError:
             return False
         # of a controller that died between sbatch and its journal entry: new attempts run their trials
-        strays = [job for job, (state, _) in self.states.items() if state not in SLURM_TERMINAL and job not in self.known]
-        if strays := [job for job in strays if not job.endswith(REST)]:
-            cancel_jobs(*strays, cluster=self.cluster)
+        orphans = [job for job, (state, _) in self.states.items() if state not in SLURM_TERMINAL and job not in self.known]
+        if orphans := [job for job in orphans if not job.endswith(REST)]:
+            cancel_jobs(*orphans, cluster=self.cluster)
         self.completing = {
             job: self.completing.get(job, time.monotonic()) for job in jobs if state_of(self.states, job)[0] == "COMPLETING"
         }
