@@ -2,9 +2,9 @@
 
     python benchmarks/emulator.py --out FOLDER [--data PAIRS.jsonl] [--model smollm2-135m] [--eval-fraction 0.25]
 
-Runs a grid of 8 learning rates × 4 betas, one real trial each, then a sweep over the same 32 points with sweep.emulate=true.
-Both are resumed when the folder has them already. First table: what each found. Second: every point of the grid emulated from
-the few trials of the second sweep, beside its real trial.
+Runs a grid of 8 learning rates × 4 betas, one real trial each, then a sweep over the same 32 points with
+sweep.emulate=true. Both are resumed when the folder has them already. First table: what each found. Second: every point of
+the grid emulated from the few trials of the second sweep, beside its real trial.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from isaerft_sweep.controller.emulated_search import read_anchor, recipe_of
 from isaerft_sweep.journal.layout import TrialFolder
 from isaerft_sweep.search.emulator import Emulator
 
-RATES = [float(f"{0.03 * 10 ** (i / 7):.3g}") for i in range(8)]
+RATES = [round(0.03 * 10 ** (i / 7), 4) for i in range(8)]
 BETAS = [1.0, 2.0, 5.0, 20.0]
 METRIC = "eval/log_odds_chosen"
 CONSTRAINT = {"eval/kl_base": {"at_most": 0.15}}

@@ -58,7 +58,7 @@ NEGLIGIBLE = 0.01
 @dataclass(frozen=True)
 class Forecast:
     """Emulated points: the metric, larger is better, its standard deviation, and the log probability that the constraints
-    are met, each [points]. ``error``: the root mean square of the leave-one-out errors."""
+    are met, each [points]. ``error``: the median leave-one-out error of the metric."""
 
     points: list[Point]
     mean: np.ndarray
@@ -206,7 +206,7 @@ class EmulatedSearch:
                 left_out[name].append(float(value[0]))
         errors = {name: np.array(left_out[name]) - np.array(values[name]) for name in self._names}
         metric = self.definition.metric.name
-        error = float(np.sqrt((errors[metric] ** 2).mean()))
+        error = float(np.median(np.abs(errors[metric])))
         spread = float(np.std(values[metric]))
         if not error <= UNUSABLE * spread:
             self._why_not = (
@@ -355,11 +355,12 @@ def _sd_at(candidates: np.ndarray, anchors: np.ndarray, certain: np.ndarray, err
     """The standard deviation of the emulator's error at the candidates [candidates].
 
     The error is a process that is 0 at ``certain`` [points, coordinates]. Its variance follows from the leave-one-out
-    ``errors`` [anchors] over what the process says of them (Rasmussen and Williams 2006, equation 5.12).
+    ``errors`` [anchors] over what the process says of them (Rasmussen and Williams 2006, equation 5.12); from their median,
+    since without an outer anchor the emulator extrapolates, which it does not do with all of them.
     """
     jitter = 1e-6
     own = matern(anchors, anchors, _reaches(anchors)) + jitter * np.eye(len(anchors))
-    variance = float((errors**2 * np.diag(np.linalg.inv(own))).mean())
+    variance = float(np.median(errors**2 * np.diag(np.linalg.inv(own))))
     known = matern(certain, certain, _reaches(certain)) + jitter * np.eye(len(certain))
     across = matern(candidates, certain, _reaches(certain))
     left = 1 - (across * np.linalg.solve(known, across.T).T).sum(axis=1)
