@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from helpers.toy_training import Toy
 from transformers import get_scheduler
 
-from isaerft_sweep.search.emulator import AdamW, Anchor, Emulator, Interpolation, Recipe
+from isaerft_sweep.search.emulator import AdamW, Emulator, Interpolation, Recipe
 
 RECIPE = Recipe(learning_rate=0.05, beta=1.0, steps=24, warmup_steps=2, schedule="linear", l1=0.0, max_grad_norm=1.0)
 
@@ -44,51 +44,6 @@ def test_rates_are_those_of_transformers(schedule: str, warmup: int) -> None:
     np.testing.assert_allclose(ours, expected, rtol=1e-12, atol=1e-15)
 
 
-class Toy:
-    """A loss with curvature and its own batches, of a vector v = b @ decoder, trained by torch."""
-
-    def __init__(self, latents: int = 40, width: int = 12, steps: int = 24) -> None:
-        random = torch.Generator().manual_seed(1)
-        self.decoder = torch.randn(latents, width, generator=random) / 6
-        # batches pull in about the same direction, as pairs with one preference do; the NLL's in part in another one
-        preference, fluency = torch.nn.functional.normalize(torch.randn(2, width, generator=random))
-        noise = 0.03 * torch.randn(2, steps, width, generator=random)
-        self.nll = noise[0] - 0.4 * preference - 0.6 * fluency
-        self.odds = noise[1] - preference
-        self.steps = steps
-
-    def parts(self, v: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        nll = torch.nn.functional.softplus(v @ self.nll[step]) + 0.02 * (v**2).sum()
-        return nll, -torch.nn.functional.logsigmoid(-v @ self.odds[step])
-
-    def gain(self, v: torch.Tensor) -> float:
-        return float(torch.tanh(-v @ self.odds.mean(0) / 4) - 0.01 * (v**2).sum())
-
-    def train(self, recipe: Recipe) -> Anchor:
-        b = torch.nn.Parameter(torch.zeros(len(self.decoder)))
-        optimizer = torch.optim.AdamW([b], lr=recipe.learning_rate, weight_decay=0.0)
-        schedule = get_scheduler(recipe.schedule, optimizer, recipe.warmup_steps, recipe.steps)
-        gradients, vectors = [], []
-        for step in range(recipe.steps):
-            v = b @ self.decoder
-            vectors.append(v.detach())
-            parts = [torch.autograd.grad(part, b, retain_graph=True)[0] for part in self.parts(v, step)]
-            gradients.append(torch.stack(parts))
-            b.grad = parts[0] + recipe.beta * parts[1]
-            torch.nn.utils.clip_grad_norm_([b], recipe.max_grad_norm or math.inf)
-            rate = schedule.get_last_lr()[0]
-            optimizer.step()
-            schedule.step()
-            if recipe.l1:
-                b.data = torch.nn.functional.softshrink(b.data, rate * recipe.l1)
-        vectors.append((b @ self.decoder).detach())
-        seen = torch.stack(vectors)
-        evaluations = {
-            step: {"eval/gain": self.gain(seen[step])} for step in {0, *(part * recipe.steps // 4 for part in (1, 2, 3, 4))}
-        }
-        return Anchor(recipe, torch.stack(gradients).numpy(), seen.numpy(), (seen @ self.decoder.T).numpy(), evaluations)
-
-
 @pytest.fixture(scope="module")
 def toy() -> Toy:
     return Toy()
@@ -101,7 +56,7 @@ def emulator(toy: Toy) -> Emulator:
 
 
 def gains(emulator: Emulator, recipes: list[Recipe]) -> np.ndarray:
-    return emulator.metric("eval/gain").at(emulator.train(recipes))
+    return emulator.metric("eval/log_odds_chosen").at(emulator.train(recipes))
 
 
 def test_anchors_reproduce_themselves(emulator: Emulator) -> None:
@@ -109,13 +64,13 @@ def test_anchors_reproduce_themselves(emulator: Emulator) -> None:
     ends = emulator.train(recipes)
     for end, coordinates in zip(ends, emulator.coordinates, strict=True):
         np.testing.assert_allclose(end, coordinates[-1], atol=0.03 * float(np.linalg.norm(coordinates[-1])))
-    truth = [anchor.evaluations[RECIPE.steps]["eval/gain"] for anchor in emulator.anchors]
+    truth = [anchor.evaluations[RECIPE.steps]["eval/log_odds_chosen"] for anchor in emulator.anchors]
     np.testing.assert_allclose(gains(emulator, recipes), truth, atol=0.01)
 
 
 def test_other_settings_come_near_what_training_gives(toy: Toy, emulator: Emulator) -> None:
     recipes = [replace(RECIPE, learning_rate=lr, beta=beta) for lr in (0.07, 0.1, 0.14) for beta in (0.5, 1.0, 2.0, 4.0)]
-    truth = np.array([toy.train(recipe).evaluations[RECIPE.steps]["eval/gain"] for recipe in recipes])
+    truth = np.array([toy.train(recipe).evaluations[RECIPE.steps]["eval/log_odds_chosen"] for recipe in recipes])
     emulated = gains(emulator, recipes)
     assert float(np.abs(emulated - truth).max()) < 0.25 * float(np.ptp(truth)), (emulated, truth)
     assert float(np.corrcoef(emulated, truth)[0, 1]) > 0.95
@@ -126,7 +81,7 @@ def test_other_settings_come_near_what_training_gives(toy: Toy, emulator: Emulat
 )
 def test_other_recipes_too(change: dict[str, float], toy: Toy, emulator: Emulator) -> None:
     recipe = replace(RECIPE, learning_rate=0.1, **change)  # type: ignore[arg-type]
-    truth = toy.train(recipe).evaluations[recipe.steps]["eval/gain"]
+    truth = toy.train(recipe).evaluations[recipe.steps]["eval/log_odds_chosen"]
     assert float(gains(emulator, [recipe])[0]) == pytest.approx(truth, abs=0.03)
 
 

@@ -51,6 +51,10 @@ REACH = 0.4
 """Length scale on the unit cube of the emulator's error."""
 UNUSABLE = 0.5
 """With a leave-one-out error above this share of the trials' spread the emulator is not used."""
+CHOSEN = "emulated from"
+"""How the note of a point begins that the emulator has chosen. One such trial must have ended before a sweep has enough."""
+MEDIAN_OF_SQUARES = 0.455
+"""Of a standard normal variable: the median of chi-squared with one degree of freedom."""
 NEGLIGIBLE = 0.01
 """An expected gain below this share of the emulated values' range is not worth a trial."""
 
@@ -117,7 +121,8 @@ class EmulatedSearch:
         possible = forecast.mean[forecast.log_feasible > math.log(0.5)]
         spread = float(np.ptp([*possible, best]))
         gain = float(np.exp(self._log_gain(forecast)).max(initial=0.0))
-        return Gain(gain, NEGLIGIBLE * spread)
+        is_confirmed = any(self._tried[key].note.startswith(CHOSEN) for key in self._outcomes)
+        return Gain(gain, NEGLIGIBLE * spread if is_confirmed else None)
 
     def forget(self, point: Point) -> None:
         self.source.forget(point)
@@ -149,7 +154,7 @@ class EmulatedSearch:
         gain = self._log_gain(forecast)
         best = int(np.argmax(gain))
         note = (
-            f"emulated from {len(self._anchors)} trials: {self._sign * forecast.mean[best]:.4g} ± {forecast.sd[best]:.2g}, "
+            f"{CHOSEN} {len(self._anchors)} trials: {self._sign * forecast.mean[best]:.4g} ± {forecast.sd[best]:.2g}, "
             f"leave-one-out error {forecast.error:.2g}"
         )
         if self._best_real() is not None:
@@ -360,7 +365,7 @@ def _sd_at(candidates: np.ndarray, anchors: np.ndarray, certain: np.ndarray, err
     """
     jitter = 1e-6
     own = matern(anchors, anchors, _reaches(anchors)) + jitter * np.eye(len(anchors))
-    variance = float(np.median(errors**2 * np.diag(np.linalg.inv(own))))
+    variance = float(np.median(errors**2 * np.diag(np.linalg.inv(own)))) / MEDIAN_OF_SQUARES
     known = matern(certain, certain, _reaches(certain)) + jitter * np.eye(len(certain))
     across = matern(candidates, certain, _reaches(certain))
     left = 1 - (across * np.linalg.solve(known, across.T).T).sum(axis=1)

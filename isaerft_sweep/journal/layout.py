@@ -1,8 +1,9 @@
 """The file names of sweeps and trials, and the protocol between controller and worker.
 
 A trial's results are only in its own folder; a resident worker's task queue is in ``workers/`` (``worker_queue.py``), and
-parts of checkpoints, W&B runs and caches have the names that their libraries give. Attempts are fenced: the controller raises the attempt number before it
-dispatches a trial again, and a worker of an older attempt (an orphan of a node that seemed dead) may not write any more.
+parts of checkpoints, W&B runs and caches have the names that their libraries give. Attempts are fenced: the controller
+raises the attempt number before it dispatches a trial again, and a worker of an older attempt (an orphan of a node that
+seemed dead) may not write any more.
 """
 
 from __future__ import annotations
