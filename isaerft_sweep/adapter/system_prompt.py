@@ -66,7 +66,7 @@ class SystemPrompt:
         return longer[: len(longer) - missing]
 
     def ids_before_text(self, ids: list[int]) -> tuple[list[int], int]:
-        """Token ids of a text behind the system prompt, and how many tokens it begins with now that are not its own.
+        """Token ids of a text behind the system prompt, and the number of tokens before its own.
 
         ``ids``: the text's, which may begin with BOS.
         """

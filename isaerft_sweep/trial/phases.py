@@ -32,7 +32,7 @@ class Phases:
         self.status.write(TrialState.RUNNING, phase=f"{self.now} {100 * share:.0f} %", force=False)
 
     def prepared(self, phase: str, make: Callable[[], T]) -> T:
-        """What ``make`` gives. Raises StopRequested as soon as somebody asks for a stop."""
+        """What ``make`` gives. Raises StopRequested as soon as a stop is requested."""
         self.enter(phase)
         with at_once(self.flags, self.status.folder):
             return make()

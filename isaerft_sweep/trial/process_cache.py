@@ -32,7 +32,7 @@ class ProcessCache:
     """How many trials the process has run before."""
 
     def get(self, what: str, key: str, make: Callable[[], T]) -> T:
-        """What ``make`` gives; a worker that stays keeps it for the next trial that asks with the same ``key``."""
+        """What ``make`` returns; a resident worker caches it under ``what`` and ``key`` for its next trials."""
         return make()
 
 
@@ -67,8 +67,8 @@ def cached_activations(
 ) -> Iterator[UpperLayers | None]:
     """The frozen layers below the hook point, run once per sweep and node, where their output fits the cache.
 
-    Stored is what the first trial reads: every pair, or of many pairs and few steps those that its steps reach. What a trial
-    with another order reads besides is computed.
+    The cache stores what the first trial reads: every pair, or only those that its few steps reach. Later trials compute
+    anything else.
     """
     if experiment.launcher.activation_cache_gb == 0 or not way.above:
         yield None

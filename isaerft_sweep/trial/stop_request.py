@@ -95,10 +95,10 @@ def requested_state(flags: StopFlags, by_wandb: bool) -> TrialState | None:
 
 @contextmanager
 def at_once(flags: StopFlags, folder: TrialFolder) -> Iterator[None]:
-    """While the block runs, a request to stop raises StopRequested wherever it finds the trial, be it waiting for a lock.
+    """Inside the block a request to stop raises StopRequested at once, even while the trial waits for a lock.
 
-    For what comes before the first step: no checkpoint could keep it. ``flags``: what ``stop_requests`` gave. A file that
-    asks for an early stop can wait: that is for the sake of other trials, and a checkpoint lets this one come back.
+    For the preparation before the first step, which has no checkpoint. ``flags``: from ``stop_requests``. A file that asks
+    for an early stop waits until there is a checkpoint, from which the trial can be revived.
     """
 
     def is_requested() -> bool:

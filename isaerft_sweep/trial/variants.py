@@ -73,7 +73,7 @@ class _Silent:
     """In a recorder's place: nothing is recorded."""
 
     def evaluating(self, step: int, done: int, batches: int) -> None:
-        """An evaluation goes on."""
+        """Called during an evaluation."""
 
 
 def _evaluation(
