@@ -16,6 +16,7 @@ from helpers.trials import (
     Made,
     rows_of,
 )
+from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -226,3 +227,41 @@ def test_the_check_needs_no_weights_of_a_large_model() -> None:
     twin = small_twin(config)
     assert twin is not None and twin.config.num_hidden_layers == config.num_hidden_layers
     assert sum(parameter.numel() for parameter in twin.parameters()) < 1e7
+
+
+TEXT = {
+    "num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 16, "max_position_embeddings": 2048, "vocab_size": 262, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
+OF_PRESETS = {
+    "gemma3": {
+        "text_config": {**TEXT, "sliding_window": 64, "query_pre_attn_scalar": 16},
+        "vision_config": VISION,
+        "image_token_index": 5, "boi_token_index": 3, "eoi_token_index": 4, "mm_tokens_per_image": 4,
+    },
+    "qwen3_5_text": {**TEXT, **LINEAR},
+}  # fmt: skip
+"""Architectures of presets that need a config of their own: a multimodal wrapper (Gemma 3 from 4B on), linear attention."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", sorted(OF_PRESETS))
+def test_the_architectures_of_presets_have_trls_numbers(
+    family: str, trial: Made, tmp_path: Path, gradients: list[torch.Tensor]
+) -> None:
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[family](**OF_PRESETS[family])
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    folder = trial(*options(tmp_path / "model", 64))
+    assert run_trial(folder, 1) == "completed"
+    assert_trls(folder, gradients, tmp_path)

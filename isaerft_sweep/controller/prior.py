@@ -1,4 +1,4 @@
-"""What a search learns from earlier sweeps: read once, then kept in the sweep's folder, so that a restart uses the same results."""
+"""What a search learns from earlier sweeps: read once, then kept in the sweep's folder, so that a restart has the same."""
 
 from __future__ import annotations
 
