@@ -340,3 +340,26 @@ def test_a_model_can_be_pickled(kind: str, saes: dict, cache: Path, tmp_path: Pa
     plain = peft.get_peft_model(base_model("llama", cache), peft.LoraConfig(target_modules=["q_proj"]))
     assert pickle.loads(pickle.dumps(plain)).peft_config["default"].peft_type == peft.PeftType.LORA
     assert copy.deepcopy(adapted)(tokens()).logits.equal(expected)
+
+
+@torch.no_grad()
+def test_weighted_adapters_are_the_weighted_sum_of_what_they_add(saes: dict, cache: Path) -> None:
+    adapted = with_adapter(base_model("llama", cache), saes["jumprelu"])
+    site = {"layer": 2, "sae_path": saes["jumprelu"]}
+    adapted.add_adapter("other", IsaerftConfig(sites=[dict(site)]))
+    layer = decoder_layers(adapted.get_base_model())[2]
+    layer.isaerft_block["other"].bias.copy_(torch.linspace(-1, 1, 96))
+    adapted.add_weighted_adapter(["default", "other"], [0.5, -2.0], "both")
+    x = torch.zeros(1, 1, 64)
+    expected = 0.5 * layer.change("default", x) - 2 * layer.change("other", x)
+    torch.testing.assert_close(layer.change("both", x), expected)
+    adapted.set_adapter("both")
+    assert not torch.equal(adapted(tokens()).logits, base_model("llama", cache)(tokens()).logits)
+    adapted.add_adapter("scaled", IsaerftConfig(sites=[dict(site)], kind="scale"))
+    for names, weights, new in (
+        (["default", "scaled"], [1, 1], "x"),
+        (["default"], [1, 2], "x"),
+        (["default"], [1], "both"),
+    ):
+        with pytest.raises(ConfigError, match=r"must be"):
+            adapted.add_weighted_adapter(names, weights, new)

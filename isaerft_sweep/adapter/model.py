@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from isaerft_sweep.adapter.architecture import decoder_layers, decoder_layers_name
-from isaerft_sweep.adapter.config import ON_SAE, IsaerftConfig
+from isaerft_sweep.adapter.config import CONSTANT, ON_SAE, IsaerftConfig
 from isaerft_sweep.adapter.layer import IsaerftLayer
 from isaerft_sweep.adapter.merge import make_room
 from isaerft_sweep.adapter.sae import check_fits, load_basis
@@ -74,6 +77,37 @@ class IsaerftModel(BaseTuner):
         """Merge where it is exact (see ``merge.py``); ModelError elsewhere."""
         self._merging(adapter_names)
         super().merge_adapter(adapter_names, safe_merge)
+
+    @torch.no_grad()
+    def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
+        """Add an adapter that changes the model by the weighted sum of what others change, exactly.
+
+        Args:
+            adapters: names of adapters that add a constant (bias, random, vector, diffmean), all of one kind and on the same
+                hook points and SAEs.
+            weights: as many, of any sign.
+            adapter_name: of the new one, which is not active yet.
+
+        Raises ConfigError when they do not fit together.
+        """
+        configs = [self.peft_config[name] for name in adapters]
+        fitting = [(config.kind, config.sites) for config in configs]
+        if len(adapters) != len(weights) or not adapters:
+            raise ConfigError(f"there must be a weight for each adapter but got {len(weights)} for {len(adapters)}.")
+        if adapter_name in self.peft_config:
+            raise ConfigError(f"adapter_name must be new but '{adapter_name}' is there already.")
+        if any(fits != fitting[0] for fits in fitting) or configs[0].kind not in CONSTANT:
+            kinds = ", ".join(f"{name}: {config.kind}" for name, config in zip(adapters, configs, strict=True))
+            raise ConfigError(
+                f"adapters must be of one kind among {', '.join(CONSTANT)}, with the same hook points and SAEs, not {kinds}."
+            )
+        self.peft_config[adapter_name] = copy.deepcopy(configs[0])
+        self.inject_adapter(self.model, adapter_name)
+        for layer in self.modules():
+            if isinstance(layer, IsaerftLayer):
+                total: Any = layer.isaerft_block[adapter_name].bias
+                for name, weight in zip(adapters, weights, strict=True):
+                    total += weight * layer.isaerft_block[name].bias  # from zero, in place
 
     def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> Any:
         if merge:
