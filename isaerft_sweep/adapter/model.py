@@ -105,9 +105,9 @@ class IsaerftModel(BaseTuner):
         self.inject_adapter(self.model, adapter_name)
         for layer in self.modules():
             if isinstance(layer, IsaerftLayer):
-                total: Any = layer.isaerft_block[adapter_name].bias
+                blocks: Any = layer.isaerft_block
                 for name, weight in zip(adapters, weights, strict=True):
-                    total += weight * layer.isaerft_block[name].bias  # from zero, in place
+                    blocks[adapter_name].bias.add_(blocks[name].bias, alpha=weight)  # from zero
 
     def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> Any:
         if merge:
