@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,11 @@ from isaerft_sweep.terminal import speak_any_encoding
 UNEXPECTED, WRONG, INTERRUPTED = 1, 2, 130
 BROKEN_PIPE = 141
 """What a shell reports for a command whose pipe lost its reader (128 + SIGPIPE)."""
+
+
+def ignore_pefts_old_name() -> None:
+    """Do not warn that PEFT asks transformers for gradient checkpointing by its earlier name, in every trial."""
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*is deprecated", category=FutureWarning)
 
 
 def guarded(run: Callable[[], int | None], interrupted: str = "Stopped.") -> int:

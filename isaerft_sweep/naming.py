@@ -96,7 +96,14 @@ def method_name(kind: str) -> str:
 
 
 def model_name(model: str, run: str, loss: str = "orpo", kind: str = "bias") -> str:
-    """``GEMMA-2-2B-FT-ORPO-ISAERFT_run-…``: the repository's name; its first part is cut to the Hub's limit."""
+    """``GEMMA-2-2B-FT-ORPO-ISAERFT_run-…``: the repository's name; its first part is cut to the Hub's limit.
+
+    Args:
+        model: the base model's name, with or without its owner.
+        run: the run's name.
+        loss: ``orpo.loss``.
+        kind: ``adapter.kind``.
+    """
     method = f"-FT-{loss.upper()}-{method_name(kind).upper()}_"
     room = HUB_LIMIT - len(method) - len(run)
     return clean(model).upper()[:room].rstrip("-._") + method + run
@@ -107,7 +114,14 @@ NOT_TRAINED = ("prompt", "diffmean")
 
 
 def tags(learning_rate: float, beta: float, extra: tuple[str, ...] = (), kind: str = "bias") -> tuple[str, ...]:
-    """Tags of the run and its card; learning rate and beta at full precision."""
+    """Tags of the run and its card.
+
+    Args:
+        learning_rate: at full precision, as ``beta``.
+        beta: of the loss.
+        extra: of the config.
+        kind: ``adapter.kind``; one that is not trained has neither learning rate nor beta.
+    """
     if kind in NOT_TRAINED:
         return (*extra, method_name(kind))
     return ("generated_from_trainer", *extra, method_name(kind), f"lr_{learning_rate!r}", f"beta_{beta!r}")

@@ -43,6 +43,12 @@ class FeedForwardBlock(nn.Module):
 
     Map i is x ↦ W x + c with ``weight_i`` [d_out, d_in] and ``bias_i``; of low rank it is W D x + c with ``down_i``
     [rank, d_in] and ``weight_i`` [d_out, rank] (as LoRA, arXiv 2106.09685, without a frozen base).
+
+    Args:
+        d_sae: number of latents.
+        hidden_layers: 0 for a linear map.
+        hidden_size: width of the hidden layers; None: ``d_sae``.
+        rank: of every map; None: full.
     """
 
     # no submodules: PEFT removes the adapter's name from a saved key only one level up

@@ -20,7 +20,14 @@ from isaerft_sweep.errors import IsaerftError
 
 
 def compare(adapter: str, prompts: Sequence[str], max_new_tokens: int, cache: str | None) -> Iterator[tuple[str, str, str]]:
-    """For each prompt ``(prompt, answer without the adapter, answer with it)``, by greedy decoding."""
+    """For each prompt ``(prompt, answer without the adapter, answer with it)``, by greedy decoding.
+
+    Args:
+        adapter: its folder, or a repository of the Hub.
+        prompts: what a user says.
+        max_new_tokens: longest answer.
+        cache: folder of converted models; None: the user's cache folder.
+    """
     model, tokenizer = load_model(adapter, cache=cache)
     text = getattr(model.peft_config["default"], "system_prompt", None)
     system = SystemPrompt(tokenizer, text) if text else None
@@ -73,7 +80,14 @@ def answer(
 
 @torch.inference_mode()
 def greedy(model: Any, prompt: list[int], max_new_tokens: int, pad: int | None) -> list[int]:
-    """Token ids of the most likely continuation of ``prompt``, token by token, the end token included."""
+    """Token ids of the most likely continuation, token by token, the end token included.
+
+    Args:
+        model: any causal language model of transformers.
+        prompt: token ids.
+        max_new_tokens: longest continuation.
+        pad: id of the padding token.
+    """
     ids = torch.tensor([prompt], device=model.device)
     options = {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": pad}
     out: list[int] = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)[0].tolist()

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from isaerft_sweep.adapter.config import IsaerftConfig
 from isaerft_sweep.errors import ModelError
+from isaerft_sweep.guard import ignore_pefts_old_name
 from isaerft_sweep.journal.layout import TrialFolder
 from isaerft_sweep.models.gguf_package import PACKAGES
 from isaerft_sweep.models.loading import load
@@ -36,8 +37,7 @@ def load_model(
     loaded.model.config.use_cache = True
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")
-        # PEFT uses transformers' deprecated name
-        warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*is deprecated", category=FutureWarning)
+        ignore_pefts_old_name()
         try:
             model = PeftModel.from_pretrained(loaded.model, adapter)
         except SafetensorError as error:

@@ -7,14 +7,13 @@ import os
 import signal
 import sys
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from isaerft_sweep.errors import IsaerftError
-from isaerft_sweep.guard import UNEXPECTED, WRONG, unexpected
+from isaerft_sweep.guard import UNEXPECTED, WRONG, ignore_pefts_old_name, unexpected
 from isaerft_sweep.journal.worker_queue import STOP_AT
 from isaerft_sweep.terminal import speak_any_encoding
 
@@ -33,8 +32,7 @@ def prepare_process(threads: int | None, device: str | None, limit_s: float | No
         # several trials share the machine's cores: oversubscribed threads slow each other down tenfold
         os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # PEFT asks transformers for it by its earlier name, in every trial
-    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*is deprecated", category=FutureWarning)
+    ignore_pefts_old_name()
 
 
 @contextmanager

@@ -41,7 +41,7 @@ class Column:
         if self.key not in params:
             return ""
         value = params[self.key]
-        if is_number(value):
+        if is_numeric(value):
             return self._number(value)
         if isinstance(value, str):
             return self._text(value)
@@ -52,7 +52,7 @@ class Column:
     def _number(self, value: float) -> str:
         if isinstance(value, int):
             return str(value)
-        different = {float(v) for v in self.values if is_number(v)}
+        different = {float(v) for v in self.values if is_numeric(v)}
         max_digits = 17 if len(different) <= MAX_EXACT_NUMBERS else 5
         scientific = self.key in SHORT_NAMES
         for digits in range(2 if scientific else 3, max_digits + 1):
@@ -107,7 +107,7 @@ def labels(keys: Sequence[str]) -> dict[str, str]:
     return {key: key if count[name] > 1 or name in RESERVED_NAMES else name for key, name in short.items()}
 
 
-def is_number(value: Any) -> bool:
+def is_numeric(value: Any) -> bool:
     """Whether a swept value is a number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 

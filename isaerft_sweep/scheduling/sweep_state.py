@@ -142,7 +142,14 @@ class SweepState:
         self.waiting[:0] = records
 
     def dispatched(self, record: TrialRecord, attempt: int, job: JobRef, event: str = "dispatch") -> None:
-        """Record that a job has an attempt. ``event``: the journal's, ``takeover`` after ``unassign``."""
+        """Record that a job has an attempt.
+
+        Args:
+            record: the trial's.
+            attempt: its number.
+            job: which runs it.
+            event: the journal's; ``takeover`` after ``unassign``.
+        """
         self.journal.write(event, index=record.index, attempt=attempt, job=job.to_json())
         self.starting.pop(record.index, None)
         self.active[record.index] = record

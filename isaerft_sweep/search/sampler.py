@@ -65,10 +65,13 @@ class PointSource(Protocol):
         """The next point, now pending; None when every point has been tried."""
 
     def tell(self, point: Point, value: float | None, violation: float = 0.0, others: Sequence[float] = ()) -> None:
-        """The outcome of a pending point: the metric, or None for a trial that diverged.
+        """Learn the outcome of a pending point.
 
-        ``violation``: how far it breaks the sweep's constraints; see ``search/constraints.py``. ``others``: the values of
-        further goals, larger is better.
+        Args:
+            point: as ``ask`` gave it.
+            value: the metric; None for a trial that diverged.
+            violation: how far it breaks the sweep's constraints; see ``search/constraints.py``.
+            others: the values of further goals, larger is better.
         """
 
     def expected_gain(self) -> Gain | None:
@@ -126,7 +129,16 @@ class FixedPoints:
 
 
 class Sampler:
-    """Gives points and learns their outcomes. After a restart ``restore`` rebuilds it, and it continues in the same way."""
+    """Gives points and learns their outcomes. After a restart ``restore`` rebuilds it, and it continues in the same way.
+
+    Args:
+        space: distributions by dotted config key.
+        method: ``grid``, ``random`` or ``bayes``.
+        seed: of the search.
+        sign: +1 when more of the metric is better, −1 when less is.
+        repeats: whether a point may come twice.
+        goals: number of metrics.
+    """
 
     def __init__(
         self,

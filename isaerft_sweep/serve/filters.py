@@ -62,8 +62,8 @@ GROUPS = ("$and", "$or", "$nor")
 
 @lru_cache(maxsize=1024)
 def snake(name: str) -> str:
-    """``created_at`` of ``createdAt``."""
-    return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
+    """``created_at`` of ``createdAt``, ``run_id`` of ``runID``."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
 
 
 def field_of(run: ServedRun, name: str, goal: str | None = None) -> Any:

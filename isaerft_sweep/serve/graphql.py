@@ -30,6 +30,7 @@ from isaerft_sweep.serve import artifact_changes, query_cost
 from isaerft_sweep.serve.answers import INTERNAL_ERROR
 from isaerft_sweep.serve.caller import Caller, global_id, parse_id
 from isaerft_sweep.serve.checks import RequestError, disk_refused, json_object
+from isaerft_sweep.serve.filters import snake
 from isaerft_sweep.serve.graphql_types import (
     AgentView,
     ArtifactFileView,
@@ -146,11 +147,6 @@ def _operation_name(query: str) -> str:
 
 
 @lru_cache(maxsize=1024)
-def snake(name: str) -> str:
-    """``display_name`` of ``displayName``, ``run_id`` of ``runID``."""
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
-
-
 def counted(resolver: Callable[..., Any], source: Any, info: Any, **args: Any) -> Any:
     """Middleware that counts the cost of each field, including introspection."""
     query_cost.spend(query_cost.FIELD)

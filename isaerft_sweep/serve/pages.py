@@ -30,6 +30,8 @@ MAX_POINTS = 300
 MAX_HISTORY_ROWS = 20_000
 """Rows that a page reads of a long history, evenly spaced."""
 MAX_CHARTS = 12
+GAIN_AND_HARM = ("eval/log_odds_chosen", "eval/kl_base", "eval/nll_loss")
+"""Goals and bounds of most sweeps: shown although a trial may have a single evaluation."""
 MAX_LINES = 50
 """In the chart of a sweep."""
 REFRESH_S = 15
@@ -246,15 +248,15 @@ def system_charts(served: ServedRun) -> list[dict[str, Any]]:
 
 
 def run_charts(served: ServedRun) -> list[dict[str, Any]]:
-    """A chart for each of the run's metrics: the sweep's metric first, then evaluations, single values last."""
+    """A chart for each of the run's metrics: the sweep's metric, gain and harm, other evaluations; single values last."""
     points: dict[str, list[tuple[float, float]]] = {}
     for row in served.steps(most=MAX_HISTORY_ROWS):
         for name, value in flat(row):
             if not name.startswith("_") and is_number(value):
                 points.setdefault(name, []).append((float(row["_step"]), float(value)))
 
-    def rank(name: str) -> tuple[bool, bool, bool, str]:
-        return name != served.metric, len(points[name]) == 1, not name.startswith("eval/"), name
+    def rank(name: str) -> tuple[bool, bool, bool, bool, str]:
+        return name != served.metric, name not in GAIN_AND_HARM, len(points[name]) == 1, not name.startswith("eval/"), name
 
     names = sorted(points, key=rank)
     return [chart(name, [(name, points[name])]) for name in names[:MAX_CHARTS]]

@@ -30,7 +30,14 @@ class Signer:
         return f"until={until}&signature={self._signature(method, path, until)}"
 
     def allows(self, method: str, path: str, until: str, signature: str) -> bool:
-        """Whether the signature is valid and has not expired. ``until``: seconds since the epoch, as in the URL."""
+        """Whether the signature is valid and has not expired.
+
+        Args:
+            method: of the request.
+            path: of its URL.
+            until: seconds since the epoch, as in the URL.
+            signature: from the URL.
+        """
         if not until.isdecimal() or len(until) > 12 or int(until) < time.time():
             return False
         return hmac.compare_digest(self._signature(method, path, int(until)).encode(), signature.encode("utf-8", "replace"))

@@ -19,7 +19,14 @@ LORA_RANK = 8
 
 
 def attach_adapter(loaded: LoadedModel, spec: AdapterSpec, seed: int, revision: str | None = None) -> peft.PeftModel:
-    """The model with a new adapter; equal seeds give equal initial weights."""
+    """The model with a new adapter.
+
+    Args:
+        loaded: the model, which is changed in place.
+        spec: which adapter.
+        seed: equal ones give equal initial weights.
+        revision: of the base model on the Hub, for the adapter's config.
+    """
     set_seed(seed)
     config = lora_config(loaded.model, spec) if spec.kind == "lora" else isaerft_config(spec)
     config.revision = revision

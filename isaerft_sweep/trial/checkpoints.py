@@ -56,7 +56,14 @@ def save_checkpoint(folder: Path, step: int, model: peft.PeftModel, optimizer: t
 
 
 def load_checkpoint(path: Path, model: peft.PeftModel, optimizer: torch.optim.Optimizer, schedule: Any) -> int:
-    """Restore what ``save_checkpoint`` wrote and return its step."""
+    """Restore what ``save_checkpoint`` wrote and return its step.
+
+    Args:
+        path: the checkpoint's folder.
+        model: receives the adapter's weights.
+        optimizer: receives its state.
+        schedule: likewise.
+    """
     device = next(model.parameters()).device
     peft.set_peft_model_state_dict(model, load_file(path / "adapter_model.safetensors"))
     optimizer.load_state_dict(torch.load(path / "optimizer.pt", map_location=device, weights_only=True))

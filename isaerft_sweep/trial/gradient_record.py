@@ -101,7 +101,14 @@ class GradientRecord:
 
 
 def make_record(experiment: Experiment, model: peft.PeftModel, steps: int, path: Path) -> GradientRecord | None:
-    """The record of a trial that others are emulated from; None where there is nothing to emulate from."""
+    """The record of a trial that others are emulated from; None without ``sweep.emulate``, or where it would be too large.
+
+    Args:
+        experiment: the trial's config.
+        model: with its adapter.
+        steps: of the whole training.
+        path: the file to write.
+    """
     if not experiment.sweep.emulate:
         return None
     numbers = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -80,7 +80,14 @@ def measure_baseline(model: peft.PeftModel, probe: HarmProbe, strategy: ForwardS
 
 @torch.no_grad()
 def measure_harm(model: peft.PeftModel, probe: HarmProbe, strategy: ForwardStrategy, baseline: Baseline) -> dict[str, float]:
-    """Metrics by name: ``kl_base``, nats per answer token; ``neutral_nll`` and its rise over the base's, nats per token."""
+    """Metrics by name: ``kl_base``, nats per answer token; ``neutral_nll`` and its rise over the base's, nats per token.
+
+    Args:
+        model: with its adapter.
+        probe: the text; answers are read with their end-of-turn tokens.
+        strategy: how batches go through the model.
+        baseline: of the same probe and strategy.
+    """
     base = model.get_base_model()
     total, tokens = 0.0, 0
     for batch, base_states in zip(probe.answers(base.device), baseline.states, strict=True):

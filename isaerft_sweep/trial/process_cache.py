@@ -69,6 +69,14 @@ def cached_activations(
 
     The cache stores what the first trial reads: every pair, or only those that its few steps reach. Later trials compute
     anything else.
+
+    Args:
+        sequences: token ids of what the trial reads.
+        experiment: where the cache is, and how large it may be.
+        model: with the trial's adapter.
+        way: which shortcuts are exact for the model.
+        shared: what this process has loaded.
+        phases: of the trial, which wait for another process that fills the cache.
     """
     if experiment.launcher.activation_cache_gb == 0 or not way.above:
         yield None
@@ -99,7 +107,15 @@ def store_activations(
     way: Way,
     tell: Callable[[float], None] = lambda _share: None,
 ) -> StoredActivations | None:
-    """The frozen layers' output from the cache, which gets it first if it lacks it; None where it cannot be stored."""
+    """The frozen layers' output, computed and stored where the cache lacks it; None where it cannot be stored.
+
+    Args:
+        sequences: token ids of what is read.
+        experiment: where the cache is, and how large it may be.
+        model: with an adapter.
+        way: which shortcuts are exact for the model.
+        tell: called with the share that is done.
+    """
     limit_gb, scratch = experiment.launcher.activation_cache_gb, experiment.launcher.scratch
     if limit_gb == 0 or not way.above:
         return None

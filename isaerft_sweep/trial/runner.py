@@ -58,7 +58,7 @@ from isaerft_sweep.trial.train_loop import HeldOut, PassContext, TrainLoop
 def run_trial(
     folder: TrialFolder, attempt: int, shared: ProcessCache | None = None, flags: StopFlags | None = None
 ) -> TrialState:
-    """Run or resume the trial in ``folder`` by itself; see ``trial_steps``."""
+    """Run or resume the trial in ``folder`` by itself. Arguments and result as ``trial_steps``."""
     return run_alone(trial_steps(folder, attempt, shared, flags))
 
 
