@@ -85,6 +85,16 @@ def test_other_recipes_too(change: dict[str, float], toy: Toy, emulator: Emulato
     assert float(gains(emulator, [recipe])[0]) == pytest.approx(truth, abs=0.03)
 
 
+def test_anchors_of_different_lengths(toy: Toy) -> None:
+    steps = {(0.2, 5.0): 24, (0.2, 0.3): 24, (0.05, 1.0): 12, (0.1, 2.0): 24}
+    mixed = Emulator([toy.train(replace(RECIPE, learning_rate=lr, beta=b, steps=n)) for (lr, b), n in steps.items()])
+    for n in (8, 12, 24):
+        recipe = replace(RECIPE, learning_rate=0.1, steps=n)
+        truth = toy.train(recipe).evaluations[n]["eval/log_odds_chosen"]
+        assert float(gains(mixed, [recipe])[0]) == pytest.approx(truth, abs=0.06)
+    assert np.isnan(mixed.train([replace(RECIPE, steps=25)])).all()
+
+
 def test_recipes_together_end_as_alone(emulator: Emulator) -> None:
     recipes = [replace(RECIPE, learning_rate=lr) for lr in (0.06, 0.1, 0.15)]
     together, alone = emulator.train(recipes), np.concatenate([emulator.train([recipe]) for recipe in recipes])

@@ -211,7 +211,7 @@ class EmulatedSearch:
                 left_out[name].append(float(value[0]))
         errors = {name: np.array(left_out[name]) - np.array(values[name]) for name in self._names}
         metric = self.definition.metric.name
-        error = float(np.median(np.abs(errors[metric])))
+        error = float(np.nanmedian(np.abs(errors[metric])))  # one that has more steps than the others cannot be left out
         spread = float(np.std(values[metric]))
         if not error <= UNUSABLE * spread:
             self._why_not = (
@@ -365,7 +365,7 @@ def _sd_at(candidates: np.ndarray, anchors: np.ndarray, certain: np.ndarray, err
     """
     jitter = 1e-6
     own = matern(anchors, anchors, _reaches(anchors)) + jitter * np.eye(len(anchors))
-    variance = float(np.median(errors**2 * np.diag(np.linalg.inv(own)))) / MEDIAN_OF_SQUARES
+    variance = float(np.nanmedian(errors**2 * np.diag(np.linalg.inv(own)))) / MEDIAN_OF_SQUARES
     known = matern(certain, certain, _reaches(certain)) + jitter * np.eye(len(certain))
     across = matern(candidates, certain, _reaches(certain))
     left = 1 - (across * np.linalg.solve(known, across.T).T).sum(axis=1)

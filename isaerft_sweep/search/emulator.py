@@ -158,11 +158,16 @@ class Emulator:
     @cached_property
     def steps(self) -> int:
         """The longest training that can be emulated."""
-        return min(len(anchor.gradients) for anchor in self.anchors)
+        return max(len(anchor.gradients) for anchor in self.anchors)
 
     def train(self, recipes: Sequence[Recipe]) -> np.ndarray:
-        """The coordinates [recipes, directions] of the vectors that the recipes, of the same number of steps, end with."""
+        """The coordinates [recipes, directions] of the vectors that the recipes, of the same number of steps, end with.
+
+        Not a number where they have more steps than any anchor.
+        """
         steps = recipes[0].steps
+        if steps > self.steps:
+            return np.full((len(recipes), self.to_coordinates.shape[1]), np.nan)
         rates = np.stack([recipe.rates for recipe in recipes])
         betas = np.array([recipe.beta for recipe in recipes], np.float32)[:, None]
         limits = np.array([recipe.max_grad_norm or math.inf for recipe in recipes])
@@ -170,7 +175,7 @@ class Emulator:
         optimizer = AdamW((len(recipes), self.to_coordinates.shape[0]))
         for t in range(steps):
             weights = self._weights(optimizer.values @ self.to_coordinates, t)
-            nll, odds_ratio = (np.stack([anchor.gradients[t, part] for anchor in self.anchors]) for part in (0, 1))
+            nll, odds_ratio = (np.stack([self.anchors[i].gradients[t, part] for i in self._reaching(t)]) for part in (0, 1))
             gradient = weights @ nll + (betas * weights) @ odds_ratio
             norms = np.sqrt((gradient.astype(np.float64) ** 2).sum(axis=1))
             gradient *= np.minimum(1.0, limits / (norms + 1e-6)).astype(np.float32)[:, None]
@@ -182,14 +187,18 @@ class Emulator:
         return coordinates
 
     def _weights(self, at: np.ndarray, step: int) -> np.ndarray:
-        """The anchors' shares [points, anchors] in the gradients of a step at coordinates [points, directions]."""
-        known = np.stack([coordinates[step] for coordinates in self.coordinates])
+        """The shares [points, anchors] of those that reach a step in its gradients at coordinates [points, directions]."""
+        known = np.stack([self.coordinates[i][step] for i in self._reaching(step)])
         length = math.sqrt(float((known**2).sum(axis=1).mean())) or 1.0  # the first step's vectors are all zero
         known, at = known / length, at / length
         reach = np.full(known.shape[1], GRADIENT_REACH)
         covariance = CONSTANT + matern(known, known, reach) + GRADIENT_NOISE * np.eye(len(known))
         weights: np.ndarray = np.linalg.solve(covariance, (CONSTANT + matern(at, known, reach)).T).T
         return weights.astype(np.float32)
+
+    def _reaching(self, step: int) -> list[int]:
+        """Numbers of the anchors that have taken a step, counted from 0."""
+        return [i for i, anchor in enumerate(self.anchors) if len(anchor.gradients) > step]
 
     def metric(self, name: str) -> Interpolation:
         """The metric as a function of coordinates, by the evaluations of all anchors."""
