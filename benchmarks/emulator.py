@@ -1,8 +1,8 @@
 """Does a sweep with emulated trials find the winner of an exhaustive grid, and from how many real trials?
 
-    python benchmarks/emulator.py --out FOLDER [--data PAIRS.jsonl] [--model smollm2-135m] [--eval-fraction 0.25]
+    python benchmarks/emulator.py --out FOLDER [--rates 8] [--data PAIRS.jsonl] [--model smollm2-135m]
 
-Runs a grid of 8 learning rates × 4 betas, one real trial each, then a sweep over the same 32 points with
+Runs a grid of 8 learning rates × 4 betas, one real trial each, then a sweep over the same points with
 sweep.emulate=true. Both are resumed when the folder has them already. First table: what each found. Second: every point of
 the grid emulated from the few trials of the second sweep, beside its real trial.
 """
@@ -25,29 +25,28 @@ from isaerft_sweep.controller.emulated_search import read_anchor, recipe_of
 from isaerft_sweep.journal.layout import TrialFolder
 from isaerft_sweep.search.emulator import Emulator
 
-RATES = [round(0.03 * 10 ** (i / 7), 4) for i in range(8)]
 BETAS = [1.0, 2.0, 5.0, 20.0]
 METRIC = "eval/log_odds_chosen"
 CONSTRAINT = {"eval/kl_base": {"at_most": 0.15}}
 
 
-def sweep_file(path: Path, method: str) -> Path:
+def sweep_file(path: Path, method: str, rates: list[float]) -> Path:
     """A sweep over the grid's points."""
     content = {
         "method": method,
         "metric": {"name": METRIC, "goal": "maximize"},
         "constraints": CONSTRAINT,
-        "parameters": {"orpo.learning_rate": {"values": RATES}, "orpo.beta": {"values": BETAS}},
+        "parameters": {"orpo.learning_rate": {"values": rates}, "orpo.beta": {"values": BETAS}},
     }
     path.write_text(yaml.safe_dump(content))
     return path
 
 
-def run(out: Path, name: str, method: str, options: list[str]) -> float:
-    """Run or resume one sweep; processor seconds of all its processes."""
+def run(file: Path, options: list[str]) -> float:
+    """Run or resume the sweep of a file beside it; processor seconds of all its processes."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = [sys.executable, "-m", "isaerft_sweep.launch", *options, "sweep=none", "tracker=disabled", f"name={name}"]
-    command += [f"sweep.file={sweep_file(out / f'{name}.yaml', method)}", f"output={out}"]
+    command = [sys.executable, "-m", "isaerft_sweep.launch", *options, "sweep=none", "tracker=disabled"]
+    command += [f"name={file.stem}", f"sweep.file={file}", f"output={file.parent}"]
     subprocess.run(command, check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
@@ -68,15 +67,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--data", type=Path, help="pairs of your own instead of the package's")
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--eval-fraction", type=float, default=0.25)
+    parser.add_argument("--rates", type=int, default=8, help="number of learning rates")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     data = ["data=builtin"] if args.data is None else ["data=jsonl", f"data.path={args.data}", "data.eval_size=48"]
     shared = [f"model={args.model}", *data, "data.test_size=0", "adapter=bias", "orpo=quick"]
-    shared += [f"orpo.eval_fraction={args.eval_fraction}"]
+    shared += ["orpo.eval_fraction=0.25"]
+    rates = [round(0.03 * 10 ** (i / (args.rates - 1)), 4) for i in range(args.rates)]
     seconds = {
-        "grid": run(args.out, "grid", "grid", shared),
-        "emulated": run(args.out, "emulated", "bayes", [*shared, "sweep.emulate=true"]),
+        "grid": run(sweep_file(args.out / "grid.yaml", "grid", rates), shared),
+        "emulated": run(sweep_file(args.out / "emulated.yaml", "bayes", rates), [*shared, "sweep.emulate=true"]),
     }
     sweeps = {name: isw.load_sweep(args.out / name) for name in seconds}
     truth = {(t.params["orpo.learning_rate"], t.params["orpo.beta"]): t for t in sweeps["grid"].trials if t.rank}

@@ -201,6 +201,10 @@ class GaussianProcessModel:
     def outcomes(self) -> int:
         return len(self.observed) + sum(map(len, self.earlier))
 
+    def learn(self, earlier: list[list[tuple[Point, float | None]]]) -> None:
+        """Take the results of earlier sweeps, larger is better."""
+        self.earlier = earlier
+
     def add_pending(self, point: Point) -> None:
         self.pending.setdefault(point.key, []).append(point)
 

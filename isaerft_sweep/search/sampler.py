@@ -171,7 +171,7 @@ class Sampler:
                 f"sweep.prior must go with method bayes, one metric and 1 to {MOST_PARAMETERS} parameters, whose model can "
                 f"tell sweeps apart, but the method is {self.method} with {len(self.free)} parameters."
             )
-        self._model.earlier = [[(p, None if v is None else self.sign * v) for p, v in one] for one in sweeps]
+        self._model.learn([[(p, None if v is None else self.sign * v) for p, v in one] for one in sweeps])
 
     @property
     def free(self) -> list[str]:

@@ -67,7 +67,7 @@ class MultiTrialModel:
         layers = [decoder_layers(part.model) for part in parts]
 
         def prepare(rows: list[int], width: int) -> None:
-            self._cached_layer.hidden = hidden[rows, :width]
+            self._cached_layer.set_hidden(hidden[rows, :width])
             owners = owner[rows].tolist()  # rows are ordered by trial, so each trial's are contiguous
             starts = [i for i in range(len(rows)) if i == 0 or owners[i] != owners[i - 1]]
             ends = [*starts[1:], len(rows)]

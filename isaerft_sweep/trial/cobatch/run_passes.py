@@ -54,7 +54,7 @@ class RunningTrial(Generic[T]):
         self.keeps_graph = False
         """Whether another backward pass follows the one that it waits for."""
         self.held = False
-        """Whether its pass was put off, so that it runs together with those of others."""
+        """Whether its pass was put off."""
         self.result: T | None = None
         self.ended = False
         self._graph: TokenLogps | None = None
@@ -91,6 +91,10 @@ class RunningTrial(Generic[T]):
         self.keeps_graph = isinstance(request, BackwardPass) and request.again
         if isinstance(request, ForwardPass):
             self.forward = request
+
+    def hold(self) -> None:
+        """Put its pass off, so that it runs together with those of others."""
+        self.held = True
 
     def answer(self, outputs: TokenLogps) -> None:
         """Give the trial the outputs of its forward pass, detached."""
@@ -144,7 +148,7 @@ def run_passes(joint: MultiTrialModel | None, trials: Sequence[RunningTrial[Any]
             wanting = [trial for trial in group if trial.wants_forward and trial.trains == trains]
             if trains and backward:
                 for trial in wanting:
-                    trial.held = True
+                    trial.hold()
                 continue
             with torch.set_grad_enabled(trains):
                 _forward(model, wanting)

@@ -51,7 +51,10 @@ class _States(BaseModelOutputWithPast):
 class FixedHiddenStates(nn.Module):
     """Replaces the decoder and returns precomputed hidden states."""
 
-    hidden: torch.Tensor
+    def __init__(self, hidden: torch.Tensor) -> None:
+        """``hidden`` [1, n, hidden]: what the decoder's call returns."""
+        super().__init__()
+        self.hidden = hidden
 
     def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
         return _States(last_hidden_state=self.hidden)
@@ -164,13 +167,12 @@ def model_head(model: PreTrainedModel) -> Head:
 
 def own_head(model: PreTrainedModel) -> AnyHead:
     """The model's own forward pass with the decoder replaced during the call, so that each family's code runs."""
-    fixed_states, name = FixedHiddenStates(), decoder_name(model)
+    name = decoder_name(model)
     ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
 
     def head(hidden: torch.Tensor) -> torch.Tensor:
         decoder = getattr(model, name)
-        fixed_states.hidden = hidden[None]
-        setattr(model, name, fixed_states)
+        setattr(model, name, FixedHiddenStates(hidden[None]))
         try:
             logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits[0]
             return logits

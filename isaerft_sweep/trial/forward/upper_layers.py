@@ -53,6 +53,10 @@ class CachedLayer(_ReplacementLayer):
 
     hidden: torch.Tensor | None = None
 
+    def set_hidden(self, hidden: torch.Tensor) -> None:
+        """The stream [row, position, hidden] that the next call returns."""
+        self.hidden = hidden
+
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         assert self.hidden is not None
         return self._output(self.hidden)
@@ -152,4 +156,4 @@ class UpperLayers:
         """Forward pre-hook on the decoder."""
         ids = args[0] if args else kwargs["input_ids"]
         hidden, self._next_hidden = self._next_hidden, None
-        self._cached_layer.hidden = self.hidden(ids, kwargs["attention_mask"]) if hidden is None else hidden
+        self._cached_layer.set_hidden(self.hidden(ids, kwargs["attention_mask"]) if hidden is None else hidden)
