@@ -331,7 +331,7 @@ class SweepSpec:
         "Emulate trials from the recorded gradients of those that have run, to choose the next and to stop when enough is "
         "known: adapters that add a constant (bias, random, vector), orpo.loss=orpo.",
         False,
-        omit_from_hash_if_default=True,
+        affects_result=False,
     )
     stop: StopSpec = field(default_factory=StopSpec)
 

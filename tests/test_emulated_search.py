@@ -158,6 +158,57 @@ def test_what_cannot_be_emulated_is_refused(
         make_sampler(composed, to_definition(composed.sweep, composed), (), SweepFolder(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("constant", "need"),
+    [
+        ("orpo.loss: {value: dpo}", "orpo.loss=orpo, but got dpo"),
+        ("adapter.kind: {value: scale}", "adapter.kind"),
+        ("adapter.top_k: {value: 4}", "adapter.top_k=null, but got 4"),
+        ("orpo.seed: {values: [1, 2]}", "parameters among .* but got orpo.seed"),
+    ],
+)
+def test_what_the_file_sets_counts_too(constant: str, need: str, experiment: Composed, tmp_path: Path) -> None:
+    path = tmp_path / "sweep.yaml"
+    path.write_text(FILE.replace("BOUND", "9") + f"  {constant}\n")
+    composed = experiment("model=tiny", *OPTIONS, f"sweep.file={path}")
+    with pytest.raises(ConfigError, match=f"sweep.emulate must go with {need}"):
+        make_sampler(composed, to_definition(composed.sweep, composed), (), SweepFolder(tmp_path))
+    path.write_text(FILE.replace("BOUND", "9") + "  orpo.loss: {value: orpo}\n")
+    composed = experiment("model=tiny", *OPTIONS, f"sweep.file={path}", "orpo.loss=dpo")
+    make_sampler(composed, to_definition(composed.sweep, composed), (), SweepFolder(tmp_path))
+
+
+def test_a_learning_rate_alone_has_three_first_points(experiment: Composed, tmp_path: Path) -> None:
+    path = tmp_path / "sweep.yaml"
+    path.write_text(FILE.replace("BOUND", "9").partition("  orpo.beta")[0])
+    composed = experiment("model=tiny", *OPTIONS, f"sweep.file={path}")
+    search = make_sampler(composed, to_definition(composed.sweep, composed), (), SweepFolder(tmp_path))
+    points = [search.ask() for _ in range(3)]
+    assert len({point.key for point in points if point}) == 3 == search.foreseeable
+
+
+def test_where_all_trials_are_alike_nothing_is_emulated(
+    experiment: Composed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = ToySweep(sweep_of(experiment, tmp_path), tmp_path, monkeypatch)
+    sweep.toy.gain = lambda v: 0.25  # type: ignore[method-assign]
+    results = sweep.run(5)
+    assert all("is the same in all trials" in point.note for point, _, _ in results[3:])
+
+
+def test_a_trial_that_failed_leaves_its_neighbourhood_open(
+    experiment: Composed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = ToySweep(sweep_of(experiment, tmp_path), tmp_path, monkeypatch)
+    sweep.run(4)
+    running = sweep.search.ask()
+    assert running is not None
+    held = sweep.search.expected_gain()
+    sweep.search.forget(running)
+    free = sweep.search.expected_gain()
+    assert held is not None and free is not None and free.value >= held.value
+
+
 def test_metrics_that_contain_beta_are_made_of_those_that_do_not(
     experiment: Composed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -66,7 +66,8 @@ def confirm(path: Path, metric: str | None, top: int, seeds: int, settings: Sequ
         raise FolderError(f"no trial of {sweep.source} varies over seeds: {', '.join(WITHOUT_SEEDS)} is the same with each.")
     target = confirm_folder(sweep.folder)
     experiment = with_settings(sweep.experiment, settings)
-    experiment = dataclasses.replace(experiment, output=str(target.path.parent), name=target.path.name)
+    sweep_settings = dataclasses.replace(experiment.sweep, emulate=False)  # nothing is emulated from other seeds
+    experiment = dataclasses.replace(experiment, output=str(target.path.parent), name=target.path.name, sweep=sweep_settings)
     used = max(int(entry.params.get(SEED, experiment.orpo.seed)) for entry in sweep.entries)
     points = [point_with_seed(entry, used + step) for step in range(1, seeds + 1) for entry in leaders]
     definition = SweepDefinition("given points", sweep.metric, {}, raw={})

@@ -21,6 +21,7 @@ from isaerft_sweep.journal.layout import SweepFolder, TrialFolder
 from isaerft_sweep.journal.states import TrialState
 from isaerft_sweep.metrics import depends_on_beta
 from isaerft_sweep.search.constraints import Constraint
+from isaerft_sweep.search.distributions import Constant
 from isaerft_sweep.search.emulator import LEAST_ANCHORS, Anchor, Emulator, Recipe
 from isaerft_sweep.search.gaussian_process import MOST_PARAMETERS, GaussianProcessModel, log_expected_improvement, matern
 from isaerft_sweep.search.point import Point
@@ -43,7 +44,7 @@ EMULATED_OPTIMIZERS = ("auto", "adamw_torch", "adamw_torch_fused")
 FIRST = (0.95, 0.05, 0.5)
 """The first points: a large learning rate with large and with small values of the rest, then a small one in their middle.
 Between anchors the emulator interpolates, beyond them it guesses."""
-FIRST_RATES = (0.95, 0.95, 0.35)
+FIRST_RATES, FIRST_RATES_ALONE = (0.95, 0.95, 0.35), (0.95, 0.1, 0.5)
 CANDIDATES = 512
 BUDGET = 4e9
 """Numbers that may be updated to emulate all candidates of one choice: about a minute of one core."""
@@ -82,6 +83,7 @@ class EmulatedSearch:
         self._coordinates = GaussianProcessModel(source.space, source.seed).coordinates
         self._first = self._first_points()
         self._tried: dict[str, Point] = {}
+        self._running: set[str] = set()
         self._outcomes: dict[str, tuple[float | None, float]] = {}
         """Of points that have one: the metric, None after a divergence, and how far the constraints are broken."""
         self._anchors: dict[str, Anchor] = {}
@@ -96,7 +98,7 @@ class EmulatedSearch:
 
     @property
     def foreseeable(self) -> float:
-        return max(1, LEAST_ANCHORS - len(self._outcomes))
+        return max(1, len(self._first) - len(self._outcomes))
 
     def ask(self) -> Point | None:
         point = next((p for p in self._first if p.key not in self._tried), None) or self._best_emulated()
@@ -106,11 +108,12 @@ class EmulatedSearch:
         point = self.source.ask()
         if point is not None:
             point = replace(point, note=self._why_not)
-            self._tried[point.key] = point
+            self._note(point)
         return point
 
     def tell(self, point: Point, value: float | None, violation: float = 0.0, others: Sequence[float] = ()) -> None:
         self._outcomes[point.key] = (value, violation)
+        self._running.discard(point.key)
         self.source.tell(point, value, violation, others)
 
     def expected_gain(self) -> Gain | None:
@@ -125,22 +128,29 @@ class EmulatedSearch:
         return Gain(gain, NEGLIGIBLE * spread if is_confirmed else None)
 
     def forget(self, point: Point) -> None:
+        self._running.discard(point.key)
         self.source.forget(point)
 
     def restore(self, point: Point) -> None:
-        self._tried[point.key] = point
+        self._note(point)
         self.source.restore(point)
 
     def pending_again(self, point: Point) -> None:
         self._outcomes.pop(point.key, None)
+        self._running.add(point.key)
         self.source.pending_again(point)
+
+    def _note(self, point: Point) -> None:
+        self._tried[point.key] = point
+        self._running.add(point.key)
 
     # -- which points come first
 
     def _first_points(self) -> list[Point]:
+        rates = FIRST_RATES if len(self.source.free) > 1 else FIRST_RATES_ALONE
         units = [
             {key: rate if key == "orpo.learning_rate" else other for key in self.source.free}
-            for rate, other in zip(FIRST_RATES, FIRST, strict=True)
+            for rate, other in zip(rates, FIRST, strict=True)
         ]
         points = {point.key: point for point in map(self.source.point_at, units)}
         return list(points.values())
@@ -180,13 +190,14 @@ class EmulatedSearch:
 
     def _look(self) -> Forecast | None:
         """The forecast from all that has ended; None while the emulator cannot be used."""
-        pending = sorted(key for key in self._tried if key not in self._outcomes)
-        state = (tuple(sorted(self._outcomes)), tuple(pending))
+        state = (tuple(sorted(self._outcomes)), tuple(sorted(self._running)))
         if state != self._looked_at:
             self._read_anchors()
             self._looked_at = state
+            ended = sum(value is not None for value, _ in self._outcomes.values())
             self._why_not = (
-                f"not emulated: {len(self._anchors)} trials have recorded their gradients, {LEAST_ANCHORS} are needed"
+                f"not emulated: of {ended} completed trials {len(self._anchors)} have whole records of their gradients, and "
+                f"{LEAST_ANCHORS} are needed"
             )
             self._forecast = self._make_forecast() if len(self._anchors) >= LEAST_ANCHORS else None
         return self._forecast
@@ -213,6 +224,9 @@ class EmulatedSearch:
         metric = self.definition.metric.name
         error = float(np.nanmedian(np.abs(errors[metric])))  # one that has more steps than the others cannot be left out
         spread = float(np.std(values[metric]))
+        if spread == 0:
+            self._why_not = f"not emulated: {metric} is the same in all trials"
+            return None
         if not error <= UNUSABLE * spread:
             self._why_not = (
                 f"not emulated: the leave-one-out error, {error:.2g}, is too large beside the trials' spread, {spread:.2g}"
@@ -220,10 +234,11 @@ class EmulatedSearch:
             return None
         points = self._candidates(emulator)
         if not points:
+            self._why_not = "not emulated: no point is left that has not been tried"
             return Forecast([], np.zeros(0), np.zeros(0), np.zeros(0), error)
         emulated = self._emulated(emulator, [self._recipe(point) for point in points])
         candidates = np.array([self._place(point) for point in points])
-        certain = self._certain(at, [p for key, p in self._tried.items() if key not in self._outcomes])
+        certain = self._certain(at, [self._tried[key] for key in sorted(self._running)])
         sds = {name: _sd_at(candidates, at, certain, errors[name]) for name in self._names}
         log_feasible = np.zeros(len(points))
         for constraint in self.definition.constraints:
@@ -278,24 +293,28 @@ class EmulatedSearch:
 
 def check_emulation(source: Sampler, experiment: Experiment, definition: SweepDefinition) -> None:
     """Raise ConfigError unless trials of this sweep can be emulated."""
+    fixed = {key: d.value for key, d in source.space.items() if isinstance(d, Constant)}
+    experiment = experiment.with_params(fixed)
     orpo, adapter = experiment.orpo, experiment.adapter
-    names = [definition.metric.name, *(constraint.metric for constraint in definition.constraints)]
-    not_emulated = [key for key in source.free if key not in EMULATED_KEYS]
-    needs = {
-        f"method bayes with one metric and 1 to {MOST_PARAMETERS} parameters": definition.method == "bayes"
-        and len(definition.goals) <= 1
-        and 0 < len(source.free) <= MOST_PARAMETERS,
-        f"adapter.kind {', '.join(EMULATED_KINDS)}": adapter.kind in EMULATED_KINDS,
-        "adapter.top_k=null": adapter.top_k is None,
-        "orpo.loss=orpo": orpo.loss == "orpo",
-        f"orpo.optimizer {', '.join(EMULATED_OPTIMIZERS)}": orpo.optimizer in EMULATED_OPTIMIZERS,
-        "metrics of evaluations (eval/…)": all(name.startswith("eval/") for name in names),
-        "sweep.seeds=1, since other seeds take other batches": experiment.sweep.seeds == 1,
-        f"parameters among {', '.join(EMULATED_KEYS)} alone": not not_emulated,
-    }
-    for need, is_met in needs.items():
+    goals = [goal.name for goal in definition.goals] or [definition.metric.name]
+    measured = [*goals, *(constraint.metric for constraint in definition.constraints)]
+    others = [key for key in source.free if key not in EMULATED_KEYS]
+    needs: list[tuple[bool, str, Any]] = [
+        (definition.method == "bayes", "method bayes", definition.method),
+        (len(goals) == 1, "one metric", ", ".join(goals)),
+        (0 < len(source.free) <= MOST_PARAMETERS, f"1 to {MOST_PARAMETERS} parameters", len(source.free)),
+        (not others, f"parameters among {', '.join(EMULATED_KEYS)}", ", ".join(others)),
+        (adapter.kind in EMULATED_KINDS, f"adapter.kind {', '.join(EMULATED_KINDS)}", adapter.kind),
+        (adapter.top_k is None, "adapter.top_k=null", adapter.top_k),
+        (orpo.loss == "orpo", "orpo.loss=orpo", orpo.loss),
+        (orpo.optimizer in EMULATED_OPTIMIZERS, f"orpo.optimizer {', '.join(EMULATED_OPTIMIZERS)}", orpo.optimizer),
+        (all(name.startswith("eval/") for name in measured), "metrics of evaluations (eval/…)", ", ".join(measured)),
+        (experiment.sweep.seeds == 1, "sweep.seeds=1, since other seeds take other batches", experiment.sweep.seeds),
+        (not definition.early_terminate, "trials that run to their end", "early_terminate"),
+    ]
+    for is_met, need, given in needs:
         if not is_met:
-            raise ConfigError(f"sweep.emulate must go with {need}, but this sweep has others. Leave sweep.emulate out.")
+            raise ConfigError(f"sweep.emulate must go with {need}, but got {given}. Leave sweep.emulate out.")
 
 
 def recipe_of(experiment: Experiment, steps: int) -> Recipe:

@@ -27,8 +27,9 @@ SPAN_ERROR = 1e-3
 MOST_DIRECTIONS = 16
 CONSTANT = 100.0
 """Variance of the constant part, of which the data tell everything."""
-JITTER = 1e-6
-GRADIENT_REACH, GRADIENT_NOISE = 2.0, 1e-4
+JITTER = 1e-4
+"""Variance of noise of a metric, in units of its own: with less, points that nearly coincide make it steep."""
+GRADIENT_REACH, GRADIENT_NOISE = 2.0, 1e-6
 """Of the interpolation of gradients: the Matérn part's length scale, in units of the anchors' length at that step, and the
 variance of noise. There is no linear part: small differences between anchors would be extrapolated."""
 BENDS = (0.1, 0.5, 2.0)
