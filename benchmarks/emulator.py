@@ -72,11 +72,12 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     data = ["data=builtin"] if args.data is None else ["data=jsonl", f"data.path={args.data}", "data.eval_size=48"]
     shared = [f"model={args.model}", *data, "data.test_size=0", "adapter=bias", "orpo=quick"]
-    shared += ["orpo.eval_fraction=0.25"]
     rates = [round(0.03 * 10 ** (i / (args.rates - 1)), 4) for i in range(args.rates)]
     seconds = {
-        "grid": run(sweep_file(args.out / "grid.yaml", "grid", rates), shared),
-        "emulated": run(sweep_file(args.out / "emulated.yaml", "bayes", rates), [*shared, "sweep.emulate=true"]),
+        "grid": run(sweep_file(args.out / "grid.yaml", "grid", rates), [*shared, "orpo.eval_fraction=0.25"]),
+        "emulated": run(
+            sweep_file(args.out / "emulated.yaml", "bayes", rates), [*shared, "orpo.eval_fraction=0.5", "sweep.emulate=true"]
+        ),
     }
     sweeps = {name: isw.load_sweep(args.out / name) for name in seconds}
     truth = {(t.params["orpo.learning_rate"], t.params["orpo.beta"]): t for t in sweeps["grid"].trials if t.rank}
