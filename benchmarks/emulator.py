@@ -36,6 +36,7 @@ def sweep_file(path: Path, method: str, rates: list[float]) -> Path:
         "method": method,
         "metric": {"name": METRIC, "goal": "maximize"},
         "constraints": CONSTRAINT,
+        "run_cap": len(rates) * len(BETAS),
         "parameters": {"orpo.learning_rate": {"values": rates}, "orpo.beta": {"values": BETAS}},
     }
     path.write_text(yaml.safe_dump(content))
