@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +10,8 @@ from rich.console import Console
 
 from isaerft_sweep.controller.controller_info import controller_alive, last_controller_info
 from isaerft_sweep.controller.live_view import LiveView
-from isaerft_sweep.errors import FolderError, JournalError
-from isaerft_sweep.journal.journal import SweepRecord, TrialRecord
+from isaerft_sweep.errors import FolderError
+from isaerft_sweep.journal.journal import JournalReader, SweepRecord, TrialRecord
 from isaerft_sweep.journal.layout import SweepFolder
 from isaerft_sweep.journal.states import TrialState
 from isaerft_sweep.journal.status import TrialStatus
@@ -28,9 +27,12 @@ class SweepMonitor:
         self.folder = SweepFolder(path.expanduser().absolute())
         if not self.folder.journal.is_file():
             raise FolderError(f"'{path}' must be a sweep's folder with a journal.jsonl, but there is none.")
-        self.record = SweepRecord()
-        self._read_bytes = 0
+        self._journal = JournalReader(self.folder)
         self.update()
+
+    @property
+    def record(self) -> SweepRecord:
+        return self._journal.record
 
     @property
     def records(self) -> list[TrialRecord]:
@@ -43,22 +45,8 @@ class SweepMonitor:
         return max(controller.trials if controller else 0, len(self.record.trials))
 
     def update(self) -> list[TrialRecord]:
-        """Read the new lines; the trials that they are about."""
-        with self.folder.journal.open("rb") as file:
-            file.seek(self._read_bytes)
-            content = file.read()
-        lines = content[: content.rfind(b"\n") + 1]  # an incomplete last line is read next time
-        self._read_bytes += len(lines)
-        changed = []
-        for line in lines.splitlines():
-            try:
-                event = json.loads(line)
-                self.record.apply(event)
-            except (ValueError, KeyError, TypeError) as error:
-                raise JournalError(f"{self.folder.journal} has a broken line ({error}): {line[:80]!r}.") from error
-            if "index" in event and event["event"] != "trial":
-                changed.append(self.record.trials[event["index"]])
-        return changed
+        """Read the new lines; the trials that they are about, apart from new ones."""
+        return [trial for event, trial in self._journal.update() if trial is not None and event != "trial"]
 
     def statuses(self) -> dict[int, TrialStatus]:
         """The latest status of each worker whose trial is under way, or runs or ran in a static array."""

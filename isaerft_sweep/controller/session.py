@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import socket
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from isaerft_sweep.controller.sweep_identity import sweep_folder
 from isaerft_sweep.controller.trial_factory import TrialFactory
 from isaerft_sweep.errors import FolderError
 from isaerft_sweep.journal.append_log import whole_lines
-from isaerft_sweep.journal.journal import Journal, SweepRecord
+from isaerft_sweep.journal.journal import Journal, JournalReader
 from isaerft_sweep.journal.layout import SweepFolder
 from isaerft_sweep.journal.states import TrialState
 from isaerft_sweep.journal.status import NO_STATUS
@@ -87,14 +86,11 @@ def has_begun(folder: SweepFolder, journal_bytes: int, started: float) -> bool:
 
     ``journal_bytes``: the journal's size when it started. ``started``: when, in seconds since the epoch.
     """
-    content = folder.journal.read_bytes()
-    new_events = [json.loads(line)["event"] for line in content[journal_bytes:].split(b"\n")[:-1]]
-    if "dispatch" in new_events:
+    journal = JournalReader(folder)
+    journal.update(until=journal_bytes)
+    adopts = any(record.job is not None and not record.ended for record in journal.record.trials.values())
+    if any(event == "dispatch" for event, _ in journal.update()):
         return True
-    before = SweepRecord()
-    for line in content[:journal_bytes].split(b"\n")[:-1]:
-        before.apply(json.loads(line))
-    adopts = any(record.job is not None and not record.ended for record in before.trials.values())
     return time.time() - started > (ADOPT_S if adopts else DISPATCH_S)
 
 

@@ -156,6 +156,35 @@ class Journal:
         self._lock.close()
 
 
+class JournalReader:
+    """Reads a journal that another process writes. ``record``: what the lines read so far say."""
+
+    def __init__(self, folder: SweepFolder) -> None:
+        """Nothing is read before ``update``."""
+        self.folder, self.record = folder, SweepRecord()
+        self._read_bytes = 0
+
+    def update(self, until: int | None = None) -> list[tuple[str, TrialRecord | None]]:
+        """Read the new lines: the name of each event, and the trial that it is about.
+
+        ``until``: read no further than this byte. Raises JournalError on a broken line.
+        """
+        with self.folder.journal.open("rb") as file:
+            file.seek(self._read_bytes)
+            content = file.read(-1 if until is None else until - self._read_bytes)
+        lines = content[: content.rfind(b"\n") + 1]  # an incomplete last line is read next time
+        self._read_bytes += len(lines)
+        events: list[tuple[str, TrialRecord | None]] = []
+        for line in lines.splitlines():
+            try:
+                event = json.loads(line)
+                self.record.apply(event)
+            except (ValueError, KeyError, TypeError) as error:
+                raise JournalError(f"{self.folder.journal} has a broken line ({error}): {line[:80]!r}.") from error
+            events.append((event["event"], self.record.trials.get(event.get("index"))))
+        return events
+
+
 def is_held(folder: SweepFolder) -> bool:
     """Whether a process has the journal open for writing, on this machine or on another one that shares the folder."""
     try:
