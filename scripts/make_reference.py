@@ -1,10 +1,12 @@
-"""Write docs/reference-config.md and reference-commands.md from the code; ``--check`` fails when they are out of date."""
+"""Write docs/reference-config.md, -commands.md and -api.md from the code; ``--check`` fails when they are out of date."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 import json
+import re
 import sys
 import types
 import typing
@@ -12,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import isaerft_sweep as isw
 from isaerft_sweep.cli.parser import make_parser
 from isaerft_sweep.specs import Experiment
 
@@ -30,6 +33,34 @@ Runs a sweep, or resumes it: the same command, any number of times. Also as `isa
 | `--help` | Show the groups and Hydra's further flags. |
 
 Exit codes: 0; 1 when no trial completed or one was given up; 2 after an error that you can fix; 130 after Ctrl-C.
+""".splitlines()
+API = """\
+```python
+import isaerft_sweep as isw
+
+sweep = isw.load_sweep("outputs/demo")  # or "wandb:ENTITY/PROJECT/ID"; metric="eval/nll_loss" ranks by another
+table = sweep.to_dataframe()  # a row a trial
+best = sweep.best()
+best.params, best.metrics, best.path  # {"orpo.beta": 5.0, …}, {"eval/log_odds_chosen": -0.009, …}, the folder
+best.history()  # what it logged, step by step
+model, tokenizer = best.load_model()  # a PeftModel on its base model
+
+sweep = isw.run(["model=tiny", "sweep=demo", "name=first"])  # the overrides of `python -m isaerft_sweep.launch`
+```
+
+Importing `isaerft_sweep` loads no torch. A mistake raises an `IsaerftError` (`isaerft_sweep.errors`) whose text is one line.
+
+An adapter is an ordinary PEFT method. After `import isaerft_sweep.adapter`:
+
+```python
+from isaerft_sweep.adapter import load_model
+
+model, tokenizer = load_model("outputs/demo/trials/RUN/adapter")
+```
+
+`get_peft_model(model, IsaerftConfig(...))`, `PeftModel.from_pretrained`, `pipeline("text-generation", model=ADAPTER)`,
+`disable_adapter`, `add_weighted_adapter` for adapters that add a constant and, where it is exact, `merge_and_unload` work as
+for any other method.
 """.splitlines()
 DOCS = Path(__file__).parent.parent / "docs"
 NOTE = "Made by `python scripts/make_reference.py`; do not edit.\n"
@@ -112,6 +143,38 @@ def commands_page() -> str:
     return "\n".join(lines)
 
 
+def api_page() -> str:
+    """The Python API: functions, then classes with what they have, from signatures and docstrings."""
+    lines = ["# Python API", "", NOTE, *API, ""]
+    for name in ("load_sweep", "run"):
+        lines += [f"## isw.{name}", "", *described(getattr(isw, name), f"isw.{name}")]
+    for kind in (isw.Sweep, isw.Trial):
+        lines += [f"## {kind.__name__}", "", str(kind.__doc__).partition("\n")[0], ""]
+        for name, member in vars(kind).items():
+            if name.startswith("_"):
+                continue
+            if isinstance(member, property):
+                doc = " ".join(inspect.getdoc(member).split())
+                lines += [f"**`.{name}`** {doc}", ""]
+            elif inspect.isfunction(member):
+                lines += described(member, f".{name}")
+    return re.sub(r"(?<!`)``(?!`)", "`", "\n".join(lines))
+
+
+def described(function: Any, name: str) -> list[str]:
+    """Signature and docstring of a function."""
+    shown = [str(p).replace("'", "") for p in inspect.signature(function).parameters.values() if p.name != "self"]
+    paragraphs = inspect.getdoc(function).split("\n\n")
+    lines = [f"**`{name}({', '.join(shown)})`**", ""]
+    for paragraph in paragraphs:
+        if paragraph.startswith("Args:"):
+            rows = [line.strip().partition(": ") for line in paragraph.splitlines()[1:]]
+            lines += [*(f"- `{argument}`: {text}" for argument, _, text in rows), ""]
+        else:
+            lines += [" ".join(paragraph.split()), ""]
+    return lines
+
+
 def sentence(text: str) -> str:
     """``text`` as a sentence."""
     return f"{text[:1].upper()}{text[1:]}{'' if text[-1] in '.?!' else '.'}" if text else ""
@@ -135,7 +198,8 @@ def arguments(command: argparse.ArgumentParser) -> Iterator[str]:
 def main() -> int:
     """Write the pages, or compare them."""
     check, stale = "--check" in sys.argv[1:], []
-    for name, text in {"reference-config.md": config_page(), "reference-commands.md": commands_page()}.items():
+    pages = {"reference-config.md": config_page(), "reference-commands.md": commands_page(), "reference-api.md": api_page()}
+    for name, text in pages.items():
         path = DOCS / name
         if check and (not path.is_file() or path.read_text(encoding="utf-8") != text):
             stale.append(path.name)
