@@ -45,38 +45,49 @@ class ProbeResult(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Way:
-    """Which optimisations are on. ``above``: cached output replaces the layers up to the hook point; ``share``: both answers
-    of a pair follow one prompt (needs ``lean``); ``lean``: logits only where the loss reads them."""
+class Optimizations:
+    """Which optimisations are on.
 
-    above: bool = False
-    share: bool = False
-    lean: bool = False
+    ``cached_activations``: cached output replaces the layers up to the hook point. ``share_prompts``: both answers of a pair
+    follow one prompt (needs ``lean_logits``). ``lean_logits``: logits only where the loss reads them.
+    """
+
+    cached_activations: bool = False
+    share_prompts: bool = False
+    lean_logits: bool = False
+
+    def within(self, others: Optimizations) -> bool:
+        """Whether none is on that is off in ``others``."""
+        return all(getattr(others, name) or not is_on for name, is_on in vars(self).items())
 
 
-PLAIN = Way()
-WAYS = (
-    Way(True, True, True),
-    Way(True, False, True),
-    Way(False, True, True),
-    Way(False, False, True),
-    Way(above=True),
+PLAIN = Optimizations()
+BY_SAVING = (
+    Optimizations(True, True, True),
+    Optimizations(True, False, True),
+    Optimizations(False, True, True),
+    Optimizations(False, False, True),
+    Optimizations(cached_activations=True),
     PLAIN,
 )
 """Ordered by how much they save, most first."""
 
 
-def exact_way(model: PreTrainedModel, sites: Sequence[Mapping[str, Any]], wanted: Way) -> tuple[Way, str]:
-    """The exact way that saves most within ``wanted``, and the reason if it is not all of ``wanted``.
+def find_exact(
+    model: PreTrainedModel, sites: Sequence[Mapping[str, Any]], wanted: Optimizations
+) -> tuple[Optimizations, str]:
+    """The exact optimisations that save most within ``wanted``, and the reason if it is not all of ``wanted``.
 
     ``model``: as loaded, without an adapter. Raises ModelError when no adapter can be trained on it. The random state is
     restored afterwards, so a trial's random numbers do not depend on this check.
     """
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-        return _exact_way(model, sites, wanted)
+        return _find_exact(model, sites, wanted)
 
 
-def _exact_way(model: PreTrainedModel, sites: Sequence[Mapping[str, Any]], wanted: Way) -> tuple[Way, str]:
+def _find_exact(
+    model: PreTrainedModel, sites: Sequence[Mapping[str, Any]], wanted: Optimizations
+) -> tuple[Optimizations, str]:
     reasons: list[str] = []
     if getattr(model.config, "output_router_logits", False):
         wanted, reasons = PLAIN, ["its config has output_router_logits=true, and that loss reads every layer"]
@@ -86,17 +97,17 @@ def _exact_way(model: PreTrainedModel, sites: Sequence[Mapping[str, Any]], wante
     if not all(map(torch.equal, random_state, (torch.get_rng_state(), _device_state(model)))):
         # routers that add noise: a trial could not be repeated, nor resumed with the same numbers
         raise _refused(model, "its layers draw random numbers while it trains; if its config can switch that off, do")
-    for way in WAYS:
-        if (way.above and not wanted.above) or (way.share and not wanted.share) or (way.lean and not wanted.lean):
+    for optimizations in BY_SAVING:
+        if not optimizations.within(wanted):
             continue
         try:
-            reason = _difference(probe.result(way), expected, probe.dtype)
+            reason = _difference(probe.result(optimizations), expected, probe.dtype)
         except Exception as error:  # families raise different types
-            if way == PLAIN:
+            if optimizations == PLAIN:
                 raise _refused(model, first_line(error)) from error
             reason = f"{type(error).__name__}: {first_line(error)[:100]}"
         if reason is None:
-            return way, reasons[0] if reasons else ""
+            return optimizations, reasons[0] if reasons else ""
         reasons.append(reason)
     raise _refused(model, f"with the adapter {reasons[-1]}")
 
@@ -158,11 +169,15 @@ class _Probe:
             except Exception as error:
                 raise _refused(self.model, first_line(error)) from error
 
-    def result(self, way: Way) -> ProbeResult:
-        """The result with the optimisations of ``way``."""
+    def result(self, used: Optimizations) -> ProbeResult:
+        """The result with these optimisations."""
         base: Any = self.adapted.get_base_model()
-        with UpperLayers(self.adapted, self._stored(way.share)).replaced() if way.above else nullcontext() as above:
-            strategy = ForwardStrategy(above, way.share, way.lean)
+        with (
+            UpperLayers(self.adapted, self._stored(used.share_prompts)).replaced()
+            if used.cached_activations
+            else nullcontext() as above
+        ):
+            strategy = ForwardStrategy(above, used.share_prompts, used.lean_logits)
             return self._read(lambda: strategy.forward(base, self.batch).logps)
 
     def _read(self, forward: Callable[[], torch.Tensor]) -> ProbeResult:

@@ -30,7 +30,7 @@ from isaerft_sweep.spec_fields import canonical_json, from_mapping, to_dict
 from isaerft_sweep.specs import Experiment
 from isaerft_sweep.trial.attach import isaerft_config
 from isaerft_sweep.trial.data import Pairs, Progress, largest_token, load_pairs, longest_sequence
-from isaerft_sweep.trial.exact import PLAIN, exact_way
+from isaerft_sweep.trial.exact import PLAIN, find_exact
 from isaerft_sweep.trial.harm import read_neutral
 from isaerft_sweep.trial.optimizers import OPTIMIZERS
 from isaerft_sweep.trial.prompted_pairs import prompted_pairs
@@ -210,7 +210,7 @@ def _step(model: PreTrainedModel, layers: list[int]) -> None:
     _check_causal(model)
     width = model.get_input_embeddings().weight.shape[-1]
     sites = [{"layer": layer, "sae_release": OWN_RELEASE, "sae_id": f"random-{width}x{2 * width}"} for layer in layers]
-    exact_way(model, sites, PLAIN)
+    find_exact(model, sites, PLAIN)
 
 
 @torch.no_grad()

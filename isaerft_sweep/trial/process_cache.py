@@ -16,7 +16,7 @@ from isaerft_sweep.paths import cache_folder
 from isaerft_sweep.spec_fields import canonical_json, to_dict
 from isaerft_sweep.specs import Experiment
 from isaerft_sweep.trial.attach import hook_layer
-from isaerft_sweep.trial.exact import Way, exact_way
+from isaerft_sweep.trial.exact import Optimizations, find_exact
 from isaerft_sweep.trial.forward.activation_cache import CachePlace, NotStored, StoredActivations, stored_activations
 from isaerft_sweep.trial.forward.strategy import ForwardStrategy, why_not_shared
 from isaerft_sweep.trial.forward.upper_layers import UpperLayers
@@ -61,7 +61,7 @@ def cached_activations(
     sequences: list[list[int]],
     experiment: Experiment,
     model: peft.PeftModel,
-    way: Way,
+    optimizations: Optimizations,
     shared: ProcessCache,
     phases: Phases,
 ) -> Iterator[UpperLayers | None]:
@@ -74,17 +74,17 @@ def cached_activations(
         sequences: token ids of what the trial reads.
         experiment: where the cache is, and how large it may be.
         model: with the trial's adapter.
-        way: which shortcuts are exact for the model.
+        optimizations: those that are exact for the model.
         shared: what this process has loaded.
         phases: of the trial, which wait for another process that fills the cache.
     """
-    if experiment.launcher.activation_cache_gb == 0 or not way.above:
+    if experiment.launcher.activation_cache_gb == 0 or not optimizations.cached_activations:
         yield None
         return
 
     def compute() -> StoredActivations | None:
         started = time.monotonic()
-        stored = store_activations(sequences, experiment, model, way, phases.tell)
+        stored = store_activations(sequences, experiment, model, optimizations, phases.tell)
         if stored is not None:
             print(
                 f"frozen layers' output of {len(stored.values)} tokens ready after {time.monotonic() - started:.1f} s",
@@ -104,7 +104,7 @@ def store_activations(
     sequences: list[list[int]],
     experiment: Experiment,
     model: peft.PeftModel,
-    way: Way,
+    optimizations: Optimizations,
     tell: Callable[[float], None] = lambda _share: None,
 ) -> StoredActivations | None:
     """The frozen layers' output, computed and stored where the cache lacks it; None where it cannot be stored.
@@ -113,41 +113,45 @@ def store_activations(
         sequences: token ids of what is read.
         experiment: where the cache is, and how large it may be.
         model: with an adapter.
-        way: which shortcuts are exact for the model.
+        optimizations: those that are exact for the model.
         tell: called with the share that is done.
     """
     limit_gb, scratch = experiment.launcher.activation_cache_gb, experiment.launcher.scratch
-    if limit_gb == 0 or not way.above:
+    if limit_gb == 0 or not optimizations.cached_activations:
         return None
     folder = Path(scratch).expanduser() if scratch else cache_folder(experiment.cache) / "trunk"
     try:
-        return stored_activations(model, experiment.model, sequences, CachePlace(folder, limit_gb), way.share, tell)
+        return stored_activations(
+            model, experiment.model, sequences, CachePlace(folder, limit_gb), optimizations.share_prompts, tell
+        )
     except NotStored as reason:
         print(f"the frozen layers are computed in every step: {reason}", flush=True)
         return None
 
 
-def way_through(experiment: Experiment, loaded: LoadedModel, shared: ProcessCache) -> Way:
+def exact_optimizations(experiment: Experiment, loaded: LoadedModel, shared: ProcessCache) -> Optimizations:
     """Which savings give this model's own numbers, of those that the launcher wants."""
     launcher, kind = experiment.launcher, experiment.adapter.kind
     sites = [to_dict(site) if kind in ON_SAE else {"layer": site.layer} for site in experiment.adapter.sites]
 
-    def ask() -> Way:
+    def ask() -> Optimizations:
         share = launcher.share_prompts and launcher.lean_logits
         why_not = why_not_shared(loaded.model) if share else None
         if why_not:
             print(f"each answer is computed with its own copy of the prompt: {why_not}", flush=True)
-        wanted = Way(above=True, share=share and not why_not, lean=launcher.lean_logits)
-        way, reason = exact_way(loaded.model, sites, wanted)
-        lost = {
-            "the frozen layers are computed in every step": wanted.above and not way.above,
-            "each answer is computed with its own copy of the prompt": wanted.share and not way.share,
-            "the model's own forward pass runs, with all logits": wanted.lean and not way.lean,
+        wanted = Optimizations(
+            cached_activations=True, share_prompts=share and not why_not, lean_logits=launcher.lean_logits
+        )
+        found, reason = find_exact(loaded.model, sites, wanted)
+        consequences = {
+            "cached_activations": "the frozen layers are computed in every step",
+            "share_prompts": "each answer is computed with its own copy of the prompt",
+            "lean_logits": "the model's own forward pass runs, with all logits",
         }
-        for consequence, is_lost in lost.items():
-            if is_lost:
+        for name, consequence in consequences.items():
+            if getattr(wanted, name) and not getattr(found, name):
                 print(f"{consequence}: {reason}", flush=True)
-        return way
+        return found
 
     settings = [to_dict(experiment.model), experiment.cache, launcher.share_prompts, launcher.lean_logits, sites]
-    return shared.get("way", canonical_json(settings), ask)
+    return shared.get("optimizations", canonical_json(settings), ask)

@@ -46,7 +46,7 @@ from isaerft_sweep.trial.gradient_record import make_record
 from isaerft_sweep.trial.harm import HarmProbe, measure_baseline, measure_harm, read_neutral
 from isaerft_sweep.trial.latent_statistics import learned, write_changes
 from isaerft_sweep.trial.phases import Phases
-from isaerft_sweep.trial.process_cache import ProcessCache, cached_activations, data_key, reference_key, way_through
+from isaerft_sweep.trial.process_cache import ProcessCache, cached_activations, data_key, exact_optimizations, reference_key
 from isaerft_sweep.trial.prompted_pairs import prompted_pairs, prompted_texts
 from isaerft_sweep.trial.recorder import Recorder
 from isaerft_sweep.trial.reference import compute_reference
@@ -206,7 +206,7 @@ def _steps(spec: TrialSpec, phases: Phases, shared: ProcessCache, loaded: _Loade
     model, orpo = loaded.model, experiment.orpo
     pad = int(loaded.base.tokenizer.pad_token_id)
     loop = TrainLoop(orpo, model, loaded.pairs, pad, recorder, checkpoints)
-    way = phases.prepared(phase.FROZEN, lambda: way_through(experiment, loaded.base, shared))
+    optimizations = phases.prepared(phase.FROZEN, lambda: exact_optimizations(experiment, loaded.base, shared))
     resume = next(reversed(complete_checkpoints(checkpoints)), None)
     recorder.rewind(step_of(resume) if resume else -1)
     evaluate_first = {"first": spec.index == 0, "always": True, "never": False}[orpo.eval_untrained] and resume is None
@@ -215,10 +215,10 @@ def _steps(spec: TrialSpec, phases: Phases, shared: ProcessCache, loaded: _Loade
     after = loaded.behind(prompt) if prompt else loaded
     texts = loop.texts(loaded.neutral, trains=prompt is None)
     texts += sequences_of(after.pairs.evaluation, after.pairs.test) + after.neutral if prompt else []
-    with cached_activations(texts, experiment, model, way, shared, phases) as above:
-        can_be_co_batched = way.above and way.lean and kind != "lora"
+    with cached_activations(texts, experiment, model, optimizations, shared, phases) as above:
+        can_be_co_batched = optimizations.cached_activations and optimizations.lean_logits and kind != "lora"
         base = loaded.base.model if can_be_co_batched else None
-        strategy = ForwardStrategy(above, way.share, way.lean, base)
+        strategy = ForwardStrategy(above, optimizations.share_prompts, optimizations.lean_logits, base)
         key = reference_key(experiment, strategy)
         reference, baseline = None, None
         if loop.loss.needs_reference:

@@ -27,11 +27,11 @@ from isaerft_sweep.specs import Experiment
 from isaerft_sweep.trial.attach import attach_adapter
 from isaerft_sweep.trial.cobatch.run_passes import run_alone
 from isaerft_sweep.trial.data import load_pairs
-from isaerft_sweep.trial.exact import Way
+from isaerft_sweep.trial.exact import Optimizations
 from isaerft_sweep.trial.forward.strategy import ForwardStrategy
 from isaerft_sweep.trial.forward.upper_layers import UpperLayers
 from isaerft_sweep.trial.harm import HarmProbe, measure_baseline, measure_harm, read_neutral
-from isaerft_sweep.trial.process_cache import ProcessCache, store_activations, way_through
+from isaerft_sweep.trial.process_cache import ProcessCache, exact_optimizations, store_activations
 from isaerft_sweep.trial.recorder import Recorder
 from isaerft_sweep.trial.train_loop import HeldOut, PassContext, TrainLoop
 
@@ -61,11 +61,11 @@ def analyse(folder: str, strengths: Sequence[float], latents: int) -> dict[str, 
     pad = int(loaded.tokenizer.pad_token_id)
     with tempfile.TemporaryDirectory() as aside:
         loop = TrainLoop(experiment.orpo, model, pairs, pad, cast(Recorder, _Silent()), Path(aside))
-        way = way_through(experiment, loaded, ProcessCache())
+        optimizations = exact_optimizations(experiment, loaded, ProcessCache())
         sequences = loop.texts(neutral, trains=False)
-        stored = store_activations(sequences, experiment, model, way)
+        stored = store_activations(sequences, experiment, model, optimizations)
         with UpperLayers(model, stored).replaced() if stored else nullcontext() as above:
-            evaluate = _evaluation(experiment, model, loop, (pairs.evaluation, neutral, pad), way, above)
+            evaluate = _evaluation(experiment, model, loop, (pairs.evaluation, neutral, pad), optimizations, above)
             return {"strengths": _at_strengths(model, strengths, evaluate), "latents": _of_latents(model, latents, evaluate)}
 
 
@@ -81,12 +81,12 @@ def _evaluation(
     model: peft.PeftModel,
     loop: TrainLoop,
     texts: tuple[Dataset, list[list[int]], int],
-    way: Way,
+    optimizations: Optimizations,
     above: UpperLayers | None,
 ) -> Evaluate:
     """Measures the model as it is: the metrics of an evaluation, by their names in W&B."""
     held_out, neutral, pad = texts
-    strategy = ForwardStrategy(above, way.share, way.lean)
+    strategy = ForwardStrategy(above, optimizations.share_prompts, optimizations.lean_logits)
     probe = HarmProbe(held_out, neutral, pad, experiment.orpo.eval_batch_size)
     baseline = measure_baseline(model, probe, strategy)
     context = PassContext(strategy, HeldOut(held_out, held_out.select([])))
