@@ -254,7 +254,10 @@ def test_held_out_pairs_are_not_those_trained_on(tmp_path: Path) -> None:
         "".join(json.dumps(row) + "\n" for row in [*rows[:2], {**GOOD_TEXT, "prompt": "new"}])
     )
     pairs = load_pairs(DataSpec("files", "files", spec.path, f"{tmp_path}/some.jsonl"), TOKENIZER, MAX_LENGTH)
-    assert pairs.summary == "6 pairs to train on, 3 held out, 2 of the held-out pairs are also trained on"
+    assert pairs.summary == (
+        "6 pairs to train on, 3 held out, 2 of the held-out pairs are also trained on, "
+        "none to test on: data.train_size=N would leave some"
+    )
     with pytest.raises(DataError, match="must differ from"):
         load_pairs(DataSpec("lab/pairs", train_split="train", eval_split="train"), TOKENIZER, MAX_LENGTH)
 

@@ -146,7 +146,6 @@ def _operation_name(query: str) -> str:
     return match[2] if match else "a query without a name"
 
 
-@lru_cache(maxsize=1024)
 def counted(resolver: Callable[..., Any], source: Any, info: Any, **args: Any) -> Any:
     """Middleware that counts the cost of each field, including introspection."""
     query_cost.spend(query_cost.FIELD)

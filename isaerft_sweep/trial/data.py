@@ -87,10 +87,10 @@ class Pairs:
     def summary(self) -> str:
         phrases = [f"{len(self.train)} pairs to train on", f"{len(self.evaluation)} held out"]
         phrases += [f"{len(self.test)} to test on"] if len(self.test) else []
-        phrases += [UNTESTED] if self.untested else []
         phrases += [f"{count} left out ({reason})" for reason, count in self.left_out.items() if count]
         phrases += [f"{self.truncated} cut at max_length"] if self.truncated else []
         phrases += [f"{count} {note}" for note, count in self.notes.items() if count]
+        phrases += [UNTESTED] if self.untested else []
         return ", ".join(phrases)
 
 
