@@ -52,6 +52,7 @@ def test_leaderboard_and_best(wandb_api: StandInWandb, capsys: pytest.CaptureFix
     assert main(["leaderboard", "wandb:e/p/abcd1234"]) == 0
     said = capsys.readouterr().out
     assert "eval/rewards/margins, maximize" in said and "contains beta itself" in said and "failed" in said
+    assert "which has no scores of single pairs" in said, "why nothing is said of sureness"
     assert main(["best", "wandb:e/p/abcd1234", "--as", "overrides"]) == 0
     assert capsys.readouterr().out.strip() == "orpo.learning_rate=3.0000000000000004e-05 orpo.beta=0.15000000000000002"
     assert main(["best", "wandb:e/p/abcd1234", "--metric", "eval/log_odds_chosen", "--as", "overrides"]) == 0

@@ -165,6 +165,11 @@ def caveats(sweep: SweepResults) -> list[str]:
     texts += sweep.dependence
     texts += edges(sweep.space, best.record.point)
     scored = best.pair_values(sweep.metric.name, sweep.orpo)
+    if sweep.folder is None:
+        texts.append(
+            "Read from W&B, which has no scores of single pairs: so there are no intervals, no probabilities and no "
+            "comparison with the untrained model. The sweep's folder has them."
+        )
     if best.probability_best is None and scored and len(scored[0]) < MIN_PAIRS:
         texts.append(
             f"{len(scored[0])} held-out pairs are too few to say how sure the ranking is: at least {MIN_PAIRS}, better "
