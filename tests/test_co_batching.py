@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import TINY, processes_of
 from helpers.sweeps import check_wandb_runs, ended_states, start, stepping
-from helpers.trials import Made, assert_near, rows_of, run_together
+from helpers.trials import Made, assert_near, rows_of, run_both_ways, run_together
 from helpers.waiting import wait_for
 
 from isaerft_sweep.adapter.architecture import decoder_layers
@@ -40,14 +40,7 @@ def test_co_batched_trials_have_the_numbers_of_trials_alone(family: str, cache_g
         ("adapter=scale", "orpo.eval_fraction=1", "orpo.batch_size=2"),
         ("adapter=mlp", "adapter.hidden_size=8", "orpo.max_steps=2", "orpo.eval_untrained=always"),
     ]
-    alone = [trial(*shared, *own, name=f"alone{i}") for i, own in enumerate(settings)]
-    together = [trial(*shared, *own, name=f"together{i}") for i, own in enumerate(settings)]
-    for one in alone:
-        assert run_trial(one, 1) == "completed"
-    sizes: list[int] = []
-    assert run_together(WorkerFolder(tmp_path / "worker"), together, 4, sizes) == 4
-    assert 4 in sizes, "they went together"
-    for mine, expected in zip(together, alone, strict=True):
+    for expected, mine in run_both_ways(trial, shared, settings, WorkerFolder(tmp_path / "worker")):
         assert_near(mine, expected)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.plain_trl import orpo_rows
-from helpers.trials import OFF, Made, assert_near, rows_of, run_together
+from helpers.trials import OFF, Made, assert_near, rows_of, run_both_ways
 from safetensors.torch import load_file
 
 from isaerft_sweep.adapter.sae import load_sae
@@ -98,14 +98,7 @@ def test_co_batched_trials_record_as_alone(trial: Made, tmp_path: Path) -> None:
         ("sweep.emulate=false",),
         ("adapter=vector",),
     ]
-    alone = [trial(*RECORDED, *own, name=f"alone{i}") for i, own in enumerate(settings)]
-    together = [trial(*RECORDED, *own, name=f"together{i}") for i, own in enumerate(settings)]
-    for one in alone:
-        assert run_trial(one, 1) == "completed"
-    sizes: list[int] = []
-    assert run_together(WorkerFolder(tmp_path / "worker"), together, 4, sizes) == 4
-    assert 4 in sizes
-    for mine, expected in zip(together, alone, strict=True):
+    for expected, mine in run_both_ways(trial, RECORDED, settings, WorkerFolder(tmp_path / "worker")):
         assert_near(mine, expected)
         assert mine.gradients.exists() == expected.gradients.exists()
         if mine.gradients.exists():

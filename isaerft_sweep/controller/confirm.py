@@ -21,9 +21,9 @@ from isaerft_sweep.results.card.model_card import refresh_cards
 from isaerft_sweep.results.confirm_folder import confirm_folder, confirmation_fingerprint
 from isaerft_sweep.results.leaderboard import print_whole, short_path
 from isaerft_sweep.results.reading import read_sweep_folder
-from isaerft_sweep.results.sweep_results import RankedTrial, SweepResults, kind_of, trial_of
+from isaerft_sweep.results.sweep_results import RankedTrial, SweepResults, by_point, kind_of, trial_of
 from isaerft_sweep.search.sampler import FixedPoints, Point
-from isaerft_sweep.search.seeded import SEED, WITHOUT_SEEDS, without_seed
+from isaerft_sweep.search.seeded import SEED, WITHOUT_SEEDS
 from isaerft_sweep.search.sweep_file import SweepDefinition
 from isaerft_sweep.spec_fields import from_mapping, to_dict
 from isaerft_sweep.specs import Experiment
@@ -82,11 +82,8 @@ def confirm(path: Path, metric: str | None, top: int, seeds: int, settings: Sequ
 
 def find_leaders(sweep: SweepResults) -> list[RankedTrial]:
     """The ranked trials that vary over seeds, best first; of those that differ only in their seed the best one."""
-    best_by_point: dict[str, RankedTrial] = {}
-    for entry in sweep.entries:
-        if entry.rank and kind_of(entry, sweep) not in WITHOUT_SEEDS:
-            best_by_point.setdefault(without_seed(entry.params), entry)
-    return list(best_by_point.values())
+    varying = (entry for entry in sweep.entries if entry.rank and kind_of(entry, sweep) not in WITHOUT_SEEDS)
+    return [entries[0] for entries in by_point(varying)]
 
 
 def point_with_seed(entry: RankedTrial, seed: int) -> Point:

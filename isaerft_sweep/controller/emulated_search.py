@@ -76,8 +76,7 @@ class EmulatedSearch:
     """A point source that emulates. While it cannot, ``source`` chooses."""
 
     def __init__(self, source: Sampler, experiment: Experiment, definition: SweepDefinition, folder: SweepFolder) -> None:
-        """``folder``: the sweep's, where trials leave their records. Raises ConfigError where nothing can be emulated."""
-        check_emulation(source, experiment, definition)
+        """``folder``: the sweep's, where trials leave their records. ``check_emulation`` has been called with the others."""
         self.source, self.experiment, self.definition, self.folder = source, experiment, definition, folder
         self.method, self.repeats = source.method, source.repeats
         self._coordinates = GaussianProcessModel(source.space, source.seed).coordinates
@@ -232,11 +231,12 @@ class EmulatedSearch:
                 f"not emulated: the leave-one-out error, {error:.2g}, is too large beside the trials' spread, {spread:.2g}"
             )
             return None
-        points = self._candidates(emulator)
+        found = self._candidates(emulator)
+        points, recipes = [point for point, _ in found], [recipe for _, recipe in found]
         if not points:
             self._why_not = "not emulated: no point is left that has not been tried"
             return Forecast([], np.zeros(0), np.zeros(0), np.zeros(0), error)
-        emulated = self._emulated(emulator, [self._recipe(point) for point in points])
+        emulated = self._emulated(emulator, recipes)
         candidates = np.array([self._place(point) for point in points])
         certain = self._certain(at, [self._tried[key] for key in sorted(self._running)])
         sds = {name: _sd_at(candidates, at, certain, errors[name]) for name in self._names}
@@ -254,7 +254,8 @@ class EmulatedSearch:
         places = [self._place(point) for point in pending]
         return np.concatenate([anchors, np.array(places)]) if places else anchors
 
-    def _candidates(self, emulator: Emulator) -> list[Point]:
+    def _candidates(self, emulator: Emulator) -> list[tuple[Point, Recipe]]:
+        """Points that have not been tried and can be emulated, with what they train with."""
         numbers = emulator.to_coordinates.shape[0] * emulator.steps
         most = int(min(CANDIDATES, max(32, BUDGET / max(1, numbers))))
         if self.source.size <= most:
@@ -262,7 +263,8 @@ class EmulatedSearch:
         else:
             points = [self.source.quasi_random(number) for number in range(most)]
         distinct = {point.key: point for point in points if point.key not in self._tried}
-        return [point for point in distinct.values() if self._recipe(point).steps <= emulator.steps]
+        candidates = [(point, self._recipe(point)) for point in distinct.values()]
+        return [(point, recipe) for point, recipe in candidates if recipe.steps <= emulator.steps]
 
     def _recipe(self, point: Point) -> Recipe:
         experiment = self.experiment.with_params(point.params)

@@ -21,10 +21,9 @@ from isaerft_sweep.results.confirm_folder import confirm_folder, confirmation_fi
 from isaerft_sweep.results.cost import device_seconds
 from isaerft_sweep.results.pareto import fronts, preference, weights_of
 from isaerft_sweep.results.sureness import assess
-from isaerft_sweep.results.sweep_results import RankedTrial, SweepResults
+from isaerft_sweep.results.sweep_results import RankedTrial, SweepResults, by_point
 from isaerft_sweep.search.constraints import Constraint, read_constraints, violation
 from isaerft_sweep.search.distributions import Distribution
-from isaerft_sweep.search.seeded import without_seed
 from isaerft_sweep.search.sweep_file import Metric, read_goals, read_metric_name, read_sweep
 from isaerft_sweep.specs import Experiment
 
@@ -226,12 +225,9 @@ def rank(sweep: SweepResults) -> None:
 
 def _judge(sweep: SweepResults) -> None:
     """Set how far each completed trial breaks the constraints: by its metrics, or by the means over its point's seeds."""
-    by_point: dict[str, list[RankedTrial]] = {}
     for entry in sweep.entries:
         entry.violation = 0.0
-        if entry.record.state == TrialState.COMPLETED:
-            by_point.setdefault(without_seed(entry.params), []).append(entry)
-    for entries in by_point.values():
+    for entries in by_point(entry for entry in sweep.entries if entry.record.state == TrialState.COMPLETED):
         names = set.intersection(*(set(entry.metrics) for entry in entries))
         means = {name: float(np.mean([entry.metrics[name] for entry in entries])) for name in names}
         for entry in entries:

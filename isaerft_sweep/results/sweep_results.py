@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -168,11 +168,8 @@ class SweepResults:
 
     def points_with_seeds(self) -> list[list[RankedTrial]]:
         """The ranked trials of each point that has several seeds of its own, best point first."""
-        by_point: dict[str, list[RankedTrial]] = {}
-        for entry in self.entries:
-            if entry.rank:
-                by_point.setdefault(without_seed(entry.params), []).append(entry)
-        return [entries for entries in by_point.values() if len({entry.params.get(SEED) for entry in entries}) > 1]
+        points = by_point(entry for entry in self.entries if entry.rank)
+        return [entries for entries in points if len({entry.params.get(SEED) for entry in entries}) > 1]
 
     @property
     def columns(self) -> list[Column]:
@@ -189,6 +186,14 @@ class SweepResults:
         """Why the trials cannot be compared by the metric that ranks them; empty when they can."""
         loss = self.orpo.loss if self.orpo else "orpo"
         return dependence(self.metric.name, self.swept, self.metric.goal, loss)
+
+
+def by_point(entries: Iterable[RankedTrial]) -> list[list[RankedTrial]]:
+    """The trials of each point, which differ in their seed alone, in the order of their first appearance."""
+    points: dict[str, list[RankedTrial]] = {}
+    for entry in entries:
+        points.setdefault(without_seed(entry.params), []).append(entry)
+    return list(points.values())
 
 
 def kind_of(entry: RankedTrial, sweep: SweepResults) -> str:

@@ -87,14 +87,10 @@ class GradientRecord:
         vectors, projected = [], []
         for module in self.model.modules():
             if isinstance(module, IsaerftLayer):
-                for name, block in module.isaerft_block.items():
-                    vector = block().float()
-                    if module.saes[name].basis != "stream":
-                        decoder = module.decoder(name)
-                        vector = vector @ decoder
-                        projected.append(decoder @ vector)
-                    else:
-                        projected.append(vector)
+                for name in module.isaerft_block:
+                    decoder = module.decoder(name)
+                    vector = module.change(name, decoder[:1])  # a constant: of the stream only the device matters
+                    projected.append(decoder @ vector)
                     vectors.append(vector)
         self._vectors.append(_row(vectors))
         self._projected.append(_row(projected))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from isaerft_sweep.journal.layout import TrialFolder
 from isaerft_sweep.journal.worker_queue import Task, WorkerFolder
 from isaerft_sweep.trial.cobatch.multi_trial import MultiTrialModel
+from isaerft_sweep.trial.runner import run_trial
 from isaerft_sweep.trial.worker import serve_trials
 
 Made = Callable[..., TrialFolder]
@@ -35,6 +36,20 @@ def assert_near(found: TrialFolder, expected: TrialFolder, bound: float = 2e-4) 
     assert weights[0].keys() == weights[1].keys()
     for name, tensor in weights[0].items():
         torch.testing.assert_close(tensor, weights[1][name], atol=0.02 * 0.1, rtol=bound)  # of a learning rate of 0.1
+
+
+def run_both_ways(
+    trial: Made, options: Sequence[str], settings: Sequence[Sequence[str]], folder: WorkerFolder
+) -> list[tuple[TrialFolder, TrialFolder]]:
+    """Run trials one after the other, and the same ones in the passes of one worker: of each setting (alone, together)."""
+    alone = [trial(*options, *own, name=f"alone{i}") for i, own in enumerate(settings)]
+    together = [trial(*options, *own, name=f"together{i}") for i, own in enumerate(settings)]
+    for one in alone:
+        assert run_trial(one, 1) == "completed"
+    sizes: list[int] = []
+    assert run_together(folder, together, len(settings), sizes) == len(settings)
+    assert len(settings) in sizes, "they went together"
+    return list(zip(alone, together, strict=True))
 
 
 def run_together(

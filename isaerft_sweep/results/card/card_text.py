@@ -38,7 +38,6 @@ ABOUT = {
     "prompt": "a system prompt, with the model as it is: a control for ISAERFT",
 }
 """What the adapter is, for kinds other than ISAERFT's."""
-NOT_TRAINED = ("diffmean", "prompt")
 QUICK_START = """\
 In the folder of this card, or with its Hub name instead of `"."`{needs}:
 

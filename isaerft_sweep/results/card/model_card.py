@@ -17,6 +17,7 @@ from isaerft_sweep.journal.atomic_files import read_json, write_text
 from isaerft_sweep.journal.layout import TrialFolder
 from isaerft_sweep.journal.status import TrialStatus
 from isaerft_sweep.metrics import GENERATION, HARM, depends_on_beta
+from isaerft_sweep.naming import NOT_TRAINED
 from isaerft_sweep.paths import asset
 from isaerft_sweep.results.card.card_data import front_matter, is_repository
 from isaerft_sweep.results.card.card_text import (
@@ -25,7 +26,6 @@ from isaerft_sweep.results.card.card_text import (
     BLOCKS,
     FRAMEWORKS,
     ISAERFT,
-    NOT_TRAINED,
     WITH_ADAPTER,
     WITH_OWN_CODE,
     citations,
@@ -112,7 +112,7 @@ def card_fields(trial: TrialFolder, results: TrialStatus, adapter: Path, standin
         "changed": _changed(spec.experiment.adapter),
         "version_of": VERSION_OF.get(spec.experiment.adapter.kind, "a fine-tuned version of"),
         "parameters": "Nothing is trained."
-        if spec.experiment.adapter.kind in VERSION_OF
+        if spec.experiment.adapter.kind in NOT_TRAINED
         else f"{count_parameters(adapter):,} trained parameters.",
         "sites": sites_table(adapter),
         "learned": _learned(trial),
